@@ -1,0 +1,37 @@
+"""corefit: pluggable post-training objectives for flow-matching image and video models."""
+
+from corefit.hookspecs import Offers, hookimpl
+from corefit.types import (
+    Backbone,
+    Batch,
+    Condition,
+    Context,
+    Example,
+    NoiseWeighting,
+    Objective,
+    Reward,
+    Sampler,
+    Source,
+    Step,
+    Supervised,
+    Term,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "Backbone",
+    "Batch",
+    "Condition",
+    "Context",
+    "Example",
+    "NoiseWeighting",
+    "Objective",
+    "Offers",
+    "Reward",
+    "Sampler",
+    "Source",
+    "Step",
+    "Supervised",
+    "Term",
+    "hookimpl",
+]

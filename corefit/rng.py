@@ -1,0 +1,68 @@
+"""Keyed randomness: a draw is a function of (seed, stage, step, row, draw), never of rank or history.
+
+One rank or eight, resumed or not, a sample sees the same noise, so no generator state is ever saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from attrs import define, field
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Key = tuple[str | int, ...]
+
+
+def generator(*key: str | int) -> np.random.Generator:
+    """A generator that is a function of `key` alone (Philox, keyed by a 128-bit hash)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
+
+
+@define
+class Rng:
+    """Draws for a set of rows; the n-th call on a row gives the same numbers wherever that row is.
+
+    key    (seed, stage, step, ...), common to all rows
+    rows   global sample numbers, one for each row of what is drawn
+    """
+
+    key: Key
+    rows: Sequence[int]
+    draws: int = field(default=0, init=False)
+
+    def rand(self, n: int) -> Tensor:
+        """Uniform in [0, 1), [n] float32 on the CPU; n must be the number of rows."""
+        return self._draw((n,), lambda g, shape: g.random(shape, np.float32))
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal, `shape` = [rows, ...], float32 on the CPU."""
+        return self._draw(shape, lambda g, rest: g.standard_normal(rest, np.float32))
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """One integer in [low, high) a row, [rows] int64 on the CPU."""
+        return self._draw((len(self.rows),), lambda g, _: g.integers(low, high))
+
+    def of(self, rows: Sequence[int]) -> Rng:
+        """The same key for other rows: draws shared by a group use the group's number as every row's."""
+        return Rng((*self.key, "of"), rows)
+
+    def _draw(
+        self, shape: Sequence[int], draw: Callable[[np.random.Generator, tuple[int, ...]], object]
+    ) -> Tensor:
+        import torch
+
+        if shape[0] != len(self.rows):
+            raise ValueError(
+                f"a keyed draw of shape {tuple(shape)} was asked for {len(self.rows)} rows; draw one value a row "
+                "(first axis = rows of the part), several times if more are needed"
+            )
+        rest = tuple(shape[1:])
+        values = [draw(generator(*self.key, row, self.draws), rest) for row in self.rows]
+        self.draws += 1
+        return torch.from_numpy(np.stack([np.asarray(v) for v in values]))

@@ -1,0 +1,384 @@
+"""The vocabulary: what an objective, a sampler, a backbone and the trainer say to each other.
+
+Latents keep their natural layout: images [B, C, H, W], video [B, C, T, H, W], packed tokens [B, L, C].
+sigma is in [0, 1]: 1 is pure noise, 0 is clean; x = (1 - sigma) x0 + sigma noise; velocity = noise - x0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from attrs import evolve, field, frozen
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from corefit.rng import Rng
+
+    Rows = slice | Sequence[int] | Tensor
+
+Meta = Mapping[str, Any]
+
+
+@frozen(eq=False)
+class Condition:
+    """Named [B, ...] tensors that one backbone made and only it reads (text embeddings, for example)."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: Rows) -> Condition:
+        return Condition({name: t[rows] for name, t in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> Condition:
+        """The same condition on `device`; dtypes stay."""
+        return Condition({name: t.to(device, non_blocking=True) for name, t in self.tensors.items()})
+
+    def repeat(self, times: int) -> Condition:
+        """`times` copies one after the other, [times * B, ...]: what a batch of several states needs."""
+        return Condition({name: t.repeat(times, *(1,) * (t.ndim - 1)) for name, t in self.tensors.items()})
+
+    def where(self, keep: Tensor, other: Condition) -> Condition:
+        """Rows of self where `keep` [B] (bool) is true, rows of `other` elsewhere."""
+        return Condition(
+            {
+                name: t.where(keep.reshape(-1, *(1,) * (t.ndim - 1)), other.tensors[name])
+                for name, t in self.tensors.items()
+            }
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Condition]) -> Condition:
+        """Rows of all parts, in order."""
+        import torch
+
+        return Condition({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
+
+
+@frozen(eq=False)
+class Batch:
+    """Samples of one step on one rank.
+
+    x0      clean latents [B, ...] in float32; None for prompt-only data
+    cond    the prompts' condition
+    prompts the prompts themselves
+    meta    one mapping a row: whatever the source said besides
+    rows    global sample numbers, unique in a stage and independent of the number of ranks
+    shape   of one row's latents, also where x0 is None
+    """
+
+    x0: Tensor | None
+    cond: Condition
+    prompts: Sequence[str]
+    meta: Sequence[Meta]
+    rows: Sequence[int]
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(
+            None if self.x0 is None else self.x0[rows],
+            self.cond[rows],
+            self.prompts[rows],
+            self.meta[rows],
+            self.rows[rows],
+            self.shape,
+        )
+
+    @property
+    def clean(self) -> Tensor:
+        """x0 [B, ...] of a batch that has media; pipelines that lack them are refused before they start."""
+        assert self.x0 is not None, "an objective that reads clean latents must say so in `uses`"
+        return self.x0
+
+
+@frozen(eq=False)
+class Step:
+    """The Gaussian transition of one sampler step: mean [B, ...], whole standard deviation std [B].
+
+    std 0 is deterministic. x_next = mean + like(std, x) * noise.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+@frozen(eq=False)
+class Term:
+    """A SUM over supervised items, and how many there were.
+
+    total    scalar, on the graph; the trainer runs backward on it and frees the graph at once
+    count    items (a number, or a scalar tensor where it depends on the data); totals are divided once,
+             by the count summed over terms, micro-batches and ranks (SOAR, eq. 15)
+    metrics  name -> detached values [n], one an item; logged as means over all ranks
+    """
+
+    total: Tensor
+    count: float | Tensor
+    metrics: Mapping[str, Tensor] = field(factory=dict[str, "Tensor"])
+
+    @staticmethod
+    def of(loss: Tensor, weight: float = 1.0, **metrics: Tensor) -> Term:
+        """A term from the losses of its items, [n]; `weight` multiplies the total, not the count."""
+        detached = {name: value.detach() for name, value in metrics.items()}
+        return Term(loss.sum() * weight, float(len(loss)), {"loss": loss.detach(), **detached})
+
+
+class Backbone(Protocol):
+    """How one model family is called. An attrs class; its fields are the keys of `[backbone]`.
+
+    Nothing is read before `load`; text encoders and VAE are read when first used and dropped by `release`.
+    """
+
+    transformer: Any
+    """The network under training, an nn.Module; the trainer replaces it with its prepared (DDP) form."""
+    lora_targets: Sequence[str]
+    """Module names that a LoRA adapts by default."""
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Read the transformer and put it on `device` in `dtype`."""
+        ...
+
+    def load_lora(self, folder: Path) -> None:
+        """Add the adapter saved in `folder` to the loaded transformer, trainable."""
+        ...
+
+    def release(self) -> None:
+        """Drop the text encoders and the VAE."""
+        ...
+
+    def encoding_key(self) -> Mapping[str, str]:
+        """What determines `encode_text` and `encode`, each as a short text or hash: the cache's key."""
+        ...
+
+    def encode_text(self, prompts: Sequence[str]) -> Condition: ...
+
+    def null(self, n: int) -> Condition:
+        """The condition of n empty prompts: what guidance and condition dropout use."""
+        ...
+
+    def encode(self, media: Tensor) -> Tensor:
+        """Media [B, 3, H, W] (video [B, 3, T, H, W]) in [0, 1] -> x0 [B, ...], float32."""
+        ...
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 [B, ...] -> media in [0, 1], float32."""
+        ...
+
+    def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Shape of one row's latents for media of `size` = [height, width]; ValueError if not divisible."""
+        ...
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        """v(x, sigma, cond) [B, ...] in float32; sigma [B] in float32."""
+        ...
+
+    def guided(
+        self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None
+    ) -> Tensor:
+        """Classifier-free guidance v_u + scale (v_c - v_u); scale 1 is `velocity`.
+
+        A known v_cond = velocity(x, sigma, cond) saves one of the two calls.
+        """
+        ...
+
+    def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
+        """The checkpoint's own inference grid, [steps + 1], falling from 1 (or near) to 0; float32, CPU."""
+        ...
+
+    def shift(self, shape: Sequence[int]) -> float:
+        """The timestep shift that training noise uses for latents of `shape`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what diffusers loads: a whole pipeline, or the LoRA alone where one is trained."""
+        ...
+
+
+class Sampler(Protocol):
+    """How one step is taken. An attrs class; its fields are the keys of a `sampler` table."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `step` may return std > 0: what policy gradients need."""
+        return True
+
+    def step(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Step:
+        """The transition from sigma [B] to sigma_next [B] < sigma, given v = velocity at (x, sigma)."""
+        ...
+
+    def log_prob(self, x_next: Tensor, step: Step) -> Tensor:
+        """log p(x_next) [B] under `step`, mean over all but the first axis."""
+        from corefit.flow import log_prob
+
+        return log_prob(x_next, step.mean, step.std)
+
+
+class NoiseWeighting(Protocol):
+    """At which noise levels a model is supervised, and how much each counts."""
+
+    def sample(self, n: int, shift: float, rng: Rng) -> Tensor:
+        """sigma [n] in (0, 1], already shifted; draws come from `rng` only."""
+        ...
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """Loss weight [n] at sigma [n]."""
+        ...
+
+
+class Reward(Protocol):
+    """Scores media. An attrs class. Failing is an exception, never a 0."""
+
+    def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
+        """Rewards [B] for media [B, 3, H, W] in [0, 1]; a row's score must not depend on its neighbours."""
+        ...
+
+
+@frozen(eq=False)
+class Example:
+    """One raw example of a source.
+
+    media: a file, or an image in memory as uint8 [H, W, 3]; None for a prompt alone.
+    """
+
+    prompt: str
+    media: Path | Any | None = None
+    meta: Meta = field(factory=dict[str, Any])
+
+
+class Source(Protocol):
+    """Raw examples from somewhere; the cache turns them into MDS."""
+
+    def examples(self) -> Iterator[Example]:
+        """All examples, in a fixed order."""
+        ...
+
+
+@frozen(eq=False)
+class Weighted:
+    """A reward as a stage lists it: its name, its weight, and itself."""
+
+    name: str
+    reward: Reward
+    weight: float = 1.0
+
+
+@frozen(eq=False)
+class Context:
+    """All that an objective may touch. No optimiser, rank, file or logger.
+
+    reference    the policy as the stage found it, frozen; None unless "reference" is in `uses`
+    micro_batch  rows a forward may hold; roll out in slices of it, so that training sees the same kernels
+    gather       [B] of this rank -> [global B], in global row order
+    """
+
+    backbone: Backbone
+    sampler: Sampler
+    noise: NoiseWeighting
+    rng: Rng
+    rewards: Sequence[Weighted] = ()
+    reference: Backbone | None = None
+    micro_batch: int = 1 << 30
+    gather: Callable[[Tensor], Tensor] = lambda x: x
+
+    def at(self, rng: Rng) -> Context:
+        """The same context with other randomness."""
+        return evolve(self, rng=rng)
+
+    def rand(self, n: int) -> Tensor:
+        """Keyed uniform draws in [0, 1), [n]; n is the number of rows of this part."""
+        return self.rng.rand(n)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Keyed standard normal draws, shaped like x [B, ...], float32, on x's device."""
+        return self.rng.randn(tuple(x.shape)).to(x.device, non_blocking=True)
+
+    def sigma(self, x: Tensor) -> Tensor:
+        """Noise levels [B] for x [B, ...], from the stage's noise weighting and the backbone's shift."""
+        shift = self.backbone.shift(tuple(x.shape[1:]))
+        return self.noise.sample(len(x), shift, self.rng).to(x.device, non_blocking=True)
+
+
+class Part(Protocol):
+    """What one optimiser step trains on: rows that the trainer slices into micro-batches."""
+
+    @property
+    def rows(self) -> Sequence[int]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+P = TypeVar("P", bound=Part)
+
+
+class Objective(Protocol, Generic[P]):
+    """What is learned. An attrs class; its fields are the keys of an `objective` table.
+
+    uses         of {"media", "noise", "sampler", "reward", "reference"}: what it reads; a pipeline that
+                 gives it less, or something that it does not read, is refused
+    num_terms    terms that `terms` yields, known from the configuration and equal on every rank
+    num_updates  parts that `experience` yields: optimiser steps a batch
+    group        consecutive rows that share a prompt and must stay on one rank
+    """
+
+    @property
+    def uses(self) -> frozenset[str]: ...
+
+    @property
+    def num_terms(self) -> int: ...
+
+    @property
+    def num_updates(self) -> int:
+        return 1
+
+    @property
+    def group(self) -> int:
+        return 1
+
+    def experience(self, batch: Batch, ctx: Context) -> Iterable[P]:
+        """Turn a batch into `num_updates` parts; no gradient."""
+        ...
+
+    def terms(self, part: P, ctx: Context) -> Iterator[Term]:
+        """Yield `num_terms` terms; each is backpropagated and freed before the next is computed."""
+        ...
+
+
+class Supervised(Objective[Batch]):
+    """Base of objectives whose experience is the batch itself; a subclass writes `terms` only."""
+
+    @property
+    def uses(self) -> frozenset[str]:
+        return frozenset({"media", "noise"})
+
+    @property
+    def num_terms(self) -> int:
+        return 1
+
+    def experience(self, batch: Batch, ctx: Context) -> Iterable[Batch]:
+        yield batch
+
+
+@frozen(eq=False)
+class TrainState:
+    """What observers may read of a running stage.
+
+    step     steps finished
+    folder   the stage's own, runs/<name>/01-soar for example; `model/` in it once the stage has finished
+    backbone with the weights as they are now
+    sample   prompts -> media [B, 3, H, W] in [0, 1], deterministic, with the evaluation's guidance and steps
+    """
+
+    step: int
+    folder: Path
+    backbone: Backbone
+    sample: Callable[[Sequence[str]], Tensor] | None = None
