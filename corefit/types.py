@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NewType, Protocol, TypeVar
 
 from attrs import evolve, field, frozen
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     Rows = slice | Sequence[int] | Tensor
 
 Meta = Mapping[str, Any]
+ModelPath = NewType("ModelPath", str)
+"""A diffusers folder, relative to the pipeline file, or a name on the hub ("organisation/model")."""
 
 
 @frozen(eq=False)
