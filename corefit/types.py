@@ -95,6 +95,10 @@ class Batch:
         )
 
     @property
+    def metrics(self) -> Mapping[str, Tensor]:
+        return {}
+
+    @property
     def clean(self) -> Tensor:
         """x0 [B, ...] of a batch that has media; pipelines that lack them are refused before they start."""
         assert self.x0 is not None, "an objective that reads clean latents must say so in `uses`"
@@ -277,6 +281,7 @@ class Context:
     """All that an objective may touch. No optimiser, rank, file or logger.
 
     reference    the policy as the stage found it, frozen; None unless "reference" is in `uses`
+    first        whether this is the first batch since the process started: the moment for checks that sync
     micro_batch  rows a forward may hold; roll out in slices of it, so that training sees the same kernels
     gather       [B] of this rank -> [global B], in global row order
     """
@@ -287,6 +292,7 @@ class Context:
     rng: Rng
     rewards: Sequence[Weighted] = ()
     reference: Backbone | None = None
+    first: bool = False
     micro_batch: int = 1 << 30
     gather: Callable[[Tensor], Tensor] = lambda x: x
 
@@ -302,6 +308,14 @@ class Context:
         """Keyed standard normal draws, shaped like x [B, ...], float32, on x's device."""
         return self.rng.randn(tuple(x.shape)).to(x.device, non_blocking=True)
 
+    def dropout(self, cond: Condition, share: float) -> Condition:
+        """`cond` with a keyed `share` of its rows replaced by the empty prompt's condition."""
+        if not share:
+            return cond
+        device = next(iter(cond.tensors.values())).device
+        keep = self.rng.rand(len(cond)).to(device, non_blocking=True) >= share
+        return cond.where(keep, self.backbone.null(len(cond)))
+
     def sigma(self, x: Tensor) -> Tensor:
         """Noise levels [B] for x [B, ...], from the stage's noise weighting and the backbone's shift."""
         shift = self.backbone.shift(tuple(x.shape[1:]))
@@ -313,6 +327,11 @@ class Part(Protocol):
 
     @property
     def rows(self) -> Sequence[int]: ...
+
+    @property
+    def metrics(self) -> Mapping[str, Tensor]:
+        """Name -> values [n], of the experience as a whole (rewards, for example); logged as means."""
+        ...
 
     def __len__(self) -> int: ...
 

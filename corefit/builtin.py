@@ -1,0 +1,30 @@
+"""What corefit itself offers, through the same hooks as any plugin."""
+
+from __future__ import annotations
+
+from corefit.hookspecs import Offers, hookimpl
+from corefit.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
+from corefit.samplers import Cps, DanceSde, FlowSde, Ode
+from corefit.sources import ImageFolder, Jsonl
+from corefit.types import NoiseWeighting, Sampler, Source
+
+
+@hookimpl
+def corefit_samplers() -> Offers[Sampler]:
+    return {"ode": Ode, "flow_sde": FlowSde, "dance_sde": DanceSde, "cps": Cps}
+
+
+@hookimpl
+def corefit_noise_weightings() -> Offers[NoiseWeighting]:
+    return {
+        "logit_normal": LogitNormal,
+        "mode": Mode,
+        "uniform": Uniform,
+        "cosmap": CosMap,
+        "sigma_sqrt": SigmaSqrt,
+    }
+
+
+@hookimpl
+def corefit_sources() -> Offers[Source]:
+    return {"jsonl": Jsonl, "imagefolder": ImageFolder}
