@@ -48,6 +48,12 @@ class Rng:
         """One integer in [low, high) a row, [rows] int64 on the CPU."""
         return self._draw((len(self.rows),), lambda g, _: g.integers(low, high))
 
+    def __getitem__(self, rows: slice) -> Rng:
+        """The same draws for a slice of the rows."""
+        part = Rng(self.key, self.rows[rows])
+        part.draws = self.draws
+        return part
+
     def of(self, rows: Sequence[int]) -> Rng:
         """The same key for other rows: draws shared by a group use the group's number as every row's."""
         return Rng((*self.key, "of"), rows)

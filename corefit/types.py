@@ -43,6 +43,8 @@ class Condition:
 
     def repeat(self, times: int) -> Condition:
         """`times` copies one after the other, [times * B, ...]: what a batch of several states needs."""
+        if times == 1:
+            return self
         return Condition({name: t.repeat(times, *(1,) * (t.ndim - 1)) for name, t in self.tensors.items()})
 
     def where(self, keep: Tensor, other: Condition) -> Condition:

@@ -1,0 +1,11 @@
+"""Flow-GRPO (arXiv 2505.05470): policy gradients for flow models, by groups of stochastic rollouts."""
+
+from __future__ import annotations
+
+from corefit import Objective, Offers, hookimpl
+from corefit_flow_grpo.objective import FlowGrpo
+
+
+@hookimpl
+def corefit_objectives() -> Offers[Objective]:
+    return {"flow_grpo": FlowGrpo}

@@ -1,0 +1,157 @@
+"""Rollouts in groups, scored: what one batch of Flow-GRPO trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from attrs import evolve, frozen
+
+from corefit import Batch, Condition, Context
+from corefit.errors import TrainingError
+from corefit.rollout import rollout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@frozen(eq=False)
+class Rollouts:
+    """B rollouts and the T consecutive transitions of each that are trained.
+
+    states      [B, T + 1, ...] float32: what the policy saw, never rounded between rollout and training
+    sigmas      [B, T + 1] of those states
+    log_probs   [B, T] of states[:, 1:] under the policy that rolled out
+    advantages  [B]
+    informative [B] bool: rows whose group has variance; the others carry no gradient and are not counted
+    """
+
+    states: Tensor
+    sigmas: Tensor
+    log_probs: Tensor
+    advantages: Tensor
+    informative: Tensor
+    cond: Condition
+    rows: Sequence[int]
+    update: int = 0
+    metrics: Mapping[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice) -> Rollouts:
+        return self.take(list(range(len(self))[rows]))
+
+    def take(self, index: Sequence[int]) -> Rollouts:
+        """The rows of `index`, without the experience's metrics."""
+        return Rollouts(
+            self.states[index],
+            self.sigmas[index],
+            self.log_probs[index],
+            self.advantages[index],
+            self.informative[index],
+            self.cond[index],
+            [self.rows[i] for i in index],
+            self.update,
+        )
+
+
+@frozen(eq=False)
+class Recording:
+    """States, levels and log-probabilities of one micro-batch's rollout, and its clean latents."""
+
+    states: Tensor
+    sigmas: Tensor
+    log_probs: Tensor
+    x0: Tensor
+
+
+def record(
+    batch: Batch,
+    noise: Tensor,
+    ctx: Context,
+    start: Tensor,
+    *,
+    steps: int,
+    length: int,
+    guidance: float,
+    windowed: bool,
+) -> Recording:
+    """Roll a micro-batch out and keep the `length` transitions from index start [B] on.
+
+    windowed: only those transitions are stochastic (Flow-GRPO-Fast); otherwise all are.
+    """
+    import torch
+
+    sigmas = ctx.backbone.sigmas(steps, batch.shape).to(noise.device)
+    inside = _window(start, length, steps) if windowed else None
+    states, log_probs = [noise], []
+    for t in rollout(
+        ctx.backbone,
+        ctx.sampler,
+        noise,
+        batch.cond,
+        sigmas,
+        guidance=guidance,
+        randn_like=ctx.randn_like,
+        stochastic=inside,
+    ):
+        states.append(t.x_next)
+        log_probs.append(ctx.sampler.log_prob(t.x_next, t.step))
+    index = start[:, None] + torch.arange(length + 1, device=start.device)
+    row = torch.arange(len(batch), device=start.device)[:, None]
+    return Recording(
+        torch.stack(states, 1)[row, index],
+        sigmas[index],
+        torch.stack(log_probs, 1)[row, index[:, :-1]],
+        states[-1],
+    )
+
+
+def score(x0: Tensor, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
+    """Each reward's scores of clean latents [B, ...], [B] float64 on the CPU; a bad reward stops the stage."""
+    import torch
+
+    media = ctx.backbone.decode(x0)
+    scores: dict[str, Tensor] = {}
+    for entry in ctx.rewards:
+        values = torch.as_tensor(entry.reward.score(media, batch.prompts, batch.meta)).detach().cpu().double()
+        if values.shape != (len(batch),):
+            raise TrainingError(
+                f"reward {entry.name!r} returned shape {tuple(values.shape)} for {len(batch)} samples; "
+                "score() must return one number a sample, [B]"
+            )
+        if not values.isfinite().all():
+            bad = [batch.prompts[i] for i in (~values.isfinite()).nonzero().flatten().tolist()]
+            raise TrainingError(
+                f"reward {entry.name!r} is not finite for {bad[:3]}; raise an error in score() instead"
+            )
+        scores[entry.name] = values
+    return scores
+
+
+def _window(start: Tensor, length: int, steps: int) -> Tensor:
+    """[steps, B] bool: whether a step lies in its row's window."""
+    import torch
+
+    step = torch.arange(steps, device=start.device)[:, None]
+    return (step >= start) & (step < start + length)
+
+
+def joined(parts: Sequence[Recording]) -> Recording:
+    """Recordings of consecutive micro-batches as one."""
+    import torch
+
+    return Recording(
+        torch.cat([p.states for p in parts]),
+        torch.cat([p.sigmas for p in parts]),
+        torch.cat([p.log_probs for p in parts]),
+        torch.cat([p.x0 for p in parts]),
+    )
+
+
+def for_update(
+    rollouts: Rollouts, update: int, index: Sequence[int], metrics: Mapping[str, Tensor]
+) -> Rollouts:
+    """The rows that optimiser step `update` of this batch trains on."""
+    return evolve(rollouts.take(index), update=update, metrics=metrics if update == 0 else {})

@@ -1,0 +1,251 @@
+"""Flow-GRPO as an objective: experience = grouped rollouts and advantages, a term for each trained step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from attrs import field, frozen, validators
+
+from corefit import Batch, Context, Objective, Step, Term
+from corefit.errors import TrainingError
+from corefit_flow_grpo.advantage import advantages
+from corefit_flow_grpo.experience import Recording, Rollouts, for_update, joined, record, score
+from corefit_flow_grpo.loss import divergence, policy_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+at_least_one = validators.ge(1)
+
+
+@frozen
+class FlowGrpo(Objective[Rollouts]):
+    """Flow-GRPO, paper eq. 4 to 9. Needs a stochastic `sampler`, at least one `reward`, prompts; no media."""
+
+    group: int = field(default=24, validator=validators.ge(2))
+    """Rollouts of one prompt, K; they stay on one rank."""
+    steps: int = field(default=10, validator=validators.ge(2))
+    """Sampling steps of a rollout."""
+    guidance: float = field(default=4.5, validator=validators.gt(0))
+    """Scale of classifier-free guidance; the policy is the guided velocity, in rollout and in training."""
+    detach_unconditional: bool = False
+    """No gradient through the unconditional half, as in the published code of July 2025."""
+    clip: float = field(default=1e-4, validator=validators.gt(0))
+    """Ratio clipping; log-probabilities are means over dimensions, hence the small numbers."""
+    clip_high: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
+    """Upper clip where it differs from `clip`."""
+    advantage_clip: float = field(default=5.0, validator=validators.gt(0))
+    """Advantages are clamped to +- this."""
+    std: Literal["global", "group"] = "global"
+    """Whose standard deviation divides: all rewards of the batch (published code) or the group's (paper)."""
+    zero_variance: Literal["drop", "keep"] = "drop"
+    """Groups whose rewards are all alike: leave them out of the mean (and of the work), or count them as 0."""
+    fraction: float | None = field(
+        default=None, validator=validators.optional([validators.gt(0), validators.lt(1)])
+    )
+    """Share of the steps trained, from the first on; 0.99 (all but the last) unless `window` is given."""
+    window: int | None = field(default=None, validator=validators.optional(at_least_one))
+    """Train this many consecutive steps, and be stochastic only there (Flow-GRPO-Fast)."""
+    window_range: tuple[int, int] | None = None
+    """The window lies in [low, high) steps, drawn for each group; the first half of the steps by default."""
+    epochs: int = field(default=1, validator=at_least_one)
+    """Passes over each batch of rollouts."""
+    updates: int = field(default=1, validator=at_least_one)
+    """Optimiser steps a pass; each takes an equal share of every group."""
+    beta: float = field(default=0.0, validator=validators.ge(0))
+    """Weight of the KL to the policy as the stage found it."""
+    kl: Literal["exact", "published"] = "exact"
+    """The Gaussians' KL, or the published SD3 script's, which is smaller by |dt|."""
+    ratio_tolerance: float = field(default=1e-3, validator=validators.gt(0))
+    """Largest |log ratio| before the first update; more means that training and rollout differ."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.window is None and self.window_range is not None:
+            raise ValueError("'window_range' needs 'window': say how many steps the window has")
+        if self.window is not None and self.fraction is not None:
+            raise ValueError("'fraction' and 'window' both choose the trained steps: remove one")
+        if self.group % self.updates:
+            raise ValueError(f"'updates' must divide 'group': {self.updates} does not divide {self.group}")
+        low, high = self._range
+        if not 0 <= low <= high - self._length or high > self.steps - 1:
+            raise ValueError(
+                f"{self._length} trained steps do not fit into steps {low} to {high - 1}; the last of the "
+                f"{self.steps} 'steps' is never trained"
+            )
+
+    @property
+    def uses(self) -> frozenset[str]:
+        return frozenset({"sampler", "reward"} | ({"reference"} if self.beta else set()))
+
+    @property
+    def num_terms(self) -> int:
+        return self._length
+
+    @property
+    def num_updates(self) -> int:
+        return self.epochs * self.updates
+
+    @property
+    def _length(self) -> int:
+        if self.window is not None:
+            return self.window
+        fraction = 0.99 if self.fraction is None else self.fraction
+        return max(1, min(int(self.steps * fraction), self.steps - 1))
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        if self.window is None:
+            return 0, self._length
+        if self.window_range is not None:
+            return self.window_range
+        return 0, min(max(self.steps // 2, self.window), self.steps - 1)
+
+    def experience(self, batch: Batch, ctx: Context) -> Iterable[Rollouts]:
+        import torch
+
+        with torch.no_grad():
+            rollouts, metrics = self._collect(batch, ctx)
+        for update, index in enumerate(self._shares(rollouts, ctx)):
+            yield for_update(rollouts, update, index, metrics)
+
+    def terms(self, part: Rollouts, ctx: Context) -> Iterator[Term]:
+        for j in range(self._length):
+            yield self._term(part, j, ctx)
+
+    def _collect(self, batch: Batch, ctx: Context) -> tuple[Rollouts, Mapping[str, Tensor]]:
+        """Roll the whole batch out, score it, and compare within groups."""
+        import torch
+
+        recordings: list[Recording] = []
+        scores: list[Mapping[str, Tensor]] = []
+        for first in range(0, len(batch), ctx.micro_batch):
+            rows = slice(first, first + ctx.micro_batch)
+            recordings.append(self._roll(batch[rows], ctx.at(ctx.rng[rows])))
+            scores.append(score(recordings[-1].x0, batch[rows], ctx))
+        values = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+        reward = torch.stack([values[entry.name] * entry.weight for entry in ctx.rewards]).sum(0)
+        whole, advantage = joined(recordings), self._advantages(reward, batch.rows, ctx)
+        live = (advantage.reshape(-1, self.group) != 0).any(1).repeat_interleave(self.group)
+        metrics = {"reward": reward, "informative": live.double()}
+        metrics |= {f"reward/{name}": v for name, v in values.items()} if len(values) > 1 else {}
+        keep = live if self.zero_variance == "drop" else torch.ones_like(live)
+        device = whole.states.device
+        return Rollouts(
+            whole.states,
+            whole.sigmas,
+            whole.log_probs,
+            advantage.float().clamp(-self.advantage_clip, self.advantage_clip).to(device),
+            keep.to(device),
+            batch.cond,
+            batch.rows,
+        ), metrics
+
+    def _roll(self, batch: Batch, ctx: Context) -> Recording:
+        import torch
+
+        noise = ctx.rng.randn((len(batch), *batch.shape)).to(next(iter(batch.cond.tensors.values())).device)
+        low, high = self._range
+        if self.window is None:
+            start = torch.zeros(len(batch), dtype=torch.long)
+        else:
+            groups = [row // self.group for row in batch.rows]
+            start = ctx.rng.of(groups).integers(low, high - self._length + 1)
+        return record(
+            batch,
+            noise,
+            ctx,
+            start.to(noise.device),
+            steps=self.steps,
+            length=self._length,
+            guidance=self.guidance,
+            windowed=self.window is not None,
+        )
+
+    def _advantages(self, reward: Tensor, rows: Sequence[int], ctx: Context) -> Tensor:
+        """[B] of this rank, with statistics over all ranks."""
+        import torch
+
+        first = int((ctx.gather(torch.tensor(rows)) < rows[0]).sum())
+        every = advantages(ctx.gather(reward), self.group, global_std=self.std == "global")
+        return every[first : first + len(rows)]
+
+    def _shares(self, rollouts: Rollouts, ctx: Context) -> Iterator[list[int]]:
+        """Row indices of each optimiser step, equally many on every rank.
+
+        A pass deals each group's rows in a keyed random order to its updates. Rows without information are left
+        out, but for those that fill a rank up to the number of rows of the fullest.
+        """
+        import torch
+
+        count = torch.arange(len(rollouts)) % self.group
+        for _ in range(self.epochs):
+            if self.updates > 1:
+                draws = ctx.rng.rand(len(rollouts)).reshape(-1, self.group)
+                count = draws.argsort(1).argsort(1).reshape(-1)
+            share = count * self.updates // self.group
+            for update in range(self.updates):
+                index: list[int] = (share == update).nonzero().flatten().tolist()
+                yield self._informative(index, rollouts.informative.cpu(), ctx)
+
+    @staticmethod
+    def _informative(index: list[int], informative: Tensor, ctx: Context) -> list[int]:
+        import torch
+
+        live = [i for i in index if informative[i]]
+        most = int(ctx.gather(torch.tensor([len(live)])).max())
+        spare = [i for i in index if not informative[i]]
+        return sorted(live + spare[: max(most, 1) - len(live)])
+
+    def _term(self, part: Rollouts, j: int, ctx: Context) -> Term:
+        """The clipped objective of transition j, eq. 5, over the informative rows."""
+        x, x_next = part.states[:, j], part.states[:, j + 1]
+        sigma, sigma_next = part.sigmas[:, j], part.sigmas[:, j + 1]
+        reference = self._reference(x, sigma, sigma_next, part, ctx)
+        step = ctx.sampler.step(x, self._velocity(x, sigma, part, ctx), sigma, sigma_next)
+        log_ratio = ctx.sampler.log_prob(x_next, step) - part.log_probs[:, j]
+        if ctx.first and part.update == 0:
+            self._on_policy(log_ratio)
+        ratio = log_ratio.exp()
+        high = self.clip if self.clip_high is None else self.clip_high
+        loss = policy_loss(ratio, part.advantages, self.clip, high)
+        metrics = {
+            "clipped": ((ratio < 1 - self.clip) | (ratio > 1 + high)).float(),
+            "approx_kl": log_ratio**2 / 2,
+        }
+        if reference is not None:
+            kl = divergence(step.mean, reference.mean, step.std, sigma_next - sigma, self.kl)
+            loss, metrics["kl"] = loss + self.beta * kl, kl
+        metrics = {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
+        return Term(loss.where(part.informative, 0).sum(), part.informative.sum(), metrics)
+
+    def _velocity(self, x: Tensor, sigma: Tensor, part: Rollouts, ctx: Context) -> Tensor:
+        import torch
+
+        if not self.detach_unconditional:
+            return ctx.backbone.guided(x, sigma, part.cond, self.guidance)
+        v = ctx.backbone.velocity(x, sigma, part.cond)
+        with torch.no_grad():
+            guided = ctx.backbone.guided(x, sigma, part.cond, self.guidance, v_cond=v.detach())
+        return guided + self.guidance * (v - v.detach())
+
+    def _reference(
+        self, x: Tensor, sigma: Tensor, sigma_next: Tensor, part: Rollouts, ctx: Context
+    ) -> Step | None:
+        import torch
+
+        if ctx.reference is None:
+            return None
+        with torch.no_grad():
+            v = ctx.reference.guided(x, sigma, part.cond, self.guidance)
+            return ctx.sampler.step(x, v, sigma, sigma_next)
+
+    def _on_policy(self, log_ratio: Tensor) -> None:
+        """The ratio must be 1 before the first update; otherwise every later clip is of rounding, not of change."""
+        worst = float(log_ratio.detach().abs().max())
+        if not worst <= self.ratio_tolerance:
+            raise TrainingError(
+                f"before the first update the log ratio of policy and rollout is {worst:.3g}, not 0: the model gives "
+                "other velocities in training than in the rollout (dropout, precision, a sampler without density "
+                "at a trained step); fix that, or raise objective.ratio_tolerance if you must"
+            )
