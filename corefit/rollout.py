@@ -58,9 +58,7 @@ def rollout(
         x = x_next
 
 
-def generate(
-    backbone: Backbone, noise: Tensor, cond: Condition, *, steps: int, guidance: float
-) -> Tensor:
+def generate(backbone: Backbone, noise: Tensor, cond: Condition, *, steps: int, guidance: float) -> Tensor:
     """Clean latents [B, ...] from noise [B, ...] by the ODE on the checkpoint's own grid."""
     x = noise
     sigmas = backbone.sigmas(steps, tuple(noise.shape[1:]))

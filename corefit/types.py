@@ -147,11 +147,25 @@ class Backbone(Protocol):
 
     transformer: Any
     """The network under training, an nn.Module; the trainer replaces it with its prepared (DDP) form."""
+    empty: Condition | None
+    """The empty prompt's condition [1, ...], where it is known; set from the cache, so that `null` needs no encoder."""
     lora_targets: Sequence[str]
     """Module names that a LoRA adapts by default."""
 
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Say where text encoders and VAE go, and in which precision prompts are encoded; reads nothing."""
+        ...
+
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read the transformer and put it on `device` in `dtype`."""
+        ...
+
+    def moved(self, folder: Path) -> Backbone:
+        """The same backbone, unloaded, with the weights that `save` wrote to `folder`."""
+        ...
+
+    def weights_key(self) -> str:
+        """Hash of the transformer's files."""
         ...
 
     def load_lora(self, folder: Path) -> None:
@@ -398,10 +412,10 @@ class TrainState:
     step     steps finished
     folder   the stage's own, runs/<name>/01-soar for example; `model/` in it once the stage has finished
     backbone with the weights as they are now
-    sample   prompts -> media [B, 3, H, W] in [0, 1], deterministic, with the evaluation's guidance and steps
+    sample   makes (prompts, media [n, 3, H, W] in [0, 1]): the first [eval] prompts, always from the same noise
     """
 
     step: int
     folder: Path
     backbone: Backbone
-    sample: Callable[[Sequence[str]], Tensor] | None = None
+    sample: Callable[[], tuple[Sequence[str], Tensor]] | None = None

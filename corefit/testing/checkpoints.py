@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def tiny_sd3(
     t5_layers: int = 1,
     shift: float = 3.0,
 ) -> Path:
-    """Write what `StableDiffusion3Pipeline.from_pretrained(folder)` loads, with random weights; returns folder.
+    """Write what `StableDiffusion3Pipeline.from_pretrained(folder)` loads, with random weights.
 
     words            each becomes one token of every text encoder (digits stay single: CLIP splits numbers);
                      other text falls into single characters
@@ -130,7 +131,7 @@ def _byte_characters() -> dict[int, str]:
 def _merged(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding: join the neighbours of lowest rank, everywhere, until none has a rank."""
     while True:
-        known = [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in ranks]
+        known = [pair for pair in pairwise(pieces) if pair in ranks]
         if not known:
             return pieces
         best, joined = min(known, key=ranks.__getitem__), list[str]()

@@ -1,0 +1,5 @@
+"""python -m corefit, which is what accelerate launch -m wants."""
+
+from corefit.cli import main
+
+main()

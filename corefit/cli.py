@@ -1,0 +1,87 @@
+"""The command line. What a user got wrong is a message and exit status 2, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from corefit import __version__
+from corefit.errors import CorefitError
+
+SET = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key, such as stage.soar.steps=100. May be given several times.",
+)
+OUT = click.option("--out", type=click.Path(path_type=Path), help="Where run folders go; runs/ beside PIPELINE.")
+PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="corefit")
+def cli() -> None:
+    """Post-train flow-matching image and video models: SFT, SOAR, Flow-GRPO, or an objective of your own."""
+
+
+@cli.command()
+@PIPELINE
+@SET
+@OUT
+def run(pipeline: Path, settings: tuple[str, ...], out: Path | None) -> None:
+    """Run PIPELINE, or continue it: every stage in order, judged before and after.
+
+    On several GPUs: accelerate launch -m corefit run PIPELINE
+    """
+    from corefit.pipeline import read
+
+    where = read(pipeline, _with_out(settings, out)).run()
+    click.echo(f"all of it is in {where}")
+
+
+@cli.command()
+@PIPELINE
+@SET
+@OUT
+def check(pipeline: Path, settings: tuple[str, ...], out: Path | None) -> None:
+    """Find what is wrong with PIPELINE and its data, without loading weights."""
+    from corefit.pipeline import read
+
+    checked = read(pipeline, _with_out(settings, out))
+    stages = ", ".join(f"{stage.name} ({stage.steps} steps of {stage.rows})" for stage in checked.stage)
+    click.echo(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}")
+
+
+@cli.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+def plugins(files: tuple[Path, ...]) -> None:
+    """List who offers what, with its keys. FILES are local plugin files to include."""
+    from corefit.listing import listing
+    from corefit.plugins import Host
+
+    host = Host()
+    for file in files:
+        host.add_file(file)
+    click.echo(listing(host))
+
+
+def _with_out(settings: tuple[str, ...], out: Path | None) -> list[str]:
+    return [*settings, *([f"out='''{out.absolute()}'''"] if out else [])]
+
+
+def main() -> None:
+    """Entry point: exit status 0 done, 2 something to mend, 130 stopped."""
+    try:
+        sys.exit(cli(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; the same command continues", err=True)
+        sys.exit(130)
+    except CorefitError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,270 @@
+"""TOML table -> attrs class (cattrs). Every config error message is here.
+
+A class's fields are its keys. `use = "name"` picks a plugin's class. Errors carry the TOML path, the near miss
+and the known keys; all problems of a file are told at once.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import attrs
+import cattrs
+from attrs import define, field
+from cattrs.errors import (
+    ClassValidationError,
+    ForbiddenExtraKeysError,
+    IterableValidationError,
+)
+
+from corefit.errors import ConfigError, CorefitError
+from corefit.plugins import KINDS, Host, near
+from corefit.types import (
+    Backbone,
+    ModelPath,
+    NoiseWeighting,
+    Objective,
+    Reward,
+    Sampler,
+    Source,
+    Weighted,
+)
+
+T = TypeVar("T")
+Table = dict[str, Any]
+PLUGIN_TYPES: Mapping[Any, str] = {
+    Backbone: "backbones",
+    Sampler: "samplers",
+    NoiseWeighting: "noise_weightings",
+    Objective: "objectives",
+    Reward: "rewards",
+    Source: "sources",
+}
+
+
+def load(path: Path) -> Table:
+    """The tables of a TOML file; ConfigError with the line where it is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no pipeline file {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name the pipeline file in it") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def override(tables: Table, settings: Sequence[str]) -> None:
+    """Apply `--set stage.soar.steps=100`: dotted keys, stages by name, values in TOML (bare words are text)."""
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {setting}: write KEY=VALUE, such as stage.soar.steps=100")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        parents = key.strip().split(".")
+        _table(tables, parents[:-1], setting)[parents[-1]] = value
+
+
+def _table(tables: Table, keys: Sequence[str], setting: str) -> Table:
+    """The table that `keys` lead to; made where absent, but stages must exist."""
+    here: Any = tables
+    for key in keys:
+        if isinstance(here, list):
+            named = {str(entry.get("name")): entry for entry in here}
+            if key not in named:
+                raise ConfigError(
+                    f"--set {setting}: there is no stage {key!r}{near(key, named)}; there are: {', '.join(named)}"
+                )
+            here = named[key]
+        else:
+            here = here.setdefault(key, {})
+        if not isinstance(here, (dict, list)):
+            raise ConfigError(f"--set {setting}: {key!r} is a value, not a table")
+    if isinstance(here, list):
+        raise ConfigError(f"--set {setting}: name the stage, such as stage.soar.steps=100")
+    return here
+
+
+@define(eq=False)
+class Reader:
+    """Structures tables for one pipeline: knows its plugins, and the folder its paths are relative to."""
+
+    host: Host
+    folder: Path
+    choices: Mapping[Any, Mapping[str, type]] = field(factory=dict[Any, "Mapping[str, type]"])
+    """Types whose table picks a class of corefit's own with `use`, such as full or lora training."""
+    _converter: cattrs.Converter = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._converter = c = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
+        for kind in (bool, int, float, str):
+            c.register_structure_hook(kind, _strict)
+        c.register_structure_hook(Path, lambda value, _: self.folder / _strict(value, str))
+        c.register_structure_hook_func(lambda t: t is ModelPath, lambda value, _: self._model(value))
+        c.register_structure_hook_func(lambda t: get_origin(t) is Literal, _one_of)
+        c.register_structure_hook_func(lambda t: _plain(t) in PLUGIN_TYPES, self._plugin)
+        c.register_structure_hook_func(lambda t: t in self.choices, self._choice)
+        c.register_structure_hook(Weighted, lambda value, _: self._weighted(value))
+
+    def read(self, table: Table, cls: type[T]) -> T:
+        """`table` as a `cls`; ConfigError with every problem found."""
+        try:
+            return self._converter.structure(table, cls)
+        except cattrs.BaseValidationError as error:
+            problems = list(dict.fromkeys(_problems(error, "", table)))
+            raise ConfigError("\n".join(problems)) from error
+
+    def tables(self, value: Any) -> Any:
+        """The inverse: plain tables with every default written out."""
+        if isinstance(value, Weighted):
+            return {**self.tables(value.reward), "weight": value.weight}
+        if attrs.has(type(value)):
+            fields = [f for f in attrs.fields(type(value)) if f.init]
+            rest = {f.name: self.tables(getattr(value, f.name)) for f in fields if getattr(value, f.name) is not None}
+            return {**self._use(value), **rest}
+        if isinstance(value, (list, tuple)):
+            return [self.tables(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    def _use(self, value: Any) -> Table:
+        for kind, offers in self.host.offers.items():
+            if any(offer.cls is type(value) for offer in offers.values()):
+                return {"use": self.host.name_of(kind, value)}
+        for classes in self.choices.values():
+            for name, cls in classes.items():
+                if cls is type(value):
+                    return {"use": name}
+        return {}
+
+    def _plugin(self, value: Any, target: Any) -> Any:
+        kind = PLUGIN_TYPES[_plain(target)]
+        name, rest = _used(value, KINDS[kind], self.host.offers[kind])
+        return self._converter.structure(rest, self.host.get(kind, name))
+
+    def _choice(self, value: Any, target: Any) -> Any:
+        classes = self.choices[target]
+        name, rest = _used(value, "choice", classes)
+        if name not in classes:
+            raise ConfigError(f"use: {name!r} is not one of {', '.join(classes)}{near(name, classes)}")
+        return self._converter.structure(rest, classes[name])
+
+    def _weighted(self, value: Any) -> Weighted:
+        name, rest = _used(value, "reward", self.host.offers["rewards"])
+        weight = _strict(rest.pop("weight", 1.0), float)
+        return Weighted(name, self._plugin({"use": name, **rest}, Reward), weight)
+
+    def _model(self, value: Any) -> ModelPath:
+        local = self.folder / _strict(value, str)
+        return ModelPath(str(local) if local.exists() or value.startswith((".", "/")) else value)
+
+
+def _plain(target: Any) -> Any:
+    return get_origin(target) or target
+
+
+def _used(value: Any, what: str, known: Mapping[str, Any]) -> tuple[str, Table]:
+    """The `use` of a table and its other keys."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'must be a table such as {{ use = "{next(iter(known), "name")}" }}, not {value!r}')
+    rest = dict(value)
+    name = rest.pop("use", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"needs `use`, the name of a {what}: {', '.join(sorted(known))}")
+    return name, rest
+
+
+def _strict(value: Any, target: type[T]) -> T:
+    """A value of exactly the type that is asked for; integers also pass as floats."""
+    if target is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)  # pyright: ignore[reportReturnType]
+    if type(value) is not target:
+        raise ConfigError(f"must be {_TYPE_WORDS[target]}, not {value!r}")
+    return value
+
+
+_TYPE_WORDS: Mapping[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text in quotes",
+}
+
+
+def _one_of(value: Any, target: Any) -> Any:
+    choices = get_args(target)
+    if value not in choices or isinstance(value, bool):
+        hint = near(value, choices) if isinstance(value, str) else ""
+        raise ConfigError(f"must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
+    return value
+
+
+def _problems(error: BaseException, path: str, table: Any) -> Iterator[str]:
+    """One line for each problem in cattrs' tree of errors."""
+    if isinstance(error, IterableValidationError):
+        noted, rest = error.group_exceptions()
+        for inner, note in noted:
+            entry = _entry(table, note.index)
+            yield from _problems(inner, f"{path}.{_label(entry, note.index)}", entry)
+    elif isinstance(error, ClassValidationError):
+        noted, rest = error.group_exceptions()
+        for inner, note in noted:
+            yield from _field_problems(inner, path, note.name, error.cl, table)
+    else:
+        noted, rest = [], [error]
+    for inner in rest:
+        yield from _unplaced(inner, path, table)
+
+
+def _field_problems(error: BaseException, path: str, name: str, cls: type, table: Any) -> Iterator[str]:
+    if isinstance(error, KeyError):
+        yield f"{_dotted(path, name)} is missing; {_dotted(path, '') or 'the file'} needs it"
+    else:
+        yield from _problems(error, _dotted(path, name), _entry(table, name))
+
+
+def _unplaced(error: BaseException, path: str, table: Any) -> Iterator[str]:
+    where = path.lstrip(".") or "the pipeline"
+    if isinstance(error, cattrs.BaseValidationError):
+        yield from _problems(error, path, table)
+    elif isinstance(error, ForbiddenExtraKeysError):
+        known = keys_of(error.cl)
+        for extra in sorted(error.extra_fields):
+            listing = ", ".join(known) or "none"
+            yield f"{_dotted(path, extra)} is not a key{near(extra, known)}; known here: {listing}"
+    elif isinstance(error, TypeError) and not isinstance(table, Mapping):
+        yield f"{where} must be a table, not {table!r}"
+    else:
+        text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+        yield f"{where}: {text}" if not isinstance(error, CorefitError) or path else text
+
+
+def keys_of(cls: type) -> list[str]:
+    """The keys that a table for `cls` may set."""
+    return [f.name for f in attrs.fields(cls) if f.init]
+
+
+def _dotted(path: str, name: str) -> str:
+    return f"{path}.{name}".strip(".")
+
+
+def _entry(table: Any, key: Any) -> Any:
+    if isinstance(table, Mapping):
+        return table.get(key)
+    if isinstance(table, Sequence) and isinstance(key, int) and key < len(table):
+        return table[key]
+    return None
+
+
+def _label(entry: Any, index: Any) -> str:
+    """A stage's name where it has one, its number in the list otherwise."""
+    if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
+        return str(entry["name"])
+    return str(index)

@@ -1,0 +1,104 @@
+"""What a person sees of a run: progress bars on a terminal, a line now and then elsewhere (rich)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Protocol
+
+from attrs import define, field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PAUSE = 10.0
+"""Seconds between lines where there is no terminal."""
+
+
+class Advance(Protocol):
+    """progress(done, total, metrics)."""
+
+    def __call__(self, done: int, total: int, metrics: Mapping[str, float] = ...) -> None: ...
+
+
+@define(eq=False)
+class Display:
+    """Bars with speed and time left. Other ranks than the first have a silent one."""
+
+    console: Console
+    _progress: Progress
+    _live: bool
+
+    @staticmethod
+    def on(shown: bool = True) -> Display:
+        console = Console(quiet=not shown, highlight=False)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        live = console.is_terminal and shown
+        return Display(console, Progress(*columns, console=console, disable=not live), live)
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def task(self, title: str) -> Iterator[Advance]:
+        """A bar, or lines, for as long as the block runs."""
+        task = self._progress.add_task(title, total=None, note="")
+        lines = _Lines(title, self.say if not self._live else lambda text: None)
+
+        def advance(done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
+            note = _note(metrics or {})
+            self._progress.update(task, completed=done, total=total, **({"note": note} if note else {}))
+            lines.at(done, total, note)
+
+        try:
+            yield advance
+        finally:
+            self._progress.stop_task(task)
+
+
+@define
+class _Lines:
+    """A line every few seconds, and the last."""
+
+    title: str
+    say: Callable[[str], None]
+    began: float = field(factory=time.monotonic)
+    last: float = field(factory=time.monotonic)
+    first: int = -1
+    note: str = ""
+
+    def at(self, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        self.note = note or self.note
+        if self.first < 0:
+            self.first = done - 1
+        if done < total and now - self.last < PAUSE:
+            return
+        self.last = now
+        speed = (done - self.first) / max(now - self.began, 1e-9)
+        left = f", {(total - done) / speed:.0f} s left" if done < total else f", {now - self.began:.0f} s"
+        self.say(f"{self.title}: {done}/{total}{left}{'  ' if self.note else ''}{self.note}")
+
+
+def _note(metrics: Mapping[str, float]) -> str:
+    """The numbers worth a glance."""
+    shown = [name for name in ("loss", "reward", "samples_per_second") if name in metrics]
+    words = {"samples_per_second": "samples/s"}
+    return "  ".join(f"{words.get(name, name)} {metrics[name]:.4g}" for name in shown)

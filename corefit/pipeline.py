@@ -1,0 +1,167 @@
+"""A pipeline: `read` makes one from TOML, checked; `run` (run.py) takes it through its stages.
+
+The same classes serve in Python: Pipeline(name=..., backbone=Sd3(path=...), data=Data(...), stage=[Stage(...)]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import define, field, validators
+
+from corefit import cache
+from corefit.config import Reader, Table, load, override
+from corefit.data import Data, check_batch
+from corefit.errors import ConfigError, CorefitError
+from corefit.evaluate import Eval
+from corefit.plugins import Host
+from corefit.stage import Full, Lora, Optimizer, Stage
+from corefit.types import Backbone
+
+__all__ = ["Data", "Eval", "Full", "Lora", "Optimizer", "Pipeline", "Stage", "read"]
+
+Training = Full | Lora
+CHOICES = {Training: {"full": Full, "lora": Lora}}
+TRAIN = "train"
+
+
+@define(kw_only=True, eq=False)
+class Pipeline:
+    """One run: a backbone, data, stages in order, and how they are judged."""
+
+    name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_.-]*"))
+    """The run's folder is runs/<name>."""
+    backbone: Backbone
+    data: Data
+    stage: tuple[Stage, ...] = field(converter=tuple)
+    train: Training = field(factory=Full)
+    """In TOML a key of [backbone]: which weights train, in every stage."""
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 on a GPU that has it."""
+    eval: Eval | None = None
+    plugins: tuple[str, ...] = ()
+    """Local plugin files."""
+    out: Path | None = None
+    """Where run folders go; `runs` beside the pipeline file by default."""
+
+    host: Host = field(init=False, factory=Host)
+    folder: Path = field(init=False, factory=Path.cwd)
+    """Of the pipeline file; the cache of encoded data is kept in .corefit/ in it."""
+
+    @property
+    def run_folder(self) -> Path:
+        return (self.out or self.folder / "runs") / self.name
+
+    @property
+    def needs_media(self) -> bool:
+        """Whether a stage trains on media, or all of them on prompts alone."""
+        return any("media" in stage.objective.uses for stage in self.stage)
+
+    def run(self) -> Path:
+        """Run, or continue, every stage; the run's folder."""
+        from corefit.run import run
+
+        return run(self)
+
+    def check(self) -> None:
+        """ConfigError with all that can be found wrong without loading weights."""
+        problems = list(self._problems())
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    def tables(self) -> Table:
+        """Everything resolved, as `pipeline.toml` says it."""
+        tables = Reader(self.host, self.folder, CHOICES).tables(self)
+        tables["backbone"][TRAIN] = tables.pop(TRAIN)
+        return tables
+
+    def _problems(self) -> Iterator[str]:
+        names = [stage.name for stage in self.stage]
+        if not names:
+            yield "stage: there is none; add [[stage]] with name, steps and objective"
+        for name in sorted({n for n in names if names.count(n) > 1 or n == "base"}):
+            yield f"stage.{name}: " + ("'base' is what the table calls the start" if name == "base" else "named twice")
+        for stage in self.stage:
+            yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
+        yield from _told("backbone", lambda: self.backbone.latent_shape(self.data.size))
+        yield from self._data_problems()
+        if self.eval:
+            yield from self._eval_problems(self.eval)
+
+    def _data_problems(self) -> Iterator[str]:
+        counted: list[int] = []
+        yield from _told("data", lambda: counted.append(cache.check(self.data, media=self.needs_media)))
+        for stage in self.stage if counted else ():
+            rows, group = stage.rows, stage.objective.group
+            if rows % group == 0:
+                yield from _told(
+                    f"stage.{stage.name}",
+                    lambda rows=rows, group=group: check_batch(counted[0], rows, group, 1, self.data.order),
+                )
+
+    def _eval_problems(self, eval: Eval) -> Iterator[str]:
+        yield from _told("eval.prompts", lambda: cache.check(eval.data(self.data.size), media=False))
+        names = [entry.name for entry in eval.reward]
+        if not names:
+            yield "eval.reward: name at least one reward, or remove [eval]"
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"eval.reward: {name!r} is listed twice"
+
+
+def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = None) -> Pipeline:
+    """The checked pipeline of a TOML file; `settings` override keys, as `--set` does.
+
+    Raises ConfigError, DataError, ModelError or PluginError: what is wrong, where, and what to do.
+    """
+    path = Path(path)
+    tables = load(path)
+    override(tables, settings)
+    folder, host = path.resolve().parent, host or Host()
+    for file in _plugin_files(tables):
+        host.add_file(folder / file)
+    pipeline = _structured(tables, Reader(host, folder, CHOICES))
+    pipeline.host, pipeline.folder = host, folder
+    pipeline.check()
+    return pipeline
+
+
+def _plugin_files(tables: Table) -> Sequence[str]:
+    files = tables.get("plugins", [])
+    if not isinstance(files, list) or not all(isinstance(f, str) for f in files):
+        raise ConfigError(f'plugins: must be a list of files, such as ["my_objective.py"], not {files!r}')
+    return files
+
+
+def _structured(tables: Table, reader: Reader) -> Pipeline:
+    """`train`, a key of [backbone], belongs to the pipeline: no backbone needs to know of it."""
+    if TRAIN in tables:
+        raise ConfigError("train: is a key of [backbone]; move it there")
+    backbone = tables.get("backbone")
+    rest: dict[str, Any] = dict(tables)
+    if isinstance(backbone, dict) and TRAIN in backbone:
+        rest["backbone"] = {key: value for key, value in backbone.items() if key != TRAIN}
+        rest[TRAIN] = backbone[TRAIN]
+    try:
+        return reader.read(rest, Pipeline)
+    except ConfigError as error:
+        raise ConfigError("\n".join(map(_placed, str(error).splitlines()))) from error
+
+
+def _placed(problem: str) -> str:
+    """A problem as the file has it: `train` inside [backbone]."""
+    if problem.startswith((f"{TRAIN}.", f"{TRAIN}:", f"{TRAIN} ")):
+        return f"backbone.{problem}"
+    if problem.startswith("backbone.") and "known here: " in problem:
+        return f"{problem}, {TRAIN}"
+    return problem
+
+
+def _told(where: str, attempt: Any) -> Iterator[str]:
+    """The message of what `attempt` finds wrong, with its place."""
+    try:
+        attempt()
+    except CorefitError as error:
+        yield f"{where}: {error}"

@@ -1,0 +1,247 @@
+"""Find, check and look up plugins. Every plugin error message is here.
+
+Installed plugins are found through the entry-point group `corefit`, first-party ones too. The host walks the
+entry points itself: pluggy's own loader stops at the first broken one and skips clashes in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pluggy
+from attrs import frozen
+
+from corefit import hookspecs
+from corefit.errors import PluginError
+
+GROUP = "corefit"
+DISABLE = "COREFIT_DISABLE"
+KINDS: Mapping[str, str] = {
+    "backbones": "backbone",
+    "samplers": "sampler",
+    "noise_weightings": "noise weighting",
+    "objectives": "objective",
+    "rewards": "reward",
+    "sources": "source",
+}
+"""Kinds of offers (hook `corefit_<kind>`), and what one of them is called."""
+HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("corefit_"))
+
+
+@frozen(eq=False)
+class Offer:
+    """One class that a plugin offers under a name."""
+
+    kind: str
+    name: str
+    cls: type
+    owner: str
+    """Distribution and version, or the local file."""
+
+
+@frozen(eq=False)
+class Found:
+    """A plugin before it is registered: its name, who brought it, and the module or object itself."""
+
+    name: str
+    owner: str
+    plugin: object
+    remedy: str
+
+
+class Host:
+    """The plugins of one run. `Host()` finds the installed ones; `Host(plugins=[...])` takes objects instead.
+
+    Raises PluginError, naming the distribution, for a broken import, a misspelt hook, a name offered twice, or an
+    offer that is no attrs class.
+    """
+
+    def __init__(self, plugins: Iterable[object] | None = None) -> None:
+        self._manager = pluggy.PluginManager(GROUP)
+        self._manager.add_hookspecs(hookspecs)
+        self.hook: Any = self._manager.hook
+        """Calls a hook in every plugin: host.hook.corefit_stage_started(stage=..., state=...)."""
+        self.offers: dict[str, dict[str, Offer]] = {kind: {} for kind in KINDS}
+        self.files: list[Path] = []
+        """Local plugin files, in order."""
+        for found in _installed() if plugins is None else [_given(p) for p in plugins]:
+            self._register(found)
+
+    def add_file(self, path: Path) -> None:
+        """Register a local Python file as a plugin."""
+        if path.resolve() in self.files:
+            return
+        self.files.append(path.resolve())
+        self._register(_local(path))
+
+    def get(self, kind: str, name: str) -> type[Any]:
+        """The class offered as `name`; kind is a key of KINDS. PluginError names what exists and the near miss."""
+        offers = self.offers[kind]
+        if name in offers:
+            return offers[name].cls
+        known = ", ".join(sorted(offers)) or "none"
+        raise PluginError(
+            f"no {KINDS[kind]} is called {name!r}{near(name, offers)}; there are: {known}. "
+            "Install the plugin that offers it, or name its file in `plugins = [...]`"
+        )
+
+    def name_of(self, kind: str, value: object) -> str:
+        """The name under which the class of `value` is offered."""
+        for name, offer in self.offers[kind].items():
+            if offer.cls is type(value):
+                return name
+        return type(value).__name__
+
+    def owner_of(self, kind: str, value: object) -> str:
+        """Who offers the class of `value`: distribution and version, or file."""
+        offer = self.offers[kind].get(self.name_of(kind, value))
+        return offer.owner if offer else type(value).__module__
+
+    def _register(self, found: Found) -> None:
+        _refuse_misspelt(found)
+        self._manager.register(found.plugin, name=found.name)
+        try:
+            self._manager.check_pending()
+            for kind in KINDS:
+                self._take(found, kind)
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"plugin {found.name!r} of {found.owner}: {error}; {found.remedy}") from error
+
+    def _take(self, found: Found, kind: str) -> None:
+        """Index what one plugin offers of one kind."""
+        offer_hook = getattr(found.plugin, f"corefit_{kind}", None)
+        if offer_hook is None or not getattr(offer_hook, "corefit_impl", None):
+            return
+        where = f"plugin {found.name!r} of {found.owner}, corefit_{kind}()"
+        offers = _called(offer_hook, where, found)
+        for name, cls in offers.items():
+            if not (isinstance(cls, type) and attrs.has(cls)):
+                raise PluginError(
+                    f"{where} offers {name!r}, which is {cls!r} and no attrs class; decorate the class with "
+                    f"@attrs.frozen, its fields are its configuration. Until then, {found.remedy}"
+                )
+            other = self.offers[kind].get(name)
+            if other is not None:
+                raise PluginError(
+                    f"{KINDS[kind]} {name!r} is offered twice, by {other.owner} and by {found.owner}; "
+                    f"rename one, or {found.remedy}"
+                )
+            self.offers[kind][name] = Offer(kind, name, cls, found.owner)
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """' (did you mean ...?)' for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _installed() -> Iterable[Found]:
+    disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
+    points = sorted(entry_points(group=GROUP), key=lambda p: (p.name != "builtin", p.name, p.value))
+    unknown = disabled - {p.name for p in points}
+    if unknown:
+        name = min(unknown)
+        raise PluginError(
+            f"{DISABLE} names {name!r}, and no installed plugin is called so{near(name, [p.name for p in points])}; "
+            f"there are: {', '.join(p.name for p in points)}"
+        )
+    seen: dict[str, str] = {}
+    for point in points:
+        if point.name in disabled:
+            continue
+        owner = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+        if point.name in seen:
+            raise PluginError(
+                f"two plugins are called {point.name!r}, of {seen[point.name]} and of {owner}; uninstall one of them"
+            )
+        seen[point.name] = owner
+        yield _loaded(point, owner)
+
+
+def _loaded(point: EntryPoint, owner: str) -> Found:
+    remedy = f"set {DISABLE}={point.name} to run without it"
+    try:
+        return Found(point.name, owner, point.load(), remedy)
+    except Exception as error:
+        raise PluginError(
+            f"plugin {point.name!r} of {owner} cannot be imported ({type(error).__name__}: {error}); "
+            f"reinstall or update {owner.split()[0]}, or {remedy}"
+        ) from error
+
+
+def _local(path: Path) -> Found:
+    """Import a file under a name of its own, so that its classes resolve their annotations."""
+    if not path.is_file():
+        raise PluginError(f"plugins: there is no file {path}; paths are relative to the pipeline file")
+    name = f"corefit_local_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"plugins: {path} is no Python file; name a .py file, or install the plugin")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        line = _line_in(path, error)
+        raise PluginError(f"plugin file {path}{line} cannot be run ({type(error).__name__}: {error})") from error
+    return Found(name, str(path), module, "remove it from `plugins`")
+
+
+def _line_in(path: Path, error: BaseException) -> str:
+    """':12' where the error passed through the file, or nothing."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f":{error.lineno}"
+    lines = [tb for tb in _frames(error) if tb[0] == str(path)]
+    return f":{lines[-1][1]}" if lines else ""
+
+
+def _frames(error: BaseException) -> list[tuple[str, int]]:
+    frames: list[tuple[str, int]] = []
+    tb = error.__traceback__
+    while tb is not None:
+        frames.append((tb.tb_frame.f_code.co_filename, tb.tb_lineno))
+        tb = tb.tb_next
+    return frames
+
+
+def _given(plugin: object) -> Found:
+    name = getattr(plugin, "__name__", None) or type(plugin).__name__
+    return Found(f"{name} at {id(plugin):#x}", f"the object {name!r}", plugin, "leave it out of Host(plugins=[...])")
+
+
+def _refuse_misspelt(found: Found) -> None:
+    """Every function marked as a hook, and every one that is named like a hook, must be one."""
+    for attribute in dir(found.plugin):
+        value = getattr(found.plugin, attribute, None)
+        marked = callable(value) and getattr(value, "corefit_impl", None) is not None
+        if attribute in HOOKS:
+            if callable(value) and not marked and not isinstance(value, pluggy.HookCaller):
+                raise PluginError(
+                    f"plugin {found.name!r} of {found.owner}: {attribute}() is not marked; decorate it with "
+                    f"@corefit.hookimpl. Until then, {found.remedy}"
+                )
+        elif marked:
+            raise PluginError(
+                f"plugin {found.name!r} of {found.owner} implements {attribute!r}, which is no hook"
+                f"{near(attribute, HOOKS)}; the hooks are: {', '.join(HOOKS)}. Until then, {found.remedy}"
+            )
+
+
+def _called(offer_hook: Any, where: str, found: Found) -> Mapping[str, type]:
+    try:
+        offers = offer_hook()
+    except Exception as error:
+        raise PluginError(f"{where} failed ({type(error).__name__}: {error}); {found.remedy}") from error
+    if not isinstance(offers, Mapping):
+        raise PluginError(f"{where} returned {offers!r}, not a mapping of names to classes; {found.remedy}")
+    return offers

@@ -1,0 +1,122 @@
+"""What a pipeline says of one stage: the tables of TOML as classes, and what contradicts what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from attrs import field, frozen, validators
+
+from corefit.noise import LogitNormal
+from corefit.samplers import Ode
+from corefit.types import NoiseWeighting, Objective, Sampler, Weighted
+
+positive = validators.gt(0)
+some_positive = validators.optional(positive)
+share = [validators.ge(0), validators.lt(1)]
+
+
+@frozen(kw_only=True)
+class Optimizer:
+    """AdamW, and how its learning rate moves."""
+
+    lr: float = field(default=2e-5, validator=positive)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = field(default=1e-8, validator=positive)
+    weight_decay: float = field(default=1e-2, validator=validators.ge(0))
+    warmup: int = field(default=0, validator=validators.ge(0))
+    """Steps over which the rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does after the warm-up: stay, or fall to 0 at the last step."""
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of `step`, counted from 0, of `steps`."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, steps - self.warmup)
+        fall = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return self.lr * fall[self.schedule]
+
+
+@frozen
+class Full:
+    """Train every weight of the transformer."""
+
+
+@frozen(kw_only=True)
+class Lora:
+    """Train a low-rank adapter (peft) on the transformer's projections."""
+
+    rank: int = field(default=16, validator=positive)
+    alpha: float | None = field(default=None, validator=some_positive)
+    """Scale of the adapter times rank; the rank itself by default."""
+    targets: tuple[str, ...] | None = None
+    """Names of the modules to adapt; the backbone's own choice by default."""
+
+
+@frozen(kw_only=True)
+class Stage:
+    """One `[[stage]]`: what is learned, from what, for how long."""
+
+    name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_-]*"))
+    steps: int = field(validator=positive)
+    """Batches; an objective may take several optimiser steps on each."""
+    objective: Objective[Any]
+    batch: int | None = field(default=None, validator=some_positive)
+    """Samples a step over all ranks, or rollouts where the objective rolls out; 32, or 48 groups, by default."""
+    micro_batch: int | None = field(default=None, validator=some_positive)
+    """Samples a forward and rank; the whole share of a rank by default. Changes memory, not results."""
+    noise: NoiseWeighting | None = None
+    """logit_normal where the objective reads one and none is given."""
+    sampler: Sampler | None = None
+    reward: tuple[Weighted, ...] = ()
+    optimizer: Optimizer = field(factory=Optimizer)
+    max_grad_norm: float = field(default=1.0, validator=positive)
+    ema: float | None = field(default=None, validator=validators.optional(share))
+    """Decay of an average of the weights, which is what the stage then leaves."""
+    log_every: int = field(default=10, validator=positive)
+    checkpoint_every: int = field(default=500, validator=positive)
+    keep: int = field(default=2, validator=positive)
+    """Checkpoints kept."""
+    sample_every: int | None = field(default=None, validator=some_positive)
+    """Steps between sample grids of the [eval] prompts; one at the end in any case."""
+
+    @property
+    def rows(self) -> int:
+        """Samples, or rollouts, a step over all ranks."""
+        group = self.objective.group
+        return self.batch or (32 if group == 1 else 48 * group)
+
+    def noise_or_default(self) -> NoiseWeighting:
+        return self.noise or LogitNormal()
+
+    def sampler_or_default(self) -> Sampler:
+        return self.sampler or Ode()
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work, or would be read by nobody, each with its key."""
+        uses = self.objective.uses
+        for key, given in (("noise", self.noise), ("sampler", self.sampler), ("reward", self.reward)):
+            if given and key not in uses:
+                yield f"{key}: this objective does not read it; remove the key"
+        if "sampler" in uses and self.sampler is None:
+            yield 'sampler is missing; the objective takes stochastic steps, such as sampler = { use = "cps" }'
+        elif "sampler" in uses and self.sampler is not None and not self.sampler.stochastic:
+            yield "sampler: it is deterministic, and the objective needs one that adds noise: flow_sde, dance_sde or cps"
+        if "reward" in uses and not self.reward:
+            yield 'reward is missing; the objective learns from it, such as reward = [{ use = "ocr" }]'
+        yield from self._batch_problems()
+        if self.optimizer.warmup > self.steps:
+            yield f"optimizer.warmup: {self.optimizer.warmup} steps are more than the stage's {self.steps}"
+        names = [w.name for w in self.reward]
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"reward: {name!r} is listed twice; give it one entry with the sum of the weights"
+
+    def _batch_problems(self) -> Iterator[str]:
+        group = self.objective.group
+        if self.rows % group:
+            nearest = max(1, round(self.rows / group)) * group
+            yield f"batch: {self.rows} rollouts are not whole groups of {group}; use a multiple, such as {nearest}"
+        if self.micro_batch is not None and self.micro_batch > self.rows:
+            yield f"micro_batch: {self.micro_batch} is more than the batch of {self.rows}"
