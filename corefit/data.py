@@ -247,7 +247,7 @@ def batches(
     rank: int,
     world: int,
     device: torch.device | str,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's batches from step `start` on, endlessly; rows of step s are numbered from s * batch.
 
     A rank gets a contiguous slice of whole groups. The next batch is read in a thread, which ends when the
@@ -266,7 +266,7 @@ def batches(
     return _ahead(load, start, device)
 
 
-def _ahead(load: Callable[[int], Batch], start: int, device: torch.device | str) -> Iterator[Batch]:
+def _ahead(load: Callable[[int], Batch], start: int, device: torch.device | str) -> Generator[Batch, None, None]:
     with ThreadPoolExecutor(1, thread_name_prefix="corefit-data") as pool:
         coming = pool.submit(load, start)
         for step in count(start + 1):

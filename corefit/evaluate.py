@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen, validators
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-positive = validators.gt(0)
+positive: Any = validators.gt(0)
 
 
 @frozen(kw_only=True)
@@ -93,7 +93,9 @@ def score(
     return Outcome(values, categories)
 
 
-def _checked(entry: Weighted, made: Tensor, prompts: Sequence[str], meta: Sequence[Mapping[str, object]]) -> list[float]:
+def _checked(
+    entry: Weighted, made: Tensor, prompts: Sequence[str], meta: Sequence[Mapping[str, object]]
+) -> list[float]:
     import torch
 
     scores = torch.as_tensor(entry.reward.score(made, prompts, meta)).double().cpu()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -39,7 +39,7 @@ def corefit_noise_weightings() -> Offers[NoiseWeighting]:  # pyright: ignore[rep
 
 
 @hookspec
-def corefit_objectives() -> Offers[Objective]:  # pyright: ignore[reportReturnType]
+def corefit_objectives() -> Offers[Objective[Any]]:  # pyright: ignore[reportReturnType]
     """Offer objectives: what is learned."""
 
 

@@ -95,7 +95,7 @@ class Pipeline:
         counted: list[int] = []
         yield from _told("data", lambda: counted.append(cache.check(self.data, media=self.needs_media)))
         for stage in self.stage if counted else ():
-            rows, group = stage.rows, stage.objective.group
+            rows, group = stage.rows, stage.objective.rows_per_prompt
             if rows % group == 0:
                 yield from _told(
                     f"stage.{stage.name}",

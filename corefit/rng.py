@@ -58,9 +58,7 @@ class Rng:
         """The same key for other rows: draws shared by a group use the group's number as every row's."""
         return Rng((*self.key, "of"), rows)
 
-    def _draw(
-        self, shape: Sequence[int], draw: Callable[[np.random.Generator, tuple[int, ...]], object]
-    ) -> Tensor:
+    def _draw(self, shape: Sequence[int], draw: Callable[[np.random.Generator, tuple[int, ...]], object]) -> Tensor:
         import torch
 
         if shape[0] != len(self.rows):

@@ -141,7 +141,9 @@ class Run:
             aside.mkdir(exist_ok=True)
             number = len(list(aside.iterdir())) + 1
             folder.rename(aside / f"{folder.name}-{number}")
-            self.display.say(f"{folder.name}: the pipeline changed; the former one is in superseded/{folder.name}-{number}")
+            self.display.say(
+                f"{folder.name}: the pipeline changed; the former one is in superseded/{folder.name}-{number}"
+            )
         _write(folder / DONE, {"identity": mine, "finished": False})
 
     def _train(self, stage: Stage, folder: Path, before: Weights) -> train.Cost:

@@ -12,9 +12,9 @@ from corefit.noise import LogitNormal
 from corefit.samplers import Ode
 from corefit.types import NoiseWeighting, Objective, Sampler, Weighted
 
-positive = validators.gt(0)
-some_positive = validators.optional(positive)
-share = [validators.ge(0), validators.lt(1)]
+positive: Any = validators.gt(0)
+some_positive: Any = validators.optional(positive)
+share: Any = [validators.ge(0), validators.lt(1)]
 
 
 @frozen(kw_only=True)
@@ -85,7 +85,7 @@ class Stage:
     @property
     def rows(self) -> int:
         """Samples, or rollouts, a step over all ranks."""
-        group = self.objective.group
+        group = self.objective.rows_per_prompt
         return self.batch or (32 if group == 1 else 48 * group)
 
     def noise_or_default(self) -> NoiseWeighting:
@@ -103,7 +103,7 @@ class Stage:
         if "sampler" in uses and self.sampler is None:
             yield 'sampler is missing; the objective takes stochastic steps, such as sampler = { use = "cps" }'
         elif "sampler" in uses and self.sampler is not None and not self.sampler.stochastic:
-            yield "sampler: it is deterministic, and the objective needs one that adds noise: flow_sde, dance_sde or cps"
+            yield "sampler: it is deterministic, and the objective needs one that adds noise, such as flow_sde or cps"
         if "reward" in uses and not self.reward:
             yield 'reward is missing; the objective learns from it, such as reward = [{ use = "ocr" }]'
         yield from self._batch_problems()
@@ -114,7 +114,7 @@ class Stage:
             yield f"reward: {name!r} is listed twice; give it one entry with the sum of the weights"
 
     def _batch_problems(self) -> Iterator[str]:
-        group = self.objective.group
+        group = self.objective.rows_per_prompt
         if self.rows % group:
             nearest = max(1, round(self.rows / group)) * group
             yield f"batch: {self.rows} rollouts are not whole groups of {group}; use a multiple, such as {nearest}"

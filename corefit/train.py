@@ -7,7 +7,7 @@ backpropagated and freed as it is yielded -> one division by the global count ->
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,8 +78,8 @@ def accelerator(precision: str) -> Accelerator:
 
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=handlers)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[ddp])
 
 
 def train(job: Job, accelerator: Accelerator) -> Cost:
@@ -173,13 +173,13 @@ class Loop:
             fault=Fault.none(device),
         )
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """This rank's share of each step's batch, from the next step on."""
         return data.batches(
             self.job.dataset,
             start=self.step,
             batch=self.job.stage.rows,
-            group=self.objective.group,
+            group=self.objective.rows_per_prompt,
             seed=self.job.seed,
             stage=self.job.stage.name,
             order=self.job.order,
@@ -230,7 +230,9 @@ class Loop:
         for index in range(number):
             with nullcontext() if last and index == number - 1 else self.accelerator.no_sync(self.transformer):
                 term = next(terms, None)
-                assert term is not None, f"{type(self.objective).__name__} yielded {index} terms, not num_terms = {number}"
+                assert term is not None, (
+                    f"{type(self.objective).__name__} yielded {index} terms, not num_terms = {number}"
+                )
                 self.accelerator.backward(term.total)
             self._note(term, index)
             count = count + term.count
@@ -392,7 +394,7 @@ class Fault:
         what = "the gradient" if term < 0 else f"the loss of term {term}"
         raise TrainingError(
             f"stage {stage}, step {step}: {what} is not finite; the weights are those of the step before. Lower "
-            "optimizer.lr, look at the data of that step, or run with precision = \"fp32\""
+            'optimizer.lr, look at the data of that step, or run with precision = "fp32"'
         )
 
 
@@ -405,4 +407,3 @@ def _gatherer(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
         return accelerator.gather(x.to(accelerator.device)).to(x.device)  # pyright: ignore[reportAttributeAccessIssue]
 
     return gather
-

@@ -202,9 +202,7 @@ class Backbone(Protocol):
         """v(x, sigma, cond) [B, ...] in float32; sigma [B] in float32."""
         ...
 
-    def guided(
-        self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None
-    ) -> Tensor:
+    def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
         """Classifier-free guidance v_u + scale (v_c - v_u); scale 1 is `velocity`.
 
         A known v_cond = velocity(x, sigma, cond) saves one of the two calls.
@@ -360,11 +358,11 @@ P = TypeVar("P", bound=Part)
 class Objective(Protocol, Generic[P]):
     """What is learned. An attrs class; its fields are the keys of an `objective` table.
 
-    uses         of {"media", "noise", "sampler", "reward", "reference"}: what it reads; a pipeline that
-                 gives it less, or something that it does not read, is refused
-    num_terms    terms that `terms` yields, known from the configuration and equal on every rank
-    num_updates  parts that `experience` yields: optimiser steps a batch
-    group        consecutive rows that share a prompt and must stay on one rank
+    uses             of {"media", "noise", "sampler", "reward", "reference"}: what it reads; a pipeline that
+                     gives it less, or something that it does not read, is refused
+    num_terms        terms that `terms` yields, known from the configuration and equal on every rank
+    num_updates      parts that `experience` yields: optimiser steps a batch
+    rows_per_prompt  consecutive rows that share a prompt and stay on one rank: 1, or a group's size
     """
 
     @property
@@ -378,14 +376,14 @@ class Objective(Protocol, Generic[P]):
         return 1
 
     @property
-    def group(self) -> int:
+    def rows_per_prompt(self) -> int:
         return 1
 
-    def experience(self, batch: Batch, ctx: Context) -> Iterable[P]:
+    def experience(self, batch: Batch, ctx: Context, /) -> Iterable[P]:
         """Turn a batch into `num_updates` parts; no gradient."""
         ...
 
-    def terms(self, part: P, ctx: Context) -> Iterator[Term]:
+    def terms(self, part: P, ctx: Context, /) -> Iterator[Term]:
         """Yield `num_terms` terms; each is backpropagated and freed before the next is computed."""
         ...
 
@@ -401,7 +399,7 @@ class Supervised(Objective[Batch]):
     def num_terms(self) -> int:
         return 1
 
-    def experience(self, batch: Batch, ctx: Context) -> Iterable[Batch]:
+    def experience(self, batch: Batch, ctx: Context, /) -> Iterable[Batch]:
         yield batch
 
 

@@ -143,9 +143,7 @@ def _merged(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
         pieces = joined
 
 
-def _clip_tokenizer(
-    folder: Path, pieces: tuple[dict[str, int], list[tuple[str, str]]], length: int, pad: str
-) -> Any:
+def _clip_tokenizer(folder: Path, pieces: tuple[dict[str, int], list[tuple[str, str]]], length: int, pad: str) -> Any:
     from transformers import CLIPTokenizer
 
     vocabulary, merges = pieces
@@ -255,9 +253,7 @@ def _transformer(
     ).eval()
 
 
-def _vae(
-    channels: int, widths: Sequence[int], layers: int, latent_size: int, scaling: float, shift: float
-) -> Any:
+def _vae(channels: int, widths: Sequence[int], layers: int, latent_size: int, scaling: float, shift: float) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from corefit import Objective, Offers, hookimpl
 from corefit_flow_grpo.objective import FlowGrpo
 
 
 @hookimpl
-def corefit_objectives() -> Offers[Objective]:
+def corefit_objectives() -> Offers[Objective[Any]]:
     return {"flow_grpo": FlowGrpo}

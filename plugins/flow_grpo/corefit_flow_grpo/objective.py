@@ -79,6 +79,10 @@ class FlowGrpo(Objective[Rollouts]):
         return frozenset({"sampler", "reward"} | ({"reference"} if self.beta else set()))
 
     @property
+    def rows_per_prompt(self) -> int:
+        return self.group
+
+    @property
     def num_terms(self) -> int:
         return self._length
 

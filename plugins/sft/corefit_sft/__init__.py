@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from attrs import field, frozen, validators
 
@@ -26,5 +27,5 @@ class Sft(Supervised):
 
 
 @hookimpl
-def corefit_objectives() -> Offers[Objective]:
+def corefit_objectives() -> Offers[Objective[Any]]:
     return {"sft": Sft}

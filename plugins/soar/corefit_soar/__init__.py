@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from corefit import Objective, Offers, hookimpl
 from corefit_soar.objective import Soar
 
 
 @hookimpl
-def corefit_objectives() -> Offers[Objective]:
+def corefit_objectives() -> Offers[Objective[Any]]:
     return {"soar": Soar}

@@ -1,0 +1,445 @@
+"""Encoded once, keyed by everything that determines it, never half-written, never silently short."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from corefit import cache, mds
+from corefit.cache import check, exists, key, prepare
+from corefit.data import Data, Dataset, Manifest
+from corefit.errors import DataError
+from corefit.sources import Jsonl
+from corefit.types import Condition, Example
+
+LENGTH = 5
+
+
+@attrs.define
+class Toy:
+    """Mean-pooling "VAE" and hashing "text encoder" that count what they are asked for."""
+
+    name: str = "toy"
+    length: int = LENGTH
+    prompts: list[str] = attrs.field(factory=list)
+    pictures: int = 0
+    batches: int = 0
+    releases: int = 0
+    on_encode: Callable[[int], None] = lambda n: None
+
+    def encoding_key(self) -> Mapping[str, str]:
+        return {"vae": self.name, "length": str(self.length)}
+
+    def encode_text(self, prompts: Sequence[str]) -> Condition:
+        self.prompts += prompts
+        return self._embed(prompts)
+
+    def null(self, n: int) -> Condition:
+        return self._embed([""] * n)
+
+    def _embed(self, prompts: Sequence[str]) -> Condition:
+        seeds = [int(hashlib.sha256(p.encode()).hexdigest()[:8], 16) for p in prompts]
+        rows = [torch.randn(self.length, 3, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        mask = torch.tensor([[i < len(p) for i in range(self.length)] for p in prompts])
+        return Condition({"text": torch.stack(rows).bfloat16(), "mask": mask, "size": torch.tensor(seeds) % 7})
+
+    def encode(self, media: Tensor) -> Tensor:
+        self.on_encode(self.batches)
+        self.batches += 1
+        self.pictures += len(media)
+        assert media.dtype == torch.float32
+        return torch.nn.functional.avg_pool2d(media, 4) * 2 - 1
+
+    def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
+        return (3, size[0] // 4, size[1] // 4)
+
+    def release(self) -> None:
+        self.releases += 1
+
+
+@attrs.frozen
+class Memory:
+    """A source in memory."""
+
+    items: tuple[Example, ...]
+
+    def examples(self) -> Any:
+        return iter(self.items)
+
+
+def image(seed: int, height: int = 16, width: int = 24) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def write(folder: Path, prompts: Sequence[str]) -> Data:
+    rows: list[dict[str, Any]] = []
+    for n, prompt in enumerate(prompts):
+        Image.fromarray(image(n)).save(folder / f"{n}.png")
+        rows.append({"media": f"{n}.png", "prompt": prompt, "n": n})
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return Data(Jsonl(folder / "train.jsonl"), size=(16, 24), encode_batch=2)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
+    return write(tmp_path, ["a red 3", "a blue 7", "a red 3", "two 5s", "a green 1", "a red 3", "nothing"])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def made(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir() if p.name != cache.HASHES) if root.exists() else []
+
+
+# encoding
+
+
+def test_everything_is_encoded_once_and_read_back(data: Data, root: Path) -> None:
+    toy, seen = Toy(), list[tuple[int, int]]()
+    assert not exists(data, toy, root, media=True)
+    folder = prepare(data, toy, root, media=True, progress=lambda done, total: seen.append((done, total)))
+    assert sorted(toy.prompts) == sorted({"a red 3", "a blue 7", "two 5s", "a green 1", "nothing"})
+    assert (toy.pictures, toy.batches, toy.releases) == (7, 4, 1)
+    assert seen[-1] == (7, 7)
+
+    dataset = Dataset.open(folder)
+    batch = dataset.batch(range(7), range(7))
+    assert (len(dataset), dataset.shape, dataset.has_media) == (7, (3, 4, 6), True)
+    pixels = torch.stack([torch.from_numpy(image(n)).permute(2, 0, 1) for n in range(7)]).float() / 255
+    assert batch.x0 is not None
+    assert batch.x0.equal(Toy().encode(pixels))
+    for found, expected in ((batch.cond, Toy().encode_text(batch.prompts)), (dataset.null, Toy().null(1))):
+        for name, tensor in expected.tensors.items():
+            assert found.tensors[name].dtype == tensor.dtype
+            assert found.tensors[name].equal(tensor)
+    assert batch.prompts[1] == "a blue 7"
+    assert batch.meta[4] == {"n": 4}
+
+
+def test_a_second_start_reads_no_picture_and_encodes_nothing(data: Data, root: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cache, "SETTLED", -1)
+    folder = prepare(data, Toy(), root, media=True)
+    monkeypatch.setattr(cache, "sha256", lambda file: pytest.fail(f"{file} was read again"))
+    toy = Toy(on_encode=lambda n: pytest.fail("encoded again"))
+    assert prepare(data, toy, root, media=True) == folder
+    assert exists(data, toy, root, media=True)
+    assert (toy.prompts, toy.releases) == ([], 0)
+
+
+def test_new_files_are_not_trusted_by_their_time_stamps(data: Data, root: Path) -> None:
+    prepare(data, Toy(), root, media=True)
+    assert not (root / cache.HASHES).exists()
+
+
+def test_prompts_alone_need_no_media(data: Data, root: Path, tmp_path: Path) -> None:
+    for file in tmp_path.glob("*.png"):
+        file.unlink()
+    toy = Toy(on_encode=lambda n: pytest.fail("encoded"))
+    dataset = Dataset.open(prepare(data, toy, root, media=False))
+    assert (len(dataset), dataset.shape, dataset.has_media) == (7, (3, 4, 6), False)
+    assert dataset.batch([0, 0], [0, 1]).x0 is None
+
+
+def test_sources_in_memory(root: Path) -> None:
+    items = tuple(Example(f"p{n}", image(n), {"n": n}) for n in range(5))
+    data = Data(Memory(items), size=(16, 24))
+    folder = prepare(data, Toy(), root, media=True)
+    other = Data(Memory((*items[:4], Example("p4", image(99), {"n": 4}))), size=(16, 24))
+    assert prepare(other, Toy(), root, media=True) != folder
+    assert Manifest.read(folder).enlarged == 0
+    assert Manifest.read(prepare(attrs.evolve(data, size=(32, 48)), Toy(), root, media=True)).enlarged == 5
+
+
+def test_the_same_input_gives_the_same_bytes(data: Data, root: Path, tmp_path: Path) -> None:
+    one, two = (prepare(data, Toy(), r, media=True) for r in (root, tmp_path / "other"))
+    for file in one.iterdir():
+        assert file.read_bytes() == (two / file.name).read_bytes()
+
+
+# the key
+
+
+def retouch(data: Data) -> Data:
+    Image.fromarray(image(100)).save(data.source.path.parent / "0.png")  # type: ignore[attr-defined]
+    return data
+
+
+def recaption(data: Data) -> Data:
+    path = data.source.path  # type: ignore[attr-defined]
+    path.write_text(path.read_text().replace("two 5s", "two 6s"))
+    return data
+
+
+def reannotate(data: Data) -> Data:
+    path = data.source.path  # type: ignore[attr-defined]
+    path.write_text(path.read_text().replace('"n": 3', '"n": 4'))
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "toy", "media"),
+    [
+        (retouch, Toy(), True),
+        (recaption, Toy(), True),
+        (reannotate, Toy(), True),
+        (lambda data: attrs.evolve(data, size=(16, 16)), Toy(), True),
+        (lambda data: data, Toy(name="other VAE"), True),
+        (lambda data: data, Toy(length=6), True),
+        (lambda data: data, Toy(), False),
+    ],
+    ids=["media", "caption", "meta", "size", "vae", "length", "prompts alone"],
+)
+def test_a_change_makes_another_cache(data: Data, root: Path, change: Any, toy: Toy, media: bool) -> None:
+    folder = prepare(data, Toy(), root, media=True)
+    changed = change(data)
+    assert not exists(changed, toy, root, media=media)
+    assert prepare(changed, toy, root, media=media) != folder
+    assert len(made(root)) == 2
+
+
+def test_what_determines_nothing_changes_nothing(data: Data, root: Path, tmp_path: Path) -> None:
+    before = key(data, Toy(), root, media=True)
+    (tmp_path / "moved").mkdir()
+    for file in [*tmp_path.glob("*.png"), tmp_path / "train.jsonl"]:
+        shutil.copy(file, tmp_path / "moved")
+    source = Jsonl(tmp_path / "moved/train.jsonl")
+    moved = attrs.evolve(data, source=source, skip=3, encode_batch=5, order="independent")
+    assert key(moved, Toy(), root, media=True) == before
+    assert not root.exists()
+
+
+# missing and unreadable media
+
+
+def spoil(folder: Path) -> None:
+    (folder / "1.png").unlink()
+    (folder / "3.png").write_bytes(b"not a picture")
+    whole = (folder / "4.png").read_bytes()
+    (folder / "4.png").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize("skip", [1, 2])
+def test_all_bad_media_are_listed(data: Data, root: Path, tmp_path: Path, skip: int) -> None:
+    spoil(tmp_path)
+    toy = Toy()
+    with pytest.raises(DataError, match="3 of 7 media are missing or unreadable") as error:
+        prepare(attrs.evolve(data, skip=skip), toy, root, media=True)
+    assert all(str(tmp_path / f"{n}.png") in str(error.value) for n in (1, 3, 4))
+    assert "set skip = 3 under [data]" in str(error.value)
+    assert not root.exists()
+    assert toy.releases == 1
+
+
+def test_within_the_budget_they_are_skipped_and_counted(data: Data, root: Path, tmp_path: Path) -> None:
+    spoil(tmp_path)
+    folder = prepare(attrs.evolve(data, skip=3), Toy(), root, media=True)
+    manifest = Manifest.read(folder)
+    assert (manifest.count, manifest.skipped) == (4, 3)
+    assert len(json.loads((folder / cache.SKIPPED).read_text())) == 3
+    assert [m["n"] for m in Dataset.open(folder).batch(range(4), range(4)).meta] == [0, 2, 5, 6]
+    with pytest.raises(DataError, match="3 of 7 media"):
+        prepare(attrs.evolve(data, skip=2), Toy(), root, media=True)
+
+
+def test_missing_media_show_before_anything_is_read(data: Data, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 7 media .*and 0 may be skipped(.|\n)*1\.png: no such file"):
+        check(data, media=True)
+    assert check(data, media=False) == 7
+    assert check(attrs.evolve(data, skip=1), media=True) == 7
+
+
+def test_long_lists_are_cut(root: Path) -> None:
+    data = Data(Memory(tuple(Example("p", Path(f"/nowhere/{n}.png")) for n in range(30))))
+    with pytest.raises(DataError, match=r"/19\.png(.|\n)*and 10 more"):
+        check(data, media=True)
+    with pytest.raises(DataError, match="none of the 30 media can be read"):
+        check(attrs.evolve(data, skip=30), media=True)
+
+
+def test_examples_without_media_are_named(root: Path) -> None:
+    data = Data(Memory((Example("p", image(0)), Example("bare"))))
+    with pytest.raises(DataError, match=r"1 of 2 examples have no media(.|\n)*example 2: 'bare'"):
+        prepare(data, Toy(), root, media=True)
+    with pytest.raises(DataError, match="Memory has no examples"):
+        check(Data(Memory(())), media=False)
+
+
+def test_meta_that_is_not_json_is_named(root: Path) -> None:
+    data = Data(Memory((Example("fine"), Example("odd", meta={"x": {1, 2}}))))
+    with pytest.raises(DataError, match=r"meta of example 2 \('odd'\) is not JSON"):
+        check(data, media=False)
+
+
+def test_values_that_are_not_finite_are_named(data: Data, root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def encode(self: Toy, media: Tensor) -> Tensor:
+        x0 = torch.zeros(len(media), 3, 4, 6)
+        x0[-1, 0, 0, 0] = torch.nan
+        return x0
+
+    monkeypatch.setattr(Toy, "encode", encode)
+    with pytest.raises(DataError, match="encode gave NaN") as error:
+        prepare(data, Toy(), root, media=True)
+    assert str(tmp_path / "1.png") in str(error.value)
+    assert not root.exists()
+
+
+@attrs.define
+class Shrinking:
+    """Seven examples at first, three later."""
+
+    source: Any
+    times: int = 0
+
+    def examples(self) -> Any:
+        self.times += 1
+        return iter(list(self.source.examples())[: 7 if self.times == 1 else 3])
+
+
+def test_a_source_that_changes_meanwhile_is_refused(data: Data, root: Path) -> None:
+    with pytest.raises(DataError, match="7 examples, then 3"):
+        prepare(attrs.evolve(data, source=Shrinking(data.source)), Toy(), root, media=True)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("wrong", [{"size": (0, 4)}, {"size": (4,)}, {"skip": -1}, {"encode_batch": 0}])
+def test_values_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Data(Memory(()), **wrong)
+
+
+# killed, raced and damaged
+
+
+def run(work: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_killed_process_leaves_nothing_in_the_way(data: Data, root: Path, at: int) -> None:
+    def die(n: int) -> None:
+        if n == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = run(lambda: prepare(data, Toy(on_encode=die), root, media=True))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert ".tmp-" in made(root)[0]
+    assert not exists(data, Toy(), root, media=True)
+    folder = prepare(data, Toy(), root, media=True)
+    assert made(root) == [folder.name]
+    assert len(Dataset.open(folder)) == 7
+
+
+def test_killed_between_the_last_byte_and_the_rename(data: Data, root: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cache, "_publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    process = run(lambda: prepare(data, Toy(), root, media=True))
+    process.join()
+    monkeypatch.undo()
+    assert not exists(data, Toy(), root, media=True)
+    assert made(root) != [prepare(data, Toy(), root, media=True).name]
+    assert len(made(root)) == 1
+
+
+def test_temporary_folders_of_the_living_and_of_others_are_left_alone(data: Data, root: Path) -> None:
+    here = cache.socket.gethostname()
+    key16 = "0123456789abcdef"
+    kept = [f"{key16}.tmp-{here}-{os.getppid()}-aa", f"{key16}.tmp-elsewhere-1-aa", "mine", f"{key16}.tmp-x"]
+    gone = [f"{key16}.tmp-{here}-{2**22 + 1}-aa", f"{key16}.tmp-{here}-{os.getpid()}-aa", f"{key16}.tmp-old-1-aa"]
+    for name in (*kept, *gone):
+        (root / name).mkdir(parents=True)
+        (root / name / "shard.00000.mds").write_bytes(b"half")
+    os.utime(root / gone[2], (0, 0))
+    folder = prepare(data, Toy(), root, media=True)
+    assert made(root) == sorted([*kept, folder.name])
+
+
+def test_two_processes_at_once_both_end_well(data: Data, root: Path) -> None:
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+    both = [run(lambda: prepare(data, Toy(on_encode=lambda n: n or barrier.wait(20)), root, media=True)) for _ in "12"]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert made(root) == [prepare(data, Toy(on_encode=lambda n: pytest.fail("again")), root, media=True).name]
+
+
+def test_a_folder_without_done_is_rebuilt(data: Data, root: Path) -> None:
+    folder = prepare(data, Toy(), root, media=True)
+    (folder / "done.json").unlink()
+    with pytest.raises(DataError, match=r"done\.json is damaged"):
+        Dataset.open(folder)
+    assert prepare(data, Toy(), root, media=True) == folder
+    assert len(Dataset.open(folder)) == 7
+
+
+def flip(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("harm", [flip, Path.unlink, lambda f: os.truncate(f, 100)], ids=["flip", "missing", "short"])
+@pytest.mark.parametrize("name", ["shard.00000.mds", "index.json", "null.safetensors", "done.json"])
+def test_damage_is_named(data: Data, root: Path, name: str, harm: Any) -> None:
+    folder = prepare(data, Toy(), root, media=True)
+    harm(folder / name)
+    with pytest.raises(DataError, match="is damaged") as error:
+        Dataset.open(folder).batch([0], [0])
+    assert str(folder / name) in str(error.value)
+    assert f"Delete {folder}" in str(error.value)
+
+
+def test_shards_are_hashed_once_each_when_first_read(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(mds, "SHARD", 2000)
+    with mds.writing(tmp_path / "s", {"n": "json", "raw": "bytes"}) as writer:
+        for n in range(20):
+            writer.append({"n": n, "raw": bytes(500)})
+    shards = mds.Shards(tmp_path / "s")
+    assert len(shards.shards) > 5
+    assert [shards[i]["n"] for i in range(20)] == list(range(20))
+    shards = mds.Shards(tmp_path / "s")
+    flip(tmp_path / "s/shard.00003.mds")
+    assert shards[0]["n"] == 0
+    with pytest.raises(DataError, match=r"shard\.00003\.mds is damaged"):
+        [shards[i] for i in range(20)]
+
+
+def test_nothing_pickled_is_written_or_read(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="pickled"), mds.writing(tmp_path / "s", {"n": "pkl"}):
+        pass
+    with mds.writing(tmp_path / "t", {"n": "json"}) as writer:
+        writer.append({"n": 1})
+    index = tmp_path / "t/index.json"
+    index.write_text(index.read_text().replace('"json"', '"pkl"'))
+    with pytest.raises(DataError, match="unsafe type"):
+        mds.Shards(tmp_path / "t")
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: Any) -> None:
+    from streaming.base.format.mds.writer import MDSWriter
+
+    def full(self: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MDSWriter, "finish", full)
+    with pytest.raises(DataError, match="cannot be written: No space left"), mds.writing(tmp_path / "s", {"n": "json"}):
+        pass
