@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
@@ -57,14 +57,16 @@ class Display:
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def task(self, title: str) -> Iterator[Advance]:
+    def task(self, title: str) -> Generator[Advance]:
         """A bar, or lines, for as long as the block runs."""
         task = self._progress.add_task(title, total=None, note="")
         lines = _Lines(title, self.say if not self._live else lambda text: None)
 
         def advance(done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
             note = _note(metrics or {})
-            self._progress.update(task, completed=done, total=total, **({"note": note} if note else {}))
+            self._progress.update(task, completed=done, total=total)
+            if note:
+                self._progress.update(task, note=note)
             lines.at(done, total, note)
 
         try:

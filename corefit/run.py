@@ -7,7 +7,7 @@ import fcntl
 import json
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +179,7 @@ class Run:
         return cost
 
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _signals(self) -> Generator[None]:
         """The first SIGINT or SIGTERM asks for a checkpoint after the step; a second one ends the process now."""
 
         def note(number: int, frame: object) -> None:
@@ -295,7 +295,7 @@ class _Observed:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+def _locked(folder: Path, accelerator: Accelerator) -> Generator[None]:
     """Two runs must not share a folder; the lock goes with the process, however it ends."""
     if not accelerator.is_main_process:
         yield

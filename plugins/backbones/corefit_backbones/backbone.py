@@ -1,0 +1,162 @@
+"""What the backbones of diffusers' families share: their files, their lazily read parts, guidance, saving."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from attrs import define, evolve, field
+
+from corefit import Condition
+from corefit.types import ModelPath
+from corefit_backbones import network
+from corefit_backbones.folder import Checkpoint, fingerprint, link
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@define(eq=False, slots=False)
+class Diffusers(ABC):
+    """One family: a leaf names diffusers' classes and says how its transformer, text and latents are called.
+
+    path                    a folder that the family's pipeline loads, or its name on the hub
+    revision                branch, tag or commit on the hub
+    variant                 of the weight files: "fp16" reads model.fp16.safetensors
+    gradient_checkpointing  recompute activations in backward: less memory, about a third more time
+    """
+
+    pipeline_class: ClassVar[str]
+    transformer_class: ClassVar[str]
+    vae_class: ClassVar[str]
+
+    path: ModelPath
+    revision: str | None = None
+    variant: str | None = None
+    gradient_checkpointing: bool = False
+
+    transformer: Any = field(init=False, default=None)
+    empty: Condition | None = field(init=False, default=None)
+    """The empty prompt's condition, one row: kept once made, or set from a cache."""
+    _device: Any = field(init=False, default=None)
+    _dtype: Any = field(init=False, default=None)
+    _text: Any = field(init=False, default=None)
+    _vae: Any = field(init=False, default=None)
+
+    @abstractmethod
+    def check(self) -> None:
+        """Read every JSON file that `load` and `sigmas` need; ModelError if they do not fit this family."""
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str]) -> Condition: ...
+
+    @abstractmethod
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor: ...
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.pipeline_class, self.path, self.revision, self.variant)
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Where text encoders and VAE will go, and the precision of the former; `load` says so as well."""
+        self._device, self._dtype = device, dtype
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Read the transformer, cast to `dtype`; ModelError for a folder or file that cannot be used."""
+        self.check()
+        self.place(device, dtype)
+        self.transformer = network.read(_class(self.transformer_class), self.checkpoint, "transformer", dtype)
+        self.transformer.to(device)
+        if self.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+
+    def moved(self, folder: Path) -> Self:
+        """The same backbone, unloaded, on the whole pipeline that `save` wrote to `folder`."""
+        return evolve(self, path=ModelPath(str(folder)), revision=None, variant=None)
+
+    def weights_key(self) -> str:
+        """sha256 of the transformer's files."""
+        return fingerprint(self.checkpoint.folder / "transformer")
+
+    def load_lora(self, folder: Path) -> None:
+        """Add what `save` wrote for a LoRA to the loaded transformer: trainable, float32, the rest frozen."""
+        network.load_lora(_class(self.pipeline_class), network.unwrapped(self.transformer), folder)
+
+    def release(self) -> None:
+        """Drop the text encoders and the VAE; `null` needs neither once `empty` is known."""
+        import torch
+
+        self._text = self._vae = None
+        torch.cuda.empty_cache()
+
+    def encoding_key(self) -> Mapping[str, str]:
+        """Hashes of the files behind `encode` ("vae") and `encode_text` ("text..."); after `place` or `load`."""
+        assert self._dtype is not None, "place or load first: the dtype is part of the key"
+        folder, kinds = self.checkpoint.folder, ("vae", "text_encoder", "tokenizer")
+        parts = [name for name in self.checkpoint.parts if name.startswith(kinds)]
+        key = {name.replace("tokenizer", "text_tokenizer"): fingerprint(folder / name) for name in parts}
+        return {**key, "text_dtype": str(self._dtype)}
+
+    def null(self, n: int) -> Condition:
+        """The empty prompt's condition, n rows that share memory."""
+        empty = self.empty = (self.encode_text([""]) if self.empty is None else self.empty).to(self._device)
+        return Condition({name: t.expand(n, *t.shape[1:]) for name, t in empty.tensors.items()})
+
+    def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
+        """v_u + scale (v_c - v_u) [B, ...]: one call of 2B rows, or of B where v_c is known or scale is 1."""
+        import torch
+
+        if scale == 1:
+            return self.velocity(x, sigma, cond) if v_cond is None else v_cond
+        null = self.null(len(x))
+        if v_cond is None:
+            both = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), Condition.cat([cond, null]))
+            v_cond, v_null = both.chunk(2)
+        else:
+            v_null = self.velocity(x, sigma, null)
+        return v_null + scale * (v_cond - v_null)
+
+    def save(self, folder: Path) -> None:
+        """Write the LoRA alone where there is one, otherwise a whole pipeline under plain file names.
+
+        `moved(folder)` reads the pipeline back, `load_lora(folder)` the LoRA. Untouched parts are hard links.
+        """
+        transformer, source = network.unwrapped(self.transformer), self.checkpoint
+        if network.has_lora(transformer):
+            network.save_lora(_class(self.pipeline_class), transformer, folder)
+            return
+        transformer.save_pretrained(folder / "transformer")
+        others = [name for name in source.parts if name != "transformer"]
+        # not the config that diffusers has just written, which names this machine's path
+        for name in ("model_index.json", "transformer/config.json", *others):
+            link(source.folder / name, folder / name, self.variant)
+
+    def text(self) -> Any:
+        """The family's diffusers pipeline with tokenizers and frozen text encoders, read on first use."""
+        assert self._device is not None, "place or load first"
+        if self._text is None:
+            self._text = network.read_text(_class(self.pipeline_class), self.checkpoint, self._dtype)
+            for name, part in self._text.components.items():
+                if name.startswith("text_encoder") and part is not None:
+                    part.to(self._device).requires_grad_(False)
+        return self._text
+
+    def vae(self) -> Any:
+        """The VAE in float32, frozen, read on first use."""
+        import torch
+
+        assert self._device is not None, "place or load first"
+        if self._vae is None:
+            vae = network.read(_class(self.vae_class), self.checkpoint, "vae", torch.float32)
+            self._vae = vae.to(self._device).requires_grad_(False)
+        return self._vae
+
+
+def _class(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)

@@ -1,0 +1,184 @@
+"""A diffusers folder, here or on the hub: checked and read without torch, hashed, linked elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from corefit.errors import ConfigError, ModelError
+
+FAMILIES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "WanPipeline": "wan"}
+"""`_class_name` of a model_index.json -> the `use` that reads it."""
+READ = frozenset({".json", ".txt", ".model", ".safetensors"})
+"""What models and tokenizers are read from; pickles never are."""
+
+
+@frozen
+class Checkpoint:
+    """One model as `[backbone]` names it.
+
+    family    the pipeline class that its model_index.json must name
+    path      a diffusers folder, or "organisation/model" on the hub
+    revision  branch, tag or commit on the hub
+    variant   of the weight files: "fp16" reads model.fp16.safetensors
+    """
+
+    family: str
+    path: str
+    revision: str | None = None
+    variant: str | None = None
+
+    @cached_property
+    def index(self) -> Mapping[str, bool]:
+        """Component -> whether there is one (False: left out, like SD3's T5); ModelError if its folder is missing."""
+        folder = _described(self.path, self.revision)
+        index = _json(folder / "model_index.json", "a diffusers folder has one beside its component folders")
+        _check_family(self.path, str(index.get("_class_name")), self.family)
+        found = {name: value[0] is not None for name, value in index.items() if isinstance(value, list)}
+        missing = [name for name, there in found.items() if there and not (folder / name).is_dir()]
+        if missing:
+            raise ModelError(f"{folder}: model_index.json names {', '.join(missing)}: no such folder in it")
+        return found
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Names of the component folders."""
+        return [name for name, there in self.index.items() if there]
+
+    def config(self, part: str, file: str = "config.json") -> Mapping[str, Any]:
+        """The settings of one component."""
+        if part not in self.parts:
+            raise ModelError(f"{self.path}: its model_index.json has no {part}; it has {', '.join(self.parts)}")
+        return _json(_described(self.path, self.revision) / part / file, f"{part} cannot be read without it")
+
+    @property
+    def folder(self) -> Path:
+        """Where all files are; those of a hub name are fetched now, weights included."""
+        here = _local(self.path, self.revision)
+        return here if here is not None else _fetched(self.path, self.revision, self.variant)
+
+
+def check_size(size: Sequence[int], unit: int, largest: int) -> tuple[int, int]:
+    """(height, width) in pixels, both positive multiples of `unit` up to `largest`; ConfigError otherwise."""
+    if len(size) != 2:
+        raise ConfigError(f"size = {list(size)}: this model makes images, whose size is [height, width]")
+    for name, n in zip(("height", "width"), size, strict=True):
+        if n % unit or not unit <= n <= largest:
+            near = {min(max(m, unit), largest) for m in (n // unit * unit, -(-n // unit) * unit)}
+            raise ConfigError(
+                f"size = {list(size)}: {name} {n} must be a multiple of {unit} from {unit} to {largest} "
+                f"for this model; nearest: {' or '.join(map(str, sorted(near)))}"
+            )
+    return size[0], size[1]
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over the names and bytes of all files of `folder` that a component can be read from."""
+    total = hashlib.sha256()
+    for file in sorted(f for f in folder.rglob("*") if f.suffix in READ and f.is_file()):
+        stat = file.stat()
+        digest = _digest(str(file), stat.st_size, stat.st_mtime_ns)
+        total.update(f"{file.relative_to(folder).as_posix()} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def link(source: Path, target: Path, variant: str | None = None) -> None:
+    """Put a file, or all files under a folder, at `target`: hard links, or copies where those cannot be.
+
+    Weight files of `variant` take the plain name in place of the plain ones, so `target` loads without it.
+    """
+    files = [f for f in source.rglob("*") if f.is_file()] if source.is_dir() else [source]
+    for file in sorted(files, key=lambda f: (_plain(f.name, variant) != f.name, f)):
+        relative = file.relative_to(source)
+        _put(
+            file,
+            target / relative.with_name(_plain(file.name, variant)) if relative.name else target,
+            variant,
+        )
+
+
+def _put(file: Path, target: Path, variant: str | None) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    if file.name.endswith(".json") and target.name != file.name:  # an index, which names the weight files
+        target.write_text(_plain(file.read_text(encoding="utf-8"), variant), encoding="utf-8")
+        return
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        shutil.copy2(file, target)
+
+
+def _plain(text: str, variant: str | None) -> str:
+    return text.replace(f".{variant}", "") if variant else text
+
+
+def _check_family(path: str, found: str, expected: str) -> None:
+    if found == expected:
+        return
+    use = FAMILIES.get(found)
+    known = ", ".join(f'{name} (use = "{use}")' for name, use in FAMILIES.items())
+    hint = f'set use = "{use}"' if use else f"known families: {known}"
+    raise ModelError(f'{path} is a {found}; use = "{FAMILIES[expected]}" reads a {expected}: {hint}')
+
+
+def _json(file: Path, why: str) -> Mapping[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file.parent}: no {file.name}; {why}") from None
+    except ValueError as e:
+        raise ModelError(f"{file}: not JSON: {e}") from e
+
+
+def _local(path: str, revision: str | None) -> Path | None:
+    """The folder, or None for a name on the hub."""
+    if Path(path).is_dir():
+        if revision is not None:
+            raise ModelError(f'revision = "{revision}" is for a name on the hub, and {path} is a folder')
+        return Path(path)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        raise ModelError(f"{path}: no such folder, and no name on the hub, which is organisation/model")
+    return None
+
+
+def _described(path: str, revision: str | None) -> Path:
+    """A folder with at least the JSON files."""
+    here = _local(path, revision)
+    return here if here is not None else _fetched_json(path, revision)
+
+
+@cache
+def _fetched_json(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{name}: no such folder here, and the hub did not give a model: {e}") from e
+
+
+@cache
+def _fetched(name: str, revision: str | None, variant: str | None) -> Path:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{name}: the hub did not give its weights: {e}") from e
+
+
+@cache
+def _digest(file: str, size: int, modified: int) -> str:
+    """sha256 of a file, read once while its size [bytes] and time [ns] stay."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

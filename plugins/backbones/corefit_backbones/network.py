@@ -1,0 +1,162 @@
+"""A transformer and its LoRA: read, unwrapped, saved, with every fault of a file told as a ModelError."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from corefit.errors import ModelError
+from corefit_backbones.folder import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def read(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> Any:
+    """The model of class `kind` in the folder `part`, in `dtype` whatever its files hold, on the CPU.
+
+    ModelError, naming the file, if weights are missing, damaged or incomplete: nothing is left random.
+    """
+    folder = checkpoint.folder / part
+    with reading(folder):
+        model, info = kind.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            variant=checkpoint.variant,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if info["missing_keys"]:
+        raise ModelError(f"{folder}: the weights lack {', '.join(sorted(info['missing_keys'])[:5])}")
+    return model
+
+
+def read_text(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """A pipeline of class `kind` that can encode prompts, without transformer and VAE; ModelError as in `read`."""
+    folder, absent = checkpoint.folder, {name: None for name, there in checkpoint.index.items() if not there}
+    for part in checkpoint.parts:
+        if part.startswith("text_encoder") and not list((folder / part).glob("*.safetensors")):
+            raise ModelError(f"{folder / part}: no .safetensors file")
+    with reading(folder):
+        pipeline = kind.from_pretrained(
+            folder,
+            **absent,
+            transformer=None,
+            vae=None,
+            torch_dtype=dtype,
+            variant=checkpoint.variant,
+            use_safetensors=True,
+        )
+    # where SD3 has no T5, encode_prompt asks the transformer how wide its zeros should be
+    pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**checkpoint.config("transformer")))
+    return pipeline
+
+
+@contextmanager
+def reading(folder: Path) -> Generator[None]:
+    """Turn what the libraries raise on bad files of `folder` into a ModelError that names the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as e:
+        raise ModelError(_damaged(folder) or f"{folder}: {e}") from e
+
+
+def _damaged(folder: Path) -> str | None:
+    """The first weights file under `folder` that is unreadable, and why."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as e:
+            return f"{file}: damaged or incomplete ({e}); fetch it again"
+    return None
+
+
+def unwrapped(transformer: Any) -> Any:
+    """The model inside DDP's and torch.compile's wrappers."""
+    while (inner := getattr(transformer, "module", getattr(transformer, "_orig_mod", None))) is not None:
+        transformer = inner
+    return transformer
+
+
+def has_lora(transformer: Any) -> bool:
+    """Whether the (unwrapped) transformer carries adapters."""
+    return bool(getattr(transformer, "peft_config", None))
+
+
+def save_lora(pipeline: Any, transformer: Any, folder: Path) -> None:
+    """Write the adapter "default" for `pipeline.load_lora_weights(folder)`, rank and alpha included."""
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    settings = {f"transformer.{k}": v for k, v in _settings(transformer.peft_config["default"]).items()}
+    # one entry alone, because safetensors writes several in random order: equal adapters are equal files
+    metadata = {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+    pipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name="default"),
+        weight_name=LORA_FILE,
+        save_function=lambda weights, file: save_file(weights, file, metadata),
+    )
+
+
+def _settings(config: Any) -> Mapping[str, Any]:
+    """What peft needs to rebuild `config`: no defaults, which other versions may not know; no sets."""
+    from peft import LoraConfig
+
+    needed = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
+    default = LoraConfig().to_dict()
+    return {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in config.to_dict().items()
+        if name in needed or value != default.get(name)
+    }
+
+
+def load_lora(pipeline: Any, transformer: Any, folder: Path) -> None:
+    """Add what `save_lora` wrote as the adapter "default": trainable, in float32, the rest frozen.
+
+    ModelError if the file is missing, damaged, without rank and alpha, or made for another model.
+    """
+    file = folder / LORA_FILE
+    if not file.is_file():
+        raise ModelError(f"{folder}: no {LORA_FILE}")
+    with reading(folder):
+        weights, settings = pipeline.lora_state_dict(
+            folder, weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
+        )
+    if not settings:
+        raise ModelError(f"{file}: its metadata has no rank and alpha; corefit and diffusers >= 0.35 write them")
+    try:
+        unused = _attach(transformer, _within(weights), _within(settings))
+    except (ValueError, RuntimeError) as e:
+        raise ModelError(f"{file}: made for another model: {e}") from e
+    if unused:
+        raise ModelError(f"{file}: made for another model: {', '.join(unused[:5])}")
+
+
+def _attach(transformer: Any, weights: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Add the adapter; what the file has and the model has not, or the reverse."""
+    from peft import LoraConfig
+    from peft.utils import set_peft_model_state_dict
+
+    transformer.add_adapter(LoraConfig(**settings), adapter_name="default")
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:  # the adapter's; in the model's dtype, which would round the weights
+            parameter.data = parameter.data.float()
+    result = set_peft_model_state_dict(transformer, dict(weights), adapter_name="default")
+    return [*result.unexpected_keys, *(name for name in result.missing_keys if "lora_" in name)]
+
+
+def _within(mapping: Mapping[str, Any], prefix: str = "transformer.") -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in mapping.items() if name.startswith(prefix)}
