@@ -85,3 +85,6 @@ def main() -> None:
     except CorefitError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except PermissionError as error:
+        click.echo(f"error: {error.filename}: permission denied; change its mode, or name another", err=True)
+        sys.exit(2)

@@ -6,8 +6,10 @@ and the known keys; all problems of a file are told at once.
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -18,9 +20,10 @@ from cattrs.errors import (
     ClassValidationError,
     ForbiddenExtraKeysError,
     IterableValidationError,
+    IterableValidationNote,
 )
 
-from corefit.errors import ConfigError, CorefitError
+from corefit.errors import ConfigError
 from corefit.plugins import KINDS, Host, near
 from corefit.types import (
     Backbone,
@@ -43,6 +46,12 @@ PLUGIN_TYPES: Mapping[Any, str] = {
     Reward: "rewards",
     Source: "sources",
 }
+BESIDE: Mapping[str, Sequence[str]] = {"rewards": ("weight",), "backbones": ("train",)}
+"""Keys that the table of a plugin has beside those of the plugin's class."""
+KEY = "key"
+"""Metadata of a field: where the file has it, if not under its name in its own table."""
+COMPARED = re.compile(r"'(?P<key>\w+)' (?P<rule>must .+)", re.DOTALL)
+"""How validators begin: attrs' own, and those of plugins."""
 
 
 def load(path: Path) -> Table:
@@ -63,34 +72,39 @@ def override(tables: Table, settings: Sequence[str]) -> None:
     """Apply `--set stage.soar.steps=100`: dotted keys, stages by name, values in TOML (bare words are text)."""
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
+        if not equals or not all(key.strip().split(".")):
             raise ConfigError(f"--set {setting}: write KEY=VALUE, such as stage.soar.steps=100")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text.strip()
-        parents = key.strip().split(".")
-        _table(tables, parents[:-1], setting)[parents[-1]] = value
+        *parents, last = key.strip().split(".")
+        _table(tables, parents, setting)[last] = value
 
 
 def _table(tables: Table, keys: Sequence[str], setting: str) -> Table:
-    """The table that `keys` lead to; made where absent, but stages must exist."""
+    """The table that `keys` lead to; made where absent, but entries of lists (stages, rewards) must exist."""
     here: Any = tables
-    for key in keys:
+    for before, key in pairwise(["", *keys]):
         if isinstance(here, list):
-            named = {str(entry.get("name")): entry for entry in here}
+            named = _named(here)
             if key not in named:
-                raise ConfigError(
-                    f"--set {setting}: there is no stage {key!r}{near(key, named)}; there are: {', '.join(named)}"
-                )
+                known = f"there are: {', '.join(named) or 'none'}"
+                raise ConfigError(f"--set {setting}: there is no {before} {key!r}{near(key, named)}; {known}")
             here = named[key]
         else:
             here = here.setdefault(key, {})
         if not isinstance(here, (dict, list)):
-            raise ConfigError(f"--set {setting}: {key!r} is a value, not a table")
+            raise ConfigError(f"--set {setting}: {key!r} is {here!r}, not a table; set the whole of it")
     if isinstance(here, list):
-        raise ConfigError(f"--set {setting}: name the stage, such as stage.soar.steps=100")
+        known = ", ".join(_named(here))
+        raise ConfigError(f"--set {setting}: say which {keys[-1]} ({known}), as in {'.'.join(keys)}.NAME.KEY=VALUE")
     return here
+
+
+def _named(entries: Sequence[Any]) -> Table:
+    """Tables of a list by the name they have, or by what they use."""
+    return {str(entry.get("name", entry.get("use"))): entry for entry in entries if isinstance(entry, dict)}
 
 
 @define(eq=False)
@@ -112,6 +126,7 @@ class Reader:
         c.register_structure_hook_func(lambda t: get_origin(t) is Literal, _one_of)
         c.register_structure_hook_func(lambda t: _plain(t) in PLUGIN_TYPES, self._plugin)
         c.register_structure_hook_func(lambda t: t in self.choices, self._choice)
+        c.register_structure_hook_func(lambda t: get_origin(t) in (tuple, list, Sequence), self._list)
         c.register_structure_hook(Weighted, lambda value, _: self._weighted(value))
 
     def read(self, table: Table, cls: type[T]) -> T:
@@ -119,7 +134,7 @@ class Reader:
         try:
             return self._converter.structure(table, cls)
         except cattrs.BaseValidationError as error:
-            problems = list(dict.fromkeys(_problems(error, "", table)))
+            problems = list(dict.fromkeys(self._problems(error, "", table)))
             raise ConfigError("\n".join(problems)) from error
 
     def tables(self, value: Any) -> Any:
@@ -158,12 +173,81 @@ class Reader:
 
     def _weighted(self, value: Any) -> Weighted:
         name, rest = _used(value, "reward", self.host.offers["rewards"])
-        weight = _strict(rest.pop("weight", 1.0), float)
+        weight = _strict(rest.pop("weight", 1.0), float, "'weight' ")
         return Weighted(name, self._plugin({"use": name, **rest}, Reward), weight)
+
+    def _list(self, value: Any, target: Any) -> Any:
+        """A list of as many items as the type says; text and tables are none, though Python could walk them."""
+        kinds = get_args(target)
+        many = get_origin(target) is not tuple or kinds[-1:] == (...,)
+        if not isinstance(value, (list, tuple)):
+            found = "a table: write [[...]] or [{ ... }]" if isinstance(value, Mapping) else f"{value!r}: write [...]"
+            raise ConfigError(f"must be a list, not {found}")
+        if not many and len(value) != len(kinds):
+            raise ConfigError(f"must be a list of {len(kinds)}, not {value!r}")
+        items = self._items(value, repeat(kinds[0]) if many else kinds, target)
+        return items if get_origin(target) is list else tuple(items)
+
+    def _items(self, values: Sequence[Any], kinds: Iterable[Any], target: Any) -> list[Any]:
+        items: list[Any] = []
+        errors: list[Exception] = []
+        for number, (value, kind) in enumerate(zip(values, kinds, strict=False)):
+            try:
+                items.append(self._converter.structure(value, kind))
+            except Exception as error:
+                error.add_note(IterableValidationNote("", number, kind))
+                errors.append(error)
+        if errors:
+            raise IterableValidationError("items", errors, target)  # pyright: ignore[reportCallIssue]
+        return items
 
     def _model(self, value: Any) -> ModelPath:
         local = self.folder / _strict(value, str)
         return ModelPath(str(local) if local.exists() or value.startswith((".", "/")) else value)
+
+    def _problems(self, error: BaseException, path: str, table: Any) -> Iterator[str]:
+        """One line for each problem in cattrs' tree of errors."""
+        if isinstance(error, IterableValidationError):
+            noted, rest = error.group_exceptions()
+            for inner, note in noted:
+                entry = _entry(table, note.index)
+                yield from self._problems(inner, f"{path}.{_label(entry, note.index)}", entry)
+        elif isinstance(error, ClassValidationError):
+            noted, rest = error.group_exceptions()
+            for inner, note in noted:
+                yield from self._field_problems(inner, path, note.name, table)
+        else:
+            noted, rest = [], [error]
+        for inner in rest:
+            yield from self._unplaced(inner, path, table)
+
+    def _field_problems(self, error: BaseException, path: str, name: str, table: Any) -> Iterator[str]:
+        if isinstance(error, KeyError):
+            yield f"{_dotted(path, name)} is missing; {_dotted(path, '') or 'the file'} needs it"
+        else:
+            yield from self._problems(error, _dotted(path, name), _entry(table, name))
+
+    def _unplaced(self, error: BaseException, path: str, table: Any) -> Iterator[str]:
+        if isinstance(error, cattrs.BaseValidationError):
+            yield from self._problems(error, path, table)
+        elif isinstance(error, ForbiddenExtraKeysError):
+            known = self._known(error.cl)
+            for extra in sorted(error.extra_fields):
+                listing = ", ".join(known) or "none"
+                yield f"{_dotted(path, extra)} is not a key{near(extra, known)}; known here: {listing}"
+        elif isinstance(error, (TypeError, AttributeError)) and not isinstance(table, Mapping):
+            yield f"{_dotted(path, '')}: must be a table, not {table!r}"
+        else:
+            text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+            if of_key := COMPARED.fullmatch(text):
+                path, text = _dotted(path, of_key["key"]), of_key["rule"]
+            yield f"{_dotted(path, '') or 'the pipeline'}: {text}"
+
+    def _known(self, cls: type) -> list[str]:
+        """The keys that a table for `cls` may set."""
+        own = [f.metadata.get(KEY, f.name) for f in attrs.fields(cls) if f.init]
+        kinds = [kind for kind, offers in self.host.offers.items() if any(o.cls is cls for o in offers.values())]
+        return [*own, *(key for kind in kinds for key in BESIDE.get(kind, ()))]
 
 
 def _plain(target: Any) -> Any:
@@ -177,16 +261,16 @@ def _used(value: Any, what: str, known: Mapping[str, Any]) -> tuple[str, Table]:
     rest = dict(value)
     name = rest.pop("use", None)
     if not isinstance(name, str):
-        raise ConfigError(f"needs `use`, the name of a {what}: {', '.join(sorted(known))}")
+        raise ConfigError(f"needs `use`, the name of one {what}: {', '.join(sorted(known)) or 'none is installed'}")
     return name, rest
 
 
-def _strict(value: Any, target: type[T]) -> T:
-    """A value of exactly the type that is asked for; integers also pass as floats."""
+def _strict(value: Any, target: type[T], key: str = "") -> T:
+    """A value of exactly the type that is asked for; integers also pass as floats, nan as nothing."""
     if target is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)  # pyright: ignore[reportReturnType]
-    if type(value) is not target:
-        raise ConfigError(f"must be {_TYPE_WORDS[target]}, not {value!r}")
+    if type(value) is not target or value != value:
+        raise ConfigError(f"{key}must be {_TYPE_WORDS[target]}, not {value!r}")
     return value
 
 
@@ -204,51 +288,6 @@ def _one_of(value: Any, target: Any) -> Any:
         hint = near(value, choices) if isinstance(value, str) else ""
         raise ConfigError(f"must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
     return value
-
-
-def _problems(error: BaseException, path: str, table: Any) -> Iterator[str]:
-    """One line for each problem in cattrs' tree of errors."""
-    if isinstance(error, IterableValidationError):
-        noted, rest = error.group_exceptions()
-        for inner, note in noted:
-            entry = _entry(table, note.index)
-            yield from _problems(inner, f"{path}.{_label(entry, note.index)}", entry)
-    elif isinstance(error, ClassValidationError):
-        noted, rest = error.group_exceptions()
-        for inner, note in noted:
-            yield from _field_problems(inner, path, note.name, error.cl, table)
-    else:
-        noted, rest = [], [error]
-    for inner in rest:
-        yield from _unplaced(inner, path, table)
-
-
-def _field_problems(error: BaseException, path: str, name: str, cls: type, table: Any) -> Iterator[str]:
-    if isinstance(error, KeyError):
-        yield f"{_dotted(path, name)} is missing; {_dotted(path, '') or 'the file'} needs it"
-    else:
-        yield from _problems(error, _dotted(path, name), _entry(table, name))
-
-
-def _unplaced(error: BaseException, path: str, table: Any) -> Iterator[str]:
-    where = path.lstrip(".") or "the pipeline"
-    if isinstance(error, cattrs.BaseValidationError):
-        yield from _problems(error, path, table)
-    elif isinstance(error, ForbiddenExtraKeysError):
-        known = keys_of(error.cl)
-        for extra in sorted(error.extra_fields):
-            listing = ", ".join(known) or "none"
-            yield f"{_dotted(path, extra)} is not a key{near(extra, known)}; known here: {listing}"
-    elif isinstance(error, TypeError) and not isinstance(table, Mapping):
-        yield f"{where} must be a table, not {table!r}"
-    else:
-        text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-        yield f"{where}: {text}" if not isinstance(error, CorefitError) or path else text
-
-
-def keys_of(cls: type) -> list[str]:
-    """The keys that a table for `cls` may set."""
-    return [f.name for f in attrs.fields(cls) if f.init]
 
 
 def _dotted(path: str, name: str) -> str:

@@ -17,7 +17,7 @@ def listing(host: Host) -> str:
 
 
 def _kind(host: Host, kind: str) -> Iterator[str]:
-    yield kind.replace("_", " ")
+    yield kind.replace("_", " ") + ("" if host.offers[kind] else ": none is installed")
     for name in sorted(host.offers[kind]):
         yield from _offer(host.offers[kind][name])
     yield ""
@@ -39,7 +39,7 @@ def _default(default: Any) -> str:
     if default is attrs.NOTHING:
         return ", required"
     if isinstance(default, attrs.Factory):  # pyright: ignore[reportArgumentType]
-        default = default.factory()
+        default = "computed" if default.takes_self else default.factory()
     if default is None:
         return ""
     return f" = {'true' if default is True else 'false' if default is False else repr(default)}"

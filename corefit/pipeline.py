@@ -12,7 +12,7 @@ from typing import Any, Literal
 from attrs import define, field, validators
 
 from corefit import cache
-from corefit.config import Reader, Table, load, override
+from corefit.config import KEY, Reader, Table, load, override
 from corefit.data import Data, check_batch
 from corefit.errors import ConfigError, CorefitError
 from corefit.evaluate import Eval
@@ -36,7 +36,7 @@ class Pipeline:
     backbone: Backbone
     data: Data
     stage: tuple[Stage, ...] = field(converter=tuple)
-    train: Training = field(factory=Full)
+    train: Training = field(factory=Full, metadata={KEY: "backbone.train"})
     """In TOML a key of [backbone]: which weights train, in every stage."""
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -73,23 +73,29 @@ class Pipeline:
             raise ConfigError("\n".join(problems))
 
     def tables(self) -> Table:
-        """Everything resolved, as `pipeline.toml` says it."""
+        """Everything resolved, as `pipeline.toml` says it; read from any folder, it is the same run."""
         tables = Reader(self.host, self.folder, CHOICES).tables(self)
         tables["backbone"][TRAIN] = tables.pop(TRAIN)
-        return tables
+        files = [str(self.folder / file) for file in self.plugins]
+        return {**tables, "plugins": files, "out": str(self.run_folder.parent)}
 
     def _problems(self) -> Iterator[str]:
         names = [stage.name for stage in self.stage]
         if not names:
             yield "stage: there is none; add [[stage]] with name, steps and objective"
-        for name in sorted({n for n in names if names.count(n) > 1 or n == "base"}):
-            yield f"stage.{name}: " + ("'base' is what the table calls the start" if name == "base" else "named twice")
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"stage.{name}: two stages have this name; rename one"
+        if "base" in names:
+            yield "stage.base: the base model's results have this name; rename the stage"
         for stage in self.stage:
             yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
         yield from _told("backbone", lambda: self.backbone.latent_shape(self.data.size))
         yield from self._data_problems()
         if self.eval:
             yield from self._eval_problems(self.eval)
+        there = next(folder for folder in (self.run_folder, *self.run_folder.parents) if folder.exists())
+        if not there.is_dir():
+            yield f"out: {there} is a file, and the run's folder would be {self.run_folder}; name another"
 
     def _data_problems(self) -> Iterator[str]:
         counted: list[int] = []
@@ -108,7 +114,7 @@ class Pipeline:
         if not names:
             yield "eval.reward: name at least one reward, or remove [eval]"
         for name in sorted({n for n in names if names.count(n) > 1}):
-            yield f"eval.reward: {name!r} is listed twice"
+            yield f"eval.reward: {name!r} is listed twice; remove one"
 
 
 def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = None) -> Pipeline:
@@ -152,11 +158,7 @@ def _structured(tables: Table, reader: Reader) -> Pipeline:
 
 def _placed(problem: str) -> str:
     """A problem as the file has it: `train` inside [backbone]."""
-    if problem.startswith((f"{TRAIN}.", f"{TRAIN}:", f"{TRAIN} ")):
-        return f"backbone.{problem}"
-    if problem.startswith("backbone.") and "known here: " in problem:
-        return f"{problem}, {TRAIN}"
-    return problem
+    return f"backbone.{problem}" if problem.startswith((f"{TRAIN}.", f"{TRAIN}:", f"{TRAIN} ")) else problem
 
 
 def _told(where: str, attempt: Any) -> Iterator[str]:

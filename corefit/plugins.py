@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,8 @@ class Host:
 
     def _register(self, found: Found) -> None:
         _refuse_misspelt(found)
-        self._manager.register(found.plugin, name=found.name)
         try:
+            self._manager.register(found.plugin, name=found.name)
             self._manager.check_pending()
             for kind in KINDS:
                 self._take(found, kind)
@@ -183,18 +184,25 @@ def _local(path: Path) -> Found:
     if not path.is_file():
         raise PluginError(f"plugins: there is no file {path}; paths are relative to the pipeline file")
     name = f"corefit_local_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise PluginError(f"plugins: {path} is no Python file; name a .py file, or install the plugin")
+    loader = _Uncached(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None, "a loader of a file has a spec"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         line = _line_in(path, error)
         raise PluginError(f"plugin file {path}{line} cannot be run ({type(error).__name__}: {error})") from error
     return Found(name, str(path), module, "remove it from `plugins`")
+
+
+class _Uncached(SourceFileLoader):
+    """Leaves no __pycache__ beside a user's file."""
+
+    def set_data(self, path: str, data: Any, *, _mode: int = 0) -> None:
+        pass
 
 
 def _line_in(path: Path, error: BaseException) -> str:
@@ -237,7 +245,7 @@ def _refuse_misspelt(found: Found) -> None:
             )
 
 
-def _called(offer_hook: Any, where: str, found: Found) -> Mapping[str, type]:
+def _called(offer_hook: Any, where: str, found: Found) -> Mapping[str, Any]:
     try:
         offers = offer_hook()
     except Exception as error:

@@ -201,11 +201,11 @@ class Run:
         if eval is None or prompts is None:
             return
         wanted = identity.of_scores(pipeline, weights.identity, prompts.manifest.key)
-        kept = _read(folder / SCORES)
+        kept: dict[str, Any] = _read(folder / SCORES)
         if kept.get("identity") != wanted:
             if not loaded or weights.adapter is None:
                 self._load(weights)
-            kept = {"identity": wanted, **self._scored(name, weights.backbone, eval, prompts)}
+            kept = {**self._scored(name, weights.backbone, eval, prompts), "identity": wanted}
             if self.main:
                 _write(folder / SCORES, kept)
                 self._keep_samples(folder, weights.backbone)

@@ -22,7 +22,7 @@ class Optimizer:
     """AdamW, and how its learning rate moves."""
 
     lr: float = field(default=2e-5, validator=positive)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = field(default=(0.9, 0.999), validator=validators.deep_iterable(share))
     eps: float = field(default=1e-8, validator=positive)
     weight_decay: float = field(default=1e-2, validator=validators.ge(0))
     warmup: int = field(default=0, validator=validators.ge(0))
@@ -108,7 +108,7 @@ class Stage:
             yield 'reward is missing; the objective learns from it, such as reward = [{ use = "ocr" }]'
         yield from self._batch_problems()
         if self.optimizer.warmup > self.steps:
-            yield f"optimizer.warmup: {self.optimizer.warmup} steps are more than the stage's {self.steps}"
+            yield f"optimizer.warmup: {self.optimizer.warmup} steps are more than the stage's {self.steps}; lower it"
         names = [w.name for w in self.reward]
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"reward: {name!r} is listed twice; give it one entry with the sum of the weights"
@@ -119,4 +119,4 @@ class Stage:
             nearest = max(1, round(self.rows / group)) * group
             yield f"batch: {self.rows} rollouts are not whole groups of {group}; use a multiple, such as {nearest}"
         if self.micro_batch is not None and self.micro_batch > self.rows:
-            yield f"micro_batch: {self.micro_batch} is more than the batch of {self.rows}"
+            yield f"micro_batch: {self.micro_batch} is more than the batch of {self.rows}; lower it"

@@ -253,15 +253,14 @@ class Loop:
         import torch
 
         world, device = self.accelerator.num_processes, self.accelerator.device
-        total = torch.as_tensor(count, dtype=torch.float32, device=device)
-        if world > 1:
-            total = self.accelerator.reduce(total, "sum")
+        total = _sum(torch.as_tensor(count, dtype=torch.float32, device=device), self.accelerator)
         scale = torch.where(total > 0, world / total, 0)
         grads = [p.grad for p in self.named.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) * scale
         self.fault.see(norm, self.step, -1)
         limit = self.job.stage.max_grad_norm
-        torch._foreach_mul_(grads, scale * (limit / (norm + 1e-6)).clamp(max=1))
+        factor = scale * (limit / (norm + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         self.optimizer.found_inf = (self.fault.seen | (total <= 0)).float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -358,8 +357,8 @@ class Means:
             return {}
         table = torch.stack([self.sums[name].to(accelerator.device) for name in names])
         self.sums = {}
-        total = accelerator.reduce(table, "sum") if accelerator.num_processes > 1 else table
-        return {name: s / n if n else float("nan") for name, (s, n) in zip(names, total.tolist(), strict=True)}
+        rows: list[list[float]] = _sum(table, accelerator).tolist()
+        return {name: s / n if n else float("nan") for name, (s, n) in zip(names, rows, strict=True)}
 
 
 @define(eq=False)
@@ -398,12 +397,19 @@ class Fault:
         )
 
 
+def _sum(x: Tensor, accelerator: Accelerator) -> Tensor:
+    """x added up over all ranks."""
+    total: Any = accelerator.reduce(x, "sum") if accelerator.num_processes > 1 else x
+    return total
+
+
 def _gatherer(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
     """Rows of all ranks in global order; the ranks' shares are contiguous, so concatenation is."""
 
     def gather(x: Tensor) -> Tensor:
         if accelerator.num_processes == 1:
             return x
-        return accelerator.gather(x.to(accelerator.device)).to(x.device)  # pyright: ignore[reportAttributeAccessIssue]
+        every: Any = accelerator.gather(x.to(accelerator.device))
+        return every.to(x.device)
 
     return gather

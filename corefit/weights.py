@@ -81,7 +81,8 @@ class Ema:
         import torch
 
         new = [p.detach() for p in named.values()]
-        torch._foreach_lerp_(list(self.average.values()), new, 1 - self.decay)
+        old = list(self.average.values())
+        torch._foreach_lerp_(old, new, 1 - self.decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     def swap(self, named: Named) -> None:
         """Exchange the model's weights and the averages. No graph may be alive."""

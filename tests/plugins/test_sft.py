@@ -1,0 +1,121 @@
+"""Supervised fine-tuning: the loss of published training scripts, on any layout, a prompt dropped here and there."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from corefit_sft import Sft
+from golden import DTYPES, Analytic, Draws, Given, batch_of, golden
+
+from corefit import Context
+from corefit.flow import mix, per_sample
+from corefit.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
+from corefit.rng import Rng
+from corefit.samplers import Ode
+
+SCHEMES = {
+    "logit_normal": LogitNormal(),
+    "sigma_sqrt": SigmaSqrt(),
+    "cosmap": CosMap(),
+    "mode": Mode(),
+    "none": Uniform(),
+}
+
+
+def context(backbone, rows=4, **keys):
+    return Context(backbone, Ode(), **{"noise": LogitNormal(), "rng": Rng(("test",), range(rows)), **keys})
+
+
+def some(rows=4, shape=(2, 6, 6)):
+    torch.manual_seed(0)
+    return batch_of(torch.randn(rows, *shape), torch.linspace(-1, 1, rows))
+
+
+def only(objective, batch, ctx):
+    (term,) = objective.terms(batch, ctx)
+    return term
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_loss_is_the_published_one(scheme, precision):
+    """SOAR's vectors hold it as their base term; sft = its mean."""
+    vectors, dtype = golden("soar_loss_p1_cps"), DTYPES[precision]
+    z0, eps, s, c = (vectors[name].to(dtype) for name in ("z_0", "z_1", "sigma_t0", "cond"))
+    backbone = Analytic(vectors["params"].to(dtype))
+    ctx = context(backbone, noise=Given(s, SCHEMES[scheme]), rng=Draws(normal=[eps]))
+    term = only(Sft(), batch_of(z0, c), ctx)
+    vectors.check(f"{scheme}.table.{precision}.main_per_sample", term.metrics["loss"])
+    assert float(term.total / term.count) == pytest.approx(float(term.metrics["loss"].mean()), rel=1e-6)
+
+
+def test_gradient_is_that_of_the_formula():
+    batch, params = some(), torch.tensor([0.7, -0.4, 0.3], requires_grad=True)
+    rng = Rng(("test",), range(4))
+    term = only(Sft(), batch, context(Analytic(params), noise=SigmaSqrt()))
+    (grad,) = torch.autograd.grad(term.total, params)
+    noise, s = rng.randn(batch.x0.shape), SigmaSqrt().sample(4, 3.0, rng)
+    v = Analytic(params).velocity(mix(batch.x0, noise, s), s, batch.cond)
+    loss = (s**-2 * per_sample((v - (noise - batch.x0)) ** 2)).sum()
+    torch.testing.assert_close(grad, torch.autograd.grad(loss, params)[0])
+
+
+@pytest.mark.parametrize("shape", [(36, 2), (2, 4, 3, 6)], ids=["tokens", "video"])
+def test_any_layout_of_the_same_numbers_gives_the_same_loss(shape):
+    batch = some()
+    other = batch_of(batch.x0.reshape(4, *shape), batch.cond.tensors["c"])
+    one, two = (only(Sft(), b, context(Analytic())) for b in (batch, other))
+    assert torch.equal(one.metrics["loss"], two.metrics["loss"])
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_micro_batches_add_up(cut):
+    batch, ctx = some(), context(Analytic())
+    whole = only(Sft(dropout=0.5), batch, ctx)
+    ctx = context(Analytic())
+    parts = [only(Sft(dropout=0.5), batch[s], ctx.at(ctx.rng[s])) for s in (slice(0, cut), slice(cut, 4))]
+    torch.testing.assert_close(sum(p.total for p in parts), whole.total)
+    assert sum(p.count for p in parts) == whole.count == 4
+
+
+def test_dropout_replaces_prompts_row_by_row():
+    batch = some(rows=64)
+    kept, dropped = (only(Sft(dropout=share), batch, context(Analytic(), 64)) for share in (0.0, 0.4))
+    null = batch_of(batch.x0, torch.zeros(64))
+    empty = only(Sft(), null, context(Analytic(), 64))
+    changed = dropped.metrics["loss"] != kept.metrics["loss"]
+    assert 0.25 < float(changed.float().mean()) < 0.55
+    assert torch.equal(dropped.metrics["loss"], empty.metrics["loss"].where(changed, kept.metrics["loss"]))
+
+
+def test_dropout_does_not_disturb_the_other_draws():
+    """A row whose prompt stays has the same loss with and without dropout."""
+    batch = some(rows=16)
+    one, two = (only(Sft(dropout=share), batch, context(Analytic(), 16)) for share in (0.0, 0.3))
+    assert (one.metrics["loss"] == two.metrics["loss"]).any()
+
+
+def test_the_batch_is_left_as_it_was():
+    batch = some()
+    x0, c = batch.x0.clone(), batch.cond.tensors["c"].clone()
+    only(Sft(dropout=0.5), batch, context(Analytic()))
+    assert torch.equal(batch.x0, x0)
+    assert torch.equal(batch.cond.tensors["c"], c)
+
+
+def test_one_forward_and_one_term():
+    model = Analytic()
+    assert list(Sft().experience(batch := some(), context(model))) == [batch]
+    only(Sft(), batch, context(model))
+    assert model.calls == [4]
+    assert (Sft().num_terms, Sft().num_updates, Sft().group) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_dropout_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match="dropout"):
+        Sft(dropout=share)

@@ -1,0 +1,81 @@
+"""Checkpoints: whole or absent, verified, pruned after the new one is there."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from corefit import state
+from corefit.errors import TrainingError
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"weights/a": torch.full((3, 2), value), "means/loss": torch.tensor([value, 2.0], dtype=torch.float64)}
+
+
+def test_round_trip_keeps_bits_and_prunes(tmp_path):
+    for step in (1, 2, 3):
+        state.save(tmp_path, step, tensors(step / 3), {"seconds": step / 7}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+    found, damaged = state.latest(tmp_path)
+    assert found is not None
+    assert (found.step, found.info, damaged) == (3, {"seconds": 3 / 7}, [])
+    assert all(torch.equal(found.tensors[name], t) for name, t in tensors(1.0).items())
+
+
+def test_nothing_there(tmp_path):
+    assert state.latest(tmp_path / "no") == (None, [])
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "no manifest", "no tensors"])
+def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, harm):
+    state.save(tmp_path, 1, tensors(1), {}, keep=3)
+    last = state.save(tmp_path, 2, tensors(2), {}, keep=3)
+    file = last / state.TENSORS
+    if harm == "flip":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif harm == "truncate":
+        file.write_bytes(file.read_bytes()[:-4])
+    else:
+        (last / state.MANIFEST if harm == "no manifest" else file).unlink()
+    found, damaged = state.latest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert len(damaged) == 1
+    assert str(last) in damaged[0]
+
+
+def test_a_partial_one_of_a_dead_process_is_swept(tmp_path):
+    state.save(tmp_path, 1, tensors(1), {}, keep=3)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    (tmp_path / f".partial-000002-{child}").mkdir()
+    assert state.latest(tmp_path)[0].step == 1
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
+    state.save(tmp_path, 1, tensors(1), {}, keep=3)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(TrainingError, match=r"step 2 could not be written .*No space left.*Make room"):
+        state.save(tmp_path, 2, tensors(2), {}, keep=1)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    assert state.latest(tmp_path)[0].step == 1
+
+
+def test_nothing_is_pickled(tmp_path):
+    path = state.save(tmp_path, 1, tensors(1), {"seconds": 1.0}, keep=1)
+    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".safetensors"]
+    assert json.loads((path / state.MANIFEST).read_text())["step"] == 1

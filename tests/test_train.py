@@ -1,0 +1,229 @@
+"""The loop: equal results however a batch is cut, faults before weights, averages, schedules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from attrs import frozen
+from corefit_sft import Sft
+from corefit_soar import Soar
+
+from corefit import Batch, Context, Example, Source, Supervised, Term, cache, train, weights
+from corefit.data import Data, Dataset
+from corefit.errors import TrainingError
+from corefit.flow import mix, per_sample
+from corefit.stage import Full, Lora, Optimizer, Stage
+from corefit_backbones.sd3 import Sd3
+
+
+@frozen
+class Pictures(Source):
+    """Noise as pictures."""
+
+    count: int = 12
+
+    def examples(self) -> Iterator[Example]:
+        for i in range(self.count):
+            picture = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
+            yield Example(f"a {'red' if i % 2 else 'blue'} {i % 10}", picture, {"n": i})
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_model, tmp_path_factory) -> Dataset:
+    backbone = Sd3(path=str(tiny_model), max_sequence_length=12)
+    backbone.place(torch.device("cpu"), torch.float32)
+    root = tmp_path_factory.mktemp("cache")
+    return Dataset.open(cache.prepare(Data(Pictures(), size=(16, 16)), backbone, root, media=True))
+
+
+@pytest.fixture
+def job(tiny_model, dataset, tmp_path):
+    def make(objective=None, mode=None, **stage) -> train.Job:
+        stage = {"name": "s", "steps": 3, "batch": 8, "optimizer": Optimizer(lr=1e-3), **stage}
+        return train.Job(
+            stage=Stage(objective=objective or Sft(), **stage),
+            mode=mode or Full(),
+            seed=0,
+            backbone=Sd3(path=str(tiny_model), max_sequence_length=12),
+            dataset=dataset,
+            order="epochs",
+            folder=tmp_path / "stage",
+        )
+
+    return make
+
+
+def trained(job: train.Job) -> dict[str, torch.Tensor]:
+    """The weights after training."""
+    train.train(job, train.accelerator("fp32"))
+    return {name: p.detach().clone() for name, p in job.backbone.transformer.named_parameters() if p.requires_grad}
+
+
+def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("objective", [Sft(dropout=0.3), Soar(points=2, paths=1), Soar(points=3, chunk=2)])
+def test_micro_batches_do_not_change_the_result(job, objective):
+    # Adam divides by the gradient's size, so rounding shows at lr scale where a gradient is nearly 0
+    whole = trained(job(objective, optimizer=Optimizer(lr=1e-3, eps=1e-3)))
+    parts = trained(job(objective, optimizer=Optimizer(lr=1e-3, eps=1e-3), micro_batch=3))
+    assert worst(whole, parts) < 1e-6
+
+
+def test_training_changes_weights_and_is_deterministic(job, tiny_model):
+    first, second = trained(job()), trained(job())
+    before = Sd3(path=str(tiny_model))
+    before.load(torch.device("cpu"), torch.float32)
+    assert worst(first, second) == 0
+    assert worst(first, dict(before.transformer.named_parameters())) > 1e-4
+
+
+def test_lora_trains_the_adapter_alone(job):
+    mine = job(mode=Lora(rank=4))
+    base = {n: p.clone() for n, p in _loaded(mine).items()}
+    adapter = trained(mine)
+    assert adapter
+    assert all("lora_" in name for name in adapter)
+    after = {n.replace(".base_layer", ""): p for n, p in mine.backbone.transformer.named_parameters()}
+    assert worst(base, {n: p for n, p in after.items() if n in base}) == 0
+    assert any(float(p.abs().max()) > 0 for n, p in adapter.items() if "lora_B" in n)
+
+
+def _loaded(job: train.Job) -> dict[str, torch.Tensor]:
+    job.backbone.load(torch.device("cpu"), torch.float32)
+    return dict(job.backbone.transformer.named_parameters())
+
+
+def test_the_average_is_what_the_stage_leaves(job):
+    steps = [trained(job(steps=n)) for n in (1, 2)]
+    start = _loaded(job())
+    averaged = trained(job(steps=2, ema=0.5))
+    expected = {n: 0.25 * start[n] + 0.25 * steps[0][n] + 0.5 * steps[1][n] for n in start}
+    assert worst(averaged, {n: p.detach() for n, p in expected.items()}) < 1e-6
+
+
+@frozen
+class Spoilt(Supervised):
+    """SFT whose loss or gradient is not finite in one step."""
+
+    at: int = 2
+    where: str = "loss"
+
+    def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
+        x0 = batch.clean
+        noise, sigma = ctx.randn_like(x0), ctx.sigma(x0)
+        v = ctx.backbone.velocity(mix(x0, noise, sigma), sigma, batch.cond)
+        bad = batch.rows[0] // 8 == self.at
+        if bad and self.where == "gradient":
+            v = (v - v.detach()).abs().sqrt() + v.detach()  # sqrt'(0) is infinite
+        loss = per_sample((v - (noise - x0)) ** 2)
+        yield Term.of(loss * float("nan") if bad and self.where == "loss" else loss)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_fault_stops_before_a_weight_is_touched(job, where):
+    spoilt = job(Spoilt(where=where), steps=5)
+    with pytest.raises(TrainingError, match=rf"stage s, step 2: the {'loss of term 0' if where == 'loss' else 'grad'}"):
+        train.train(spoilt, train.accelerator("fp32"))
+    good = trained(job(Spoilt(at=99), steps=2))
+    left = dict(spoilt.backbone.transformer.named_parameters())
+    assert worst(good, {n: p.detach() for n, p in left.items()}) == 0
+    assert not list(spoilt.folder.glob("checkpoints/*"))
+
+
+@frozen
+class Miscounted(Supervised):
+    @property
+    def num_terms(self) -> int:
+        return 2
+
+    def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
+        yield from Sft().terms(batch, ctx)
+
+
+def test_a_wrong_number_of_terms_is_named(job):
+    with pytest.raises(AssertionError, match=r"Miscounted yielded 1 terms, not num_terms = 2"):
+        train.train(job(Miscounted()), train.accelerator("fp32"))
+
+
+@frozen
+class Empty(Supervised):
+    """Nothing is supervised in any step."""
+
+    def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
+        term = next(Sft().terms(batch, ctx))
+        yield Term(term.total * 0, 0.0)
+
+
+def test_a_step_without_items_leaves_weights_as_they_are(job):
+    assert worst(trained(job(Empty())), {n: p.detach() for n, p in _loaded(job()).items()}) == 0
+
+
+@frozen
+class Scaled(Supervised):
+    """SFT, its totals and counts times a number: the division must undo it."""
+
+    by: float = 1.0
+
+    def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
+        term = next(Sft().terms(batch, ctx))
+        yield Term(term.total * self.by, term.count * self.by)
+
+
+def test_totals_are_divided_by_the_count_once(job):
+    assert worst(trained(job(Scaled(1.0))), trained(job(Scaled(64.0)))) < 1e-6
+
+
+def test_gradients_are_clipped_to_the_norm(job):
+    seen: list[float] = []
+    clipped = job(max_grad_norm=1e-3, steps=1, log_every=1, optimizer=Optimizer(lr=1.0, eps=1e3, weight_decay=0))
+    before = {n: p.clone() for n, p in _loaded(clipped).items()}
+    logged = train.Job(**{**_fields(clipped), "logged": lambda step, m: seen.append(m["grad_norm"])})
+    after = trained(logged)
+    # with a huge eps, Adam's step is lr g / eps: its length shows the gradient's
+    moved = sum(float(((after[n] - before[n]) ** 2).sum()) for n in after) ** 0.5
+    assert seen[0] > 1e-3
+    assert moved == pytest.approx(1e-3 / 1e3, rel=1e-2)
+
+
+def _fields(job: train.Job) -> dict[str, object]:
+    import attrs
+
+    return {a.name: getattr(job, a.name) for a in attrs.fields(train.Job)}
+
+
+def test_schedules():
+    rates = Optimizer(lr=1.0, warmup=2, schedule="cosine")
+    assert [round(rates.rate(s, 6), 3) for s in range(6)] == [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    assert [Optimizer(lr=1.0, schedule="linear").rate(s, 4) for s in range(4)] == [1, 0.75, 0.5, 0.25]
+
+
+def test_the_reference_stays_while_the_policy_moves(job):
+    mine = job()
+    loop = train.Loop.build(mine, train.accelerator("fp32"))
+    frozen = weights.reference(mine.backbone, loop.named)
+    x, sigma = torch.randn(2, *mine.dataset.shape), torch.tensor([0.3, 0.8])
+    cond = mine.dataset.batch([0, 1], [0, 1]).cond
+    with torch.no_grad():
+        before = mine.backbone.velocity(x, sigma, cond)
+        for p in loop.named.values():
+            p.add_(0.01)
+        assert torch.equal(frozen.velocity(x, sigma, cond), before)
+        assert not torch.equal(mine.backbone.velocity(x, sigma, cond), before)
+
+
+def test_metrics_are_means_over_items_and_steps(job):
+    lines: list[dict[str, float]] = []
+    mine = train.Job(**{**_fields(job(log_every=2, steps=4)), "logged": lambda s, m: lines.append(dict(m))})
+    trained(mine)
+    single: list[dict[str, float]] = []
+    trained(train.Job(**{**_fields(job(log_every=1, steps=4)), "logged": lambda s, m: single.append(dict(m))}))
+    losses = [m["loss"] for m in single]
+    assert [m["loss"] for m in lines] == pytest.approx([np.mean(losses[:2]), np.mean(losses[2:])])
+    json.dumps(lines)
