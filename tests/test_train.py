@@ -33,22 +33,22 @@ class Pictures(Source):
 
 
 @pytest.fixture(scope="module")
-def dataset(tiny_model, tmp_path_factory) -> Dataset:
-    backbone = Sd3(path=str(tiny_model), max_sequence_length=12)
+def dataset(checkpoint, tmp_path_factory) -> Dataset:
+    backbone = Sd3(path=str(checkpoint), max_sequence_length=12)
     backbone.place(torch.device("cpu"), torch.float32)
     root = tmp_path_factory.mktemp("cache")
     return Dataset.open(cache.prepare(Data(Pictures(), size=(16, 16)), backbone, root, media=True))
 
 
 @pytest.fixture
-def job(tiny_model, dataset, tmp_path):
+def job(checkpoint, dataset, tmp_path):
     def make(objective=None, mode=None, **stage) -> train.Job:
         stage = {"name": "s", "steps": 3, "batch": 8, "optimizer": Optimizer(lr=1e-3), **stage}
         return train.Job(
             stage=Stage(objective=objective or Sft(), **stage),
             mode=mode or Full(),
             seed=0,
-            backbone=Sd3(path=str(tiny_model), max_sequence_length=12),
+            backbone=Sd3(path=str(checkpoint), max_sequence_length=12),
             dataset=dataset,
             order="epochs",
             folder=tmp_path / "stage",
@@ -76,9 +76,9 @@ def test_micro_batches_do_not_change_the_result(job, objective):
     assert worst(whole, parts) < 1e-6
 
 
-def test_training_changes_weights_and_is_deterministic(job, tiny_model):
+def test_training_changes_weights_and_is_deterministic(job, checkpoint):
     first, second = trained(job()), trained(job())
-    before = Sd3(path=str(tiny_model))
+    before = Sd3(path=str(checkpoint))
     before.load(torch.device("cpu"), torch.float32)
     assert worst(first, second) == 0
     assert worst(first, dict(before.transformer.named_parameters())) > 1e-4

@@ -1,0 +1,257 @@
+"""Whole pipelines: SOAR then GRPO on a real (tiny) Stable Diffusion 3, what they leave, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from corefit import run, train
+from corefit.pipeline import Pipeline, read
+from corefit.plugins import Host
+from corefit.rng import Rng
+
+LOCAL = '''
+import torch
+from attrs import frozen
+from corefit import hookimpl
+
+
+@frozen
+class Redness:
+    """How red a picture is."""
+
+    def score(self, media, prompts, meta):
+        return media[:, 0].mean((1, 2)) - media[:, 1:].mean((1, 2, 3))
+
+
+@hookimpl
+def corefit_rewards():
+    return {"redness": Redness}
+'''
+SPEC = """
+name = "r"
+plugins = ["local.py"]
+precision = "fp32"
+
+[backbone]
+use = "sd3"
+path = {model!r}
+max_sequence_length = 12
+{mode}
+
+[data]
+source = {{ use = "jsonl", path = "train.jsonl" }}
+size = [16, 16]
+
+[[stage]]
+name = "soar"
+steps = 4
+batch = 4
+objective = {{ use = "soar", points = 2 }}
+optimizer = {{ lr = 1e-3 }}
+log_every = 2
+{extra}
+
+[[stage]]
+name = "grpo"
+steps = 3
+batch = 8
+objective = {{ use = "flow_grpo", group = 4, steps = 4, clip = 1e-3, beta = 0.01 }}
+sampler = {{ use = "flow_sde" }}
+reward = [{{ use = "redness" }}]
+optimizer = {{ lr = 1e-3 }}
+log_every = 1
+{extra}
+
+[eval]
+prompts = "heldout.jsonl"
+reward = [{{ use = "redness" }}]
+steps = 4
+batch = 4
+samples = 2
+"""
+LORA = 'train = { use = "lora", rank = 4 }'
+
+
+@pytest.fixture
+def spec(tmp_path: Path, checkpoint: Path):
+    """Write a pipeline and its data; the file."""
+    from PIL import Image
+
+    rows: list[Mapping[str, Any]] = []
+    for i in range(6):
+        picture = np.random.default_rng(i).integers(0, 255, (20, 24, 3), np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+        rows.append({"media": f"{i}.png", "prompt": f"a red {i}"})
+    _jsonl(tmp_path / "train.jsonl", rows)
+    _jsonl(tmp_path / "heldout.jsonl", [{"prompt": f"a blue {i}", "category": "ab"[i % 2]} for i in range(6)])
+    (tmp_path / "local.py").write_text(LOCAL)
+
+    def write(mode: str = "", extra: str = "") -> Path:
+        (tmp_path / "p.toml").write_text(SPEC.format(model=str(checkpoint), mode=mode, extra=extra))
+        return tmp_path / "p.toml"
+
+    return write
+
+
+def _jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All trained tensors of a stage."""
+    files = [*folder.glob("model/transformer/*.safetensors"), *folder.glob("model/*.safetensors")]
+    return {name: t for file in files for name, t in load_file(file).items()}
+
+
+def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and bool(a) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Logged numbers, but for those of the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "samples_per"))} for line in lines]
+
+
+def generated(pipeline: Pipeline, model: Path, prompt: str, lora: Path | None = None) -> torch.Tensor:
+    """What diffusers' own pipeline makes of the noise of held-out prompt 1, [1, 3, H, W] in [0, 1]."""
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=torch.float32)
+    if lora:
+        pipe.load_lora_weights(lora)
+    pipe.set_progress_bar_config(disable=True)
+    noise = Rng((pipeline.seed, "eval"), [1]).randn((1, *pipeline.backbone.latent_shape(pipeline.data.size)))
+    made = pipe(
+        prompt,
+        latents=noise,
+        height=16,
+        width=16,
+        num_inference_steps=4,
+        guidance_scale=4.5,
+        max_sequence_length=12,
+        output_type="pt",
+    )
+    return made.images
+
+
+@pytest.mark.parametrize("mode", ["", LORA])
+def test_what_a_run_leaves_and_that_diffusers_makes_the_same(spec, checkpoint, mode):
+    pipeline = read(spec(mode))
+    folder = pipeline.run()
+    for name in ("00-base", "01-soar", "02-grpo"):
+        assert (folder / name / "samples" / "last.png").exists()
+    for name in ("01-soar", "02-grpo"):
+        assert (folder / name / "metrics.png").exists()
+        model = folder / name / "model"
+        made = (
+            generated(pipeline, checkpoint, "a blue 1", lora=model)
+            if mode
+            else generated(pipeline, model, "a blue 1")
+        )
+        ours = run_media(pipeline, model, lora=bool(mode))
+        assert float((made - ours).abs().max()) < 1e-4
+    rows = json.loads((folder / "results.json").read_text())
+    assert [(r["stage"], r["category"]) for r in rows if r["category"] == "all"] == [
+        (stage, "all") for stage in ("base", "soar", "grpo")
+    ]
+    assert {"value", "low", "high", "n", "gain", "gain_low", "gain_high"} <= rows[-1].keys()
+    assert (folder / "report.html").exists()
+    assert (folder / "comparison.png").exists()
+    again = read(folder / "pipeline.toml", host=Host())
+    assert again.tables()["stage"] == pipeline.tables()["stage"]
+
+
+def run_media(pipeline: Pipeline, model: Path, *, lora: bool) -> torch.Tensor:
+    """The same by corefit, from the saved files."""
+    from corefit import evaluate
+    from corefit.data import Dataset
+
+    backbone = pipeline.backbone if lora else pipeline.backbone.moved(model)
+    backbone.load(torch.device("cpu"), torch.float32)
+    if lora:
+        backbone.load_lora(model)
+    caches = [Dataset.open(p) for p in (pipeline.folder / ".corefit" / "cache").iterdir() if (p / "done.json").exists()]
+    prompts = next(c for c in caches if not c.has_media)
+    assert pipeline.eval is not None
+    return evaluate.media(pipeline.eval, backbone, prompts, [1], pipeline.seed, torch.device("cpu"))
+
+
+def stopping(pipeline: Pipeline, monkeypatch, steps: Sequence[int]) -> int:
+    """Run to the end, as if signals came after the given numbers of steps taken; how often it was stopped."""
+    taken, stops = 0, set(steps)
+    real = train.Loop.take_step
+
+    def take_step(self, batch):
+        nonlocal taken
+        real(self, batch)
+        taken += 1
+
+    monkeypatch.setattr(train.Loop, "take_step", take_step)
+    monkeypatch.setattr(run.Run, "signalled", property(lambda self: taken in stops, lambda self, value: None))
+    stopped = 0
+    while True:
+        try:
+            pipeline.run()
+        except train.Stopped:
+            stopped += 1
+            stops.discard(taken)
+        else:
+            monkeypatch.undo()
+            return stopped
+
+
+@pytest.mark.parametrize(("mode", "extra"), [("", "ema = 0.9"), (LORA, ""), ("", "micro_batch = 3")])
+def test_a_stopped_run_ends_in_the_same_bytes(spec, monkeypatch, mode, extra):
+    path = spec(mode, extra)
+    whole = read(path, ["name='whole'"])
+    whole.run()
+    parts = read(path, ["name='parts'"])
+    assert stopping(parts, monkeypatch, [1, 3, 5]) == 3
+    for stage in ("01-soar", "02-grpo"):
+        assert equal(weights(whole.run_folder / stage), weights(parts.run_folder / stage))
+        assert metrics(whole.run_folder / stage) == metrics(parts.run_folder / stage)
+    assert (whole.run_folder / "results.json").read_text() == (parts.run_folder / "results.json").read_text()
+
+
+def test_finished_stages_are_used_as_they_are(spec, monkeypatch):
+    path = spec()
+    folder = read(path).run()
+    before = weights(folder / "02-grpo")
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a finished stage was trained again"))
+    read(path, ["stage.soar.log_every=1"]).run()
+    monkeypatch.undo()
+    soar = (folder / "01-soar" / "done.json").read_text()
+    read(path, ["stage.grpo.optimizer.lr=5e-4"]).run()
+    assert (folder / "01-soar" / "done.json").read_text() == soar
+    assert not equal(weights(folder / "02-grpo"), before)
+    assert equal(weights(folder / "superseded" / "02-grpo-1"), before)
+
+
+def test_sft_is_one_word(spec):
+    path = spec()
+    path.write_text(path.read_text().replace('use = "soar", points = 2', 'use = "sft"'))
+    folder = read(path).run()
+    assert weights(folder / "01-soar")
+    assert [line["step"] for line in metrics(folder / "01-soar")] == [2, 4]
+
+
+def test_two_runs_do_not_share_a_folder(spec):
+    from corefit.errors import ConfigError
+
+    pipeline = read(spec())
+    pipeline.run_folder.mkdir(parents=True)
+    import fcntl
+
+    with (pipeline.run_folder / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is running in"):
+            pipeline.run()
