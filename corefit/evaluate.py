@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import field, frozen, validators
 
+from corefit import report
 from corefit.data import Data, Dataset
 from corefit.errors import TrainingError
 from corefit.rng import Rng
 from corefit.rollout import generate
 from corefit.sources import Jsonl
-from corefit.types import Backbone, Weighted
+from corefit.types import Backbone, Batch, Weighted
 
 if TYPE_CHECKING:
-    import torch
+    from accelerate import Accelerator
     from torch import Tensor
 
+T = TypeVar("T")
+KEPT = "last.safetensors"
 positive: Any = validators.gt(0)
 
 
@@ -42,71 +45,90 @@ class Eval:
         """The prompts as prompt-only data for media of `size`."""
         return Data(source=Jsonl(self.prompts), size=size)
 
-    def count(self, dataset: Dataset) -> int:
-        """Prompts that are used."""
-        return min(len(dataset), self.limit or len(dataset))
-
 
 @frozen(eq=False)
-class Outcome:
-    """Scores of one set of weights: values metric -> [n]; the category of each prompt ("" where it has none)."""
+class Judge:
+    """Generates and scores the held-out prompts; every row's noise depends on the seed and its number alone."""
 
-    values: Mapping[str, Sequence[float]]
-    categories: Sequence[str]
+    eval: Eval
+    prompts: Dataset
+    seed: int
+    accelerator: Accelerator
+
+    @property
+    def count(self) -> int:
+        """Prompts that are used."""
+        return min(len(self.prompts), self.eval.limit or len(self.prompts))
+
+    def media(self, backbone: Backbone, rows: Sequence[int]) -> Tensor:
+        """Media [n, 3, H, W] in [0, 1] of prompts `rows`."""
+        import torch
+
+        device = self.accelerator.device
+        backbone.empty = self.prompts.null.to(device)
+        batch = self.prompts.batch(rows, rows)
+        noise = Rng((self.seed, "eval"), rows).randn((len(rows), *batch.shape)).to(device)
+        with torch.no_grad():
+            x0 = generate(backbone, noise, batch.cond.to(device), steps=self.eval.steps, guidance=self.eval.guidance)
+            return backbone.decode(x0)
+
+    def score(
+        self, backbone: Backbone, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, Any]:
+        """{"values": metric -> [n], "categories": [n]} of all prompts; every rank does its share."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rows = range(self.count * rank // world, self.count * (rank + 1) // world)
+        values: dict[str, list[float]] = {entry.name: [] for entry in self.eval.reward}
+        categories: list[str] = []
+        for first in range(0, len(rows), self.eval.batch):
+            chunk = rows[first : first + self.eval.batch]
+            batch, made = self.prompts.batch(chunk, chunk), self.media(backbone, chunk)
+            for entry in self.eval.reward:
+                values[entry.name] += _checked(entry, made, batch)
+            categories += [str(m.get("category", "")) for m in batch.meta]
+            progress(len(categories), len(rows))
+        parts = self._gathered((values, categories))
+        return {
+            "values": {name: [v for part, _ in parts for v in part[name]] for name in values},
+            "categories": [c for _, part in parts for c in part],
+        }
+
+    def _gathered(self, mine: T) -> list[T]:
+        from accelerate.utils import gather_object
+
+        return gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+
+    def samples(self, backbone: Backbone) -> tuple[Sequence[str], Tensor]:
+        """The first prompts, and what the backbone makes of them, on the CPU."""
+        rows = range(min(self.eval.samples, self.count))
+        return self.prompts.batch(rows, rows).prompts, self.media(backbone, rows).cpu()
+
+    def keep_samples(self, backbone: Backbone, folder: Path) -> None:
+        """Write last.png, and last.safetensors for `compare`."""
+        from safetensors.torch import save_file
+
+        prompts, media = self.samples(backbone)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"media": (media * 255).round().byte().contiguous()}, folder / KEPT)
+        report.grid(media, prompts, folder / "last.png")
+
+    def compare(self, stages: Sequence[str], folders: Sequence[Path], png: Path) -> None:
+        """One row of kept samples a stage."""
+        from safetensors.torch import load_file
+
+        media = [load_file(folder / KEPT)["media"] / 255 for folder in folders]
+        shown = range(min(len(m) for m in media))
+        prompts = self.prompts.batch(shown, shown).prompts
+        report.comparison([(s, m[: len(shown)]) for s, m in zip(stages, media, strict=True)], prompts, png)
 
 
-def media(
-    eval: Eval, backbone: Backbone, dataset: Dataset, rows: Sequence[int], seed: int, device: torch.device
-) -> Tensor:
-    """Media [n, 3, H, W] in [0, 1] for prompts `rows`: a row's noise depends on the seed and its number alone."""
+def _checked(entry: Weighted, made: Tensor, batch: Batch) -> list[float]:
     import torch
 
-    backbone.empty = dataset.null.to(device)
-    batch = dataset.batch(rows, rows)
-    noise = Rng((seed, "eval"), rows).randn((len(rows), *batch.shape)).to(device)
-    with torch.no_grad():
-        x0 = generate(backbone, noise, batch.cond.to(device), steps=eval.steps, guidance=eval.guidance)
-        return backbone.decode(x0)
-
-
-def score(
-    eval: Eval,
-    backbone: Backbone,
-    dataset: Dataset,
-    seed: int,
-    device: torch.device,
-    *,
-    rows: Sequence[int] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Outcome:
-    """Generate and score `rows` of the prompts, all by default."""
-    rows = range(eval.count(dataset)) if rows is None else rows
-    values: dict[str, list[float]] = {entry.name: [] for entry in eval.reward}
-    categories: list[str] = []
-    for chunk in _chunks(rows, eval.batch):
-        batch = dataset.batch(chunk, chunk)
-        made = media(eval, backbone, dataset, chunk, seed, device)
-        for entry in eval.reward:
-            values[entry.name] += _checked(entry, made, batch.prompts, batch.meta)
-        categories += [str(m.get("category", "")) for m in batch.meta]
-        progress(len(categories), len(rows))
-    return Outcome(values, categories)
-
-
-def _checked(
-    entry: Weighted, made: Tensor, prompts: Sequence[str], meta: Sequence[Mapping[str, object]]
-) -> list[float]:
-    import torch
-
-    scores = torch.as_tensor(entry.reward.score(made, prompts, meta)).double().cpu()
-    if scores.shape != (len(prompts),) or not scores.isfinite().all():
+    scores = torch.as_tensor(entry.reward.score(made, batch.prompts, batch.meta)).double().cpu()
+    if scores.shape != (len(batch),) or not scores.isfinite().all():
         raise TrainingError(
-            f"eval.reward: {entry.name!r} gave {tuple(scores.shape)} scores for {len(prompts)} prompts, or one that is "
+            f"eval.reward: {entry.name!r} gave {tuple(scores.shape)} scores for {len(batch)} prompts, or one that is "
             "not finite; score() must return one finite number a sample, or raise"
         )
     return scores.tolist()
-
-
-def _chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for first in range(0, len(rows), size):
-        yield rows[first : first + size]

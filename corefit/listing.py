@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import attrs
 
 from corefit.plugins import KINDS, Host, Offer
+
+MODULES = re.compile(r"(?<!['\w.])(\w+\.)+(?=\w)")
 
 
 def listing(host: Host) -> str:
@@ -32,14 +35,19 @@ def _offer(offer: Offer) -> Iterator[str]:
 
 
 def _type(kind: Any) -> str:
-    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+    """As it is written; once attrs has resolved an annotation, without the modules' names."""
+    if isinstance(kind, str):
+        return kind
+    return kind.__name__ if isinstance(kind, type) else MODULES.sub("", str(kind))
 
 
 def _default(default: Any) -> str:
     if default is attrs.NOTHING:
         return ", required"
     if isinstance(default, attrs.Factory):  # pyright: ignore[reportArgumentType]
-        default = "computed" if default.takes_self else default.factory()
+        if default.takes_self:
+            return ", computed"
+        default = default.factory()
     if default is None:
         return ""
     return f" = {'true' if default is True else 'false' if default is False else repr(default)}"

@@ -191,10 +191,12 @@ def _local(path: Path) -> Found:
     sys.modules[name] = module
     try:
         loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        line = _line_in(path, error)
-        raise PluginError(f"plugin file {path}{line} cannot be run ({type(error).__name__}: {error})") from error
+        where = f"{path}{_line_in(path, error)}"
+        raise PluginError(
+            f"plugin file {where} cannot be run ({type(error).__name__}: {error}); mend it, or remove it from `plugins`"
+        ) from error
     return Found(name, str(path), module, "remove it from `plugins`")
 
 

@@ -7,23 +7,23 @@ import fcntl
 import json
 import shutil
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import define, field, frozen
 
-from corefit import cache, evaluate, identity, memory, report, state, train
+from corefit import cache, identity, memory, report, state, train
 from corefit.data import Dataset
 from corefit.display import Display
 from corefit.errors import ConfigError
+from corefit.evaluate import Judge
 from corefit.pipeline import Lora, Pipeline, Stage
 from corefit.types import Backbone, TrainState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor
 
 DONE = "done.json"
 SCORES = "scores.json"
@@ -56,7 +56,7 @@ class Run:
     accelerator: Accelerator
     display: Display
     dataset: Dataset = field(init=False)
-    prompts: Dataset | None = field(init=False, default=None)
+    judge: Judge | None = field(init=False, default=None)
     scores: list[report.Scores] = field(init=False, factory=list[report.Scores])
     signalled: bool = field(init=False, default=False)
 
@@ -74,7 +74,7 @@ class Run:
             self._write_pipeline()
         self._encode()
         weights = Weights(self.pipeline.backbone, None, identity.of_base(self.pipeline))
-        self._judge(BASE, self.folder / "00-base", weights, train.Cost(0, 0, 0), loaded=False)
+        self._judge(BASE, self.folder / "00-base", weights, train.Cost(0, 0, 0))
         for number, stage in enumerate(self.pipeline.stage, 1):
             weights = self._stage(stage, self.folder / f"{number:02d}-{stage.name}", weights)
         if self.main:
@@ -93,7 +93,8 @@ class Run:
         pipeline.backbone.place(self.accelerator.device, self._text_dtype())
         self.dataset = self._encoded(pipeline.data, root, pipeline.needs_media, "encoding data")
         if pipeline.eval:
-            self.prompts = self._encoded(pipeline.eval.data(pipeline.data.size), root, False, "encoding prompts")
+            prompts = self._encoded(pipeline.eval.data(pipeline.data.size), root, False, "encoding prompts")
+            self.judge = Judge(pipeline.eval, prompts, pipeline.seed, self.accelerator)
         pipeline.backbone.release()
 
     def _encoded(self, data: Any, root: Path, media: bool, title: str) -> Dataset:
@@ -112,8 +113,7 @@ class Run:
         precision = str(self.accelerator.mixed_precision)
         mine = identity.of_stage(self.pipeline, stage, before.identity, self.dataset.manifest.key, precision)
         done = _read(folder / DONE)
-        finished = done.get("identity") == mine and done.get("finished", False)
-        if finished:
+        if done.get("identity") == mine and done.get("finished", False):
             self.display.say(f"{stage.name}: finished before, used as it is")
             cost = train.Cost(**done["cost"])
         else:
@@ -124,7 +124,7 @@ class Run:
             if self.main:
                 _write(folder / DONE, {"identity": mine, "finished": True, "cost": attrs.asdict(cost)})
         after = self._left(folder / "model", before, mine)
-        self._judge(stage.name, folder, after, cost, loaded=not finished)
+        self._judge(stage.name, folder, after, cost)
         return after
 
     def _left(self, model: Path, before: Weights, mine: str) -> Weights:
@@ -175,6 +175,7 @@ class Run:
             backbone.save(partial)
             state.publish(partial, folder / "model")
             observed.tell(hook.corefit_stage_finished, stage.steps)
+        backbone.transformer = None
         self.accelerator.wait_for_everyone()
         return cost
 
@@ -195,21 +196,21 @@ class Run:
             for number, handler in former.items():
                 signal.signal(number, handler)
 
-    def _judge(self, name: str, folder: Path, weights: Weights, cost: train.Cost, *, loaded: bool) -> None:
-        """Scores of weights on the held-out prompts, and samples of the first ones."""
-        eval, prompts, pipeline = self.pipeline.eval, self.prompts, self.pipeline
-        if eval is None or prompts is None:
+    def _judge(self, name: str, folder: Path, weights: Weights, cost: train.Cost) -> None:
+        """Held-out scores of weights as they were saved, unless they are known."""
+        if self.judge is None:
             return
-        wanted = identity.of_scores(pipeline, weights.identity, prompts.manifest.key)
+        wanted = identity.of_scores(self.pipeline, weights.identity, self.judge.prompts.manifest.key)
         kept: dict[str, Any] = _read(folder / SCORES)
         if kept.get("identity") != wanted:
-            if not loaded or weights.adapter is None:
-                self._load(weights)
-            kept = {**self._scored(name, weights.backbone, eval, prompts), "identity": wanted}
+            self._load(weights)
+            with self.display.task(f"{name}: {self.judge.count} held-out prompts") as progress:
+                kept = {**self.judge.score(weights.backbone, progress), "identity": wanted}
             if self.main:
                 _write(folder / SCORES, kept)
-                self._keep_samples(folder, weights.backbone)
+                self.judge.keep_samples(weights.backbone, folder / "samples")
         weights.backbone.release()
+        weights.backbone.transformer = None
         self.scores.append(
             report.Scores(
                 name, kept["values"], kept["categories"], cost.seconds, cost.samples_per_second, cost.peak_memory
@@ -224,57 +225,15 @@ class Run:
         if weights.adapter:
             weights.backbone.load_lora(weights.adapter)
 
-    def _scored(self, name: str, backbone: Backbone, eval: evaluate.Eval, prompts: Dataset) -> dict[str, Any]:
-        """Every rank scores its share of the prompts."""
-        from accelerate.utils import gather_object
-
-        count, world, rank = eval.count(prompts), self.accelerator.num_processes, self.accelerator.process_index
-        with self.display.task(f"{name}: {count} held-out prompts") as progress:
-            rows = range(count * rank // world, count * (rank + 1) // world)
-            mine = evaluate.score(
-                eval, backbone, prompts, self.pipeline.seed, self.accelerator.device, rows=rows, progress=progress
-            )
-        parts: list[evaluate.Outcome] = gather_object([mine]) if world > 1 else [mine]
-        return {
-            "values": {key: [v for part in parts for v in part.values[key]] for key in mine.values},
-            "categories": [c for part in parts for c in part.categories],
-        }
-
-    def samples(self, backbone: Backbone) -> tuple[Sequence[str], Tensor]:
-        """The first held-out prompts and what the backbone makes of them, always from the same noise."""
-        eval, prompts = self.pipeline.eval, self.prompts
-        assert eval is not None, "samples are of the [eval] prompts"
-        assert prompts is not None, "the prompts are encoded before a stage starts"
-        rows = range(min(eval.samples, eval.count(prompts)))
-        made = evaluate.media(eval, backbone, prompts, rows, self.pipeline.seed, self.accelerator.device)
-        return prompts.batch(rows, rows).prompts, made.cpu()
-
-    def _keep_samples(self, folder: Path, backbone: Backbone) -> None:
-        from safetensors.torch import save_file
-
-        prompts, media = self.samples(backbone)
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        save_file({"media": (media * 255).round().byte().contiguous()}, folder / "samples" / "last.safetensors")
-        report.grid(media, prompts, folder / "samples" / "last.png")
-
     def _report(self) -> None:
         """results.json, the table, the comparison and report.html."""
-        from safetensors.torch import load_file
-
-        if not self.scores:
+        if self.judge is None:
             return
         rows = report.results(self.scores)
         report.write_results(self.folder / "results.json", rows)
         names = ["00-base", *(f"{n:02d}-{stage.name}" for n, stage in enumerate(self.pipeline.stage, 1))]
-        media = [load_file(self.folder / name / "samples" / "last.safetensors")["media"] / 255 for name in names]
-        assert self.prompts is not None, "there are scores, so there are prompts"
-        shown = range(len(media[0]))
         stages = [score.stage for score in self.scores]
-        report.comparison(
-            list(zip(stages, media, strict=True)),
-            self.prompts.batch(shown, shown).prompts,
-            self.folder / "comparison.png",
-        )
+        self.judge.compare(stages, [self.folder / name / "samples" for name in names], self.folder / "comparison.png")
         report.page(self.folder)
         report.print_table(self.scores, rows, self.display.console)
 
@@ -290,7 +249,8 @@ class _Observed:
 
     def tell(self, hook: Any, step: int, **rest: Any) -> None:
         if self.run.main:
-            sample = (lambda: self.run.samples(self.backbone)) if self.run.pipeline.eval else None
+            judge = self.run.judge
+            sample = (lambda: judge.samples(self.backbone)) if judge else None
             hook(stage=self.stage, state=TrainState(step, self.folder, self.backbone, sample), **rest)
 
 

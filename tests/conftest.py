@@ -16,8 +16,6 @@ import pytest
 from attrs import frozen
 from PIL import Image
 
-from corefit.testing.checkpoints import tiny_sd3
-
 SIZE = 16
 COLOURS: Mapping[str, tuple[int, int, int]] = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 WORDS = ("a", "picture", "of", "sky", "sea", *COLOURS)
@@ -87,6 +85,8 @@ def corefit_rewards() -> Offers[Reward]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 3 folder, 16 pixels a side; not to be changed by tests."""
+    from corefit.testing.checkpoints import tiny_sd3
+
     return tiny_sd3(tmp_path_factory.mktemp("sd3") / "base", words=WORDS)
 
 
@@ -102,7 +102,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels).save(folder / "media" / f"{number}.png")
         rows.append({"prompt": f"a picture of a {colour} sky", "media": f"media/{number}.png", "number": number})
     held = [
-        {"prompt": f"a {c} {thing}", "category": thing} for thing, colours in (("sky", names), ("sea", names)) for c in colours
+        {"prompt": f"a {c} {thing}", "category": thing}
+        for thing, colours in (("sky", names), ("sea", names))
+        for c in colours
     ]
     write_lines(folder / "train.jsonl", *rows)
     write_lines(folder / "heldout.jsonl", *held)

@@ -63,8 +63,8 @@ class Golden:
             # a difference of numbers of order 1 is exact to about 1e-16 of them, not of its own tiny size
             atol = 1e-12 * float(expected.abs().max())
         error, allowed = (actual.double() - expected.double()).abs(), atol + rtol * expected.double().abs()
-        error = error.where(actual != expected, 0)  # equal infinities, and 0 allowed
-        return float((error / allowed.clamp(min=1e-300)).nan_to_num(nan=float("inf")).max())
+        error = error.where(actual != expected, 0)  # equal infinities
+        return float((error / allowed).where(error != 0, 0).nan_to_num(nan=float("inf")).max())
 
 
 def tolerance(text: str, name: str) -> tuple[float, float]:

@@ -7,14 +7,23 @@ import torch
 
 from corefit.flow import clean, like, log_prob, mix, noise_end, per_sample, raised, shifted, unshifted
 
-SHAPES = {"image": (3, 4, 2, 6), "video": (3, 4, 5, 2, 6), "tokens": (3, 8, 6), "as many channels as rows": (3, 3, 2, 2)}
+SHAPES = {
+    "image": (3, 4, 2, 6),
+    "video": (3, 4, 5, 2, 6),
+    "tokens": (3, 8, 6),
+    "as many channels as rows": (3, 3, 2, 2),
+}
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
 def pair(request):
     """Clean latents, noise, levels."""
     torch.manual_seed(0)
-    return torch.randn(request.param).double(), torch.randn(request.param).double(), torch.tensor([0.1, 0.5, 0.9]).double()
+    return (
+        torch.randn(request.param).double(),
+        torch.randn(request.param).double(),
+        torch.tensor([0.1, 0.5, 0.9]).double(),
+    )
 
 
 def test_levels_broadcast_over_rows_only(pair):
@@ -66,11 +75,10 @@ def test_shift_of_sd3():
     assert sigma / (1 - sigma) == pytest.approx(3.0 * 0.25 / 0.75)
 
 
-@pytest.mark.parametrize(
-    ("given", "used"),
-    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float32)]
-    + [(torch.float64, torch.float64)],
-)
+HALF = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize(("given", "used"), [*HALF.items(), (torch.float64, torch.float64)])
 def test_arithmetic_is_never_below_float32(given, used):
     assert raised(torch.zeros(1, dtype=given)).dtype == used
 

@@ -1,5 +1,7 @@
 """The sampling loop against whole published trajectories, and what it does besides."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from golden import Analytic, Draws, golden
@@ -103,7 +105,7 @@ def test_transitions_are_chained():
     steps = list(rollout(Analytic(), FlowSde(0.7), x, cond, GRID, randn_like=torch.randn_like))
     assert len(steps) == len(GRID) - 1
     assert steps[0].x is x
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         assert torch.equal(before.x_next, after.x)
         assert torch.equal(before.sigma_next, after.sigma)
 

@@ -153,9 +153,7 @@ def test_what_a_run_leaves_and_that_diffusers_makes_the_same(spec, checkpoint, m
         assert (folder / name / "metrics.png").exists()
         model = folder / name / "model"
         made = (
-            generated(pipeline, checkpoint, "a blue 1", lora=model)
-            if mode
-            else generated(pipeline, model, "a blue 1")
+            generated(pipeline, checkpoint, "a blue 1", lora=model) if mode else generated(pipeline, model, "a blue 1")
         )
         ours = run_media(pipeline, model, lora=bool(mode))
         assert float((made - ours).abs().max()) < 1e-4
@@ -172,8 +170,8 @@ def test_what_a_run_leaves_and_that_diffusers_makes_the_same(spec, checkpoint, m
 
 def run_media(pipeline: Pipeline, model: Path, *, lora: bool) -> torch.Tensor:
     """The same by corefit, from the saved files."""
-    from corefit import evaluate
     from corefit.data import Dataset
+    from corefit.evaluate import Judge
 
     backbone = pipeline.backbone if lora else pipeline.backbone.moved(model)
     backbone.load(torch.device("cpu"), torch.float32)
@@ -182,7 +180,7 @@ def run_media(pipeline: Pipeline, model: Path, *, lora: bool) -> torch.Tensor:
     caches = [Dataset.open(p) for p in (pipeline.folder / ".corefit" / "cache").iterdir() if (p / "done.json").exists()]
     prompts = next(c for c in caches if not c.has_media)
     assert pipeline.eval is not None
-    return evaluate.media(pipeline.eval, backbone, prompts, [1], pipeline.seed, torch.device("cpu"))
+    return Judge(pipeline.eval, prompts, pipeline.seed, train.accelerator("fp32")).media(backbone, [1])
 
 
 def stopping(pipeline: Pipeline, monkeypatch, steps: Sequence[int]) -> int:

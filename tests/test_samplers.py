@@ -99,8 +99,7 @@ def test_a_published_float32_gradient_that_misses_its_own_tolerance():
     name, row, grads = "img.grad_velocity.f32", slice(3, 4), []
     for dtype in DTYPES.values():
         x, v, sigma, sigma_next, given = (
-            t[row]
-            for t in vectors.inputs("img", ["sample", "velocity", "sigma", "sigma_next", "next_given"], dtype)
+            t[row] for t in vectors.inputs("img", ["sample", "velocity", "sigma", "sigma_next", "next_given"], dtype)
         )
         v.requires_grad_()
         density = sampler.log_prob(given, sampler.step(x, v, sigma, sigma_next))

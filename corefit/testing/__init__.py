@@ -1,1 +1,21 @@
-"""What tests of objectives, samplers and backbones need, for plugins here and elsewhere."""
+"""What tests of objectives, samplers and backbones need, for plugins here and elsewhere.
+
+Each check raises an AssertionError that names the problem and says what to change.
+"""
+
+from corefit.testing.backbones import check_backbone
+from corefit.testing.checkpoints import tiny_sd3
+from corefit.testing.objectives import check_objective
+from corefit.testing.samplers import check_sampler
+from corefit.testing.toy import ToyBackbone, ToyReward, toy_batch, toy_context
+
+__all__ = [
+    "ToyBackbone",
+    "ToyReward",
+    "check_backbone",
+    "check_objective",
+    "check_sampler",
+    "tiny_sd3",
+    "toy_batch",
+    "toy_context",
+]

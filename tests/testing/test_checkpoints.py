@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_another_process_writes_the_same_bytes(checkpoint, tmp_path):
         "import sys, pathlib; from corefit.testing.checkpoints import tiny_sd3;"
         f"tiny_sd3(pathlib.Path(sys.argv[1]), words={WORDS!r})"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={"PYTHONHASHSEED": "7"})
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert hashes(tmp_path) == hashes(checkpoint)
 
 

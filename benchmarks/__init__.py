@@ -1,0 +1,1 @@
+"""What corefit costs, measured: `python -m benchmarks`."""

@@ -1,0 +1,21 @@
+"""`python -m benchmarks` lists the benchmarks; `python -m benchmarks NAME --help` says what one of them takes."""
+
+from __future__ import annotations
+
+import click
+
+from benchmarks.soar_step import soar_step
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def main(context: click.Context) -> None:
+    """What corefit costs, measured on this machine. See benchmarks/README.md."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+main.add_command(soar_step)
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")

@@ -1,0 +1,235 @@
+"""check_backbone: what rollouts, objectives and the cache rely on in a model family."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from corefit.testing.checks import close, expect, normal
+from corefit.types import Backbone, Condition
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOLERANCE = 1e-4
+"""Of float32 arithmetic in batches of other sizes."""
+
+
+@frozen(eq=False)
+class Call:
+    """Arguments of `velocity` and what it gave: x, v [B, ...], sigma [B]."""
+
+    x: Tensor
+    sigma: Tensor
+    cond: Condition
+    v: Tensor
+
+
+def check_backbone(backbone: Backbone, *, prompts: Sequence[str], media: Tensor | None = None) -> None:
+    """AssertionError, naming the problem, unless `backbone` keeps the promises of `corefit.types.Backbone`.
+
+    backbone  loaded on the CPU in float32; saved to a temporary folder and read back
+    prompts   at least two, different and not empty
+    media     [B, 3, H, W] (video [B, 3, T, H, W]) in [0, 1]; random images of the smallest square size by default
+    """
+    import torch
+
+    expect(len(set(prompts)) > 1 and "" not in prompts, "give at least two different prompts, none of them empty")
+    expect(
+        backbone.transformer is not None, "load the backbone first: backbone.load(torch.device('cpu'), torch.float32)"
+    )
+    media = _random_media(backbone, len(prompts)) if media is None else media
+    try:
+        with torch.no_grad():
+            shape = _check_media(backbone, media)
+            cond = _check_text(backbone, prompts)
+            _check_null(backbone)
+            _check_sigmas(backbone, shape)
+            call = _check_velocity(backbone, cond, shape)
+            _check_guidance(backbone, call)
+            _check_saved(backbone, call)
+        _check_gradient(backbone, call)
+        _check_release(backbone)
+    except AssertionError as error:
+        raise AssertionError(f"{type(backbone).__name__}: {error}") from error
+
+
+def _random_media(backbone: Backbone, number: int) -> Tensor:
+    """Images [number, 3, n, n] of the smallest n, a power of two, that the backbone takes."""
+    for n in (2**i for i in range(11)):
+        try:
+            shape = backbone.latent_shape([n, n])
+        except ValueError:
+            continue
+        expect(len(shape) < 4, "pass media=[B, 3, T, H, W]: how many frames a video model takes cannot be guessed")
+        return normal(0, (number, 3, n, n)).sigmoid().float()
+    raise AssertionError("latent_shape refuses every square size up to 1024; pass media")
+
+
+def _check_media(backbone: Backbone, media: Tensor) -> tuple[int, ...]:
+    """encode and decode agree with each other and with latent_shape; the shape of one row's latents."""
+    x0 = backbone.encode(media)
+    _check_tensor("encode(media)", x0)
+    shape, told = tuple(x0.shape[1:]), tuple(backbone.latent_shape(list(media.shape[-2:])))
+    expect(
+        len(x0) == len(media) and shape == told,
+        f"encode gives {list(x0.shape)} for {len(media)} media of {list(media.shape[-2:])}, but latent_shape says "
+        f"[B, {', '.join(map(str, told))}]; they must agree, and rows are media",
+    )
+    again = backbone.decode(x0)
+    _check_tensor("decode(x0)", again)
+    expect(again.shape == media.shape, f"decode gives {list(again.shape)} for media {list(media.shape)}")
+    low, high = float(again.min()), float(again.max())
+    expect(0 <= low <= high <= 1, f"decode gives values in [{low:.3g}, {high:.3g}]; media are in [0, 1]")
+    return shape
+
+
+def _check_tensor(what: str, value: Tensor) -> None:
+    import torch
+
+    expect(value.dtype == torch.float32, f"{what} is {value.dtype}; return float32")
+    expect(bool(value.isfinite().all()), f"{what} is not finite")
+
+
+def _check_text(backbone: Backbone, prompts: Sequence[str]) -> Condition:
+    """A row of the condition is a prompt's, whatever the others are."""
+    cond = backbone.encode_text(prompts)
+    lengths = {name: len(t) for name, t in cond.tensors.items()}
+    expect(set(lengths.values()) == {len(prompts)}, f"encode_text of {len(prompts)} prompts has rows {lengths}")
+    for i, prompt in enumerate(prompts):
+        expect(
+            _same(backbone.encode_text([prompt]), cond[i : i + 1]),
+            f"encode_text({prompt!r}) alone differs from its row among others: pad to a fixed length",
+        )
+    key = backbone.encoding_key()
+    expect(
+        bool(key) and dict(key) == dict(backbone.encoding_key()) and all(type(v) is str for v in key.values()),
+        f"encoding_key() is {dict(key)!r}; give a name and a text for each thing that determines what is encoded",
+    )
+    return cond
+
+
+def _same(one: Condition, other: Condition) -> bool:
+    if one.tensors.keys() != other.tensors.keys():
+        return False
+    return all(close(t, other.tensors[name], TOLERANCE) for name, t in one.tensors.items())
+
+
+def _check_velocity(backbone: Backbone, cond: Condition, shape: tuple[int, ...]) -> Call:
+    """Shape and dtype; rows by themselves; sigma and the condition are read."""
+    import torch
+
+    x = normal(1, (len(cond), *shape)).float()
+    sigma = torch.linspace(0.9, 0.2, len(cond))
+    v = backbone.velocity(x, sigma, cond)
+    expect(v.shape == x.shape, f"velocity is {list(v.shape)} for x {list(x.shape)}; the shape stays")
+    _check_tensor("velocity", v)
+    _expect_equal(backbone.velocity(x, sigma, cond), v, "velocity gives other values when called again: no dropout")
+    row = slice(1, 2)
+    alone = backbone.velocity(x[row], sigma[row], cond[row])
+    _expect_equal(alone, v[row], "velocity of a row alone differs from the same row among others")
+    twice = backbone.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), cond.repeat(2))
+    _expect_equal(twice, torch.cat([v, v]), "velocity with cond.repeat(2) differs from two calls: rows are mixed")
+    expect(not torch.equal(backbone.velocity(x, sigma.flip(0), cond), v), "velocity does not depend on sigma")
+    expect(not torch.equal(backbone.velocity(x, sigma, cond[[1, 0, *range(2, len(cond))]]), v), "velocity ignores cond")
+    return Call(x, sigma, cond, v)
+
+
+def _expect_equal(value: Tensor, expected: Tensor, message: str) -> None:
+    """The message, with how much they differ, unless both agree to float32 rounding."""
+    same = value.shape == expected.shape
+    difference = f"by up to {float((value - expected).abs().max()):.3g}" if same else f"in shape: {list(value.shape)}"
+    expect(close(value, expected, TOLERANCE), f"{message} (they differ {difference})")
+
+
+def _check_guidance(backbone: Backbone, call: Call) -> None:
+    """Scale 1 is the plain call; a known v_cond changes nothing but the cost."""
+    x, sigma, cond, v = call.x, call.sigma, call.cond, call.v
+    _expect_equal(backbone.guided(x, sigma, cond, 1.0), v, "guided with scale 1 is not velocity")
+    guided = backbone.guided(x, sigma, cond, 3.0)
+    expect(guided.shape == x.shape, f"guided is {list(guided.shape)} for x {list(x.shape)}; the shape stays")
+    _check_tensor("guided", guided)
+    known = backbone.guided(x, sigma, cond, 3.0, v_cond=v)
+    _expect_equal(known, guided, "guided with v_cond = velocity(x, sigma, cond) differs from guided without it")
+
+
+def _check_sigmas(backbone: Backbone, shape: tuple[int, ...]) -> None:
+    """Grids [steps + 1] fall strictly from at most 1 to 0; the training shift is positive."""
+    import torch
+
+    for steps in (2, 10, 40):
+        grid = backbone.sigmas(steps, shape)
+        expect(
+            tuple(grid.shape) == (steps + 1,) and grid.dtype == torch.float32 and grid.device.type == "cpu",
+            f"sigmas({steps}) is {list(grid.shape)} in {grid.dtype} on {grid.device}; [steps + 1], float32, CPU",
+        )
+        expect(float(grid[-1]) == 0, f"sigmas({steps}) ends at {float(grid[-1]):.4g}, not at 0: append the 0")
+        expect(0 < float(grid[0]) <= 1, f"sigmas({steps}) starts at {float(grid[0]):.4g}; pure noise is sigma 1")
+        falls = all(b < a for a, b in itertools.pairwise(grid.tolist()))
+        expect(falls, f"sigmas({steps}) does not fall strictly: time runs from 1 (noise) to 0 (clean)")
+    expect(backbone.shift(shape) > 0, f"shift is {backbone.shift(shape)}; 1 leaves training noise unshifted")
+
+
+def _check_null(backbone: Backbone) -> None:
+    """n rows, each the empty prompt's."""
+    empty = backbone.encode_text([""])
+    for n in (1, 3):
+        null = backbone.null(n)
+        expect(len(null) == n, f"null({n}) has {len(null)} rows")
+        rows = all(_same(null[i : i + 1], empty) for i in range(n))
+        expect(rows, f'null({n}) is not encode_text([""]) in every row: guidance would use another prompt')
+
+
+def _check_saved(backbone: Backbone, call: Call) -> None:
+    """What `save` writes, `moved` and `load` read: the weights as they are now, not as they were loaded."""
+    import torch
+
+    parameters = list(backbone.transformer.parameters())
+    found = [p.detach().clone() for p in parameters]
+    for parameter in parameters:
+        parameter.mul_(1.01)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "model"
+            folder.mkdir()
+            expected = backbone.velocity(call.x, call.sigma, call.cond)
+            backbone.save(folder)
+            moved = backbone.moved(folder)
+            moved.load(torch.device("cpu"), torch.float32)
+            v = moved.velocity(call.x, call.sigma, call.cond)
+            _expect_equal(
+                v, expected, "velocity after save, moved and load is not that of the weights when they were saved"
+            )
+            expect(
+                moved.weights_key() == backbone.moved(folder).weights_key() != backbone.weights_key(),
+                "weights_key() must be a hash of the weights' files: equal for equal files, another for others",
+            )
+    finally:
+        for parameter, value in zip(parameters, found, strict=True):
+            parameter.copy_(value)
+
+
+def _check_gradient(backbone: Backbone, call: Call) -> None:
+    import torch
+
+    parameters = [p for p in backbone.transformer.parameters() if p.requires_grad]
+    expect(bool(parameters), "no parameter of `transformer` requires a gradient after load")
+    v = backbone.velocity(call.x, call.sigma, call.cond)
+    expect(v.requires_grad, "velocity has no graph: do not detach, and do not call the network under no_grad")
+    grads = torch.autograd.grad((v**2).sum(), parameters, allow_unused=True, materialize_grads=True)
+    expect(any(bool((g != 0).any()) for g in grads), "no gradient reaches `transformer`")
+
+
+def _check_release(backbone: Backbone) -> None:
+    before = backbone.null(2)
+    backbone.release()
+    try:
+        after = backbone.null(2)
+    except Exception as error:
+        raise AssertionError(f"null fails after release(): {error}; keep `empty`, which needs no encoder") from error
+    expect(_same(before, after), "null gives another condition after release()")

@@ -1,0 +1,211 @@
+"""An objective run as the trainer runs it, on a toy model and without the optimiser: what one batch gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from threading import BrokenBarrierError
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from attrs import evolve, frozen
+
+from corefit.noise import LogitNormal
+from corefit.rng import Rng
+from corefit.samplers import FlowSde
+from corefit.testing.checks import expect
+from corefit.testing.toy import ToyBackbone, ToyReward, loaded, toy_batch
+from corefit.types import Batch, Context, NoiseWeighting, Objective, Reward, Sampler, Term, Weighted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RANKS = 2
+"""Groups of a batch are a multiple of this."""
+Gather = Callable[["Tensor"], "Tensor"]
+Row = tuple["Tensor", "Tensor", "Tensor"]
+"""Total, count and gradient [P] of a term."""
+
+
+@frozen(eq=False)
+class Outcome:
+    """What one batch gave, for each of U updates and T terms: totals, counts [U, T], gradients [U, T, P].
+
+    lengths  rows of each update's part
+    """
+
+    totals: Tensor
+    counts: Tensor
+    grads: Tensor
+    lengths: Sequence[int]
+
+    def __add__(self, other: Outcome) -> Outcome:
+        """What two ranks give together."""
+        return Outcome(self.totals + other.totals, self.counts + other.counts, self.grads + other.grads, self.lengths)
+
+    def difference(self, other: Outcome, tolerance: float = 1e-3) -> str:
+        """In which way the other differs by more than rounding; empty if it does not."""
+        size = max(float(self.totals.abs().max()), float(self.counts.abs().max()))
+        norm = max(float(each.grads.norm(dim=-1).max()) for each in (self, other))
+        for name, one, two, limit in (
+            ("counts", self.counts, other.counts, 1e-6 * size),
+            ("totals", self.totals, other.totals, 0.1 * tolerance * size),
+        ):
+            if not bool(((one - two).abs() <= limit).all()):
+                worst = int((one - two).abs().argmax())
+                return f"{name} {float(one.flatten()[worst]):.6g} and {float(two.flatten()[worst]):.6g}"
+        apart = float((self.grads - other.grads).norm(dim=-1).max())
+        return "" if apart <= tolerance * norm else f"gradients apart by {apart:.3g} of {norm:.3g}"
+
+
+@frozen(eq=False)
+class Case:
+    """An objective on a toy model of one layout, with what its `uses` names."""
+
+    objective: Objective[Any]
+    layout: str
+    backbone: ToyBackbone
+    ctx: Context
+
+    @staticmethod
+    def of(
+        objective: Objective[Any],
+        layout: str,
+        shape: tuple[int, ...],
+        sampler: Sampler | None,
+        noise: NoiseWeighting | None,
+        reward: Reward | None,
+    ) -> Case:
+        uses, backbone = objective.uses, loaded(ToyBackbone(shape))
+        known = {"media", "noise", "sampler", "reward", "reference"}
+        expect(uses <= known, f"`uses` names {sorted(uses - known)}; it can name {sorted(known)}")
+        ctx = Context(
+            backbone=backbone,
+            sampler=(sampler or FlowSde()) if "sampler" in uses else _undeclared("sampler"),
+            noise=(noise or LogitNormal()) if "noise" in uses else _undeclared("noise"),
+            rng=Rng((0,), []),
+            rewards=[Weighted("toy", reward or ToyReward())] if "reward" in uses else [],
+            reference=_frozen(shape) if "reference" in uses else None,
+            first=True,
+        )
+        return Case(objective, layout, backbone, ctx)
+
+    def batch(self, number: int = 0) -> Batch:
+        """Batch `number` of an endless data set: an even number of whole groups, eight rows or more."""
+        group = self.objective.rows_per_prompt
+        groups = max(RANKS, -(-8 // group))
+        rows = (groups + groups % RANKS) * group
+        media = "media" in self.objective.uses
+        return toy_batch(self.backbone, rows, group=group, first=number * rows, media=media)
+
+    def run(
+        self, batch: Batch, *, seed: int = 0, micro_batch: int | None = None, gather: Gather | None = None
+    ) -> Outcome:
+        """One step of the trainer, without the optimiser: experience, parts, micro-batches, terms."""
+        number = self.objective.num_updates
+        ctx = evolve(self.ctx, gather=gather or self.ctx.gather, micro_batch=micro_batch or len(batch))
+        parts: list[tuple[list[Row], int]] = []
+        try:
+            rng = Rng((seed, "experience", 0), batch.rows)
+            for update, part in enumerate(self.objective.experience(batch, ctx.at(rng))):
+                expect(update < number, f"experience yields more than num_updates = {number} parts")
+                expect(len(part) > 0, f"part {update} has no rows: an optimiser step needs some on every rank")
+                parts.append((self._part(part, update, seed, ctx), len(part)))
+        except (AssertionError, BrokenBarrierError):
+            raise
+        except Exception as error:
+            raise AssertionError(f"fails on {self.layout}: {type(error).__name__}: {error}") from error
+        expect(len(parts) == number, f"experience yields {len(parts)} parts, but num_updates is {number}")
+        return _outcome(parts)
+
+    def _part(self, part: Any, update: int, seed: int, ctx: Context) -> list[Row]:
+        """Sums over micro-batches, one for each term."""
+        pieces: list[list[Row]] = []
+        for first in range(0, len(part), ctx.micro_batch):
+            piece = part[first : first + ctx.micro_batch]
+            bound = ctx.at(Rng((seed, "terms", update), piece.rows))
+            pieces.append(list(self._terms(piece, bound)))
+        return [_sum(rows) for rows in zip(*pieces, strict=True)]
+
+    def _terms(self, piece: Any, ctx: Context) -> Iterator[Row]:
+        number, terms = self.objective.num_terms, iter(self.objective.terms(piece, ctx))
+        for index in range(number):
+            term = next(terms, None)
+            if term is None:
+                raise AssertionError(f"yields {index} terms, but num_terms is {number}: every rank must yield as many")
+            yield self._row(term, index)
+        expect(next(terms, None) is None, f"yields more terms than num_terms = {number}; the trainer takes no more")
+
+    def _row(self, term: Term, index: int) -> Row:
+        """Check a term and run backward on it, which frees its graph."""
+        import torch
+
+        _check_term(term, index)
+        parameters = list(self.backbone.transformer.parameters())
+        try:
+            grads = torch.autograd.grad(term.total, parameters, allow_unused=True, materialize_grads=True)
+        except RuntimeError as error:
+            raise AssertionError(
+                f"backward on term {index} fails ({str(error).split('.')[0]}): a term must not share a graph with an "
+                "earlier one, whose graph is gone; detach what later terms reuse"
+            ) from error
+        count = torch.as_tensor(term.count).detach()
+        return term.total.detach().double(), count.double(), torch.cat([g.flatten() for g in grads]).double()
+
+
+class _Undeclared:
+    """Stands where an objective has no business: `uses` does not name it."""
+
+    def __init__(self, name: str) -> None:
+        self.__dict__["name"] = name
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        name = self.__dict__["name"]
+        raise AssertionError(f"reads ctx.{name} ({attribute}), but `uses` does not name {name!r}")
+
+
+def _undeclared(name: str) -> Any:
+    return _Undeclared(name)
+
+
+def _frozen(shape: tuple[int, ...]) -> ToyBackbone:
+    """A reference policy with other weights, as after some steps of training."""
+    reference = loaded(ToyBackbone(shape, seed=1))
+    reference.transformer.requires_grad_(False)
+    return reference
+
+
+def _sum(rows: Sequence[Row]) -> Row:
+    import torch
+
+    total, count, grad = (torch.stack(column).sum(0) for column in zip(*rows, strict=True))
+    return total, count, grad
+
+
+def _outcome(parts: Sequence[tuple[Sequence[Row], int]]) -> Outcome:
+    import torch
+
+    totals, counts, grads = (
+        torch.stack([torch.stack([row[i] for row in rows]) for rows, _ in parts]) for i in range(3)
+    )
+    return Outcome(totals, counts, grads, [length for _, length in parts])
+
+
+def _check_term(term: Term, index: int) -> None:
+    import torch
+
+    total, where = term.total, f"term {index}: total"
+    expect(total.ndim == 0, f"{where} has shape {list(total.shape)}; it is a scalar, the sum over items")
+    expect(total.dtype == torch.float32, f"{where} is {total.dtype}; compute losses in float32")
+    expect(bool(total.isfinite()), f"{where} is {float(total.detach())}")
+    expect(
+        total.requires_grad,
+        f"{where} has no graph, so the gradient does not reach the model: call ctx.backbone in terms(), outside "
+        "torch.no_grad, and do not detach its velocity",
+    )
+    count = float(torch.as_tensor(term.count).detach())
+    expect(0 <= count < float("inf"), f"term {index}: count is {count}; it is the number of items, 0 or more")
+    for name, values in term.metrics.items():
+        expect(
+            not values.requires_grad and values.ndim == 1,
+            f"term {index}: metric {name!r} is detached values [n], one an item; found shape {list(values.shape)}"
+            + (" with a graph, which would stay in memory" if values.requires_grad else ""),
+        )

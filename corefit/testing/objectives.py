@@ -1,0 +1,221 @@
+"""check_objective: run an objective as the trainer does, on a toy model, in ways that must not matter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, BrokenBarrierError
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve
+
+from corefit.flow import mix
+from corefit.rng import Rng
+from corefit.testing.case import RANKS, Case, Outcome
+from corefit.testing.checks import LAYOUTS, expect, global_seed
+from corefit.testing.toy import ToyBackbone, loaded, toy_batch
+from corefit.types import Batch, NoiseWeighting, Objective, Reward, Sampler, Supervised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check_objective(
+    objective: Objective[Any],
+    *,
+    shape: Sequence[int] | None = None,
+    sampler: Sampler | None = None,
+    noise: NoiseWeighting | None = None,
+    reward: Reward | None = None,
+    learns: bool | None = None,
+) -> None:
+    """AssertionError, naming the problem, unless `objective` trains right in any layout, batch size and rank count.
+
+    shape    of one row's latents; images, packed tokens and video by default, which must then give equal numbers
+    sampler  where `uses` names it: FlowSde by default; `noise` LogitNormal, `reward` ToyReward
+    learns   whether training must lower the flow-matching error, |v - (noise - x0)|^2; by default of `Supervised`
+             objectives that use media, noise and sampler alone
+    """
+    layouts = LAYOUTS if shape is None else {f"latents {['B', *shape]}": tuple(shape)}
+    try:
+        cases = [Case.of(objective, layout, s, sampler, noise, reward) for layout, s in layouts.items()]
+        outcomes = [_check_layout(case) for case in cases]
+        for case, outcome in zip(cases, outcomes, strict=True):
+            difference = outcomes[0].difference(outcome)
+            expect(
+                not difference,
+                f"the same numbers as {case.layout} and as {cases[0].layout} give other losses ({difference}): use "
+                "corefit.flow.like and per_sample, or pass the one shape that this objective is for",
+            )
+        plain = isinstance(objective, Supervised) and objective.uses <= {"media", "noise", "sampler"}
+        if plain if learns is None else learns:
+            _check_learning(cases[0])
+    except AssertionError as error:
+        raise AssertionError(f"{type(objective).__name__}: {error}") from error
+
+
+def _check_layout(case: Case) -> Outcome:
+    """All checks of one layout; what the whole batch gave."""
+    batch = case.batch()
+    before = copy.deepcopy(
+        (batch.x0, dict(batch.cond.tensors), list(batch.prompts), list(batch.meta), list(batch.rows))
+    )
+    with global_seed(1):
+        whole = case.run(batch)
+    _check_unchanged(batch, before)
+    _check_reached(whole)
+    _check_randomness(case, whole)
+    _check_split(case, whole)
+    _check_ranks(case, whole)
+    return whole
+
+
+def _check_unchanged(batch: Batch, before: tuple[Any, ...]) -> None:
+    import torch
+
+    x0, cond, *rest = before
+    fix = "is changed in place: compute new values instead"
+    expect(x0 is None or torch.equal(x0, batch.clean), f"batch.x0 {fix}")
+    same = cond.keys() == batch.cond.tensors.keys()
+    expect(same and all(torch.equal(t, batch.cond.tensors[name]) for name, t in cond.items()), f"batch.cond {fix}")
+    for name, old, new in zip(("prompts", "meta", "rows"), rest, (batch.prompts, batch.meta, batch.rows), strict=True):
+        expect(old == list(new), f"batch.{name} {fix}")
+
+
+def _check_reached(whole: Outcome) -> None:
+    for update, (grads, counts) in enumerate(zip(whole.grads, whole.counts, strict=True)):
+        expect(bool(grads.isfinite().all()), f"the gradient of part {update} is not finite")
+        expect(
+            bool(grads.any()),
+            f"the gradient of part {update} is 0 for all of the model's parameters: the loss does not depend on the "
+            "velocity that the model gives",
+        )
+        expect(float(counts.sum()) > 0, f"count is 0 in part {update}: it is the number of items that were supervised")
+
+
+def _check_randomness(case: Case, whole: Outcome) -> None:
+    """Draws come from ctx: global seeds change nothing, the step's key does."""
+    with global_seed(2):
+        again = case.run(case.batch())
+    difference = whole.difference(again, 1e-6)
+    expect(
+        not difference,
+        f"another seed of torch, numpy or random gives another loss ({difference}): draw with ctx.randn_like(x), "
+        "ctx.rand(n) or ctx.rng alone, so that ranks differ and a resumed run does not",
+    )
+    if case.objective.uses & {"noise", "sampler"}:
+        other = case.run(case.batch(), seed=1)
+        expect(
+            bool(whole.difference(other, 1e-6)),
+            "the next step's key gives the same loss on the same batch: draw noise and sigma with ctx, not from a "
+            "generator with a seed of its own",
+        )
+
+
+def _check_split(case: Case, whole: Outcome) -> None:
+    """Two micro-batches give the sums that one gives."""
+    longest = max(whole.lengths)
+    halves = case.run(case.batch(), micro_batch=-(-longest // 2))
+    _expect_same(whole, halves, "two micro-batches")
+
+
+def _expect_same(whole: Outcome, pieces: Outcome, what: str) -> None:
+    difference = whole.difference(pieces)
+    if difference.startswith("counts"):
+        raise AssertionError(
+            f"count is not the number of items: one batch and {what} of it give {difference}; count what `total` "
+            "sums over"
+        )
+    expect(
+        not difference,
+        f"one batch and {what} of it give other sums ({difference}): `total` is a sum, not a mean; a row's loss must "
+        "not depend on its neighbours (no mean, maximum or norm over rows); noise is drawn with ctx, a row at a time",
+    )
+
+
+def _check_ranks(case: Case, whole: Outcome) -> None:
+    """Two ranks, each with half of the groups, give the sums that one gives."""
+    batch, ranks = case.batch(), _Ranks()
+    half = len(batch) // RANKS
+    shares = [batch[rank * half : (rank + 1) * half] for rank in range(RANKS)]
+    with ThreadPoolExecutor(RANKS) as pool:
+        futures = [pool.submit(ranks.run, rank, case, share) for rank, share in enumerate(shares)]
+    errors = [error for future in futures if (error := future.exception())]
+    for error in sorted(errors, key=lambda e: isinstance(e, BrokenBarrierError)):
+        raise error
+    one, two = (future.result() for future in futures)
+    expect(
+        list(one.lengths) == list(two.lengths),
+        f"two ranks get parts of {list(one.lengths)} and {list(two.lengths)} rows: all ranks must have as many, or "
+        "some would wait for ever (ctx.gather tells each what the others have)",
+    )
+    _expect_same(whole, one + two, f"{RANKS} ranks")
+
+
+class _Ranks:
+    """Ranks as threads of this process, which meet in `gather`."""
+
+    def __init__(self) -> None:
+        self.barrier = Barrier(RANKS, timeout=60)
+        self.values: list[Tensor | None] = [None] * RANKS
+
+    def run(self, rank: int, case: Case, share: Batch) -> Outcome:
+        try:
+            outcome = case.run(share, gather=lambda x: self._meet(rank, x)[0])
+            self._meet(rank, None)
+        except BaseException:
+            self.barrier.abort()
+            raise
+        return outcome
+
+    def _meet(self, rank: int, value: Tensor | None) -> list[Any]:
+        """[all ranks' values in order]; None says that this rank gathers no more."""
+        import torch
+
+        self.values[rank] = value
+        self.barrier.wait()
+        tensors = [v for v in self.values if v is not None]
+        self.barrier.wait()
+        expect(len(tensors) in (0, RANKS), "one rank calls ctx.gather more often than another, which waits for ever")
+        shapes = [list(t.shape) for t in tensors]
+        expect(shapes[1:] == shapes[:-1], f"ranks gather tensors of shapes {shapes}; all ranks' must be equal")
+        return [torch.cat(tensors)] if tensors else []
+
+
+def _check_learning(case: Case, steps: int = 60) -> None:
+    """Adam, from a model that says 0, lowers the error against noise - x0; a wrong sign would raise it."""
+    import torch
+
+    objective, backbone = case.objective, loaded(evolve(case.backbone, seed=2))
+    for parameter in backbone.transformer.outer.parameters():
+        torch.nn.init.zeros_(parameter)
+    before = _flow_error(backbone)
+    optimizer = torch.optim.Adam(backbone.transformer.parameters(), lr=0.03)
+    for step in range(steps):
+        batch = case.batch(step)
+        ctx = evolve(case.ctx, backbone=backbone, rng=Rng((0, "terms", step), batch.rows), first=False)
+        for part in objective.experience(batch, ctx):
+            for term in objective.terms(part, ctx):
+                (term.total / len(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = _flow_error(backbone)
+    expect(
+        after < before,
+        f"{steps} steps of Adam change the model's error |v - (noise - x0)|^2 from {before:.3g} to {after:.3g}: the "
+        "velocity is noise - x0 (dx/dsigma, x = (1 - sigma) x0 + sigma noise), so check the sign of the target and of "
+        "the total, which is minimised; pass learns=False if this objective teaches something else",
+    )
+
+
+def _flow_error(backbone: ToyBackbone, rows: int = 32) -> float:
+    """Mean of |v - (noise - x0)|^2 over held-out rows and evenly spaced levels."""
+    import torch
+
+    batch = toy_batch(backbone, rows, first=1_000_000)
+    noise = Rng(("held out",), batch.rows).randn((rows, *batch.shape))
+    sigma = (torch.arange(rows) + 0.5) / rows
+    with torch.no_grad():
+        v = backbone.velocity(mix(batch.clean, noise, sigma), sigma, batch.cond)
+        return float(((v - (noise - batch.clean)) ** 2).mean())

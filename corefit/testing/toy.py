@@ -1,0 +1,273 @@
+"""A backbone of a few dozen parameters, in memory and for any latent layout, with data and contexts to go with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from attrs import define, evolve, field, frozen, validators
+
+from corefit.errors import ConfigError, ModelError
+from corefit.flow import like, shifted
+from corefit.noise import LogitNormal
+from corefit.rng import Rng, generator
+from corefit.samplers import Ode
+from corefit.types import Backbone, Batch, Condition, Context, Meta, NoiseWeighting, Reward, Sampler, Weighted
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+WEIGHTS = "toy.safetensors"
+
+
+@define(eq=False, slots=False)
+class ToyBackbone(Backbone):
+    """An elementwise network of (x, sigma, code of the prompt): every element of a latent is treated alike.
+
+    Latents of one row have `shape`, with the media as their first three channels: [C, H, W] or [C, T, H, W] have
+    the media's own size, packed tokens [L, C] an image of L pixels. Conditions are {"code": [B, 1]}.
+    """
+
+    shape: tuple[int, ...] = field(default=(4, 8, 8), validator=validators.min_len(1))
+    """Of one row's latents."""
+    time_shift: float = field(default=3.0, validator=validators.gt(0))
+    """Timestep shift of the sampling grid and of training noise."""
+    seed: int = 0
+    """Of the weights, where there is no `path`."""
+    path: Path | None = None
+    """A folder that `save` wrote."""
+
+    transformer: Any = field(init=False, default=None)
+    empty: Condition | None = field(init=False, default=None)
+    lora_targets: Sequence[str] = field(init=False, default=("inner", "gate", "outer"))
+    calls: int = field(init=False, default=0)
+    """How often the network was called."""
+    _device: Any = field(init=False, default="cpu")
+    _dtype: Any = field(init=False, default=None)
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the network from `seed`, or read it from `path`; ModelError if that cannot be read."""
+        self.place(device, dtype)
+        network = _network_class()()
+        network.load_state_dict(self._weights())
+        self.transformer = network.to(device, dtype)
+
+    def moved(self, folder: Path) -> ToyBackbone:
+        return evolve(self, path=folder)
+
+    def weights_key(self) -> str:
+        content = repr(self.seed).encode() if self.path is None else (self.path / WEIGHTS).read_bytes()
+        return hashlib.sha256(content).hexdigest()
+
+    def load_lora(self, folder: Path) -> None:
+        """Refused with a ModelError: the toy trains whole."""
+        raise ModelError(f'{folder}: the toy backbone takes no LoRA; use train = {{ use = "full" }}')
+
+    def release(self) -> None:
+        """Nothing to drop: prompts and media are encoded by arithmetic."""
+
+    def encoding_key(self) -> Mapping[str, str]:
+        return {"text": "blake2b", "media": "affine", "shape": repr(tuple(self.shape))}
+
+    def encode_text(self, prompts: Sequence[str]) -> Condition:
+        import torch
+
+        codes = torch.tensor([[prompt_code(prompt)] for prompt in prompts], dtype=torch.float32)
+        return Condition({"code": codes.to(self._device)})
+
+    def null(self, n: int) -> Condition:
+        empty = self.empty = (self.encode_text([""]) if self.empty is None else self.empty).to(self._device)
+        return empty.repeat(n)
+
+    def encode(self, media: Tensor) -> Tensor:
+        """2 media - 1 in `shape`; inverse to `decode` where there are at least three channels."""
+        self._check(media.shape[-2:])
+        x0 = 2 * _channels(media.to(self._device).float(), self._num_channels) - 1
+        return x0.flatten(2).mT if self._packed else x0
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """(x0 + 1) / 2 of three channels, in [0, 1]: media [B, 3, H, W], or [B, 3, T, H, W] of video."""
+        height, width = self._size
+        grid = x0.mT.unflatten(2, (height, width)) if self._packed else x0
+        return ((_channels(grid.to(self._device).float(), 3) + 1) / 2).clamp(0, 1)
+
+    def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
+        """`shape`, if it is the one for media of `size`; ConfigError otherwise."""
+        self._check(size)
+        return tuple(self.shape)
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        """v [B, ...] in float32; ValueError where x, sigma and cond do not belong together."""
+        if x.ndim != 1 + len(self.shape) or not len(x) == len(cond) == sigma.numel():
+            raise ValueError(
+                f"velocity of x {list(x.shape)} at sigma {list(sigma.shape)} for {len(cond)} rows of conditions: a row "
+                f"of latents is like {list(self.shape)}, and all three have as many rows"
+            )
+        self.calls += 1
+        dtype = self._dtype
+        return self.transformer(x.to(dtype), sigma.to(dtype), cond.tensors["code"].to(dtype)).float()
+
+    def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
+        """v_u + scale (v_c - v_u), a call for each of the two that is not known."""
+        if v_cond is None:
+            v_cond = self.velocity(x, sigma, cond)
+        if scale == 1:
+            return v_cond
+        v_null = self.velocity(x, sigma, self.null(len(x)))
+        return v_null + scale * (v_cond - v_null)
+
+    def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
+        """[steps + 1], evenly spaced from 1 to 0, then shifted."""
+        import torch
+
+        return shifted(torch.linspace(1, 0, steps + 1), self.time_shift)
+
+    def shift(self, shape: Sequence[int]) -> float:
+        return self.time_shift
+
+    def save(self, folder: Path) -> None:
+        """Write the network's weights in float32 to toy.safetensors."""
+        from safetensors.torch import save_file
+
+        network = getattr(self.transformer, "module", self.transformer)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: t.detach().float().cpu().contiguous() for name, t in network.state_dict().items()}
+        save_file(weights, folder / WEIGHTS)
+
+    def _weights(self) -> dict[str, Tensor]:
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if self.path is None:
+            shapes = {name: tuple(t.shape) for name, t in _network_class()().state_dict().items()}
+            return {
+                name: torch.from_numpy(0.7 * generator("toy", self.seed, name).standard_normal(shape, np.float32))
+                for name, shape in shapes.items()
+            }
+        try:
+            return load_file(self.path / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{self.path / WEIGHTS}: cannot be read: {error}") from error
+
+    @property
+    def _packed(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def _num_channels(self) -> int:
+        return self.shape[-1] if self._packed else self.shape[0]
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Height and width of the media; packed tokens are the squarest image of their number."""
+        if not 2 <= len(self.shape) <= 4:
+            raise ConfigError(f"shape = {list(self.shape)}: only [L, C], [C, H, W] and [C, T, H, W] have media")
+        if not self._packed:
+            return self.shape[-2], self.shape[-1]
+        height = max(h for h in range(1, self.shape[0] + 1) if self.shape[0] % h == 0 and h * h <= self.shape[0])
+        return height, self.shape[0] // height
+
+    def _check(self, size: Sequence[int]) -> None:
+        if tuple(size) != self._size:
+            raise ConfigError(f"size = {list(size)}: a toy of shape {list(self.shape)} has media of {list(self._size)}")
+
+
+@frozen
+class ToyReward(Reward):
+    """How bright the media are: their mean, in [0, 1]."""
+
+    def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
+        return media.flatten(1).mean(1)
+
+
+def prompt_code(prompt: str) -> float:
+    """A number in [-1, 1] that is a function of the prompt; 0 for the empty one."""
+    if not prompt:
+        return 0.0
+    digest = hashlib.blake2b(prompt.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") / (2**31) - 1
+
+
+def loaded(backbone: ToyBackbone) -> ToyBackbone:
+    """The same backbone, loaded on the CPU in float32."""
+    import torch
+
+    backbone.load(torch.device("cpu"), torch.float32)
+    return backbone
+
+
+def toy_batch(backbone: ToyBackbone, n: int, *, group: int = 1, first: int = 0, media: bool = True) -> Batch:
+    """Rows first, first + 1, ... of an endless data set: x0 [n, *shape] = the prompt's code + 0.3 normal draws.
+
+    group  consecutive rows that share a prompt
+    media  False for prompts alone: x0 is None
+    """
+    import torch
+
+    rows = list(range(first, first + n))
+    prompts = [f"prompt {row // group}" for row in rows]
+    cond = backbone.encode_text(prompts)
+    x0 = None
+    if media:
+        draws = np.stack([generator("toy data", row).standard_normal(backbone.shape, np.float32) for row in rows])
+        spread = 0.3 * torch.from_numpy(draws)
+        x0 = spread + like(torch.tensor([prompt_code(prompt) for prompt in prompts]), spread)
+    return Batch(x0, cond, prompts, [{"row": row} for row in rows], rows, tuple(backbone.shape))
+
+
+def toy_context(
+    backbone: Backbone,
+    rows: Sequence[int],
+    *,
+    seed: int = 0,
+    sampler: Sampler | None = None,
+    noise: NoiseWeighting | None = None,
+    rewards: Sequence[Weighted] = (),
+    reference: Backbone | None = None,
+) -> Context:
+    """A context for `rows`, with the Ode and LogitNormal unless others are given."""
+    return Context(
+        backbone=backbone,
+        sampler=sampler or Ode(),
+        noise=noise or LogitNormal(),
+        rng=Rng((seed, "toy"), rows),
+        rewards=rewards,
+        reference=reference,
+    )
+
+
+def _channels(x: Tensor, number: int) -> Tensor:
+    """x [B, C, ...] with its channels repeated or cut to `number`."""
+    return x[:, [i % x.shape[1] for i in range(number)]]
+
+
+@cache
+def _network_class() -> Any:
+    """Made on first use, because torch is not imported to read this module."""
+    import torch
+    from torch import nn
+
+    class ToyNetwork(nn.Module):
+        """x [B, ...], sigma [B], code [B, 1] -> velocity [B, ...]; 65 parameters."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 8)
+            self.outer = nn.Linear(8, 1)
+            self.gate = nn.Linear(2, 8)
+
+        def forward(self, x: Tensor, sigma: Tensor, code: Tensor) -> Tensor:
+            row = torch.stack([like(sigma, x).expand_as(x), like(code[:, 0], x).expand_as(x)], -1)
+            hidden = self.inner(torch.cat([x[..., None], row], -1)).tanh() * self.gate(row)
+            return self.outer(hidden)[..., 0]
+
+    return ToyNetwork

@@ -1,0 +1,329 @@
+"""Handwritten digits in colour: a source of scenes, and a judge that can tell whether a picture is right.
+
+A scene is 16 x 16 pixels, dark, cut in 2 x 2 cells of 8 x 8; a cell is empty or holds one real handwritten
+digit (scikit-learn's `load_digits`) in one of six colours. The judge has never seen the digits of the scenes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import permutations, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from attrs import frozen
+
+from corefit import Example, hookimpl
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+COLOURS: Mapping[str, tuple[float, float, float]] = {
+    "red": (1.0, 0.15, 0.15),
+    "yellow": (1.0, 1.0, 0.15),
+    "green": (0.15, 1.0, 0.15),
+    "cyan": (0.15, 1.0, 1.0),
+    "blue": (0.2, 0.2, 1.0),
+    "pink": (1.0, 0.15, 1.0),
+}
+NUMBERS: Mapping[str, int] = {"two": 2, "three": 3, "four": 4}
+RELATIONS = ("left of", "right of", "above", "below")
+CATEGORIES = ("single", "two", "counting", "colours", "position")
+WORDS = (*["a", "s", "and", "left", "right", "of", "above", "below"], *NUMBERS, *COLOURS, *"0123456789")
+"""Every word of every prompt: the vocabulary of the base's text encoders."""
+
+CELL, SIZE = 8, 16
+DARK = 0.05
+"""Brightness of the canvas, of 1."""
+HELD_OUT: Mapping[str, float] = {
+    "single": 0.0,
+    "two": 0.25,
+    "counting": 0.2,
+    "colours": 0.2,
+    "position": 0.25,
+}
+"""Share of a category's combinations that no training scene shows; 60 single digits are too few to spare any."""
+
+Cell = tuple[int, int]
+Thing = tuple[str, int]
+"""A colour and a digit."""
+
+
+@frozen
+class Scene:
+    """What a prompt asks for, and what a picture must show: the truth that the judge reads from meta."""
+
+    category: str
+    things: tuple[Thing, ...]
+    relation: str = ""
+    """Of the first thing to the second; one of RELATIONS in category position, else empty."""
+
+    @property
+    def prompt(self) -> str:
+        if self.category == "counting":
+            (colour, digit), number = self.things[0], list(NUMBERS)[len(self.things) - 2]
+            return f"{number} {colour} {digit}s"
+        return f" {self.relation or 'and'} ".join(f"a {colour} {digit}" for colour, digit in self.things)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        things = [{"colour": colour, "digit": digit} for colour, digit in self.things]
+        return {"category": self.category, "things": things, "relation": self.relation}
+
+    @staticmethod
+    def of(meta: Mapping[str, Any]) -> Scene:
+        """The scene of `meta`, as the property made it."""
+        things = tuple((str(t["colour"]), int(t["digit"])) for t in meta["things"])
+        return Scene(meta["category"], things, meta["relation"])
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no training scene may ask for this; the same for both ways of saying one arrangement."""
+        first, *rest = self.things
+        relation = self.relation
+        if relation in ("right of", "below"):
+            relation = RELATIONS[RELATIONS.index(relation) - 1]
+            first, rest = rest[0], [first]
+        things = [first, *rest] if relation else sorted(self.things)
+        digest = hashlib.sha256(repr((self.category, things, relation)).encode()).digest()
+        return int.from_bytes(digest[:4], "big") < HELD_OUT[self.category] * 2**32
+
+
+@cache
+def scenes(category: str, held_out: bool) -> tuple[Scene, ...]:
+    """All scenes of a category that training may show, or those that it may not; each list in a fixed order."""
+    return tuple(scene for scene in _all_scenes(category) if scene.held_out == held_out)
+
+
+def _all_scenes(category: str) -> Iterator[Scene]:
+    things = list(product(COLOURS, range(10)))
+    if category == "single":
+        yield from (Scene(category, (thing,)) for thing in things)
+    elif category == "counting":
+        yield from (Scene(category, (thing,) * number) for thing in things for number in NUMBERS.values())
+    else:
+        same_digit = category == "colours"
+        relations = RELATIONS if category == "position" else ("",)
+        for (a, b), relation in product(product(things, things), relations):
+            if a[0] != b[0] and (a[1] == b[1]) == same_digit:
+                yield Scene(category, (a, b), relation)
+
+
+@cache
+def digit_images(part: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Handwritten digits [n, 8, 8] in [0, 1] and their classes [n]: of part "train", "judge" or "judge-test".
+
+    One fixed split, 50 : 40 : 10 within every class; no digit is in two parts.
+    """
+    from sklearn.datasets import load_digits
+
+    images, classes = load_digits(return_X_y=True)
+    rng = np.random.Generator(np.random.Philox(8))
+    chosen: list[NDArray[np.int64]] = []
+    for digit in range(10):
+        rows = rng.permutation(np.flatnonzero(classes == digit))
+        half, tenth = round(0.5 * len(rows)), round(0.9 * len(rows))
+        slices = {"train": rows[:half], "judge": rows[half:tenth], "judge-test": rows[tenth:]}
+        chosen.append(slices[part])
+    rows = np.concatenate(chosen)
+    return (images[rows] / 16).astype(np.float32).reshape(-1, CELL, CELL), classes[rows]
+
+
+def place(scene: Scene, rng: np.random.Generator) -> list[Cell]:
+    """A cell (row, column) for each thing of the scene, drawn from those that satisfy its relation."""
+    cells = list(product(range(2), range(2)))
+    if not scene.relation:
+        return [cells[i] for i in rng.permutation(4)[: len(scene.things)]]
+    lane = int(rng.integers(2))
+    across = scene.relation in ("left of", "right of")
+    pair = [(lane, 0), (lane, 1)] if across else [(0, lane), (1, lane)]
+    return pair if scene.relation in ("left of", "above") else pair[::-1]
+
+
+def draw(scene: Scene, rng: np.random.Generator, part: str = "train") -> NDArray[np.uint8]:
+    """A picture [16, 16, 3] of the scene, written with digits of `part`."""
+    images, classes = digit_images(part)
+    ink = np.zeros((SIZE, SIZE, 3), np.float32)
+    for (colour, digit), (row, column) in zip(scene.things, place(scene, rng), strict=True):
+        written = images[rng.choice(np.flatnonzero(classes == digit))]
+        area = np.s_[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+        ink[area] = written[..., None] * np.array(COLOURS[colour], np.float32)
+    return np.round(255 * (DARK + (1 - DARK) * ink)).astype(np.uint8)
+
+
+@frozen
+class DigitScenes:
+    """Scenes of the training digits, the five categories in turn; none is of a held-out combination."""
+
+    count: int = 4096
+    """Scenes."""
+    seed: int = 0
+    """Other seeds give other scenes; scene i depends on the seed and i alone."""
+
+    def examples(self) -> Iterator[Example]:
+        for i in range(self.count):
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, i]))
+            choices = scenes(CATEGORIES[i % len(CATEGORIES)], held_out=False)
+            scene = choices[rng.integers(len(choices))]
+            yield Example(scene.prompt, draw(scene, rng), scene.meta)
+
+
+def held_out_prompts(count: int = 1025) -> Iterator[dict[str, Any]]:
+    """Rows of heldout.jsonl: the five categories in turn; a category begins again where it is exhausted."""
+    rng = np.random.Generator(np.random.Philox(2))
+    lists = [scenes(category, held_out=HELD_OUT[category] > 0) for category in CATEGORIES]
+    orders = [rng.permutation(len(choices)) for choices in lists]
+    for i in range(count):
+        turn, kind = divmod(i, len(CATEGORIES))
+        scene = lists[kind][orders[kind][turn % len(orders[kind])]]
+        yield {"prompt": scene.prompt, **scene.meta}
+
+
+def write_held_out(path: Path) -> None:
+    """Write heldout.jsonl, one JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in held_out_prompts()), encoding="utf-8")
+
+
+@frozen
+class Judge:
+    """Whether a picture shows what its prompt asks for: digits, colours, count and places."""
+
+    strict: bool = True
+    """True: 1 for a picture that is wholly right, else 0. False: the share of the facts that hold."""
+
+    def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Rewards [B] for media [B, 3, 16, 16] in [0, 1]; a fact is a digit, a colour, the count, the place."""
+        import torch
+
+        if tuple(media.shape[1:]) != (3, SIZE, SIZE):
+            raise ValueError(f"the judge reads media [B, 3, {SIZE}, {SIZE}], not {list(media.shape)}")
+        pictures = media.detach().float().cpu().numpy().transpose(0, 2, 3, 1)
+        seen = look(pictures)
+        shares = [share_right(Scene.of(m), found) for m, found in zip(meta, seen, strict=True)]
+        rewards = torch.tensor(shares, dtype=torch.float32, device=media.device)
+        return (rewards == 1).float() if self.strict else rewards
+
+
+Found = Mapping[Cell, tuple[str | None, int | None]]
+"""The cells of one picture that are not empty: colour and digit, None where unclear."""
+
+
+def share_right(scene: Scene, found: Found) -> float:
+    """Share in [0, 1] of the scene's facts that hold, for the kindest pairing of its things with the cells."""
+    wanted = scene.things
+    blanks: list[Cell | None] = [None] * max(0, len(wanted) - len(found))
+    best = 0
+    for cells in set(permutations([*found, *blanks], len(wanted))):
+        got = [found[cell] if cell else (None, None) for cell in cells]
+        right = sum((c == colour) + (d == digit) for (c, d), (colour, digit) in zip(got, wanted, strict=True))
+        best = max(best, right + (bool(scene.relation) and _holds(scene.relation, cells)))
+    facts = 2 * len(wanted) + 1 + bool(scene.relation)
+    return (best + (len(found) == len(wanted))) / facts
+
+
+def _holds(relation: str, cells: Sequence[Cell | None]) -> bool:
+    if cells[0] is None or cells[1] is None:
+        return False
+    axis = 1 if relation in ("left of", "right of") else 0
+    step = cells[1][axis] - cells[0][axis]
+    return step > 0 if relation in ("left of", "above") else step < 0
+
+
+def look(pictures: NDArray[np.float32]) -> list[Found]:
+    """What each picture [B, 16, 16, 3] in [0, 1] shows."""
+    b = len(pictures)
+    cells = pictures.reshape(b, 2, CELL, 2, CELL, 3).swapaxes(2, 3).reshape(b * 4, CELL * CELL, 3)
+    ink = np.clip((cells.max(2) - DARK) / (1 - DARK), 0, 1)
+    ink = np.where(ink < 0.12, 0, ink)
+    filled = ink.sum(1) > 2.0
+    colours, digits = _colours(cells, ink), read_digits(ink)
+    places = list(product(range(2), range(2)))
+    return [{places[k]: (colours[i + k], digits[i + k]) for k in range(4) if filled[i + k]} for i in range(0, b * 4, 4)]
+
+
+def _colours(cells: NDArray[np.float32], ink: NDArray[np.float32]) -> list[str | None]:
+    """The colour of each cell [n, 64, 3]; None unless it is saturated and nearly all of the ink agrees."""
+    chroma = np.clip(cells - cells.min(2, keepdims=True), 0, 1)
+    waves = np.exp(1j * np.pi * np.array([0, 2 / 3, 4 / 3]))
+    hue_vectors = chroma @ waves
+    mean = (ink * hue_vectors).sum(1)
+    named = np.array([np.array(rgb) @ waves for rgb in COLOURS.values()])
+    distance = np.abs(np.angle(mean[:, None] / named))
+    nearest = distance.argmin(1)
+    strong = ink * (ink > 0.3)
+    agrees = np.abs(np.angle(hue_vectors * np.exp(-1j * np.angle(named))[nearest, None])) < np.pi / 6
+    agrees &= chroma.max(2) > 0.4 * cells.max(2)
+    share = (strong * agrees).sum(1) / np.maximum(strong.sum(1), 1e-6)
+    clear = (share > 0.85) & (distance.min(1) < np.pi / 9)
+    names = list(COLOURS)
+    return [names[k] if ok else None for k, ok in zip(nearest, clear, strict=True)]
+
+
+def read_digits(ink: NDArray[np.float32]) -> list[int | None]:
+    """The digit in each cell [n, 64] of ink in [0, 1]; None for what is no clear digit."""
+    examples, weights = _classifier()
+    votes = _kernel(_strokes(ink), examples) @ weights
+    ranked = np.sort(votes, 1)
+    clear = (ranked[:, -1] > 0.3) & (ranked[:, -1] - ranked[:, -2] > 0.1)
+    return [int(k) if ok else None for k, ok in zip(votes.argmax(1), clear, strict=True)]
+
+
+@cache
+def _classifier() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Kernel ridge regression onto one-hot classes: examples [n, 64] and weights [n, 10].
+
+    Fitted on the judge's digits, blurred and shifted a little, and on mixtures of two digits and noise, which
+    vote for none. Far from all examples the kernel vanishes, so a smudge gets no vote either.
+    """
+    images, classes = digit_images("judge")
+    rng = np.random.Generator(np.random.Philox(3))
+    one_hot = np.eye(10)[classes]
+    inks, votes = [images], [one_hot]
+    for shift in (0, 1):
+        moved = np.stack([_moved(i, rng.integers(-shift, shift + 1, 2)) for i in images])
+        inks.append(np.clip(moved + rng.normal(0, 0.06, moved.shape), 0, 1))
+        votes.append(one_hot)
+    other = rng.permutation(len(images))
+    halved = rng.random((len(images), 1, 1)) < 0.5
+    mixtures = np.where(halved, _halves(images, images[other]), (images + images[other]) / 2)
+    differ = classes != classes[other]
+    inks.append(mixtures[differ])
+    inks.append(rng.random((200, CELL, CELL)))
+    votes.append(np.zeros((int(differ.sum()) + 200, 10)))
+    examples = _strokes(np.concatenate(inks).reshape(-1, CELL * CELL))
+    gram = _kernel(examples, examples) + 0.01 * np.eye(len(examples))
+    return examples, np.linalg.solve(gram, np.concatenate(votes))
+
+
+def _moved(image: NDArray[np.float32], by: NDArray[np.int64]) -> NDArray[np.float32]:
+    down, right = by
+    return np.pad(image, 1)[1 - down : 1 - down + CELL, 1 - right : 1 - right + CELL]
+
+
+def _halves(top: NDArray[np.float32], bottom: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.concatenate([top[:, : CELL // 2], bottom[:, CELL // 2 :]], axis=1)
+
+
+def _strokes(ink: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Features [n, 64] of unit length: brightness does not count, faint strokes count more."""
+    root = np.sqrt(np.clip(ink.astype(np.float64), 0, 1))
+    return root / np.maximum(np.linalg.norm(root, axis=1, keepdims=True), 1e-6)
+
+
+def _kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(-2.5 * (2 - 2 * a @ b.T))
+
+
+@hookimpl
+def corefit_sources() -> dict[str, type]:
+    return {"digits": DigitScenes}
+
+
+@hookimpl
+def corefit_rewards() -> dict[str, type]:
+    return {"digits_judge": Judge}
