@@ -83,6 +83,8 @@ class _Lines:
     say: Callable[[str], None]
     began: float = field(factory=time.monotonic)
     last: float = field(factory=time.monotonic)
+    counted: float = 0.0
+    """When the first report came; how far things were then is `first`: a resumed stage starts in the middle."""
     first: int = -1
     note: str = ""
 
@@ -90,12 +92,13 @@ class _Lines:
         now = time.monotonic()
         self.note = note or self.note
         if self.first < 0:
-            self.first = done - 1
+            self.first, self.counted = done, now
         if done < total and now - self.last < PAUSE:
             return
         self.last = now
-        speed = (done - self.first) / max(now - self.began, 1e-9)
-        left = f", {(total - done) / speed:.0f} s left" if done < total else f", {now - self.began:.0f} s"
+        left = f", {now - self.began:.0f} s"
+        if self.first < done < total:
+            left = f", {(total - done) * (now - self.counted) / (done - self.first):.0f} s left"
         self.say(f"{self.title}: {done}/{total}{left}{'  ' if self.note else ''}{self.note}")
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from corefit.rng import Rng
 
+SMALLEST = 2**-25
+"""Below every uniform draw but 0, which would be no noise level."""
+
 
 @frozen
 class LogitNormal(NoiseWeighting):
@@ -61,7 +64,7 @@ class Uniform(NoiseWeighting):
     """t uniform, every level counts the same."""
 
     def sample(self, n: int, shift: float, rng: Rng) -> Tensor:
-        return shifted(rng.rand(n), shift)
+        return shifted(rng.rand(n).clamp(min=SMALLEST), shift)
 
     def weight(self, sigma: Tensor) -> Tensor:
         return 1 + 0 * sigma

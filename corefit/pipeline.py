@@ -89,7 +89,8 @@ class Pipeline:
             yield "stage.base: the base model's results have this name; rename the stage"
         for stage in self.stage:
             yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
-        yield from _told("backbone", lambda: self.backbone.latent_shape(self.data.size))
+        found = [*_told("backbone", self.backbone.check)]
+        yield from found or _told("backbone", lambda: self.backbone.latent_shape(self.data.size))
         yield from self._data_problems()
         if self.eval:
             yield from self._eval_problems(self.eval)

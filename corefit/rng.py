@@ -54,9 +54,9 @@ class Rng:
         part.draws = self.draws
         return part
 
-    def of(self, rows: Sequence[int]) -> Rng:
-        """The same key for other rows: draws shared by a group use the group's number as every row's."""
-        return Rng((*self.key, "of"), rows)
+    def of(self, purpose: str, rows: Sequence[int] | None = None) -> Rng:
+        """Draws of their own for another purpose; shared by a group where `rows` are the groups' numbers."""
+        return Rng((*self.key, purpose), self.rows if rows is None else rows)
 
     def _draw(self, shape: Sequence[int], draw: Callable[[np.random.Generator, tuple[int, ...]], object]) -> Tensor:
         import torch
@@ -67,6 +67,6 @@ class Rng:
                 "(first axis = rows of the part), several times if more are needed"
             )
         rest = tuple(shape[1:])
-        values = [draw(generator(*self.key, row, self.draws), rest) for row in self.rows]
+        values = [draw(generator(*self.key, int(row), self.draws), rest) for row in self.rows]
         self.draws += 1
         return torch.from_numpy(np.stack([np.asarray(v) for v in values]))

@@ -152,6 +152,10 @@ class Backbone(Protocol):
     lora_targets: Sequence[str]
     """Module names that a LoRA adapts by default."""
 
+    def check(self) -> None:
+        """CorefitError for what is wrong with the model's files and shows without reading weights."""
+        ...
+
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Say where text encoders and VAE go, and in which precision prompts are encoded; reads nothing."""
         ...

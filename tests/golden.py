@@ -110,7 +110,7 @@ class Analytic:
         a, b, k = self.params
         self.calls.append(len(x))
         self.asked.append(sigma)
-        return torch.tanh(a * x + like(b * sigma + k * cond.tensors["c"], x))
+        return torch.tanh(a * x + like(b * sigma.to(x.dtype) + k * cond.tensors["c"], x))
 
     def null(self, n: int) -> Condition:
         return Condition({"c": torch.zeros(n, dtype=self.params.dtype)})

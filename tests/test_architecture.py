@@ -21,7 +21,7 @@ LAYERS = (
     {"corefit"},  # the package itself: the names that plugins import
     {"samplers", "noise", "sources", "plugins", "data"},
     {"builtin", "rollout", "stage", "encode", "config", "listing", "testing"},
-    {"evaluate", "cache", "weights", "observers"},
+    {"evaluate", "cache", "weights", "observers", "meters"},
     {"train", "pipeline"},
     {"identity"},
     {"run"},
@@ -43,7 +43,7 @@ OFFERED = {
 """What plugins may import of the core; submodules included."""
 ONLY = {
     "streaming": {"mds"},
-    "accelerate": {"train", "run"},  # run gathers the ranks' scores
+    "accelerate": {"train", "evaluate"},  # evaluate gathers the ranks' scores
     "peft": {"weights"},
     "diffusers": {"testing"},
     "transformers": {"testing"},

@@ -3,7 +3,6 @@
 import attrs
 import pytest
 import torch
-from corefit_soar import table
 from golden import DTYPES, Draws, golden
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from corefit.flow import shifted
 from corefit.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
 from corefit.rng import Rng
+from corefit_soar import table
 
 SCHEMES = {
     "sigma_sqrt": SigmaSqrt(),

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from corefit_backbones.sd3 import Sd3
-from corefit_sft import Sft
 
 from corefit.data import Data
 from corefit.errors import ConfigError, CorefitError, PluginError
@@ -16,6 +14,8 @@ from corefit.pipeline import Full, Lora, Pipeline, Stage, read
 from corefit.samplers import Cps, FlowSde, Ode
 from corefit.sources import Jsonl
 from corefit.stage import Optimizer
+from corefit_backbones.sd3 import Sd3
+from corefit_sft import Sft
 
 
 def refusal(project, *pairs, settings=()):

@@ -76,7 +76,7 @@ def test_the_key_is_no_concatenation():
 
 def test_a_groups_draw_is_every_members():
     rng = Rng(KEY, range(6))
-    shared = rng.of([row // 3 for row in rng.rows]).rand(6)
+    shared = rng.of("g", [row // 3 for row in rng.rows]).rand(6)
     assert torch.equal(shared[:3], shared[:1].expand(3))
     assert torch.equal(shared[3:], shared[3:4].expand(3))
     assert shared[0] != shared[3]
@@ -85,14 +85,14 @@ def test_a_groups_draw_is_every_members():
 def test_a_groups_draw_is_not_its_numbers_own_draw():
     """Group 0's draw must not be row 0's: the one chooses windows, the other is noise."""
     rng = Rng(KEY, [0, 1])
-    assert not (rng.of([0, 1]).rand(2) == rng.rand(2)).any()
+    assert not (rng.of("g", [0, 1]).rand(2) == rng.rand(2)).any()
 
 
 def test_a_groups_draw_does_not_depend_on_the_slice():
     """A group may be cut by a micro-batch."""
     rng = Rng(KEY, range(6))
-    cut = [rng[s].of([row // 3 for row in rng[s].rows]).rand(len(rng[s].rows)) for s in (slice(0, 4), slice(4, 6))]
-    assert torch.equal(rng.of([row // 3 for row in rng.rows]).rand(6), torch.cat(cut))
+    cut = [rng[s].of("g", [row // 3 for row in rng[s].rows]).rand(len(rng[s].rows)) for s in (slice(0, 4), slice(4, 6))]
+    assert torch.equal(rng.of("g", [row // 3 for row in rng.rows]).rand(6), torch.cat(cut))
 
 
 def test_uniform_draws():

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from attrs import frozen
-from corefit_sft import Sft
-from corefit_soar import Soar
 
 from corefit import Batch, Context, Example, Source, Supervised, Term, cache, train, weights
 from corefit.data import Data, Dataset
@@ -18,6 +16,8 @@ from corefit.errors import TrainingError
 from corefit.flow import mix, per_sample
 from corefit.stage import Full, Lora, Optimizer, Stage
 from corefit_backbones.sd3 import Sd3
+from corefit_sft import Sft
+from corefit_soar import Soar
 
 
 @frozen

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "toy.safetensors"
+NO_LORA = 'the toy backbone takes no LoRA; use train = { use = "full" }'
 
 
 @define(eq=False, slots=False)
@@ -69,7 +70,7 @@ class ToyBackbone(Backbone):
 
     def load_lora(self, folder: Path) -> None:
         """Refused with a ModelError: the toy trains whole."""
-        raise ModelError(f'{folder}: the toy backbone takes no LoRA; use train = {{ use = "full" }}')
+        raise ModelError(f"{folder}: {NO_LORA}")
 
     def release(self) -> None:
         """Nothing to drop: prompts and media are encoded by arithmetic."""
@@ -269,5 +270,9 @@ def _network_class() -> Any:
             row = torch.stack([like(sigma, x).expand_as(x), like(code[:, 0], x).expand_as(x)], -1)
             hidden = self.inner(torch.cat([x[..., None], row], -1)).tanh() * self.gate(row)
             return self.outer(hidden)[..., 0]
+
+        def add_adapter(self, config: object) -> None:
+            """What LoRA training calls."""
+            raise ValueError(NO_LORA)
 
     return ToyNetwork

@@ -11,10 +11,6 @@ from itertools import pairwise
 import attrs
 import pytest
 import torch
-from corefit_flow_grpo import FlowGrpo
-from corefit_flow_grpo.advantage import advantages
-from corefit_flow_grpo.experience import Rollouts
-from corefit_flow_grpo.loss import divergence, policy_loss
 from golden import Analytic, golden
 
 from corefit import Batch, Condition, Context, Step
@@ -24,6 +20,10 @@ from corefit.noise import LogitNormal
 from corefit.rng import Rng, generator
 from corefit.samplers import Cps, DanceSde, FlowSde
 from corefit.types import Sampler, Weighted
+from corefit_flow_grpo import FlowGrpo
+from corefit_flow_grpo.advantage import advantages
+from corefit_flow_grpo.experience import Rollouts
+from corefit_flow_grpo.loss import divergence, policy_loss
 
 CLIPS = {"clip0.0001": (1e-4, 1e-4), "clip0.001": (1e-3, 1e-3), "clip-0.2_0.28": (0.2, 0.28)}
 

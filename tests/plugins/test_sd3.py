@@ -9,7 +9,6 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
-from corefit_backbones.sd3 import Sd3
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from corefit import Condition
 from corefit.errors import ConfigError, CorefitError, ModelError
 from corefit.testing.checkpoints import tiny_sd3
+from corefit_backbones.sd3 import Sd3
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "blue square"]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from corefit_sft import Sft
 from golden import DTYPES, Analytic, Draws, Given, batch_of, golden
 
 from corefit import Context
@@ -10,6 +9,7 @@ from corefit.flow import mix, per_sample
 from corefit.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
 from corefit.rng import Rng
 from corefit.samplers import Ode
+from corefit_sft import Sft
 
 SCHEMES = {
     "logit_normal": LogitNormal(),

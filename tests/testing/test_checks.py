@@ -8,11 +8,6 @@ import numpy as np
 import pytest
 import torch
 from attrs import define, field, frozen
-from corefit_backbones.sd3 import Sd3
-from corefit_flow_grpo.advantage import advantages
-from corefit_flow_grpo.objective import FlowGrpo
-from corefit_sft import Sft
-from corefit_soar import Soar
 
 from corefit import Condition, Objective, Reward, Sampler, Step, Supervised, Term
 from corefit.errors import ConfigError, ModelError
@@ -20,6 +15,11 @@ from corefit.flow import clean, like, mix, noise_end, per_sample, raised
 from corefit.samplers import Cps, DanceSde, FlowSde, Ode
 from corefit.testing import ToyBackbone, check_backbone, check_objective, check_sampler, toy_batch, toy_context
 from corefit.testing.toy import loaded
+from corefit_backbones.sd3 import Sd3
+from corefit_flow_grpo.advantage import advantages
+from corefit_flow_grpo.objective import FlowGrpo
+from corefit_sft import Sft
+from corefit_soar import Soar
 
 PROMPTS = ["a red sky", "a blue sea"]
 GRPO = {"group": 4, "steps": 4}

@@ -48,7 +48,7 @@ class Diffusers(ABC):
     _vae: Any = field(init=False, default=None)
 
     @abstractmethod
-    def check(self) -> None:
+    def check_settings(self) -> None:
         """Read every JSON file that `load` and `sigmas` need; ModelError if they do not fit this family."""
 
     @abstractmethod
@@ -56,6 +56,11 @@ class Diffusers(ABC):
 
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor: ...
+
+    def check(self) -> None:
+        """ModelError for settings that do not fit this family, and for parts without weights."""
+        self.check_settings()
+        self.checkpoint.check_weights("transformer", "vae", "text_encoder")
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -67,7 +72,7 @@ class Diffusers(ABC):
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read the transformer, cast to `dtype`; ModelError for a folder or file that cannot be used."""
-        self.check()
+        self.check_settings()
         self.place(device, dtype)
         self.transformer = network.read(_class(self.transformer_class), self.checkpoint, "transformer", dtype)
         self.transformer.to(device)

@@ -54,6 +54,16 @@ class Checkpoint:
         """Names of the component folders."""
         return [name for name, there in self.index.items() if there]
 
+    def check_weights(self, *kinds: str) -> None:
+        """ModelError for a part, its name beginning with one of `kinds`, that has no weight files.
+
+        Those of a hub name are fetched later.
+        """
+        here = _local(self.path, self.revision)
+        for part in self.parts if here is not None else ():
+            if part.startswith(kinds) and not any((here / part).glob("*.safetensors")):
+                raise ModelError(f"{here / part}: no .safetensors file; copy the weights there")
+
     def config(self, part: str, file: str = "config.json") -> Mapping[str, Any]:
         """The settings of one component."""
         if part not in self.parts:
@@ -131,13 +141,27 @@ def _check_family(path: str, found: str, expected: str) -> None:
     raise ModelError(f'{path} is a {found}; use = "{FAMILIES[expected]}" reads a {expected}: {hint}')
 
 
-def _json(file: Path, why: str) -> Mapping[str, Any]:
+class Settings(dict[str, Any]):
+    """A JSON object of a checkpoint; a key that is not there is a ModelError that names the file."""
+
+    def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise ModelError(f"{self.file}: it has no {key!r}; the folder is damaged, or of another version")
+
+
+def _json(file: Path, why: str) -> Settings:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{file.parent}: no {file.name}; {why}") from None
     except ValueError as e:
         raise ModelError(f"{file}: not JSON: {e}") from e
+    if not isinstance(values, dict):
+        raise ModelError(f"{file}: a JSON {type(values).__name__}, not an object; copy the file again")
+    return Settings(file, values)
 
 
 def _local(path: str, revision: str | None) -> Path | None:

@@ -40,9 +40,7 @@ def read(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> An
 def read_text(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """A pipeline of class `kind` that can encode prompts, without transformer and VAE; ModelError as in `read`."""
     folder, absent = checkpoint.folder, {name: None for name, there in checkpoint.index.items() if not there}
-    for part in checkpoint.parts:
-        if part.startswith("text_encoder") and not list((folder / part).glob("*.safetensors")):
-            raise ModelError(f"{folder / part}: no .safetensors file")
+    checkpoint.check_weights("text_encoder")
     with reading(folder):
         pipeline = kind.from_pretrained(
             folder,

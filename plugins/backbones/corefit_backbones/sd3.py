@@ -50,7 +50,7 @@ class Sd3(Diffusers):
     def schedule(self) -> Mapping[str, Any]:
         return schedule.check(self.checkpoint.config("scheduler", "scheduler_config.json"), self.path)
 
-    def check(self) -> None:
+    def check_settings(self) -> None:
         _ = self.geometry, self.schedule
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:

@@ -57,8 +57,8 @@ class FlowGrpo(Objective[Rollouts]):
     """Weight of the KL to the policy as the stage found it."""
     kl: Literal["exact", "published"] = "exact"
     """The Gaussians' KL, or the published SD3 script's, which is smaller by |dt|."""
-    ratio_tolerance: float = field(default=1e-3, validator=validators.gt(0))
-    """Largest |log ratio| before the first update; more means that training and rollout differ."""
+    ratio_tolerance: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
+    """Largest |log ratio| before the first update; more means that training and rollout differ. `clip` by default."""
 
     def __attrs_post_init__(self) -> None:
         if self.window is None and self.window_range is not None:
@@ -154,7 +154,7 @@ class FlowGrpo(Objective[Rollouts]):
             start = torch.zeros(len(batch), dtype=torch.long)
         else:
             groups = [row // self.group for row in batch.rows]
-            start = ctx.rng.of(groups).integers(low, high - self._length + 1)
+            start = ctx.rng.of("window", groups).integers(low, high - self._length + 1)
         return record(
             batch,
             noise,
@@ -183,9 +183,10 @@ class FlowGrpo(Objective[Rollouts]):
         import torch
 
         count = torch.arange(len(rollouts)) % self.group
+        deals = ctx.rng.of("deal")
         for _ in range(self.epochs):
             if self.updates > 1:
-                draws = ctx.rng.rand(len(rollouts)).reshape(-1, self.group)
+                draws = deals.rand(len(rollouts)).reshape(-1, self.group)
                 count = draws.argsort(1).argsort(1).reshape(-1)
             share = count * self.updates // self.group
             for update in range(self.updates):
@@ -247,7 +248,7 @@ class FlowGrpo(Objective[Rollouts]):
     def _on_policy(self, log_ratio: Tensor) -> None:
         """The ratio must be 1 before the first update; otherwise every later clip is of rounding, not of change."""
         worst = float(log_ratio.detach().abs().max())
-        if not worst <= self.ratio_tolerance:
+        if not worst <= (self.ratio_tolerance or self.clip):
             raise TrainingError(
                 f"before the first update the log ratio of policy and rollout is {worst:.3g}, not 0: the model gives "
                 "other velocities in training than in the rollout (dropout, precision, a sampler without density "

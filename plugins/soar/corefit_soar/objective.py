@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from attrs import field, frozen, validators
 
 from corefit import Batch, Condition, Context, Supervised, Term
-from corefit.flow import like, mix, per_sample
+from corefit.flow import like, mix, per_sample, unshifted
 from corefit_soar import table
 from corefit_soar.geometry import deviation, gain, next_level, next_time, renoised
 
@@ -25,6 +25,8 @@ class Rollout:
     eps: Tensor
     s: Tensor
     s_star: Tensor
+    room: Tensor
+    """Whether the step ends above sigma 0: stochastic paths need it, [B]."""
     shift: float
     cond: Condition
     v: Tensor
@@ -74,7 +76,8 @@ class Soar(Supervised):
     def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
         z0 = batch.clean
         shift = ctx.backbone.shift(tuple(z0.shape[1:]))
-        eps, s = ctx.randn_like(z0), self._told(ctx.sigma(z0), shift)
+        eps = ctx.randn_like(z0)
+        s, s_star, room = self._levels(ctx.sigma(z0), shift)
         cond = ctx.dropout(batch.cond, self.dropout)
         z = mix(z0, eps, s)
         v = ctx.backbone.velocity(z, s, cond)
@@ -84,7 +87,7 @@ class Soar(Supervised):
         if self.weight:
             del base
             v = self._guided(z, s, cond, v, ctx)
-            yield from self._corrections(Rollout(z0, eps, s, self._lower(s, shift), shift, cond, v), ctx)
+            yield from self._corrections(Rollout(z0, eps, s, s_star, room, shift, cond, v), ctx)
 
     def _guided(self, z: Tensor, s: Tensor, cond: Condition, v: Tensor, ctx: Context) -> Tensor:
         """The rollout's velocity; the conditional half is the base term's own prediction."""
@@ -112,7 +115,7 @@ class Soar(Supervised):
         z = mix(roll.z0, roll.eps, roll.s)
         step = ctx.sampler.step(z, roll.v, roll.s, roll.s_star)
         z = step.mean + like(step.std, z) * ctx.randn_like(z)
-        return z - mix(roll.z0, roll.eps, roll.s_star), next_time(roll.s, roll.shift, self.steps) > 0
+        return z - mix(roll.z0, roll.eps, roll.s_star), roll.room
 
     def _correction(
         self,
@@ -139,13 +142,15 @@ class Soar(Supervised):
         items = live.sum() * count * (self.weight if self.normalize == "weighted" else 1.0)
         return Term(loss.sum() * self.weight, items, {"correction": loss.detach(), "loss": loss.detach()})
 
-    def _lower(self, s: Tensor, shift: float) -> Tensor:
+    def _levels(self, sigma: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(s, s*, whether s* is above 0) of drawn noise levels sigma, each [B]."""
         if self.levels == "table":
-            return table.sigma_at((table.time_of(s, shift) - 1 / self.steps).clamp(min=0), shift)
-        return next_level(s, shift, self.steps, self.floor)
+            t = unshifted(sigma, shift)
+            lower = (t - 1 / self.steps).clamp(min=0)
+            return table.sigma_at(t, shift), table.sigma_at(lower, shift), lower > 0
+        s = sigma.clamp(min=self.floor)
+        return s, next_level(s, shift, self.steps, self.floor), next_time(s, shift, self.steps) > 0
 
-    def _told(self, sigma: Tensor, shift: float) -> Tensor:
-        """sigma as the model is told it."""
-        if self.levels == "table":
-            return table.told(sigma, shift)
-        return sigma.clamp(min=self.floor)
+    def _told(self, level: Tensor, shift: float) -> Tensor:
+        """The level of a correction point as the model is told it."""
+        return table.told(level, shift) if self.levels == "table" else level
