@@ -200,6 +200,7 @@ def _check_saved(backbone: Backbone, call: Call) -> None:
             expected = backbone.velocity(call.x, call.sigma, call.cond)
             backbone.save(folder)
             moved = backbone.moved(folder)
+            moved.check()
             moved.load(torch.device("cpu"), torch.float32)
             v = moved.velocity(call.x, call.sigma, call.cond)
             _expect_equal(

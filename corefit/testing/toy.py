@@ -51,11 +51,17 @@ class ToyBackbone(Backbone):
     _device: Any = field(init=False, default="cpu")
     _dtype: Any = field(init=False, default=None)
 
+    def check(self) -> None:
+        """ModelError if `path` has no weights."""
+        if self.path is not None and not (self.path / WEIGHTS).is_file():
+            raise ModelError(f"{self.path}: no {WEIGHTS}, which `save` writes")
+
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Make the network from `seed`, or read it from `path`; ModelError if that cannot be read."""
+        self.check()
         self.place(device, dtype)
         network = _network_class()()
         network.load_state_dict(self._weights())

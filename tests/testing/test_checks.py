@@ -135,6 +135,9 @@ def test_the_toy_is_a_function_of_its_seed():
 def test_the_toy_says_what_it_cannot(tmp_path):
     with pytest.raises(ModelError, match="no LoRA"):
         toy().load_lora(tmp_path)
+    with pytest.raises(ModelError, match=r"no toy\.safetensors"):
+        ToyBackbone().moved(tmp_path).check()
+    (tmp_path / "toy.safetensors").write_bytes(b"half")
     with pytest.raises(ModelError, match=r"toy\.safetensors: cannot be read"):
         loaded(ToyBackbone().moved(tmp_path))
     with pytest.raises(ConfigError, match=r"media of \[8, 8\]"):

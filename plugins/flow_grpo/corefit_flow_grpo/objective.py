@@ -29,6 +29,8 @@ class FlowGrpo(Objective[Rollouts]):
     """Sampling steps of a rollout."""
     guidance: float = field(default=4.5, validator=validators.gt(0))
     """Scale of classifier-free guidance; the policy is the guided velocity, in rollout and in training."""
+    start: Literal["own", "shared"] = "own"
+    """Initial noise: each rollout's own (Flow-GRPO), or one for a group (DanceGRPO): what differs is then trained."""
     detach_unconditional: bool = False
     """No gradient through the unconditional half, as in the published code of July 2025."""
     clip: float = field(default=1e-4, validator=validators.gt(0))
@@ -148,12 +150,13 @@ class FlowGrpo(Objective[Rollouts]):
     def _roll(self, batch: Batch, ctx: Context) -> Recording:
         import torch
 
-        noise = ctx.rng.randn((len(batch), *batch.shape)).to(next(iter(batch.cond.tensors.values())).device)
+        groups = [row // self.group for row in batch.rows]
+        initial = ctx.rng.of("start", groups) if self.start == "shared" else ctx.rng
+        noise = initial.randn((len(batch), *batch.shape)).to(next(iter(batch.cond.tensors.values())).device)
         low, high = self._range
         if self.window is None:
             start = torch.zeros(len(batch), dtype=torch.long)
         else:
-            groups = [row // self.group for row in batch.rows]
             start = ctx.rng.of("window", groups).integers(low, high - self._length + 1)
         return record(
             batch,
