@@ -1,19 +1,17 @@
 """corefit: pluggable post-training objectives for flow-matching image and video models."""
 
 from corefit.hookspecs import Offers, hookimpl
+from corefit.objective import Context, Objective, Supervised
 from corefit.types import (
     Backbone,
     Batch,
     Condition,
-    Context,
     Example,
     NoiseWeighting,
-    Objective,
     Reward,
     Sampler,
     Source,
     Step,
-    Supervised,
     Term,
 )
 

@@ -24,12 +24,12 @@ from cattrs.errors import (
 )
 
 from corefit.errors import ConfigError
+from corefit.objective import Objective
 from corefit.plugins import KINDS, Host, near
 from corefit.types import (
     Backbone,
     ModelPath,
     NoiseWeighting,
-    Objective,
     Reward,
     Sampler,
     Source,

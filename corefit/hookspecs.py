@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 if TYPE_CHECKING:
+    from corefit.objective import Objective
     from corefit.pipeline import Stage
-    from corefit.types import Backbone, NoiseWeighting, Objective, Reward, Sampler, Source, TrainState
+    from corefit.types import Backbone, NoiseWeighting, Reward, Sampler, Source, TrainState
 
 T = TypeVar("T")
 Offers = Mapping[str, type[T]]

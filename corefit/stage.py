@@ -9,8 +9,9 @@ from typing import Any, Literal
 from attrs import field, frozen, validators
 
 from corefit.noise import LogitNormal
+from corefit.objective import Objective
 from corefit.samplers import Ode
-from corefit.types import NoiseWeighting, Objective, Sampler, Weighted
+from corefit.types import NoiseWeighting, Sampler, Weighted
 
 positive: Any = validators.gt(0)
 some_positive: Any = validators.optional(positive)

@@ -18,9 +18,10 @@ from attrs import define, field, frozen
 from corefit import data, memory, state, weights
 from corefit.data import Dataset, Order
 from corefit.meters import Fault, Means, summed
+from corefit.objective import Context, Part
 from corefit.rng import Rng
 from corefit.stage import Full, Lora, Stage
-from corefit.types import Backbone, Batch, Context, Part, Term
+from corefit.types import Backbone, Batch, Term
 
 if TYPE_CHECKING:
     import torch
@@ -260,7 +261,7 @@ class Loop:
         self.fault.see(norm, self.step, -1)
         limit = self.job.stage.max_grad_norm
         factor = scale * (limit / (norm + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateUsage]
         self.optimizer.found_inf = (self.fault.seen | (total <= 0)).float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

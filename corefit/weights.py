@@ -82,7 +82,7 @@ class Ema:
 
         new = [p.detach() for p in named.values()]
         old = list(self.average.values())
-        torch._foreach_lerp_(old, new, 1 - self.decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        torch._foreach_lerp_(old, new, 1 - self.decay)  # pyright: ignore[reportPrivateUsage]
 
     def swap(self, named: Named) -> None:
         """Exchange the model's weights and the averages. No graph may be alive."""

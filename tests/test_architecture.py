@@ -17,6 +17,7 @@ FIRST_PARTY = {path.name for path in (ROOT / "plugins").glob("*/corefit_*")}
 LAYERS = (
     {"flow", "errors", "rng", "memory", "display"},
     {"types", "mds", "state", "report"},
+    {"objective"},
     {"hookspecs"},
     {"corefit"},  # the package itself: the names that plugins import
     {"samplers", "noise", "sources", "plugins", "data"},

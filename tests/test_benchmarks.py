@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import activations, soar_step, timing
+from benchmarks import activations, soar_step, soar_variants, timing
 from benchmarks.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,12 @@ def test_a_wrong_gradient_is_seen():
     assert soar_step.difference(right, right) == 0
     assert soar_step.difference([torch.tensor([1.0, -4.1]), right[1]], right) == pytest.approx(0.025)
     assert soar_step.difference([right[0], torch.tensor([-1e-9])], right) < 1e-4
+
+
+def test_variants_that_differ_are_not_reported(monkeypatch):
+    monkeypatch.setattr(soar_variants, "GUIDANCE", 4.6)  # of what is written plainly; corefit's are built already
+    with pytest.raises(click.ClickException, match="soar"):
+        soar_step._first_steps(soar_variants.Bench.of(soar_variants.QUICK))
 
 
 def test_activations_are_what_live_graphs_keep():

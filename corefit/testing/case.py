@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from attrs import evolve, frozen
 
 from corefit.noise import LogitNormal
+from corefit.objective import Context, Objective
 from corefit.rng import Rng
 from corefit.samplers import FlowSde
 from corefit.testing.checks import expect
 from corefit.testing.toy import ToyBackbone, ToyReward, loaded, toy_batch
-from corefit.types import Batch, Context, NoiseWeighting, Objective, Reward, Sampler, Term, Weighted
+from corefit.types import Batch, NoiseWeighting, Reward, Sampler, Term, Weighted
 
 if TYPE_CHECKING:
     from torch import Tensor

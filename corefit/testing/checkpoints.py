@@ -256,7 +256,8 @@ def _transformer(
 def _vae(channels: int, widths: Sequence[int], layers: int, latent_size: int, scaling: float, shift: float) -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
+    kind: Any = AutoencoderKL  # its annotations have one block where a checkpoint has several
+    return kind(
         block_out_channels=tuple(widths),
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),

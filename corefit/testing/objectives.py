@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve
 
 from corefit.flow import mix
+from corefit.objective import Objective, Supervised
 from corefit.rng import Rng
 from corefit.testing.case import RANKS, Case, Outcome
 from corefit.testing.checks import LAYOUTS, expect, global_seed
 from corefit.testing.toy import ToyBackbone, loaded, toy_batch
-from corefit.types import Batch, NoiseWeighting, Objective, Reward, Sampler, Supervised
+from corefit.types import Batch, NoiseWeighting, Reward, Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor

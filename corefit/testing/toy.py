@@ -14,9 +14,10 @@ from attrs import define, evolve, field, frozen, validators
 from corefit.errors import ConfigError, ModelError
 from corefit.flow import like, shifted
 from corefit.noise import LogitNormal
+from corefit.objective import Context
 from corefit.rng import Rng, generator
 from corefit.samplers import Ode
-from corefit.types import Backbone, Batch, Condition, Context, Meta, NoiseWeighting, Reward, Sampler, Weighted
+from corefit.types import Backbone, Batch, Condition, Meta, NoiseWeighting, Reward, Sampler, Weighted
 
 if TYPE_CHECKING:
     import torch

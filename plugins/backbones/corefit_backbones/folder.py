@@ -60,7 +60,9 @@ class Checkpoint:
         Those of a hub name are fetched later.
         """
         here = _local(self.path, self.revision)
-        for part in self.parts if here is not None else ():
+        if here is None:
+            return
+        for part in self.parts:
             if part.startswith(kinds) and not any((here / part).glob("*.safetensors")):
                 raise ModelError(f"{here / part}: no .safetensors file; copy the weights there")
 

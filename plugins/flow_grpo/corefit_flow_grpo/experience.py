@@ -123,9 +123,7 @@ def score(x0: Tensor, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
             )
         if not values.isfinite().all():
             bad = [batch.prompts[i] for i in (~values.isfinite()).nonzero().flatten().tolist()]
-            raise TrainingError(
-                f"reward {entry.name!r} is not finite for {bad[:3]}; raise an error in score() instead"
-            )
+            raise TrainingError(f"reward {entry.name!r} is not finite for {bad[:3]}; raise an error in score() instead")
         scores[entry.name] = values
     return scores
 
@@ -150,8 +148,6 @@ def joined(parts: Sequence[Recording]) -> Recording:
     )
 
 
-def for_update(
-    rollouts: Rollouts, update: int, index: Sequence[int], metrics: Mapping[str, Tensor]
-) -> Rollouts:
+def for_update(rollouts: Rollouts, update: int, index: Sequence[int], metrics: Mapping[str, Tensor]) -> Rollouts:
     """The rows that optimiser step `update` of this batch trains on."""
     return evolve(rollouts.take(index), update=update, metrics=metrics if update == 0 else {})

@@ -15,9 +15,7 @@ def policy_loss(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Te
     return (-advantage * ratio).maximum(-advantage * ratio.clamp(1 - low, 1 + high))
 
 
-def divergence(
-    mean: Tensor, reference: Tensor, std: Tensor, dt: Tensor, form: Literal["exact", "published"]
-) -> Tensor:
+def divergence(mean: Tensor, reference: Tensor, std: Tensor, dt: Tensor, form: Literal["exact", "published"]) -> Tensor:
     """KL of two transitions with means [B, ...] and the same std [B], mean over dimensions, [B].
 
     exact      |mean - reference|^2 / (2 std^2), the Gaussians' KL

@@ -43,9 +43,7 @@ class FlowGrpo(Objective[Rollouts]):
     """Whose standard deviation divides: all rewards of the batch (published code) or the group's (paper)."""
     zero_variance: Literal["drop", "keep"] = "drop"
     """Groups whose rewards are all alike: leave them out of the mean (and of the work), or count them as 0."""
-    fraction: float | None = field(
-        default=None, validator=validators.optional([validators.gt(0), validators.lt(1)])
-    )
+    fraction: float | None = field(default=None, validator=validators.optional([validators.gt(0), validators.lt(1)]))
     """Share of the steps trained, from the first on; 0.99 (all but the last) unless `window` is given."""
     window: int | None = field(default=None, validator=validators.optional(at_least_one))
     """Train this many consecutive steps, and be stochastic only there (Flow-GRPO-Fast)."""
@@ -237,9 +235,7 @@ class FlowGrpo(Objective[Rollouts]):
             guided = ctx.backbone.guided(x, sigma, part.cond, self.guidance, v_cond=v.detach())
         return guided + self.guidance * (v - v.detach())
 
-    def _reference(
-        self, x: Tensor, sigma: Tensor, sigma_next: Tensor, part: Rollouts, ctx: Context
-    ) -> Step | None:
+    def _reference(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, part: Rollouts, ctx: Context) -> Step | None:
         import torch
 
         if ctx.reference is None:

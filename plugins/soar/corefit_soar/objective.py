@@ -134,9 +134,7 @@ class Soar(Supervised):
         z, target = (torch.cat(each) for each in zip(*pairs, strict=True))
         level, cond, count = torch.cat(levels), roll.cond.repeat(len(draws)), len(draws)
         v = ctx.backbone.velocity(z, self._told(level, roll.shift), cond)
-        bound = (self.max_gain / gain(roll.s.repeat(count), roll.s_star.repeat(count), level)).clamp(
-            max=1
-        ) ** 2
+        bound = (self.max_gain / gain(roll.s.repeat(count), roll.s_star.repeat(count), level)).clamp(max=1) ** 2
         loss = bound * ctx.noise.weight(level) * per_sample((v - target) ** 2)
         loss = loss.where(live.repeat(count), 0)
         items = live.sum() * count * (self.weight if self.normalize == "weighted" else 1.0)

@@ -1,0 +1,128 @@
+"""What is learned: the protocol of objectives, and the context that is all they may touch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from attrs import evolve, frozen
+
+from corefit.types import Backbone, Batch, Condition, NoiseWeighting, Sampler, Term, Weighted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from corefit.rng import Rng
+
+
+@frozen(eq=False)
+class Context:
+    """All that an objective may touch. No optimiser, rank, file or logger.
+
+    reference    the policy as the stage found it, frozen; None unless "reference" is in `uses`
+    first        whether this is the first batch since the process started: the moment for checks that sync
+    micro_batch  rows a forward may hold; roll out in slices of it, so that training sees the same kernels
+    gather       [B] of this rank -> [global B], in global row order
+    """
+
+    backbone: Backbone
+    sampler: Sampler
+    noise: NoiseWeighting
+    rng: Rng
+    rewards: Sequence[Weighted] = ()
+    reference: Backbone | None = None
+    first: bool = False
+    micro_batch: int = 1 << 30
+    gather: Callable[[Tensor], Tensor] = lambda x: x
+
+    def at(self, rng: Rng) -> Context:
+        """The same context with other randomness."""
+        return evolve(self, rng=rng)
+
+    def rand(self, n: int) -> Tensor:
+        """Keyed uniform draws in [0, 1), [n]; n is the number of rows of this part."""
+        return self.rng.rand(n)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Keyed standard normal draws, shaped like x [B, ...], float32, on x's device."""
+        return self.rng.randn(tuple(x.shape)).to(x.device, non_blocking=True)
+
+    def dropout(self, cond: Condition, share: float) -> Condition:
+        """`cond` with a keyed `share` of its rows replaced by the empty prompt's condition."""
+        if not share:
+            return cond
+        device = next(iter(cond.tensors.values())).device
+        keep = self.rng.rand(len(cond)).to(device, non_blocking=True) >= share
+        return cond.where(keep, self.backbone.null(len(cond)))
+
+    def sigma(self, x: Tensor) -> Tensor:
+        """Noise levels [B] for x [B, ...], from the stage's noise weighting and the backbone's shift."""
+        shift = self.backbone.shift(tuple(x.shape[1:]))
+        return self.noise.sample(len(x), shift, self.rng).to(x.device, non_blocking=True)
+
+
+class Part(Protocol):
+    """What one optimiser step trains on: rows that the trainer slices into micro-batches."""
+
+    @property
+    def rows(self) -> Sequence[int]: ...
+
+    @property
+    def metrics(self) -> Mapping[str, Tensor]:
+        """Name -> values [n], of the experience as a whole (rewards, for example); logged as means."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+P = TypeVar("P", bound=Part)
+
+
+class Objective(Protocol, Generic[P]):
+    """What is learned. An attrs class; its fields are the keys of an `objective` table.
+
+    uses             of {"media", "noise", "sampler", "reward", "reference"}: what it reads; a pipeline that
+                     gives it less, or something that it does not read, is refused
+    num_terms        terms that `terms` yields, known from the configuration and equal on every rank
+    num_updates      parts that `experience` yields: optimiser steps a batch
+    rows_per_prompt  consecutive rows that share a prompt and stay on one rank: 1, or a group's size
+    """
+
+    @property
+    def uses(self) -> frozenset[str]: ...
+
+    @property
+    def num_terms(self) -> int: ...
+
+    @property
+    def num_updates(self) -> int:
+        return 1
+
+    @property
+    def rows_per_prompt(self) -> int:
+        return 1
+
+    def experience(self, batch: Batch, ctx: Context, /) -> Iterable[P]:
+        """Turn a batch into `num_updates` parts; no gradient."""
+        ...
+
+    def terms(self, part: P, ctx: Context, /) -> Iterator[Term]:
+        """Yield `num_terms` terms; each is backpropagated and freed before the next is computed."""
+        ...
+
+
+class Supervised(Objective[Batch]):
+    """Base of objectives whose experience is the batch itself; a subclass writes `terms` only."""
+
+    @property
+    def uses(self) -> frozenset[str]:
+        return frozenset({"media", "noise"})
+
+    @property
+    def num_terms(self) -> int:
+        return 1
+
+    def experience(self, batch: Batch, ctx: Context, /) -> Iterable[Batch]:
+        yield batch
