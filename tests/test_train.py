@@ -65,7 +65,7 @@ def trained(job: train.Job) -> dict[str, torch.Tensor]:
 
 def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
+    return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
 
 
 @pytest.mark.parametrize("objective", [Sft(dropout=0.3), Soar(points=2, paths=1), Soar(points=3, chunk=2)])

@@ -352,6 +352,15 @@ def test_windows_are_shared_within_a_group_and_differ_between_groups():
     assert set(groups[:, 0].tolist()) == {1, 2, 3, 4}
 
 
+def test_a_group_may_start_from_one_noise():
+    (part,) = collect(toy(steps=8, window=1, window_range=(0, 1), start="shared"), prompts_only(3))
+    first = part.states[:, 0].reshape(3, 4, -1)
+    assert (first == first[:, :1]).all()
+    assert len({group[0, 0].item() for group in first}) == 3
+    second = part.states[:, 1].reshape(3, 4, -1)
+    assert not (second == second[:, :1]).all(2)[:, 1:].any()  # what happens next is each rollout's own
+
+
 def test_a_window_does_not_depend_on_where_a_micro_batch_cuts():
     objective = toy(steps=8, window=2)
     whole, cut = (collect(objective, prompts_only(6), micro_batch=size)[0] for size in (100, 3))

@@ -39,6 +39,9 @@ def read(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> An
 
 def read_text(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """A pipeline of class `kind` that can encode prompts, without transformer and VAE; ModelError as in `read`."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()  # the run shows its own
     folder, absent = checkpoint.folder, {name: None for name, there in checkpoint.index.items() if not there}
     checkpoint.check_weights("text_encoder")
     with reading(folder):
