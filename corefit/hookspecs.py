@@ -13,7 +13,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from corefit.objective import Objective
-    from corefit.pipeline import Stage
+    from corefit.stage import Stage
     from corefit.types import Backbone, NoiseWeighting, Reward, Sampler, Source, TrainState
 
 T = TypeVar("T")

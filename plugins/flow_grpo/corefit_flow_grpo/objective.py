@@ -153,14 +153,14 @@ class FlowGrpo(Objective[Rollouts]):
         noise = initial.randn((len(batch), *batch.shape)).to(next(iter(batch.cond.tensors.values())).device)
         low, high = self._range
         if self.window is None:
-            start = torch.zeros(len(batch), dtype=torch.long)
+            window = torch.zeros(len(batch), dtype=torch.long)
         else:
-            start = ctx.rng.of("window", groups).integers(low, high - self._length + 1)
+            window = ctx.rng.of("window", groups).integers(low, high - self._length + 1)
         return record(
             batch,
             noise,
             ctx,
-            start.to(noise.device),
+            window.to(noise.device),
             steps=self.steps,
             length=self._length,
             guidance=self.guidance,
