@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from attrs import define, frozen
-from corefit_backbones.sd3 import Sd3
-from corefit_sft import Sft
-from corefit_soar.objective import Soar
 from diffusers import SD3Transformer2DModel
 
 from corefit.noise import LogitNormal
@@ -23,6 +20,9 @@ from corefit.rng import Rng
 from corefit.stage import Full, Optimizer, Stage
 from corefit.train import Job, Loop
 from corefit.types import Batch, Condition, ModelPath
+from corefit_backbones.sd3 import Sd3
+from corefit_sft import Sft
+from corefit_soar.objective import Soar
 
 if TYPE_CHECKING:
     from torch import Tensor

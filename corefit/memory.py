@@ -1,4 +1,4 @@
-"""Peak memory of this process: of the GPU where there is one, of main memory otherwise."""
+"""Memory of this process: keeping it between steps on a CPU, and its peak."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+def keep_freed() -> None:
+    """Keep main memory that is freed, for the next step (glibc; elsewhere nothing).
+
+    A step frees and asks for the same activations again. Given back to the system in between, every page faults
+    anew: on the digits example that costs 40 % of the speed of training on a CPU.
+    """
+    import ctypes
+
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 1 << 30)
+        mallopt(m_top_pad, 1 << 28)
 
 
 def reset_peak(device: torch.device) -> None:

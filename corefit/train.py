@@ -80,7 +80,10 @@ def accelerator(precision: str) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[ddp])
+    made = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[ddp])
+    if made.device.type == "cpu":
+        memory.keep_freed()
+    return made
 
 
 def train(job: Job, accelerator: Accelerator) -> Cost:
