@@ -36,7 +36,7 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: str, dataset: str, precis
             "precision": precision,
             "seed": pipeline.seed,
             "stage": {key: value for key, value in tables.items() if key not in QUIET},
-            "train": _tables(pipeline, pipeline.train),
+            "train": _tables(pipeline, pipeline.mode(stage)),
             "code": _code(stage),
             **_backbone(pipeline),
         }

@@ -5,7 +5,8 @@ The same classes serve in Python: Pipeline(name=..., backbone=Sd3(path=...), dat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,13 @@ from corefit.data import Data, check_batch
 from corefit.errors import ConfigError, CorefitError
 from corefit.evaluate import Eval
 from corefit.plugins import Host
-from corefit.stage import Full, Lora, Optimizer, Stage
+from corefit.stage import Full, Lora, Optimizer, Stage, Training
 from corefit.types import Backbone
 
 __all__ = ["Data", "Eval", "Full", "Lora", "Optimizer", "Pipeline", "Stage", "read"]
 
-Training = Full | Lora
-CHOICES = {Training: {"full": Full, "lora": Lora}}
+MODES: Mapping[str, type] = {"full": Full, "lora": Lora}
+CHOICES: Mapping[Any, Mapping[str, type]] = {Training: MODES, Training | None: MODES}
 TRAIN = "train"
 
 
@@ -37,7 +38,7 @@ class Pipeline:
     data: Data
     stage: tuple[Stage, ...] = field(converter=tuple)
     train: Training = field(factory=Full, metadata={KEY: "backbone.train"})
-    """In TOML a key of [backbone]: which weights train, in every stage."""
+    """In TOML a key of [backbone]: which weights train, in stages that do not say so themselves."""
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 on a GPU that has it."""
@@ -59,6 +60,10 @@ class Pipeline:
     def needs_media(self) -> bool:
         """Whether a stage trains on media, or all of them on prompts alone."""
         return any("media" in stage.objective.uses for stage in self.stage)
+
+    def mode(self, stage: Stage) -> Training:
+        """Which weights a stage trains."""
+        return stage.train or self.train
 
     def run(self) -> Path:
         """Run, or continue, every stage; the run's folder."""
@@ -89,6 +94,7 @@ class Pipeline:
             yield "stage.base: the base model's results have this name; rename the stage"
         for stage in self.stage:
             yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
+        yield from self._mode_problems()
         found = [*_told("backbone", self.backbone.check)]
         yield from found or _told("backbone", lambda: self.backbone.latent_shape(self.data.size))
         yield from self._data_problems()
@@ -97,6 +103,17 @@ class Pipeline:
         there = next(folder for folder in (self.run_folder, *self.run_folder.parents) if folder.exists())
         if not there.is_dir():
             yield f"out: {there} is a file, and the run's folder would be {self.run_folder}; name another"
+
+    def _mode_problems(self) -> Iterator[str]:
+        """A LoRA that a stage leaves goes on in the next one."""
+        for before, stage in pairwise(self.stage):
+            was, now = self.mode(before), self.mode(stage)
+            if isinstance(was, Lora) and was != now:
+                what = "full training would drop" if isinstance(now, Full) else "other settings cannot go on with"
+                yield (
+                    f"stage.{stage.name}.train: {what} the LoRA of stage {before.name}; train both with the same "
+                    'settings, or the earlier one with { use = "full" }'
+                )
 
     def _data_problems(self) -> Iterator[str]:
         counted: list[int] = []

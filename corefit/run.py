@@ -123,12 +123,12 @@ class Run:
             cost = self._train(stage, folder, before)
             if self.main:
                 _write(folder / DONE, {"identity": mine, "finished": True, "cost": attrs.asdict(cost)})
-        after = self._left(folder / "model", before, mine)
+        after = self._left(stage, folder / "model", before, mine)
         self._judge(stage.name, folder, after, cost)
         return after
 
-    def _left(self, model: Path, before: Weights, mine: str) -> Weights:
-        if isinstance(self.pipeline.train, Lora):
+    def _left(self, stage: Stage, model: Path, before: Weights, mine: str) -> Weights:
+        if isinstance(self.pipeline.mode(stage), Lora):
             return Weights(before.backbone, model, mine)
         moved = before.backbone.moved(model)
         moved.place(self.accelerator.device, self._text_dtype())
@@ -154,7 +154,7 @@ class Run:
             observed = _Observed(self, stage, folder, backbone)
             job = train.Job(
                 stage=stage,
-                mode=self.pipeline.train,
+                mode=self.pipeline.mode(stage),
                 seed=self.pipeline.seed,
                 backbone=backbone,
                 dataset=self.dataset,

@@ -56,6 +56,9 @@ class Lora:
     """Names of the modules to adapt; the backbone's own choice by default."""
 
 
+Training = Full | Lora
+
+
 @frozen(kw_only=True)
 class Stage:
     """One `[[stage]]`: what is learned, from what, for how long."""
@@ -72,6 +75,8 @@ class Stage:
     """logit_normal where the objective reads one and none is given."""
     sampler: Sampler | None = None
     reward: tuple[Weighted, ...] = ()
+    train: Training | None = None
+    """Which weights train; those of [backbone] train by default."""
     optimizer: Optimizer = field(factory=Optimizer)
     max_grad_norm: float = field(default=1.0, validator=positive)
     ema: float | None = field(default=None, validator=validators.optional(share))

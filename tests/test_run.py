@@ -242,6 +242,26 @@ def test_sft_is_one_word(spec):
     assert [line["step"] for line in metrics(folder / "01-soar")] == [2, 4]
 
 
+def test_a_lora_after_full_training_is_one_on_that_stages_model(spec):
+    path = spec()
+    read(path, ["stage.grpo.train={use='lora', rank=4}"]).run()
+    folder = path.parent / "runs" / "r"
+    assert all("lora" in name for name in weights(folder / "02-grpo"))
+    pipeline = read(path, ["stage.grpo.train={use='lora', rank=4}"])
+    made = generated(pipeline, folder / "01-soar" / "model", "a blue 1", lora=folder / "02-grpo" / "model")
+    pipeline.backbone = pipeline.backbone.moved(folder / "01-soar" / "model")
+    ours = run_media(pipeline, folder / "02-grpo" / "model", lora=True)
+    assert float((made - ours).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("after", ["{use='full'}", "{use='lora', rank=8}"])
+def test_a_lora_is_not_dropped_by_the_next_stage(spec, after):
+    from corefit.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"stage\.grpo\.train: .* the LoRA of stage soar"):
+        read(spec(LORA), [f"stage.grpo.train={after}"])
+
+
 def test_two_runs_do_not_share_a_folder(spec):
     from corefit.errors import ConfigError
 
