@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen, validators
 
 from corefit import Example, hookimpl
 
@@ -164,16 +164,20 @@ class DigitScenes:
     """Scenes."""
     seed: int = 0
     """Other seeds give other scenes; scene i depends on the seed and i alone."""
+    categories: tuple[str, ...] = field(
+        default=CATEGORIES, validator=validators.deep_iterable(validators.in_(CATEGORIES))
+    )
+    """In turn; one that is named twice has twice as many scenes."""
 
     def examples(self) -> Iterator[Example]:
         for i in range(self.count):
             rng = np.random.Generator(np.random.Philox(key=[self.seed, i]))
-            choices = scenes(CATEGORIES[i % len(CATEGORIES)], held_out=False)
+            choices = scenes(self.categories[i % len(self.categories)], held_out=False)
             scene = choices[rng.integers(len(choices))]
             yield Example(scene.prompt, draw(scene, rng), scene.meta)
 
 
-def held_out_prompts(count: int = 1025) -> Iterator[dict[str, Any]]:
+def held_out_prompts(count: int = 2050) -> Iterator[dict[str, Any]]:
     """Rows of heldout.jsonl: the five categories in turn; a category begins again where it is exhausted."""
     rng = np.random.Generator(np.random.Philox(2))
     lists = [scenes(category, held_out=HELD_OUT[category] > 0) for category in CATEGORIES]
