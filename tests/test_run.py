@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -273,3 +278,21 @@ def test_two_runs_do_not_share_a_folder(spec):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process is running in"):
             pipeline.run()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_checkpoint(spec, number):
+    path = spec()
+    command = [str(Path(sys.executable).with_name("corefit")), "run", str(path), "--set", "stage.soar.steps=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    stage = path.parent / "runs" / "r" / "01-soar"
+    while not (stage / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in err
+    assert "Traceback" not in err + out
+    (checkpoint,) = (stage / "checkpoints").iterdir()
+    assert re.fullmatch(r"step-\d{6}", checkpoint.name)
