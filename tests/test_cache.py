@@ -329,7 +329,13 @@ def test_values_that_cannot_be(wrong: dict[str, Any]) -> None:
 
 
 def run(work: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
-    process = multiprocessing.get_context("fork").Process(target=work)
+    """`work` in a forked process, on one thread: those of OpenMP do not survive a fork."""
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=alone)
     process.start()
     return process
 
@@ -341,7 +347,7 @@ def test_a_killed_process_leaves_nothing_in_the_way(data: Data, root: Path, at: 
             os.kill(os.getpid(), signal.SIGKILL)
 
     process = run(lambda: prepare(data, Toy(on_encode=die), root, media=True))
-    process.join()
+    process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert ".tmp-" in made(root)[0]
     assert not exists(data, Toy(), root, media=True)
@@ -353,7 +359,7 @@ def test_a_killed_process_leaves_nothing_in_the_way(data: Data, root: Path, at: 
 def test_killed_between_the_last_byte_and_the_rename(data: Data, root: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(cache, "_publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     process = run(lambda: prepare(data, Toy(), root, media=True))
-    process.join()
+    process.join(60)
     monkeypatch.undo()
     assert not exists(data, Toy(), root, media=True)
     assert made(root) != [prepare(data, Toy(), root, media=True).name]
@@ -377,7 +383,7 @@ def test_two_processes_at_once_both_end_well(data: Data, root: Path) -> None:
     barrier = multiprocessing.get_context("fork").Barrier(2)
     both = [run(lambda: prepare(data, Toy(on_encode=lambda n: n or barrier.wait(20)), root, media=True)) for _ in "12"]
     for process in both:
-        process.join()
+        process.join(60)
     assert [process.exitcode for process in both] == [0, 0]
     assert made(root) == [prepare(data, Toy(on_encode=lambda n: pytest.fail("again")), root, media=True).name]
 
