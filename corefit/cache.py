@@ -27,6 +27,7 @@ from corefit.data import COND, DONE, NULL, X0, Data, Manifest, sha256
 from corefit.encode import Encoder
 from corefit.errors import DataError
 from corefit.sources import listed
+from corefit.state import alive
 
 if TYPE_CHECKING:
     from corefit.types import Backbone, Example
@@ -261,17 +262,7 @@ def _stale(folder: Path) -> bool:
         return False
     if match["host"] != socket.gethostname():
         return time.time() - folder.stat().st_mtime > DAY
-    return int(match["pid"]) == os.getpid() or not _alive(int(match["pid"]))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return int(match["pid"]) == os.getpid() or not alive(int(match["pid"]))
 
 
 def _publish(temporary: Path, folder: Path, digest: str) -> None:

@@ -6,7 +6,6 @@ another name, fsynced and renamed; older ones are pruned after that.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -108,16 +107,20 @@ def _steps(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     for partial in folder.glob(".partial-*"):
-        if not _alive(int(partial.name.rsplit("-", 1)[1])):
+        if not alive(int(partial.name.rsplit("-", 1)[1])):
             shutil.rmtree(partial, ignore_errors=True)
     return sorted(p for p in folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name))
 
 
-def _alive(pid: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
+def alive(pid: int) -> bool:
+    """Whether a process of this machine has the number `pid`, whoever owns it."""
+    try:
         os.kill(pid, 0)
-        return True
-    return False
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _read(path: Path) -> Checkpoint:

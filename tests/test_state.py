@@ -61,6 +61,14 @@ def test_a_partial_one_of_a_dead_process_is_swept(tmp_path):
     assert not list(tmp_path.glob(".partial-*"))
 
 
+def test_a_process_of_another_user_is_alive_too(monkeypatch):
+    def refuse(pid, signal):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert state.alive(1)
+
+
 def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
     state.save(tmp_path, 1, tensors(1), {}, keep=3)
 
