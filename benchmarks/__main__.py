@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from benchmarks.checkpoints import checkpoints
+from benchmarks.faults import faults
 from benchmarks.soar_step import soar_step
 
 
@@ -16,6 +18,8 @@ def main(context: click.Context) -> None:
 
 
 main.add_command(soar_step)
+main.add_command(checkpoints)
+main.add_command(faults)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

@@ -26,8 +26,8 @@ from corefit import mds
 from corefit.data import COND, DONE, NULL, X0, Data, Manifest, sha256
 from corefit.encode import Encoder
 from corefit.errors import DataError
+from corefit.ranks import alive
 from corefit.sources import listed
-from corefit.state import alive
 
 if TYPE_CHECKING:
     from corefit.types import Backbone, Example

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import click
 
 from corefit import __version__
-from corefit.errors import CorefitError
+from corefit.errors import CorefitError, Stopped
 
 SET = click.option(
     "--set",
@@ -31,15 +33,24 @@ def cli() -> None:
 @PIPELINE
 @SET
 @OUT
-def run(pipeline: Path, settings: tuple[str, ...], out: Path | None) -> None:
+@click.option("--from", "again", default="", metavar="STAGE", help="Run STAGE and those after it anew.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and why, and do nothing.")
+def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str, dry_run: bool) -> None:
     """Run PIPELINE, or continue it: every stage in order, judged before and after.
 
     On several GPUs: accelerate launch -m corefit run PIPELINE
     """
     from corefit.pipeline import read
 
-    where = read(pipeline, _with_out(settings, out)).run()
-    click.echo(f"all of it is in {where}")
+    checked = read(pipeline, _with_out(settings, out))
+    from corefit import run as running
+
+    if dry_run:
+        running.dry_run(checked, again=again)
+        return
+    where = running.run(checked, again=again)
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"all of it is in {where}")
 
 
 @cli.command()
@@ -74,17 +85,45 @@ def _with_out(settings: tuple[str, ...], out: Path | None) -> list[str]:
 
 def main() -> None:
     """Entry point: exit status 0 done, 2 something to mend, 130 stopped."""
+    status = _status()
+    if _several():  # one that is gone cannot be waited for, nor what is still owed to a GPU
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _status() -> int:
     try:
-        sys.exit(cli(standalone_mode=False))
+        status = cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         click.echo("stopped; the same command continues", err=True)
-        sys.exit(130)
+        if isinstance(error, Stopped):
+            _part()
+        return 130
     except CorefitError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(2)
     except PermissionError as error:
         click.echo(f"error: {error.filename}: permission denied; change its mode, or name another", err=True)
-        sys.exit(2)
+    except Exception:
+        if not _several():
+            raise
+        traceback.print_exc()
+        return 1
+    else:
+        _part()
+        return status or 0
+    return 2
+
+
+def _several() -> bool:
+    """Whether this is still one of several processes."""
+    return "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
+
+
+def _part() -> None:
+    """All processes end together. Unless they say so, threads of torch may abort one on its way out."""
+    if _several():
+        sys.modules["torch.distributed"].destroy_process_group()

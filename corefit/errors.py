@@ -25,3 +25,23 @@ class ModelError(CorefitError):
 
 class TrainingError(CorefitError):
     """A stage that had to stop before weights were spoilt."""
+
+
+class NonFinite(TrainingError):
+    """A loss, gradient or reward that is not finite.
+
+    An objective raises it from `experience`, on every rank alike (ask `ctx.gather` first): the trainer then
+    stops, or skips the batch where the stage says on_nan = "skip".
+    """
+
+
+class RankError(CorefitError):
+    """Another process of the run stopped, so this one does."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; the checkpoint of `step` is written."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step = step

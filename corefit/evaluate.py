@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen, validators
 
 from corefit import report
 from corefit.data import Data, Dataset
 from corefit.errors import TrainingError
+from corefit.ranks import Ranks
 from corefit.rng import Rng
 from corefit.rollout import generate
 from corefit.sources import Jsonl
 from corefit.types import Backbone, Batch, Weighted
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from torch import Tensor
 
-T = TypeVar("T")
 KEPT = "last.safetensors"
 positive: Any = validators.gt(0)
 
@@ -53,7 +52,7 @@ class Judge:
     eval: Eval
     prompts: Dataset
     seed: int
-    accelerator: Accelerator
+    ranks: Ranks
 
     @property
     def count(self) -> int:
@@ -64,7 +63,7 @@ class Judge:
         """Media [n, 3, H, W] in [0, 1] of prompts `rows`."""
         import torch
 
-        device = self.accelerator.device
+        device = self.ranks.device
         backbone.empty = self.prompts.null.to(device)
         batch = self.prompts.batch(rows, rows)
         noise = Rng((self.seed, "eval"), rows).randn((len(rows), *batch.shape)).to(device)
@@ -76,7 +75,7 @@ class Judge:
         self, backbone: Backbone, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> dict[str, Any]:
         """{"values": metric -> [n], "categories": [n]} of all prompts; every rank does its share."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        world, rank = self.ranks.world, self.ranks.rank
         rows = range(self.count * rank // world, self.count * (rank + 1) // world)
         values: dict[str, list[float]] = {entry.name: [] for entry in self.eval.reward}
         categories: list[str] = []
@@ -87,16 +86,11 @@ class Judge:
                 values[entry.name] += _checked(entry, made, batch)
             categories += [str(m.get("category", "")) for m in batch.meta]
             progress(len(categories), len(rows))
-        parts = self._gathered((values, categories))
+        parts = self.ranks.collected((values, categories))
         return {
             "values": {name: [v for part, _ in parts for v in part[name]] for name in values},
             "categories": [c for _, part in parts for c in part],
         }
-
-    def _gathered(self, mine: T) -> list[T]:
-        from accelerate.utils import gather_object
-
-        return gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
 
     def samples(self, backbone: Backbone) -> tuple[Sequence[str], Tensor]:
         """The first prompts, and what the backbone makes of them, on the CPU."""

@@ -20,7 +20,7 @@ def corefit_stage_started(stage: Stage, state: TrainState) -> None:
 @hookimpl
 def corefit_step_finished(stage: Stage, state: TrainState, metrics: Mapping[str, float]) -> None:
     _log(state).append(state.step, metrics)
-    if stage.sample_every and state.step % stage.sample_every == 0 and state.step < stage.steps:
+    if stage.samples(state.step):
         _samples(state)
 
 

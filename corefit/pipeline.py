@@ -42,6 +42,8 @@ class Pipeline:
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 on a GPU that has it."""
+    shard: bool = False
+    """Split weights, gradients and optimizer state over the processes (FSDP2); otherwise each has all (DDP)."""
     eval: Eval | None = None
     plugins: tuple[str, ...] = ()
     """Local plugin files."""

@@ -30,11 +30,13 @@ class Rng:
 
     key    (seed, stage, step, ...), common to all rows
     rows   global sample numbers, one for each row of what is drawn
+    drawn  where the first number of each row's noise is noted, if anywhere: ranks compare theirs
     """
 
     key: Key
     rows: Sequence[int]
     draws: int = field(default=0, init=False)
+    drawn: list[float] | None = field(default=None, kw_only=True)
 
     def rand(self, n: int) -> Tensor:
         """Uniform in [0, 1), [n] float32 on the CPU; n must be the number of rows."""
@@ -50,13 +52,13 @@ class Rng:
 
     def __getitem__(self, rows: slice) -> Rng:
         """The same draws for a slice of the rows."""
-        part = Rng(self.key, self.rows[rows])
+        part = Rng(self.key, self.rows[rows], drawn=self.drawn)
         part.draws = self.draws
         return part
 
     def of(self, purpose: str, rows: Sequence[int] | None = None) -> Rng:
         """Draws of their own for another purpose; shared by a group where `rows` are the groups' numbers."""
-        return Rng((*self.key, purpose), self.rows if rows is None else rows)
+        return Rng((*self.key, purpose), self.rows if rows is None else rows, drawn=self.drawn)
 
     def _draw(self, shape: Sequence[int], draw: Callable[[np.random.Generator, tuple[int, ...]], object]) -> Tensor:
         import torch
@@ -69,4 +71,7 @@ class Rng:
         rest = tuple(shape[1:])
         values = [draw(generator(*self.key, int(row), self.draws), rest) for row in self.rows]
         self.draws += 1
-        return torch.from_numpy(np.stack([np.asarray(v) for v in values]))
+        drawn = np.stack([np.asarray(v) for v in values])
+        if self.drawn is not None and drawn.dtype.kind == "f":
+            self.drawn += drawn.reshape(len(drawn), -1)[:, 0].tolist()
+        return torch.from_numpy(drawn)

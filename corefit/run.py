@@ -4,48 +4,61 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import shutil
-import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO, TypeVar
 
 import attrs
 from attrs import define, field, frozen
 
-from corefit import cache, identity, memory, report, state, train
+from corefit import cache, memory, plan, report, state, train
 from corefit.data import Dataset
 from corefit.display import Display
 from corefit.errors import ConfigError
 from corefit.evaluate import Judge
 from corefit.pipeline import Lora, Pipeline, Stage
-from corefit.types import Backbone, TrainState
+from corefit.plan import DONE, MODEL, SCORES, Again, Target
+from corefit.ranks import Ranks, join
+from corefit.signals import ECHO, Signals
+from corefit.types import Backbone, Samples, TrainState
+from corefit.weights import is_sharded
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-DONE = "done.json"
-SCORES = "scores.json"
-BASE = "base"
+T = TypeVar("T")
 
 
-def run(pipeline: Pipeline, display: Display | None = None) -> Path:
-    """Run what is not finished; the run's folder. Raises CorefitError, and train.Stopped after a signal."""
-    accelerator = train.accelerator(pipeline.precision)
-    shown = display or Display.on(accelerator.is_main_process)
-    with _locked(pipeline.run_folder, accelerator), shown:
-        Run(pipeline, accelerator, shown).all()
+def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") -> Path:
+    """Run what is not finished; the run's folder. Raises CorefitError, and Stopped after a signal.
+
+    again  a stage that is run anew with those after it, also where they are finished
+    """
+    plan.check_stage(pipeline, again)
+    ranks = join(pipeline.precision, shard=pipeline.shard)
+    shown = display or Display.on(ranks.main)
+    signals = Signals(shown.say, ECHO if ranks.world > 1 else 0.0)
+    folder = pipeline.run_folder
+    with _locked(folder, ranks), shown, ranks.watched(folder), signals.handled():
+        Run(pipeline, ranks, shown, signals, Again.of(pipeline, again)).all()
     return pipeline.run_folder
+
+
+def dry_run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") -> None:
+    """Say what `run` would do and why, a line each; nothing is written, no weights are loaded."""
+    plan.check_stage(pipeline, again)
+    ranks = join(pipeline.precision, shard=pipeline.shard)
+    shown = display or Display.on(ranks.main)
+    lines = list(_foreseen(pipeline, ranks, Again.of(pipeline, again)))
+    width = max(len(name) for name, _ in lines)
+    for name, what in lines:
+        shown.say(f"{name:{width}}  {what}")
 
 
 @frozen
 class Weights:
-    """Where a stage's start is: a folder of weights, a LoRA on top of it, and the hash of what made them."""
+    """Where a stage's start is: a folder of weights, and a LoRA on top of it."""
 
     backbone: Backbone
     adapter: Path | None
-    identity: str
 
 
 @define(eq=False)
@@ -53,12 +66,13 @@ class Run:
     """One run in progress."""
 
     pipeline: Pipeline
-    accelerator: Accelerator
+    ranks: Ranks
     display: Display
+    signals: Signals
+    again: Again
     dataset: Dataset = field(init=False)
     judge: Judge | None = field(init=False, default=None)
     scores: list[report.Scores] = field(init=False, factory=list[report.Scores])
-    signalled: bool = field(init=False, default=False)
 
     @property
     def folder(self) -> Path:
@@ -66,19 +80,24 @@ class Run:
 
     @property
     def main(self) -> bool:
-        return self.accelerator.is_main_process
+        return self.ranks.main
 
     def all(self) -> None:
         """The whole run."""
         if self.main:
             self._write_pipeline()
         self._encode()
-        weights = Weights(self.pipeline.backbone, None, identity.of_base(self.pipeline))
-        self._judge(BASE, self.folder / "00-base", weights, train.Cost(0, 0, 0))
-        for number, stage in enumerate(self.pipeline.stage, 1):
-            weights = self._stage(stage, self.folder / f"{number:02d}-{stage.name}", weights)
+        prompts = self.judge and self.judge.prompts.manifest.key
+        base, *targets = plan.targets(self.pipeline, self.dataset.manifest.key, prompts, _precision(self.ranks))
+        weights = Weights(self.pipeline.backbone, None)
+        self._judge(base, weights, train.Cost(0, 0, 0))
         if self.main:
-            self._report()
+            self.again.keep()
+        for stage, target in zip(self.pipeline.stage, targets, strict=True):
+            weights = self._stage(stage, target, weights)
+        if self.main:
+            self._report([base, *targets])
+            self.again.end()
 
     def _write_pipeline(self) -> None:
         import tomli_w
@@ -89,68 +108,72 @@ class Run:
 
     def _encode(self) -> None:
         """Latents and conditions of data and prompts: from the cache, or into it now."""
-        pipeline, root = self.pipeline, self.pipeline.folder / ".corefit" / "cache"
-        pipeline.backbone.place(self.accelerator.device, self._text_dtype())
+        pipeline, root = self.pipeline, _cache(self.pipeline)
+        pipeline.backbone.place(self.ranks.device, _text_dtype(self.ranks))
         self.dataset = self._encoded(pipeline.data, root, pipeline.needs_media, "encoding data")
         if pipeline.eval:
             prompts = self._encoded(pipeline.eval.data(pipeline.data.size), root, False, "encoding prompts")
-            self.judge = Judge(pipeline.eval, prompts, pipeline.seed, self.accelerator)
+            self.judge = Judge(pipeline.eval, prompts, pipeline.seed, self.ranks)
         pipeline.backbone.release()
 
     def _encoded(self, data: Any, root: Path, media: bool, title: str) -> Dataset:
-        with self.accelerator.main_process_first(), self.display.task(title) as progress:
+        with self.ranks.first(), self.display.task(title) as progress:
             folder = cache.prepare(data, self.pipeline.backbone, root, media=media, progress=progress)
         return Dataset.open(folder)
 
-    def _text_dtype(self) -> Any:
-        """One precision for text in all stages and evaluation, whatever they train."""
-        import torch
-
-        return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-
-    def _stage(self, stage: Stage, folder: Path, before: Weights) -> Weights:
+    def _stage(self, stage: Stage, target: Target, before: Weights) -> Weights:
         """Train a stage unless it is finished, and judge it; the weights it leaves."""
-        precision = str(self.accelerator.mixed_precision)
-        mine = identity.of_stage(self.pipeline, stage, before.identity, self.dataset.manifest.key, precision)
-        done = _read(folder / DONE)
-        if done.get("identity") == mine and done.get("finished", False):
+        choice = self._decided(lambda: plan.training(target, self.again))
+        if choice.use:
             self.display.say(f"{stage.name}: finished before, used as it is")
-            cost = train.Cost(**done["cost"])
+            cost = train.Cost(**choice.kept["cost"])
         else:
             if self.main:
-                self._claim(folder, mine, done)
-            self.accelerator.wait_for_everyone()
-            cost = self._train(stage, folder, before)
+                self._claim(target, choice)
+            self.ranks.wait()
+            cost = self._train(stage, target.folder, before)
             if self.main:
-                _write(folder / DONE, {"identity": mine, "finished": True, "cost": attrs.asdict(cost)})
-        after = self._left(stage, folder / "model", before, mine)
-        self._judge(stage.name, folder, after, cost)
+                files = plan.hashes(target.folder / MODEL)
+                self._note(target, {"finished": True, "cost": attrs.asdict(cost), "model": files})
+        after = self._left(stage, target.folder / MODEL, before)
+        self._judge(target, after, cost)
         return after
 
-    def _left(self, stage: Stage, model: Path, before: Weights, mine: str) -> Weights:
-        if isinstance(self.pipeline.mode(stage), Lora):
-            return Weights(before.backbone, model, mine)
-        moved = before.backbone.moved(model)
-        moved.place(self.accelerator.device, self._text_dtype())
-        return Weights(moved, None, mine)
+    def _decided(self, decide: Callable[[], T]) -> T:
+        """What the first rank finds; the others must not look while it may be writing."""
+        mine: Any = decide() if self.main else None
+        return self.ranks.told(mine)
 
-    def _claim(self, folder: Path, mine: str, done: dict[str, Any]) -> None:
-        """Make the stage's folder this stage's; what another one left there is moved aside, not overwritten."""
-        if folder.exists() and done.get("identity") != mine:
-            aside = self.folder / "superseded"
-            aside.mkdir(exist_ok=True)
-            number = len(list(aside.iterdir())) + 1
-            folder.rename(aside / f"{folder.name}-{number}")
-            self.display.say(
-                f"{folder.name}: the pipeline changed; the former one is in superseded/{folder.name}-{number}"
-            )
-        _write(folder / DONE, {"identity": mine, "finished": False})
+    def _left(self, stage: Stage, model: Path, before: Weights) -> Weights:
+        if isinstance(self.pipeline.mode(stage), Lora):
+            return Weights(before.backbone, model)
+        moved = before.backbone.moved(model)
+        moved.place(self.ranks.device, _text_dtype(self.ranks))
+        return Weights(moved, None)
+
+    def _claim(self, target: Target, choice: plan.Choice) -> None:
+        """Make the stage's folder this stage's; what another one left there is moved aside, not overwritten.
+
+        A kill between any two of these leaves a folder that is not there, or this one's: both are gone on with.
+        """
+        name = target.folder.name
+        if choice.aside:
+            former = plan.put_aside(target.folder)
+            self.display.say(f"{name}: {choice.why}; the former one is in {former.parent.name}/{former.name}")
+        elif choice.kept:
+            self.display.say(f"{name}: {choice.why}; it is trained again from its newest checkpoint")
+        self.again.moved(name)
+        self._note(target, {"finished": False})
+
+    def _note(self, target: Target, state: dict[str, Any]) -> None:
+        parts = target.weights.parts
+        plan.write(target.folder / DONE, {"identity": target.weights.hash, **state, "parts": parts})
 
     def _train(self, stage: Stage, folder: Path, before: Weights) -> train.Cost:
         """Train and save; a signal writes a checkpoint first."""
-        memory.reset_peak(self.accelerator.device)
+        memory.reset_peak(self.ranks.device)
         hook, backbone = self.pipeline.host.hook, before.backbone
-        with self.display.task(stage.name) as progress, self._signals():
+        with self.display.task(stage.name) as progress, self.signals.training():
             observed = _Observed(self, stage, folder, backbone)
             job = train.Job(
                 stage=stage,
@@ -161,13 +184,13 @@ class Run:
                 order=self.pipeline.data.order,
                 folder=folder,
                 adapter=before.adapter,
-                stop=lambda: self.signalled,
+                stop=lambda: self.signals.asked,
                 stepped=lambda step, metrics: progress(step, stage.steps, metrics),
                 started=lambda step: observed.tell(hook.corefit_stage_started, step),
-                logged=lambda step, metrics: observed.tell(hook.corefit_step_finished, step, metrics=metrics),
+                logged=lambda step, metrics: observed.logged(hook.corefit_step_finished, step, metrics),
                 saved=lambda step, path: observed.tell(hook.corefit_checkpoint_saved, step, path=path),
             )
-            cost = train.train(job, self.accelerator)
+            cost = train.train(job, self.ranks)
         if self.main:
             partial = folder / ".partial-model"
             shutil.rmtree(partial, ignore_errors=True)
@@ -176,64 +199,51 @@ class Run:
             state.publish(partial, folder / "model")
             observed.tell(hook.corefit_stage_finished, stage.steps)
         backbone.transformer = None
-        self.accelerator.wait_for_everyone()
+        self.ranks.wait()
         return cost
 
-    @contextlib.contextmanager
-    def _signals(self) -> Generator[None]:
-        """The first SIGINT or SIGTERM asks for a checkpoint after the step; a second one ends the process now."""
-
-        def note(number: int, frame: object) -> None:
-            if self.signalled:
-                raise KeyboardInterrupt
-            self.signalled = True
-            self.display.say("stopping after this step; once more to stop now")
-
-        former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    def _judge(self, name: str, folder: Path, weights: Weights, cost: train.Cost) -> None:
+    def _judge(self, target: Target, weights: Weights, cost: train.Cost) -> None:
         """Held-out scores of weights as they were saved, unless they are known."""
         if self.judge is None:
             return
-        wanted = identity.of_scores(self.pipeline, weights.identity, self.judge.prompts.manifest.key)
-        kept: dict[str, Any] = _read(folder / SCORES)
-        if kept.get("identity") != wanted:
-            self._load(weights)
-            with self.display.task(f"{name}: {self.judge.count} held-out prompts") as progress:
-                kept = {**self.judge.score(weights.backbone, progress), "identity": wanted}
-            if self.main:
-                _write(folder / SCORES, kept)
-                self.judge.keep_samples(weights.backbone, folder / "samples")
+        choice = self._decided(lambda: plan.judging(target))
+        kept = choice.kept if choice.use else self._judged(self.judge, target, weights)
         weights.backbone.release()
         weights.backbone.transformer = None
         self.scores.append(
             report.Scores(
-                name, kept["values"], kept["categories"], cost.seconds, cost.samples_per_second, cost.peak_memory
+                target.name, kept["values"], kept["categories"], cost.seconds, cost.samples_per_second, cost.peak_memory
             )
         )
+
+    def _judged(self, judge: Judge, target: Target, weights: Weights) -> dict[str, Any]:
+        self._load(weights)
+        with self.display.task(f"{target.name}: {judge.count} held-out prompts") as progress:
+            made = judge.score(weights.backbone, progress)
+        if self.main:
+            assert target.scores is not None
+            (target.folder / SCORES).unlink(missing_ok=True)  # they are not of the samples that come now
+            judge.keep_samples(weights.backbone, target.folder / "samples")
+            kept = {**made, "identity": target.scores.hash, "parts": target.scores.parts}
+            plan.write(target.folder / SCORES, kept)
+        return made
 
     def _load(self, weights: Weights) -> None:
         import torch
 
-        half = self.accelerator.mixed_precision == "bf16"
-        weights.backbone.load(self.accelerator.device, torch.bfloat16 if half else torch.float32)
+        half = self.ranks.accelerator.mixed_precision == "bf16"
+        weights.backbone.load(self.ranks.device, torch.bfloat16 if half else torch.float32)
         if weights.adapter:
             weights.backbone.load_lora(weights.adapter)
 
-    def _report(self) -> None:
+    def _report(self, targets: Sequence[Target]) -> None:
         """results.json, the table, the comparison and report.html."""
         if self.judge is None:
             return
         rows = report.results(self.scores)
         report.write_results(self.folder / "results.json", rows)
-        names = ["00-base", *(f"{n:02d}-{stage.name}" for n, stage in enumerate(self.pipeline.stage, 1))]
-        stages = [score.stage for score in self.scores]
-        self.judge.compare(stages, [self.folder / name / "samples" for name in names], self.folder / "comparison.png")
+        names, samples = [t.name for t in targets], [t.folder / "samples" for t in targets]
+        self.judge.compare(names, samples, self.folder / "comparison.png")
         report.page(self.folder)
         report.print_table(self.scores, rows, self.display.console)
 
@@ -249,37 +259,85 @@ class _Observed:
 
     def tell(self, hook: Any, step: int, **rest: Any) -> None:
         if self.run.main:
-            judge = self.run.judge
-            sample = (lambda: judge.samples(self.backbone)) if judge else None
-            hook(stage=self.stage, state=TrainState(step, self.folder, self.backbone, sample), **rest)
+            hook(stage=self.stage, state=TrainState(step, self.folder, self.backbone, self._samples()), **rest)
+
+    def logged(self, hook: Any, step: int, metrics: train.Metrics) -> None:
+        """Sharded weights make samples only with all ranks, so they do, where samples are due, before anyone asks."""
+        judge, sample = self.run.judge, self._samples()
+        if judge and not sample and self.stage.samples(step):
+            sample = _kept(judge.samples(self.backbone))
+        if self.run.main:
+            hook(stage=self.stage, state=TrainState(step, self.folder, self.backbone, sample), metrics=metrics)
+
+    def _samples(self) -> Samples | None:
+        judge = self.run.judge
+        if judge is None or is_sharded(self.backbone.transformer):
+            return None
+        return lambda: judge.samples(self.backbone)
+
+
+def _kept(made: Any) -> Samples:
+    return lambda: made
+
+
+def _foreseen(pipeline: Pipeline, ranks: Ranks, again: Again) -> Iterator[tuple[str, str]]:
+    """(what, what would happen and why), in order."""
+    root, eval, prompts, judged = _cache(pipeline), pipeline.eval, None, 0
+    pipeline.backbone.place(ranks.device, _text_dtype(ranks))
+    dataset, _, said = _survey(pipeline, pipeline.data, root, pipeline.needs_media)
+    yield "data", said
+    if eval:
+        prompts, count, said = _survey(pipeline, eval.data(pipeline.data.size), root, False)
+        yield "prompts", said
+        judged = min(count, eval.limit or count)
+    targets = plan.targets(pipeline, dataset, prompts, _precision(ranks))
+    yield from plan.listing(pipeline, targets, again, judged)
+
+
+def _survey(pipeline: Pipeline, data: Any, root: Path, media: bool) -> tuple[str, int, str]:
+    """The key that `Run._encoded` finds its cache by, how many examples there are, and what it would do."""
+    count = cache.check(data, media=media)
+    key = cache.key(data, pipeline.backbone, root, media=media)
+    there = cache.exists(data, pipeline.backbone, root, media=media)
+    return key, count, f"{plan.counted(count, 'example')}{', cached' if there else ' to encode'}"
+
+
+def _cache(pipeline: Pipeline) -> Path:
+    return pipeline.folder / ".corefit" / "cache"
+
+
+def _precision(ranks: Ranks) -> str:
+    return "bf16" if ranks.accelerator.mixed_precision == "bf16" else "fp32"
+
+
+def _text_dtype(ranks: Ranks) -> Any:
+    """One precision for text in all stages and evaluation, whatever they train."""
+    import torch
+
+    return torch.bfloat16 if _precision(ranks) == "bf16" else torch.float32
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, accelerator: Accelerator) -> Generator[None]:
+def _locked(folder: Path, ranks: Ranks) -> Generator[None]:
     """Two runs must not share a folder; the lock goes with the process, however it ends."""
-    if not accelerator.is_main_process:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with contextlib.ExitStack() as held:
+        free = True
+        if ranks.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = _lock(held.enter_context((folder / ".lock").open("w")))
+        if not ranks.told(free):
             raise ConfigError(
                 f"another process is running in {folder}; wait for it, or give this run another name or --out"
-            ) from None
+            )
         yield
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _lock(file: TextIO) -> bool:
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    report.write_whole(path, json.dumps(value, indent=1).encode())
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:

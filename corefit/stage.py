@@ -87,6 +87,23 @@ class Stage:
     """Checkpoints kept."""
     sample_every: int | None = field(default=None, validator=some_positive)
     """Steps between sample grids of the [eval] prompts; one at the end in any case."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What a loss, gradient or reward that is not finite does: stop before weights change, or skip that step."""
+    max_skips: int | None = field(default=None, validator=some_positive)
+    """Optimizer steps that `skip` may leave out before the stage stops after all; 10 by default."""
+
+    def reports(self, step: int) -> bool:
+        """Whether metrics are logged after `step` steps."""
+        return step == self.steps or step % self.log_every == 0 or self.samples(step)
+
+    def samples(self, step: int) -> bool:
+        """Whether a sample grid is drawn after `step` steps; the last one is drawn when the stage is finished."""
+        return self.sample_every is not None and step % self.sample_every == 0 and step < self.steps
+
+    @property
+    def skips(self) -> int:
+        """Optimizer steps that may be skipped."""
+        return (self.max_skips or 10) if self.on_nan == "skip" else 0
 
     @property
     def rows(self) -> int:
@@ -113,6 +130,8 @@ class Stage:
         if "reward" in uses and not self.reward:
             yield 'reward is missing; the objective learns from it, such as reward = [{ use = "ocr" }]'
         yield from self._batch_problems()
+        if self.max_skips is not None and self.on_nan != "skip":
+            yield 'max_skips: nothing is skipped; set on_nan = "skip" or remove the key'
         if self.optimizer.warmup > self.steps:
             yield f"optimizer.warmup: {self.optimizer.warmup} steps are more than the stage's {self.steps}; lower it"
         names = [w.name for w in self.reward]

@@ -1,7 +1,8 @@
 """The only writer and reader of checkpoints: complete or absent, verified on load, nothing unpickled.
 
-A checkpoint is a folder step-000200 with tensors.safetensors and manifest.json (hashes). It is written under
-another name, fsynced and renamed; older ones are pruned after that.
+A checkpoint is a folder step-000200 with safetensors, written by torch.distributed.checkpoint, one file a rank
+that holds shards, and manifest.json with their hashes. It is written under another name, fsynced and renamed;
+older ones are pruned after that. Any number of ranks, sharded or not, reads what any other has written.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,57 +25,116 @@ from corefit.errors import TrainingError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from corefit.ranks import Ranks
+
 MANIFEST = "manifest.json"
-TENSORS = "tensors.safetensors"
-FORMAT = 1
+FORMAT = 2
+PARTIAL = ".partial-"
 
 
 @frozen(eq=False)
 class Checkpoint:
-    """What `save` was given, read back."""
+    """A whole checkpoint on the disk."""
 
     path: Path
     step: int
-    tensors: Mapping[str, Tensor]
     info: Mapping[str, Any]
 
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of each tensor."""
+        reader: Any = _reader(self.path)
+        return {name: tuple(t.size) for name, t in reader.read_metadata().state_dict_metadata.items()}
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any], keep: int) -> Path:
+    def read(self, into: Mapping[str, Tensor]) -> None:
+        """Fill `into` in place: tensors, or this rank's shards of DTensors. KeyError for one that is not there."""
+        from torch.distributed import checkpoint as dcp
+
+        if missing := into.keys() - self.shapes().keys():
+            raise KeyError(f"{self.path} has no {', '.join(sorted(missing))}")
+        values = {name: t.detach() for name, t in into.items()}
+        with _quiet():
+            dcp.load(values, storage_reader=_reader(self.path), no_dist=True)
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    info: Mapping[str, Any],
+    keep: int,
+    ranks: Ranks | None = None,
+) -> Path:
     """Write the checkpoint of `step` into `folder` and keep the newest `keep`.
 
+    ranks  those that hold shards of `tensors`, all of which call this; None where this process has everything.
     TrainingError where the disk is full or not writable; what was there stays.
     """
-    from safetensors.torch import save_file
-
-    final = folder / f"step-{step:06d}"
-    partial = folder / f".partial-{step:06d}-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(contiguous, partial / TENSORS)
-        manifest = {"format": FORMAT, "step": step, "info": dict(info), "sha256": {TENSORS: digest(partial / TENSORS)}}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        publish(partial, final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingError(
-            f"the checkpoint of step {step} could not be written to {folder}: {error.strerror}; the ones before it "
-            "are intact. Make room and run the same command again"
-        ) from error
-    for old in _steps(folder)[:-keep]:
-        shutil.rmtree(old)
+    final, partial = folder / f"step-{step:06d}", folder / f"{PARTIAL}{step:06d}"
+    main = ranks is None or ranks.main
+    with _disk(folder, step, partial if main else None):
+        if main:
+            sweep(folder)
+            partial.mkdir(parents=True)
+        hashes = _written(partial, tensors, ranks)
+        if main:
+            manifest = {"format": FORMAT, "step": step, "info": dict(info), "sha256": hashes}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            publish(partial, final)
+    if main:
+        for old in _steps(folder)[:-keep]:
+            shutil.rmtree(old)
     return final
 
 
-def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with newer ones."""
+def _written(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks | None) -> dict[str, str]:
+    """Write the tensors; file name -> sha256, each file hashed by the rank that wrote it."""
+    from torch.distributed import checkpoint as dcp
+
+    if ranks is not None:
+        ranks.wait()
+    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    group = ranks.host if ranks else None
+    values = {name: t.detach() for name, t in tensors.items()}
+    with _quiet():
+        dcp.save(values, storage_writer=writer, process_group=group, no_dist=ranks is None)
+    number = ranks.rank + 1 if ranks else 1
+    mine = {f.name: digest(f) for f in partial.glob(f"shard-{number:05d}-*.safetensors")}
+    every = ranks.collected(mine) if ranks else [mine]
+    return {name: digest for part in every for name, digest in part.items()}
+
+
+def latest(folder: Path, ranks: Ranks | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with newer ones; with `ranks`, all agree on it."""
     damaged: list[str] = []
     for path in reversed(_steps(folder)):
-        try:
-            return _read(path), damaged
-        except (OSError, ValueError, KeyError) as error:
-            damaged.append(f"{path} is damaged ({error}); the one before it is used")
+        found, wrong = _verified(path, ranks)
+        if found:
+            return found, damaged
+        damaged.append(f"{path} is damaged ({wrong}); the one before it is used")
     return None, damaged
+
+
+def _verified(path: Path, ranks: Ranks | None) -> tuple[Checkpoint | None, str]:
+    """The checkpoint in `path`, or what is wrong with it; every rank hashes its share of the files."""
+    found, wrong = None, ""
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        found = Checkpoint(path, manifest["step"], manifest["info"])
+        for name in sorted(manifest["sha256"])[rank::world]:
+            if digest(path / name) != manifest["sha256"][name]:
+                raise ValueError(f"{name} does not have the hash that {MANIFEST} gives")
+    except (OSError, ValueError, KeyError) as error:
+        wrong = str(error) or type(error).__name__
+    every = ranks.collected(wrong) if ranks else [wrong]
+    faults = [fault for fault in every if fault]
+    return (None, faults[0]) if faults else (found, "")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left half written; for the process that owns the run alone."""
+    for partial in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(partial)
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -102,32 +164,43 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+@contextmanager
+def _disk(folder: Path, step: int, partial: Path | None) -> Generator[None]:
+    """A disk that refuses is a TrainingError, and `partial` is removed."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        refused = [cause for cause in causes if isinstance(cause, OSError)]
+        if not refused:
+            raise
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(
+            f"the checkpoint of step {step} could not be written to {folder}: {refused[0].strerror or refused[0]}; the "
+            "ones before it are intact. Make room and run the same command again"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """torch warns of being used by a single process, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _steps(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; partial ones of killed runs are swept away."""
+    """Complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    for partial in folder.glob(".partial-*"):
-        if not alive(int(partial.name.rsplit("-", 1)[1])):
-            shutil.rmtree(partial, ignore_errors=True)
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name))
+    found = (p for p in folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name))
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def alive(pid: int) -> bool:
-    """Whether a process of this machine has the number `pid`, whoever owns it."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _reader(path: Path) -> Any:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-
-def _read(path: Path) -> Checkpoint:
-    from safetensors.torch import load_file
-
-    manifest = json.loads((path / MANIFEST).read_text())
-    for name, expected in manifest["sha256"].items():
-        if digest(path / name) != expected:
-            raise ValueError(f"{name} does not have the hash that {MANIFEST} gives")
-    return Checkpoint(path, manifest["step"], load_file(path / TENSORS), manifest["info"])
+    return HuggingFaceStorageReader(str(path))

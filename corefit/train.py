@@ -1,4 +1,4 @@
-"""The only training loop. accelerate lives here and nowhere else.
+"""The only training loop.
 
 A step: one batch -> the objective's experience -> for each of its parts, micro-batches -> terms, each
 backpropagated and freed as it is yielded -> one division by the global count -> one optimiser step.
@@ -17,27 +17,20 @@ from attrs import define, field, frozen
 
 from corefit import data, memory, state, weights
 from corefit.data import Dataset, Order
-from corefit.meters import Fault, Means, summed
+from corefit.errors import NonFinite, PluginError, Stopped, TrainingError
+from corefit.meters import Fault, Means
 from corefit.objective import Context, Part
+from corefit.ranks import Ranks
 from corefit.rng import Rng
 from corefit.stage import Full, Lora, Stage
 from corefit.types import Backbone, Batch, Term
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from torch import Tensor
     from torch.optim import Optimizer
 
 Metrics = Mapping[str, float]
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop; the checkpoint of `step` is written."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped after step {step}")
-        self.step = step
 
 
 @frozen(kw_only=True, eq=False)
@@ -55,7 +48,7 @@ class Job:
     adapter: Path | None = None
     """The LoRA that the stage before left, if it left one."""
     stop: Callable[[], bool] = lambda: False
-    """Asked after each step: whether to write a checkpoint and raise Stopped."""
+    """Asked after each step: whether to write a checkpoint and raise Stopped; one rank's yes is enough."""
     stepped: Callable[[int, Metrics], None] = lambda step, metrics: None
     """Told of every step, with the metrics of a logged one and none otherwise."""
     started: Callable[[int], None] = lambda step: None
@@ -72,36 +65,22 @@ class Cost:
     peak_memory: int
 
 
-def accelerator(precision: str) -> Accelerator:
-    """The process's accelerator; precision is "fp32", "bf16", or "auto" (bf16 where a GPU has it)."""
-    import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+def train(job: Job, ranks: Ranks) -> Cost:
+    """Run a stage's steps from its newest checkpoint on; the first rank's backbone ends with the final weights.
 
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    made = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[ddp])
-    if made.device.type == "cpu":
-        memory.keep_freed()
-    return made
-
-
-def train(job: Job, accelerator: Accelerator) -> Cost:
-    """Run a stage's steps from its newest checkpoint on; the backbone ends with the stage's final weights.
-
-    Raises TrainingError before a weight is touched by a non-finite loss or gradient, and Stopped.
+    Raises NonFinite before a weight is touched by a non-finite loss or gradient, and Stopped.
     """
-    loop = Loop.build(job, accelerator)
+    loop = Loop.build(job, ranks)
     loop.resume()
     job.started(loop.step)
     with closing(loop.batches()) as batches:
-        for batch in batches:
+        for batch in batches if loop.step < job.stage.steps else ():
             loop.take_step(batch)
-            metrics = loop.report() if loop.step == job.stage.steps or loop.step % job.stage.log_every == 0 else {}
+            metrics = loop.report() if job.stage.reports(loop.step) else {}
             job.stepped(loop.step, metrics)
             if metrics:
                 job.logged(loop.step, metrics)
-            if job.stop():
+            if ranks.any(job.stop()):
                 raise Stopped(loop.save())
             if loop.step == job.stage.steps:
                 break
@@ -110,12 +89,25 @@ def train(job: Job, accelerator: Accelerator) -> Cost:
     return loop.finish()
 
 
+def loaded(job: Job, device: torch.device, *, half: bool) -> weights.Named:
+    """Load the backbone as the stage finds it; the parameters that train."""
+    import torch
+
+    job.backbone.load(device, torch.bfloat16 if half else torch.float32)
+    if job.adapter:
+        job.backbone.load_lora(job.adapter)
+    named = weights.trainable(job.backbone, job.mode)
+    if isinstance(job.mode, Lora) and not job.adapter:
+        weights.seeded_adapter(named, job.seed)
+    return named
+
+
 @define(eq=False, kw_only=True)
 class Loop:
     """A stage in training. What a checkpoint holds: step, seconds, weights, ema, optimizer, means."""
 
     job: Job
-    accelerator: Accelerator
+    ranks: Ranks
     objective: Any
     ctx: Context
     # what trains
@@ -132,18 +124,16 @@ class Loop:
     _first: bool = True
 
     @staticmethod
-    def build(job: Job, accelerator: Accelerator) -> Loop:
+    def build(job: Job, ranks: Ranks) -> Loop:
         """Load the weights that train, and put everything on the device."""
         import torch
 
-        stage, backbone, device = job.stage, job.backbone, accelerator.device
-        half = accelerator.mixed_precision == "bf16" and isinstance(job.mode, Lora)
-        backbone.load(device, torch.bfloat16 if half else torch.float32)
-        if job.adapter:
-            backbone.load_lora(job.adapter)
-        named = weights.trainable(backbone, job.mode)
-        if isinstance(job.mode, Lora) and not job.adapter:
-            weights.seeded_adapter(named, job.seed)
+        stage, backbone, device = job.stage, job.backbone, ranks.device
+        named = loaded(job, torch.device("cpu") if ranks.sharded else device, half=_half(job, ranks))
+        if ranks.sharded:  # block by block from main memory, so that no device ever holds the whole
+            weights.shard(backbone.transformer, device)
+            backbone.place(device, next(iter(named.values())).dtype)
+            named = weights.named_trainable(backbone.transformer)
         backbone.empty = job.dataset.null.to(device)
         uses = stage.objective.uses
         ctx = Context(
@@ -154,13 +144,14 @@ class Loop:
             rewards=stage.reward,
             reference=weights.reference(backbone, named) if "reference" in uses else None,
             micro_batch=stage.micro_batch or stage.rows,
-            gather=_gatherer(accelerator),
+            gather=ranks.gathered,
         )
-        backbone.transformer = accelerator.prepare_model(backbone.transformer)
+        # sharded, it only gets autocast; otherwise DDP as well
+        backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, evaluation_mode=ranks.sharded)
         rate = stage.optimizer
         return Loop(
             job=job,
-            accelerator=accelerator,
+            ranks=ranks,
             objective=stage.objective,
             ctx=ctx,
             transformer=backbone.transformer,
@@ -174,7 +165,7 @@ class Loop:
                 fused=True,
             ),
             ema=weights.Ema.of(named, stage.ema) if stage.ema is not None else None,
-            fault=Fault.none(device),
+            fault=Fault.none(device, stage.skips),
         )
 
     def batches(self) -> Generator[Batch, None, None]:
@@ -187,9 +178,9 @@ class Loop:
             seed=self.job.seed,
             stage=self.job.stage.name,
             order=self.job.order,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            device=self.accelerator.device,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            device=self.ranks.device,
         )
 
     def take_step(self, batch: Batch) -> None:
@@ -197,20 +188,33 @@ class Loop:
         started = time.perf_counter()
         stage = self.job.stage
         ctx = attrs.evolve(self.ctx, first=self._first)
+        drawn: list[float] | None = [] if self._first and self.ranks.world > 1 else None
         for group in self.optimizer.param_groups:
             group["lr"] = stage.optimizer.rate(self.step, stage.steps)
-        experience = self.objective.experience(batch, ctx.at(self._rng("experience", 0, batch)))
-        for update, part in enumerate(experience):
-            self._update(update, part, ctx)
+        try:
+            experience = self.objective.experience(batch, ctx.at(self._rng("experience", 0, batch, drawn)))
+            for update, part in enumerate(experience):
+                self._update(update, part, ctx, drawn)
+        except NonFinite:  # of an experience, which no weight has seen
+            if self._too_many_skipped():
+                raise
+        if drawn is not None:
+            _check_own_noise(self.ranks.collected(drawn), stage.name)
         self.step += 1
-        if self.accelerator.device.type == "cpu":
-            self.fault.refuse(stage.name)
+        if self.ranks.device.type == "cpu":
+            self.fault.refuse(stage.name, self.ranks)
         elapsed = time.perf_counter() - started
         self.seconds += elapsed
         self._since = (self._since[0] + stage.rows, self._since[1] + elapsed)
         self._first = False
 
-    def _update(self, update: int, part: Part, ctx: Context) -> None:
+    def _too_many_skipped(self) -> bool:
+        """Count a skipped step, and whether it was one too many."""
+        self.fault.now = self.fault.now | True
+        self.means.settle(self.fault.settle())
+        return bool(self.fault.over)
+
+    def _update(self, update: int, part: Part, ctx: Context, drawn: list[float] | None) -> None:
         """Backward over a part's micro-batches, then one optimiser step."""
         size = ctx.micro_batch
         firsts = range(0, len(part), size)
@@ -219,7 +223,7 @@ class Loop:
             self.means.add(name, values)
         for first in firsts:
             piece = part[first : first + size] if len(firsts) > 1 else part
-            bound = ctx.at(self._rng("terms", update, piece))
+            bound = ctx.at(self._rng("terms", update, piece, drawn))
             count = count + self._backward(piece, bound, last=first == firsts[-1])
         self._apply(count)
 
@@ -232,17 +236,21 @@ class Loop:
         terms = self.objective.terms(part, ctx)
         number = self.objective.num_terms
         for index in range(number):
-            with nullcontext() if last and index == number - 1 else self.accelerator.no_sync(self.transformer):
+            with self._exchange(last and index == number - 1):
                 term = next(terms, None)
                 assert term is not None, (
                     f"{type(self.objective).__name__} yielded {index} terms, not num_terms = {number}"
                 )
-                self.accelerator.backward(term.total)
+                self.ranks.accelerator.backward(term.total)
             self._note(term, index)
             count = count + term.count
             del term
         assert next(terms, None) is None, f"{type(self.objective).__name__} yields more than num_terms = {number} terms"
         return count
+
+    def _exchange(self, now: bool) -> Any:
+        """DDP adds gradients up in a step's last backward alone; FSDP2 in each, for it keeps none in full."""
+        return nullcontext() if now or self.ranks.sharded else self.ranks.accelerator.no_sync(self.transformer)
 
     def _note(self, term: Term, index: int) -> None:
         self.fault.see(term.total.detach(), self.step, index)
@@ -252,98 +260,171 @@ class Loop:
     def _apply(self, count: float | Tensor) -> None:
         """Divide by the global count, clip, step; all on the device.
 
-        A non-finite loss or gradient, now or before, makes the fused optimiser leave every weight as it is.
+        A non-finite loss or gradient on any rank makes the fused optimiser leave every weight as it is.
         """
         import torch
 
-        world, device = self.accelerator.num_processes, self.accelerator.device
-        total = summed(torch.as_tensor(count, dtype=torch.float32, device=device), self.accelerator)
-        scale = torch.where(total > 0, world / total, 0)
-        grads = [p.grad for p in self.named.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) * scale
+        total = self._agreed_count(count)
+        grads = weights.local(p.grad for p in self.named.values() if p.grad is not None)
+        scale = torch.where(total > 0, self.ranks.world / total, 0)
+        norm = self._norm(grads) * scale
         self.fault.see(norm, self.step, -1)
         limit = self.job.stage.max_grad_norm
         factor = scale * (limit / (norm + 1e-6)).clamp(max=1)
         torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateUsage]
-        self.optimizer.found_inf = (self.fault.seen | (total <= 0)).float()  # pyright: ignore[reportAttributeAccessIssue]
+        skipped = self.fault.settle()
+        idle = skipped | ~(total > 0)
+        self.optimizer.found_inf = idle.float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
-            self.ema.update(self.named)
+            self.ema.update(self.named, idle)
         self.means.add("grad_norm", norm)
+        self.means.settle(skipped)
 
-    def _rng(self, purpose: str, update: int, part: Part) -> Rng:
-        return Rng((self.job.seed, self.job.stage.name, self.step, purpose, update), part.rows)
+    def _agreed_count(self, count: float | Tensor) -> Tensor:
+        """Items of all ranks; a fault that one of them saw is then a fault of all."""
+        import torch
+
+        mine = torch.as_tensor(count, dtype=torch.float32, device=self.ranks.device)
+        total, faults = self.ranks.summed(torch.stack([mine, self.fault.now.float()]))
+        self.fault.now = faults > 0
+        return total
+
+    def _norm(self, tensors: list[Tensor]) -> Tensor:
+        """Of all tensors as one vector, over the ranks that hold shards of them."""
+        import torch
+
+        norm = torch.nn.utils.get_total_norm(tensors)
+        return self.ranks.summed(norm.to(self.ranks.device) ** 2).sqrt() if self.ranks.sharded else norm
+
+    def _rng(self, purpose: str, update: int, part: Part, drawn: list[float] | None = None) -> Rng:
+        return Rng((self.job.seed, self.job.stage.name, self.step, purpose, update), part.rows, drawn=drawn)
 
     def report(self) -> Metrics:
         """Means over all ranks since the last report; the only place of a step that waits for the device."""
-        self.fault.refuse(self.job.stage.name)
+        stage = self.job.stage
+        self.fault.refuse(stage.name, self.ranks)
         samples, seconds = self._since
         self._since = (0, 0.0)
-        rate = self.job.stage.optimizer.rate(self.step - 1, self.job.stage.steps)
         return {
-            **self.means.take(self.accelerator),
-            "lr": rate,
+            **self.means.take(self.ranks),
+            **({"skipped": float(self.fault.skipped)} if stage.skips else {}),
+            "lr": stage.optimizer.rate(self.step - 1, stage.steps),
             "samples_per_second": samples / max(seconds, 1e-9),
             "seconds": self.seconds,
         }
 
     def finish(self) -> Cost:
-        """The stage's final weights, averaged where it averages, in the unwrapped model."""
-        self.fault.refuse(self.job.stage.name)
-        if self.ema:
-            self.ema.swap(self.named)
-        self.job.backbone.transformer = self.accelerator.unwrap_model(self.transformer)
-        self.accelerator.free_memory()
+        """The final weights, averaged where the stage averages, in the unwrapped model: the first rank's if sharded."""
+        self._refuse_spoilt()
+        final = self.ema.average if self.ema else self.named
+        backbone, ranks = self.job.backbone, self.ranks
+        backbone.transformer = ranks.accelerator.unwrap_model(self.transformer)
+        ranks.accelerator.free_memory()
+        if ranks.sharded:
+            full, backbone.transformer = weights.whole(final), None
+            if ranks.main:
+                _fill(loaded(self.job, ranks.device, half=_half(self.job, ranks)), full)
+        elif self.ema:
+            _fill(self.named, final)
         rows = self.job.stage.rows * self.step
-        return Cost(self.seconds, rows / max(self.seconds, 1e-9), memory.peak(self.accelerator.device))
+        return Cost(self.seconds, rows / max(self.seconds, 1e-9), memory.peak(ranks.device))
 
     def save(self) -> int:
         """Write a checkpoint of the step just finished; never one of spoilt weights."""
-        self.fault.refuse(self.job.stage.name)
-        if self.accelerator.is_main_process:
-            folder = self.job.folder / "checkpoints"
+        self._refuse_spoilt()
+        means = self.means.by_rank(self.ranks)
+        if self.ranks.main or self.ranks.sharded:
+            tensors = {**self._tensors(), **{f"means/{name}": t for name, t in means.items()}}
             info = {"seconds": self.seconds, "since": list(self._since)}
-            path = state.save(folder, self.step, self._tensors(), info, self.job.stage.keep)
+            holders = self.ranks if self.ranks.sharded else None
+            path = state.save(self._checkpoints, self.step, tensors, info, self.job.stage.keep, holders)
             self.job.saved(self.step, path)
-        self.accelerator.wait_for_everyone()
+        self.ranks.wait()
         return self.step
 
+    @property
+    def _checkpoints(self) -> Path:
+        return self.job.folder / "checkpoints"
+
+    def _refuse_spoilt(self) -> None:
+        """NonFinite where training went wrong, TrainingError where weights are not finite: such are never saved."""
+        import torch
+
+        name = self.job.stage.name
+        self.fault.refuse(name, self.ranks)
+        held = weights.local([*self.named.values(), *(self.ema.average.values() if self.ema else ())])
+        fine = bool(torch.stack([t.isfinite().all() for t in held]).all())
+        if self.ranks.any(not fine):
+            raise TrainingError(
+                f"stage {name}: the weights after step {self.step} are not finite and are not saved; the checkpoints "
+                f"in {self._checkpoints} are good. Lower optimizer.lr and run again"
+            )
+
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"weights/{name}": p for name, p in self.named.items()}
+        """What of a checkpoint is equal on all ranks, or a rank's shards of it."""
+        tensors: dict[str, Tensor] = {f"weights/{name}": p for name, p in self.named.items()}
         for name, parameter in self.named.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{key}/{name}"] = value
         if self.ema:
             tensors |= {f"ema/{name}": t for name, t in self.ema.average.items()}
-        return tensors | {f"means/{name}": t for name, t in self.means.sums.items()}
+        return {**tensors, "fault/skipped": self.fault.skipped}
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, if there is one."""
-        found, damaged = state.latest(self.job.folder / "checkpoints")
+        if self.ranks.main:
+            state.sweep(self._checkpoints)
+        self.ranks.wait()
+        found, damaged = state.latest(self._checkpoints, self.ranks)
         for message in damaged:
-            self.accelerator.print(message)
+            self.ranks.accelerator.print(message)
         if found is None:
             return
-        device = self.accelerator.device
+        shapes = found.shapes()
+        self._expect_optimizer(shapes)
+        means = {name: _empty(shape) for name, shape in shapes.items() if name.startswith("means/")}
+        found.read({**self._tensors(), **means})
         self.step, self.seconds = found.step, found.info["seconds"]
         self._since = (found.info["since"][0], found.info["since"][1])
-        for name, parameter in self.named.items():
-            parameter.data.copy_(found.tensors[f"weights/{name}"])
-            keys = [k for k in found.tensors if k.startswith("optimizer/") and k.split("/", 2)[2] == name]
-            self.optimizer.state[parameter] = {k.split("/")[1]: found.tensors[k].to(device) for k in keys}
-            if self.ema:
-                self.ema.average[name].copy_(found.tensors[f"ema/{name}"])
-        self.means.sums = {k[len("means/") :]: t for k, t in found.tensors.items() if k.startswith("means/")}
+        self.means.restore({name.removeprefix("means/"): t for name, t in means.items()}, self.ranks)
+
+    def _expect_optimizer(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Room for the optimiser's state, which torch makes in its first step."""
+        import torch
+
+        for name, shape in shapes.items():
+            kind, _, rest = name.partition("/")
+            if kind == "optimizer":
+                key, _, weight = rest.partition("/")
+                like = self.named[weight]
+                value = torch.zeros_like(like) if shape else torch.zeros((), device=like.device)
+                self.optimizer.state[like][key] = value.detach()
 
 
-def _gatherer(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
-    """Rows of all ranks in global order; the ranks' shares are contiguous, so concatenation is."""
+def _half(job: Job, ranks: Ranks) -> bool:
+    """Whether weights that do not train are kept in bfloat16."""
+    return ranks.accelerator.mixed_precision == "bf16" and isinstance(job.mode, Lora)
 
-    def gather(x: Tensor) -> Tensor:
-        if accelerator.num_processes == 1:
-            return x
-        every: Any = accelerator.gather(x.to(accelerator.device))
-        return every.to(x.device)
 
-    return gather
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    import torch
+
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def _fill(named: weights.Named, values: Mapping[str, Tensor]) -> None:
+    for name, parameter in named.items():
+        parameter.data.copy_(values[name])
+
+
+def _check_own_noise(drawn: list[list[float]], stage: str) -> None:
+    """PluginError if two ranks drew the same noise: it would make their batches one."""
+    for rank, mine in enumerate(drawn):
+        for other in range(rank):
+            if set(mine) & set(drawn[other]):
+                raise PluginError(
+                    f"stage {stage}: ranks {other} and {rank} draw the same noise; an objective must draw for the rows "
+                    "of its part (ctx.rand, ctx.randn_like, ctx.rng), never for a row's place in the batch"
+                )

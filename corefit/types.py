@@ -294,6 +294,10 @@ class Weighted:
     weight: float = 1.0
 
 
+Samples = Callable[[], tuple[Sequence[str], "Tensor"]]
+"""Makes prompts and their media."""
+
+
 @frozen(eq=False)
 class TrainState:
     """What observers may read of a running stage.
@@ -301,10 +305,11 @@ class TrainState:
     step     steps finished
     folder   the stage's own, runs/<name>/01-soar for example; `model/` in it once the stage has finished
     backbone with the weights as they are now
-    sample   makes (prompts, media [n, 3, H, W] in [0, 1]): the first [eval] prompts, always from the same noise
+    sample   makes (prompts, media [n, 3, H, W] in [0, 1]): the first [eval] prompts, always from the same noise;
+             None without [eval], and of sharded weights but for the steps where the stage's own samples are due
     """
 
     step: int
     folder: Path
     backbone: Backbone
-    sample: Callable[[], tuple[Sequence[str], Tensor]] | None = None
+    sample: Samples | None = None

@@ -15,7 +15,8 @@ PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 FIRST_PARTY = {path.name for path in (ROOT / "plugins").glob("*/corefit_*")}
 
 LAYERS = (
-    {"flow", "errors", "rng", "memory", "display"},
+    {"flow", "errors", "rng", "memory", "display", "signals"},
+    {"ranks"},
     {"types", "mds", "state", "report"},
     {"objective"},
     {"hookspecs"},
@@ -25,6 +26,7 @@ LAYERS = (
     {"evaluate", "cache", "weights", "observers", "meters"},
     {"train", "pipeline"},
     {"identity"},
+    {"plan"},
     {"run"},
     {"cli"},
     {"__main__"},
@@ -44,7 +46,7 @@ OFFERED = {
 """What plugins may import of the core; submodules included."""
 ONLY = {
     "streaming": {"mds"},
-    "accelerate": {"train", "evaluate"},  # evaluate gathers the ranks' scores
+    "accelerate": {"ranks"},
     "peft": {"weights"},
     "diffusers": {"testing"},
     "transformers": {"testing"},

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from corefit import run, train
+from corefit import ranks, signals, train
 from corefit.pipeline import Pipeline, read
 from corefit.plugins import Host
 from corefit.rng import Rng
@@ -185,7 +185,7 @@ def run_media(pipeline: Pipeline, model: Path, *, lora: bool) -> torch.Tensor:
     caches = [Dataset.open(p) for p in (pipeline.folder / ".corefit" / "cache").iterdir() if (p / "done.json").exists()]
     prompts = next(c for c in caches if not c.has_media)
     assert pipeline.eval is not None
-    return Judge(pipeline.eval, prompts, pipeline.seed, train.accelerator("fp32")).media(backbone, [1])
+    return Judge(pipeline.eval, prompts, pipeline.seed, ranks.join("fp32")).media(backbone, [1])
 
 
 def stopping(pipeline: Pipeline, monkeypatch, steps: Sequence[int]) -> int:
@@ -199,7 +199,7 @@ def stopping(pipeline: Pipeline, monkeypatch, steps: Sequence[int]) -> int:
         taken += 1
 
     monkeypatch.setattr(train.Loop, "take_step", take_step)
-    monkeypatch.setattr(run.Run, "signalled", property(lambda self: taken in stops, lambda self, value: None))
+    monkeypatch.setattr(signals.Signals, "asked", property(lambda self: taken in stops, lambda self, value: None))
     stopped = 0
     while True:
         try:

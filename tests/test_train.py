@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 import torch
 from attrs import frozen
 
-from corefit import Batch, Context, Example, Source, Supervised, Term, cache, train, weights
+from corefit import Batch, Context, Example, Source, Supervised, Term, cache, ranks, train, weights
 from corefit.data import Data, Dataset
-from corefit.errors import TrainingError
+from corefit.errors import NonFinite, TrainingError
 from corefit.flow import mix, per_sample
 from corefit.stage import Full, Lora, Optimizer, Stage
 from corefit_backbones.sd3 import Sd3
@@ -59,7 +60,7 @@ def job(checkpoint, dataset, tmp_path):
 
 def trained(job: train.Job) -> dict[str, torch.Tensor]:
     """The weights after training."""
-    train.train(job, train.accelerator("fp32"))
+    train.train(job, ranks.join("fp32"))
     return {name: p.detach().clone() for name, p in job.backbone.transformer.named_parameters() if p.requires_grad}
 
 
@@ -110,16 +111,17 @@ def test_the_average_is_what_the_stage_leaves(job):
 
 @frozen
 class Spoilt(Supervised):
-    """SFT whose loss or gradient is not finite in one step."""
+    """SFT whose loss or gradient is not finite in the steps from `at` until `until`, or in that one."""
 
     at: int = 2
     where: str = "loss"
+    until: int | None = None
 
     def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
         x0 = batch.clean
         noise, sigma = ctx.randn_like(x0), ctx.sigma(x0)
         v = ctx.backbone.velocity(mix(x0, noise, sigma), sigma, batch.cond)
-        bad = batch.rows[0] // 8 == self.at
+        bad = self.at <= batch.rows[0] // 8 <= (self.at if self.until is None else self.until)
         if bad and self.where == "gradient":
             v = (v - v.detach()).abs().sqrt() + v.detach()  # sqrt'(0) is infinite
         loss = per_sample((v - (noise - x0)) ** 2)
@@ -130,11 +132,96 @@ class Spoilt(Supervised):
 def test_a_fault_stops_before_a_weight_is_touched(job, where):
     spoilt = job(Spoilt(where=where), steps=5)
     with pytest.raises(TrainingError, match=rf"stage s, step 2: the {'loss of term 0' if where == 'loss' else 'grad'}"):
-        train.train(spoilt, train.accelerator("fp32"))
+        train.train(spoilt, ranks.join("fp32"))
     good = trained(job(Spoilt(at=99), steps=2))
     left = dict(spoilt.backbone.transformer.named_parameters())
     assert worst(good, {n: p.detach() for n, p in left.items()}) == 0
     assert not list(spoilt.folder.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_fault_is_skipped_where_the_stage_says_so(job, where):
+    lines: list[dict[str, float]] = []
+    spoilt = job(Spoilt(at=1, where=where), steps=3, on_nan="skip", ema=0.5, log_every=3)
+    left = trained(train.Job(**{**_fields(spoilt), "logged": lambda step, m: lines.append(dict(m))}))
+    assert lines[-1]["skipped"] == 1
+    assert all(np.isfinite(list(lines[-1].values())))
+    # as if the batch of that step had not been: weights, averages and Adam's own step count stay
+    assert worst(left, trained(job(Spoilt(at=99), steps=3, ema=0.5))) > 1e-6
+    expected = trained(job(Empty(at=1), steps=3, ema=0.5))
+    assert worst(left, expected) == 0
+
+
+def test_skipping_is_bounded(job):
+    spoilt = job(Spoilt(at=1, until=9), steps=9, on_nan="skip", max_skips=2)
+    with pytest.raises(NonFinite, match=r"step 3: the loss of term 0 is not finite \(max_skips = 2 optimizer steps"):
+        train.train(spoilt, ranks.join("fp32"))
+    good = trained(job(Spoilt(at=99), steps=1))
+    assert worst(good, {n: p.detach() for n, p in spoilt.backbone.transformer.named_parameters()}) == 0
+
+
+def test_skipped_steps_are_counted_over_a_resume(job):
+    spoilt = job(Spoilt(at=1, until=9), steps=9, on_nan="skip", max_skips=2)
+    stops = iter([False, False, True])
+    with pytest.raises(train.Stopped):
+        train.train(train.Job(**{**_fields(spoilt), "stop": lambda: next(stops)}), ranks.join("fp32"))
+    with pytest.raises(NonFinite, match=r"step 3: the loss of term 0"):
+        train.train(spoilt, ranks.join("fp32"))
+
+
+@frozen
+class Unrewarded(Supervised):
+    """SFT whose experience is not finite in one step, as a reward may be."""
+
+    at: int = 1
+
+    def experience(self, batch: Batch, ctx: Context) -> Iterator[Batch]:
+        if batch.rows[0] // 8 == self.at:
+            raise NonFinite("reward 'x' is not finite for ['a red 1']")
+        yield batch
+
+    def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
+        yield from Sft().terms(batch, ctx)
+
+
+def test_an_experience_that_is_not_finite_stops_or_is_skipped(job):
+    with pytest.raises(NonFinite, match="reward 'x'"):
+        trained(job(Unrewarded()))
+    left = trained(job(Unrewarded(), on_nan="skip"))
+    assert worst(left, trained(job(Empty(at=1)))) == 0
+    with pytest.raises(NonFinite, match="reward 'x'"):
+        trained(job(Always(), on_nan="skip", max_skips=1))
+
+
+@frozen
+class Always(Supervised):
+    """An experience that is never finite."""
+
+    def experience(self, batch: Batch, ctx: Context) -> Iterator[Batch]:
+        raise NonFinite("reward 'x' is not finite for ['a red 1']")
+
+    def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
+        yield from Sft().terms(batch, ctx)
+
+
+@pytest.mark.parametrize("every", [1, 99], ids=["checkpoint", "model"])
+def test_weights_that_are_not_finite_are_not_saved(job, every):
+    wild = job(steps=1, optimizer=Optimizer(lr=1e38, weight_decay=1e6), checkpoint_every=every)
+    with pytest.raises(TrainingError, match=r"the weights after step 1 are not finite and are not saved.*Lower"):
+        train.train(wild, ranks.join("fp32"))
+    assert not list(wild.folder.glob("checkpoints/*"))
+
+
+def test_a_stop_in_the_last_step_leaves_nothing_to_do(job):
+    stopped = train.Job(**{**_fields(job(steps=2)), "stop": iter([False, True]).__next__})
+    with pytest.raises(train.Stopped):
+        train.train(stopped, ranks.join("fp32"))
+    taken: list[int] = []
+    again = train.Job(**{**_fields(job(steps=2)), "stepped": lambda step, m: taken.append(step)})
+    left = trained(again)
+    assert taken == []
+    shutil.rmtree(again.folder)
+    assert worst(left, trained(job(steps=2))) == 0
 
 
 @frozen
@@ -149,16 +236,18 @@ class Miscounted(Supervised):
 
 def test_a_wrong_number_of_terms_is_named(job):
     with pytest.raises(AssertionError, match=r"Miscounted yielded 1 terms, not num_terms = 2"):
-        train.train(job(Miscounted()), train.accelerator("fp32"))
+        train.train(job(Miscounted()), ranks.join("fp32"))
 
 
 @frozen
 class Empty(Supervised):
-    """Nothing is supervised in any step."""
+    """Nothing is supervised in any step, or in one."""
+
+    at: int | None = None
 
     def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
         term = next(Sft().terms(batch, ctx))
-        yield Term(term.total * 0, 0.0)
+        yield Term(term.total * 0, 0.0) if self.at in (None, batch.rows[0] // 8) else term
 
 
 def test_a_step_without_items_leaves_weights_as_they_are(job):
@@ -206,7 +295,7 @@ def test_schedules():
 
 def test_the_reference_stays_while_the_policy_moves(job):
     mine = job()
-    loop = train.Loop.build(mine, train.accelerator("fp32"))
+    loop = train.Loop.build(mine, ranks.join("fp32"))
     frozen = weights.reference(mine.backbone, loop.named)
     x, sigma = torch.randn(2, *mine.dataset.shape), torch.tensor([0.3, 0.8])
     cond = mine.dataset.batch([0, 1], [0, 1]).cond

@@ -41,12 +41,14 @@ class MetricsLog:
     path: Path
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line; it has left the process when this returns. `metrics` may not name "step"."""
+        """Write one line; it is on the disk when this returns. `metrics` may not name "step"."""
         assert "step" not in metrics, "the step is an argument of its own"
         line = {"step": step, **{name: _number(value) for name, value in metrics.items()}}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def truncate_after(self, step: int) -> None:
         """Drop lines of later steps and an unfinished last line: what a resume from `step` repeats."""

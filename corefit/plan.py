@@ -1,0 +1,270 @@
+"""What a run has done and what it has yet to do: decided here, for the run itself and for `corefit run --dry-run`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field, frozen
+
+from corefit import identity, state
+from corefit.errors import ConfigError, DataError
+from corefit.evaluate import KEPT
+from corefit.identity import Identity
+from corefit.pipeline import Pipeline, Stage
+from corefit.plugins import near
+from corefit.report import write_whole
+
+DONE = "done.json"
+SCORES = "scores.json"
+FROM = "from.json"
+BASE = "base"
+MODEL = "model"
+SUPERSEDED = "superseded"
+
+
+@frozen
+class Target:
+    """A folder of a run, and what its weights and scores are once it is finished."""
+
+    name: str
+    """The stage's, or BASE."""
+    folder: Path
+    weights: Identity
+    scores: Identity | None
+    """None where nothing is judged."""
+
+
+@frozen
+class Choice:
+    """What becomes of what a folder holds.
+
+    use    it is what is wanted, and used as it is
+    aside  it is something else, and moves to superseded/ before anything is written
+    why    it is not used, in a few words
+    kept   done.json or scores.json as it is now
+    """
+
+    use: bool = False
+    aside: bool = False
+    why: str = ""
+    kept: Mapping[str, Any] = field(factory=dict[str, Any])
+
+
+def targets(pipeline: Pipeline, dataset: str, prompts: str | None, precision: str) -> list[Target]:
+    """Of the base and of every stage.
+
+    dataset, prompts  keys of what is encoded; prompts None without [eval]
+    precision         "fp32" or "bf16"
+    """
+    weights = identity.of_base(pipeline)
+    found = [_target(pipeline, BASE, 0, weights, prompts)]
+    for number, stage in enumerate(pipeline.stage, 1):
+        weights = identity.of_stage(pipeline, stage, weights, dataset, precision)
+        found.append(_target(pipeline, stage.name, number, weights, prompts))
+    return found
+
+
+def _target(pipeline: Pipeline, name: str, number: int, weights: Identity, prompts: str | None) -> Target:
+    scores = None if prompts is None else identity.of_scores(pipeline, weights, prompts)
+    return Target(name, pipeline.run_folder / f"{number:02d}-{name}", weights, scores)
+
+
+def training(target: Target, again: Again) -> Choice:
+    """Whether a stage is used as it is, goes on from its newest checkpoint, or is trained anew."""
+    folder = target.folder
+    if _untouched(folder):
+        return Choice(why="not trained yet")
+    kept = read(folder / DONE)
+    if folder.name in again.left:
+        return Choice(aside=True, why=f"--from {again.stage}")
+    if not kept:
+        return Choice(aside=True, why=f"its {DONE} is missing or damaged")
+    if kept.get("identity") != target.weights.hash:
+        return Choice(aside=True, why=target.weights.since(kept.get("parts", {})))
+    if not kept["finished"]:
+        return Choice(why="it was interrupted")
+    harm = damage(folder / MODEL, kept["model"])
+    return Choice(use=not harm, why=harm, kept=kept)
+
+
+def judging(target: Target, *, emptied: bool = False) -> Choice:
+    """Whether the held-out scores in a folder are used; `emptied` where its stage moves aside first."""
+    assert target.scores is not None, "without [eval] nothing is judged"
+    kept = {} if emptied else read(target.folder / SCORES)
+    if not kept:
+        return Choice(why="not judged yet")
+    if kept.get("identity") != target.scores.hash:
+        return Choice(why=target.scores.since(kept.get("parts", {})))
+    there = (target.folder / "samples" / KEPT).is_file()
+    return Choice(use=there, why="" if there else "its samples are missing", kept=kept)
+
+
+def put_aside(folder: Path) -> Path:
+    """Move a stage's folder to superseded/, under its name and a number; where it is then."""
+    aside = folder.parent / SUPERSEDED
+    aside.mkdir(exist_ok=True)
+    free = next(to for n in count(1) if not (to := aside / f"{folder.name}-{n}").exists())
+    folder.rename(free)
+    for changed in (aside, folder.parent):
+        state.sync(changed)
+    return free
+
+
+def _untouched(folder: Path) -> bool:
+    """Nothing is there, or only a first file that a kill left half written."""
+    return not folder.exists() or all(file.name.endswith(".part") for file in folder.iterdir())
+
+
+# `run --from`
+
+
+@define
+class Again:
+    """`run --from STAGE`, in from.json of the run's folder until the run ends, so that a killed one goes on.
+
+    stage  as it was asked for; "" where nothing was
+    left   names of the folders that have yet to move aside
+    """
+
+    file: Path
+    stage: str = ""
+    left: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(pipeline: Pipeline, stage: str = "") -> Again:
+        """What was begun before, with what is asked for now; asking for the same goes on with it."""
+        file = pipeline.run_folder / FROM
+        found = Again(file)
+        if file.exists():
+            kept = read(file)
+            if not kept:
+                raise DataError(f"{file} is damaged; remove it, and say --from again if a stage is to run again")
+            found = Again(file, kept["stage"], tuple(kept["left"]))
+        if stage in ("", found.stage):
+            return found
+        names = [f"{number:02d}-{s.name}" for number, s in enumerate(pipeline.stage, 1)]
+        first = [s.name for s in pipeline.stage].index(stage)
+        return Again(file, stage, tuple(n for i, n in enumerate(names) if i >= first or n in found.left))
+
+    def keep(self) -> None:
+        """Write it, if there is anything to go on with."""
+        if self.stage:
+            write(self.file, {"stage": self.stage, "left": self.left})
+
+    def moved(self, name: str) -> None:
+        """A folder has moved aside, or was never there."""
+        if name in self.left:
+            self.left = tuple(other for other in self.left if other != name)
+            self.keep()
+
+    def end(self) -> None:
+        """The run has ended: the next --from is a new one."""
+        self.file.unlink(missing_ok=True)
+        self.file.with_name(f".{FROM}.part").unlink(missing_ok=True)
+
+
+def check_stage(pipeline: Pipeline, name: str) -> None:
+    """ConfigError where the pipeline has no stage `name`; "" is none."""
+    names = [stage.name for stage in pipeline.stage]
+    if name and name not in names:
+        raise ConfigError(
+            f"--from {name}: there is no stage {name!r}{near(name, names)}; there are: {', '.join(names)}"
+        )
+
+
+# the dry listing
+
+
+def listing(pipeline: Pipeline, found: Sequence[Target], again: Again, prompts: int) -> Iterator[tuple[str, str]]:
+    """(what, what would happen and why) of base and stages, in order; `prompts` are those that are judged."""
+    base, *stages = found
+    yield from _judged(base, prompts)
+    for stage, target in zip(pipeline.stage, stages, strict=True):
+        choice = training(target, again)
+        yield target.folder.name, _trained(stage, target.folder, choice)
+        yield from _judged(target, prompts, emptied=choice.aside)
+
+
+def _judged(target: Target, prompts: int, *, emptied: bool = False) -> Iterator[tuple[str, str]]:
+    if target.scores is not None:
+        choice = judging(target, emptied=emptied)
+        said = "judged before" if choice.use else f"on {counted(prompts, 'held-out prompt')}: {choice.why}"
+        yield f"judge {target.name}", said
+
+
+def _trained(stage: Stage, folder: Path, choice: Choice) -> str:
+    steps = counted(stage.steps, "step")
+    if choice.use:
+        return f"use as it is: finished, {steps}"
+    if choice.aside:
+        return f"train {steps}: {choice.why} (the former one goes to {SUPERSEDED}/)"
+    newest, damaged = state.latest(folder / "checkpoints")
+    past = f"; {counted(len(damaged), 'newer checkpoint')} damaged" if damaged else ""
+    if newest is None:
+        return f"train {steps}: {choice.why}{past}"
+    return f"go on from step {newest.step} of {stage.steps}: {choice.why}{past}"
+
+
+def counted(n: int, noun: str) -> str:
+    """'1 step', '2 steps'."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+# files
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A JSON object; {} where it is missing or damaged, which no kill leaves behind."""
+    try:
+        value = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write(file: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON object as a whole."""
+    write_whole(file, json.dumps(value, indent=1).encode())
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Relative name -> sha256 of every file."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): _hash(file) for file in files}
+
+
+def damage(folder: Path, expected: Mapping[str, str]) -> str:
+    """Which of the `hashes` does not hold any more, in a few words, or nothing. Reads all files, once a process."""
+    for name, digest in expected.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{folder.name}/{name} is missing"
+        if _hash(file) != digest:
+            return f"{folder.name}/{name} is damaged: its sha256 is not the one in {DONE}"
+    return ""
+
+
+def _hash(file: Path) -> str:
+    stat = file.stat()
+    return _hash_of(_Version(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, file))
+
+
+@frozen
+class _Version:
+    """What a file holds while it is not written to; hard links to it are the same."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    file: Path = field(eq=False)
+
+
+@cache
+def _hash_of(version: _Version) -> str:
+    return state.digest(version.file)
