@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from typing import Any
 import attrs
 import click
 import numpy as np
+import psutil
 from attrs import define, field, frozen
 
 from benchmarks import timing
@@ -51,7 +53,7 @@ REDUCED: Mapping[str, object] = {
 }
 """What makes the digits example a matter of half a minute on one thread, with several checkpoints in each stage."""
 # names in a project's folder that are read here; all else is compared as it is
-RUNS, CACHE, PIPELINE, LOCK, REPORT = "runs", ".corefit/cache", "pipeline.toml", ".lock", "report.html"
+RUNS, CACHE, PIPELINE, REPORT = "runs", ".corefit/cache", "pipeline.toml", "report.html"
 BASE, STAGES, DONE, SCORES, SAMPLES = "00-base", "[0-9][0-9]-*", "done.json", "scores.json", "samples/last.*"
 METRICS, CURVES, STAMPS, MODEL, PARTIAL_MODEL = "metrics.jsonl", "metrics.png", "media.json", "model", ".partial-model"
 CHECKPOINT, MANIFEST, PARTIAL = "checkpoints/step-*", "manifest.json", "checkpoints/.partial-*"
@@ -59,8 +61,7 @@ TENSORS = "checkpoints/step-*/*.safetensors"
 PASSING: Mapping[str, Sequence[str]] = {
     METRICS: ("seconds", "samples_per_second"),
     MANIFEST: ("seconds", "since", "sha256"),
-    DONE: ("cost", "identity"),
-    SCORES: ("identity",),
+    DONE: ("cost",),
 }
 """File -> keys in which two uninterrupted runs differ. Of the clock: `seconds`, `samples_per_second`, `since`, of which
 they are made, and `cost`, with peak memory. `identity` hashes, among others, the place of the project. `sha256` is of
@@ -128,10 +129,18 @@ class Project:
         return {f"{part}/{name}": it for part, path in parts.items() for name, it in fingerprint(path).items()}
 
 
+def watched(process: subprocess.Popen[bytes]) -> Iterator[float]:
+    """CPU seconds of it and all that it has started, until it ends: how far it is, whatever else the machine does."""
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(process.pid)
+            times = [member.cpu_times() for member in (root, *root.children(recursive=True))]
+            yield sum(time.user + time.system for time in times)
+        time.sleep(0.05)
+
+
 def kill(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL for it and all that it has started, at one instant: torchrun gives each rank a session of its own."""
-    import psutil
-
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(process.pid)
         root.suspend()
@@ -150,17 +159,17 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 def fingerprint(folder: Path) -> dict[str, str]:
     """Relative name -> sha256 of what must be equal, of a run's folder or a cache; "folder" for a folder.
 
-    Every name is here, so nothing may be left over. Of what files hold, this alone is left out:
+    Every other name is here, so nothing may be left over. This alone is left out:
 
     PASSING                      keys of JSON, with their reasons
     checkpoints/*/*.safetensors  all but the tensors: torch and safetensors order the header's metadata as it comes
     metrics.png                  all of it: it draws the two curves of the clock
-    media.json                   all of it: time stamps of files, by absolute path
+    media.json                   the file: it remembers pictures by path and time stamps, if they are older than seconds
     report.html                  the metrics.png that it embeds
     pipeline.toml, report.html   the place of the project, which differs from copy to copy
     """
     found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if path.name != STAMPS):
         lasting = b"" if path.is_dir() else _lasting(path, str(folder.parents[1]).encode())
         found[path.relative_to(folder).as_posix()] = "folder" if path.is_dir() else hashlib.sha256(lasting).hexdigest()
     return found
@@ -169,7 +178,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 def _lasting(path: Path, place: bytes) -> bytes:
     """A file's bytes without what may differ, and without `place`."""
     data = path.read_bytes()
-    if path.name in (CURVES, STAMPS):
+    if path.name == CURVES:
         return b""
     if path.match(TENSORS):
         return repr(_tensors(data)).encode()
@@ -212,7 +221,7 @@ def differences(found: Mapping[str, str], expected: Mapping[str, str]) -> list[s
 
 @frozen
 class Kill:
-    """A kill that hit: seconds after its process was started, in which phase, and how far that was."""
+    """A kill that hit: after how many CPU seconds of its process, in which phase, and how far that was."""
 
     seconds: float
     phase: str
@@ -228,8 +237,7 @@ class Kill:
             return Kill(seconds, "start")
         folders, cache = sorted(run_folder.glob(STAGES)), run_folder.parents[1] / CACHE
         if not folders:
-            encoded = [path for path in cache.glob("*") if path.is_dir() and ".tmp-" not in path.name]
-            return Kill(seconds, "encoding" if len(encoded) < CACHES else "base evaluation")
+            return Kill(seconds, "encoding" if _encoded(cache) < CACHES else "base evaluation")
         for folder in folders:
             if folder.name != BASE and not _finished(folder):
                 return _training(folder, seconds, launched)
@@ -256,6 +264,11 @@ def _finished(folder: Path) -> bool:
     return (folder / DONE).exists() and json.loads((folder / DONE).read_bytes())["finished"]
 
 
+def _encoded(cache: Path) -> int:
+    """Complete caches."""
+    return sum(path.is_dir() and ".tmp-" not in path.name for path in cache.glob("*"))
+
+
 def _new(path: Path, launched: float) -> bool:
     return path.exists() and path.stat().st_mtime >= launched
 
@@ -280,41 +293,42 @@ class Round:
 
 @frozen
 class Whole:
-    """An uninterrupted run: seconds until it has its folder, and until its end; what it left."""
+    """An uninterrupted run: CPU seconds until something is encoded, and in all; seconds of the clock; what it left."""
 
     startup: float
+    work: float
     seconds: float
     outcome: Mapping[str, str]
 
     @staticmethod
     def of(project: Project) -> Whole:
         """Run it; RuntimeError with what it said if it fails."""
-        began, process = time.monotonic(), project.start()
-        while not (project.run_folder / LOCK).exists() and process.poll() is None:
-            time.sleep(0.05)
-        startup = time.monotonic() - began
+        began, process, startup, work = time.monotonic(), project.start(), 0.0, 0.0
+        for work in watched(process):
+            startup = startup or work * (_encoded(project.folder / CACHE) > 0)
         if process.wait():
             raise RuntimeError(f"{project.folder}: the uninterrupted run failed: {_last_line(project)}")
-        return Whole(startup, time.monotonic() - began, project.outcome())
+        return Whole(startup, work, time.monotonic() - began, project.outcome())
 
     def instants(self, rng: np.random.Generator) -> list[float]:
-        """1 to 3 seconds after a start: anywhere in a whole run, then soon after what a start takes."""
-        later = self.startup + rng.exponential(self.seconds / 4, rng.integers(3))
-        return [float(rng.uniform(0, self.seconds)), *map(float, later)]
+        """1 to 3, in CPU seconds of a start: the first anywhere in a whole run, others a while after the start-up."""
+        later = self.startup + rng.exponential(self.work / 4, rng.integers(3))
+        return [float(rng.uniform(0, self.work)), *map(float, later)]
 
     def round(self, number: int, project: Project, instants: Sequence[float]) -> Round:
         """Kill at each instant, then let it end, and compare. A start that ends before its instant is the last."""
         kills: list[Kill] = []
-        for instant in (*instants, PATIENCE * self.seconds):
+        for instant in (*instants, math.inf):
             launched, process = time.time(), project.start()
-            try:
-                status = process.wait(instant)
-            except subprocess.TimeoutExpired:
-                kill(process)
-                kills.append(Kill.read(project.run_folder, instant, launched))
-                continue
-            wrong = [f"exit status {status}: {_last_line(project)}"] if status else []
-            return Round(number, project.folder, kills, wrong or differences(project.outcome(), self.outcome))
+            late = launched + PATIENCE * self.seconds
+            spent = next((spent for spent in watched(process) if spent >= instant or time.time() > late), None)
+            if spent is None:
+                wrong = [f"exit status {process.returncode}: {_last_line(project)}"] if process.wait() else []
+                return Round(number, project.folder, kills, wrong or differences(project.outcome(), self.outcome))
+            kill(process)
+            kills.append(Kill.read(project.run_folder, spent, launched))
+            if time.time() > late:
+                break
         *kills, last = kills
         return Round(number, project.folder, kills, [f"hangs, in {last.phase} {last.where}"])
 
@@ -343,7 +357,7 @@ class Series:
             if wrong := differences(again.outcome, whole.outcome):
                 raise RuntimeError(f"two uninterrupted runs in {self.folder} differ:\n" + "\n".join(wrong))
             shutil.rmtree(self.folder / "again")
-            click.echo(f"uninterrupted: {whole.seconds:.1f} s, of which {whole.startup:.1f} s to start", err=True)
+            click.echo(f"uninterrupted: {whole.seconds:.1f} s, {whole.work:.1f} CPU s", err=True)
             list(pool.map(lambda _: self._rounds(whole), range(self.jobs)))
         return whole
 
@@ -373,8 +387,6 @@ class Series:
     @contextlib.contextmanager
     def _stopping(self) -> Generator[None]:
         """What was started ends with the series, however that ends."""
-        import psutil
-
         try:
             yield
         except BaseException:
@@ -405,7 +417,9 @@ class Result:
     seed: int
     ranks: int
     seconds: float
-    """Of the uninterrupted run."""
+    """Of the uninterrupted run, by the clock."""
+    work: float
+    """Of the same, CPU seconds."""
     rounds: Sequence[Round]
     shared: Sequence[str]
     """What is left in shared memory."""
@@ -427,7 +441,7 @@ class Result:
 @click.option("--kills", default=40, show_default=True, type=click.IntRange(1), help="At least so many.")
 @click.option("--seed", default=0, show_default=True, help="Of the instants.")
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes of a run, by torchrun.")
-@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1, 2), help="Runs at the same time.")
+@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1, 2), help="Processes at the same time.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="New folder for the runs.")
 def faults(kills: int, seed: int, ranks: int, jobs: int, path: Path | None, folder: Path | None) -> None:
@@ -436,13 +450,14 @@ def faults(kills: int, seed: int, ranks: int, jobs: int, path: Path | None, fold
     Exit status 1 if one does not; its folder, and that of the uninterrupted run, are then kept.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="corefit-faults-"))
-    before, series = _shared(), Series(folder.absolute(), kills, seed, ranks, jobs)
+    before, series = _shared(), Series(folder.absolute(), kills, seed, ranks, max(1, jobs // ranks))
     whole = series.play()
     result = Result(
         machine=timing.machine(),
         seed=seed,
         ranks=ranks,
         seconds=whole.seconds,
+        work=whole.work,
         rounds=sorted(series.rounds, key=lambda one: one.number),
         shared=_abandoned(_shared() - before),
     )
@@ -462,7 +477,7 @@ def show(result: Result) -> None:
     console, table = Console(), Table("round", "killed after", "in", "at", "")
     for one in result.rounds:
         verdict = "\n".join([f"DIFFERS, kept in {one.folder}", *one.wrong]) if one.wrong else "equal"
-        cells = [[f"{kill.seconds:.1f} s", kill.phase, kill.where] for kill in one.kills]
+        cells = [[f"{kill.seconds:.1f} CPU s", kill.phase, kill.where] for kill in one.kills] or [["", "none hit", ""]]
         table.add_row(str(one.number), *("\n".join(column) for column in zip(*cells, strict=True)), verdict)
     console.width = max(console.width, 110)
     console.print(table)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 
 from corefit import mds
-from corefit.data import COND, DONE, NULL, X0, Data, Manifest, sha256
+from corefit.data import COND, DONE, NULL, X0, Data, Dataset, Manifest, sha256
 from corefit.encode import Encoder
 from corefit.errors import DataError
 from corefit.ranks import alive
@@ -32,7 +32,7 @@ from corefit.sources import listed
 if TYPE_CHECKING:
     from corefit.types import Backbone, Example
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when the same input gives other bytes."""
 SKIPPED = "skipped.json"
 HASHES = "media.json"
@@ -44,14 +44,49 @@ TEMPORARY = re.compile(r"[0-9a-f]{16}\.tmp-(?P<host>.+)-(?P<pid>\d+)-[^-]+")
 Progress = Callable[[int, int], None]
 
 
-def check(data: Data, *, media: bool) -> int:
-    """Examples in the source; DataError for all that is wrong and shows without opening a picture."""
-    return _survey(data, media, lambda _: "")[0]
+def check(data: Data, *, media: bool) -> int | None:
+    """Examples; None where only a network knows. DataError for what is wrong and shows without opening a picture."""
+    if data.encoded is None:
+        return _survey(data, media, lambda _: "")[0]
+    if _is_remote(data.encoded):
+        return None
+    manifest = Manifest.read(Path(data.encoded))
+    _refuse_without(manifest, data.encoded, media)
+    return manifest.count
 
 
 def key(data: Data, backbone: Backbone, root: Path, *, media: bool) -> str:
     """Hash of all that determines the cache: examples, media bytes, size, encoders, what is encoded."""
     return _keyed(data, backbone, media, _Hashes(root / HASHES))[1]
+
+
+def opened(data: Data, backbone: Backbone, root: Path, *, media: bool) -> Dataset:
+    """What `data.encoded` names, where it is; copies of a remote one are kept under `root`.
+
+    After `place` or `load` of the backbone. DataError: it is missing or damaged, was made for other encoders or
+    another size, or has no media where they are asked for.
+    """
+    place = str(data.encoded)
+    remote = place.rstrip("/") if _is_remote(place) else None
+    folder = root / f"remote-{hashlib.sha256(remote.encode()).hexdigest()[:16]}" if remote else Path(place)
+    dataset = Dataset.open(folder, remote)
+    _refuse_without(dataset.manifest, place, media)
+    here = _fits(data, backbone)
+    if wrong := [name for name in sorted(here) if dataset.manifest.fits.get(name) != here[name]]:
+        raise DataError(
+            f"{place} was encoded with another {', '.join(wrong)} than this pipeline has; encode its data again "
+            "([data] source), or take the backbone and size that it was made with"
+        )
+    return dataset
+
+
+def _is_remote(place: str) -> bool:
+    return "://" in place
+
+
+def _refuse_without(manifest: Manifest, place: str, media: bool) -> None:
+    if media and not manifest.media:
+        raise DataError(f"{place} holds prompts alone, and a stage needs media")
 
 
 def exists(data: Data, backbone: Backbone, root: Path, *, media: bool) -> bool:
@@ -105,14 +140,13 @@ def _within_budget(data: Data, folder: Path) -> None:
 
 def _keyed(data: Data, backbone: Backbone, media: bool, hashes: _Hashes) -> tuple[int, str]:
     total, examples = _survey(data, media, hashes.of)
-    parts = {
-        "format": FORMAT,
-        "backbone": dict(backbone.encoding_key()),
-        "size": list(data.size),
-        "media": media,
-        "examples": examples,
-    }
+    parts = {**_fits(data, backbone), "media": media, "examples": examples}
     return total, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _fits(data: Data, backbone: Backbone) -> dict[str, Any]:
+    """What of the key must be equal for whoever reads the cache."""
+    return {"format": FORMAT, "size": list(data.size), **backbone.encoding_key()}
 
 
 def _survey(data: Data, media: bool, digest: Callable[[Any], str]) -> tuple[int, str]:
@@ -120,7 +154,7 @@ def _survey(data: Data, media: bool, digest: Callable[[Any], str]) -> tuple[int,
     total, number = hashlib.sha256(), 0
     bare: list[str] = []
     missing: list[str] = []
-    for number, example in enumerate(data.source.examples(), 1):
+    for number, example in enumerate(data.raw.examples(), 1):
         if media and example.media is None:
             bare.append(f"example {number}: {example.prompt!r}")
         if media and isinstance(example.media, Path) and not example.media.is_file():
@@ -130,7 +164,7 @@ def _survey(data: Data, media: bool, digest: Callable[[Any], str]) -> tuple[int,
     if bare:
         raise DataError(f"{len(bare)} of {number} examples have no media, and a stage needs them:\n{listed(bare)}")
     if number == 0:
-        raise DataError(f"the source {type(data.source).__name__} has no examples")
+        raise DataError(f"the source {type(data.raw).__name__} has no examples")
     _readable(missing, number, data.skip)
     return number, total.hexdigest()
 
@@ -229,6 +263,7 @@ def _columns(row: mds.Row, shape: Sequence[int]) -> dict[str, str]:
 def _manifest(encoder: Encoder, folder: Path, digest: str) -> Manifest:
     return Manifest(
         key=digest,
+        fits=_fits(encoder.data, encoder.backbone),
         count=encoder.count,
         media=encoder.media,
         shape=encoder.shape,

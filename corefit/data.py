@@ -19,7 +19,7 @@ from attrs import define, field, frozen, validators
 
 from corefit import mds, rng
 from corefit.errors import ConfigError
-from corefit.types import Batch, Condition, Source
+from corefit.types import Batch, Condition, ModelPath, Source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +43,10 @@ def _positive(_: object, attribute: attrs.Attribute[Any], value: Sequence[int]) 
 class Data:
     """What stages train on: raw examples, and how they are encoded, once, into a cache."""
 
-    source: Source
+    source: Source | None = None
     """Where prompts and media come from."""
+    encoded: ModelPath | None = None
+    """In place of a source: what was encoded before, a folder or a URL such as s3://bucket/cache/0123456789abcdef."""
     size: tuple[int, int] = field(default=(512, 512), validator=_positive)
     """Height and width in pixels; the shortest side is resized, the centre kept."""
     skip: int = field(default=0, validator=validators.ge(0))
@@ -53,6 +55,18 @@ class Data:
     """epochs: every example once, shuffled, then again; independent: each step draws prompts anew (Flow-GRPO)."""
     encode_batch: int = field(default=16, validator=validators.ge(1))
     """Prompts or pictures that the text encoders or the VAE see at once."""
+
+    def __attrs_post_init__(self) -> None:
+        if (self.source is None) == (self.encoded is None):
+            raise ValueError("one of 'source' and 'encoded' says where examples come from: give one of the two")
+        if self.encoded is not None and self.skip:
+            raise ValueError("'skip' is of a source: what is encoded has been read before; remove it")
+
+    @property
+    def raw(self) -> Source:
+        """The source, where there is one."""
+        assert self.source is not None, "what is encoded before has no source"
+        return self.source
 
 
 @frozen
@@ -68,6 +82,7 @@ class Manifest:
     """done.json of a cache, written last.
 
     key       hash of everything that determines the cache
+    fits      what of it is not the examples: encoders, size; they must be those of whoever reads it
     count     examples in it
     media     whether latents were encoded
     shape     of one row's latents, also where none were encoded
@@ -78,6 +93,7 @@ class Manifest:
     """
 
     key: str
+    fits: Mapping[str, Any]
     count: int
     media: bool
     shape: tuple[int, ...]
@@ -123,12 +139,17 @@ class Dataset:
     null: Condition
 
     @staticmethod
-    def open(folder: Path) -> Dataset:
-        """DataError names what is missing or damaged; shards are hashed when first read."""
+    def open(folder: Path, remote: str | None = None) -> Dataset:
+        """DataError names what is missing or damaged; shards are hashed when first read.
+
+        remote  URL of the cache of which `folder` holds copies: small files now, shards when first read
+        """
         from safetensors.torch import load_file
 
+        if remote:
+            _fetch_small(folder, remote)
         manifest = Manifest.read(folder)
-        shards = mds.Shards(folder)
+        shards = mds.Shards(folder, remote)
         if len(shards) != manifest.count:
             raise mds.damaged(folder / DONE, f"it counts {manifest.count} examples, the shards {len(shards)}")
         return Dataset(manifest, shards, Condition(load_file(folder / NULL)))
@@ -164,6 +185,20 @@ class Dataset:
 
     def _latents(self, read: Any, pick: Sequence[int]) -> Tensor:
         return unpack([row[X0].tobytes() for row in read], Spec("float32", self.shape))[pick]
+
+
+def _fetch_small(folder: Path, remote: str) -> None:
+    """The manifest as it is there now, and the small files that it names unless they are here."""
+    with mds.locked(folder):
+        fresh = mds.fetch(f"{remote}/{DONE}", folder / f"{DONE}.new")
+        try:
+            files: Mapping[str, str] = json.loads(fresh.read_bytes())["manifest"]["files"]
+            for name, digest in files.items():
+                if not (folder / name).is_file() or sha256(folder / name) != digest:
+                    mds.fetch(f"{remote}/{name}", folder / name)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise mds.damaged(f"{remote}/{DONE}", f"{type(error).__name__}: {error}") from None
+        fresh.replace(folder / DONE)
 
 
 def pack(tensor: Tensor) -> list[bytes]:

@@ -49,7 +49,7 @@ class Encoder:
 
     def rows(self, progress: Callable[[int], None]) -> Iterator[Row]:
         """Past the budget the rest is still opened, so that all unreadable media are listed, but not encoded."""
-        for window in _chunks(self.data.source.examples(), 4 * self.data.encode_batch):
+        for window in _chunks(self.data.raw.examples(), 4 * self.data.encode_batch):
             read = self._read(window)
             if len(self.failed) <= self.data.skip:
                 yield from self._encoded(read)

@@ -1,12 +1,16 @@
 """MDS shards through mosaicml-streaming: the only module that imports it, and only inside functions.
 
-Shards are local and read one sample at a time through streaming's own shard readers, without
-StreamingDataset: no shared memory, no leases, so nothing of a killed run is in the way of the next.
+Shards lie in a folder and are read one sample at a time through streaming's own shard readers, without
+StreamingDataset: no shared memory, no leases, so nothing of a killed run is in the way of the next. Those of a
+remote cache (s3://, gs://, hf://, what streaming knows) are first fetched into the folder, each when it is needed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import socket
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 
 HASH = "xxh64"
 INDEX = "index.json"
+TIMEOUT = 60.0
+"""Seconds without a byte after which a download is given up; the storage's own client tries a few times."""
 SHARD = 1 << 26
 """Bytes of a shard, at most; it is read whole once, to be hashed."""
 Row = Mapping[str, Any]
@@ -66,9 +72,13 @@ def writing(folder: Path, columns: Mapping[str, str]) -> Generator[Writer, None,
 
 @define(eq=False)
 class Shards:
-    """Random access to the rows of a folder. Sizes are checked on opening, a hash before a shard's first row."""
+    """Random access to the rows of a folder. Sizes are checked on opening, a hash before a shard's first row.
+
+    remote  URL of the shards that `folder` holds copies of; one that is missing or damaged here is fetched
+    """
 
     folder: Path
+    remote: str | None = None
     shards: list[JointReader] = field(init=False)
     starts: list[int] = field(init=False)
     verified: set[int] = field(init=False, factory=set[int])
@@ -78,7 +88,8 @@ class Shards:
         self.starts = [0]
         for shard in self.shards:
             self.starts.append(self.starts[-1] + len(shard))
-            self._check_size(shard)
+            if not self.remote and (wrong := self._wrong_size(shard)):
+                raise damaged(self._file(shard), wrong)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -88,34 +99,79 @@ class Shards:
         from bisect import bisect_right
 
         number = bisect_right(self.starts, index) - 1
-        self._verify(number)
+        if number not in self.verified:
+            self._verify(self.shards[number])
+            self.verified.add(number)
         return self.shards[number].get_item(index - self.starts[number])
 
-    def _verify(self, number: int) -> None:
-        if number in self.verified:
-            return
+    def _verify(self, shard: JointReader) -> None:
+        """Nothing of a shard is read before it is what the index says; a remote one gets one more chance."""
+        wrong, file = self._wrong(shard), self._file(shard)
+        if wrong and self.remote:
+            with locked(self.folder):  # one of a machine's processes fetches, the others find it
+                wrong = self._wrong(shard)
+                if wrong:
+                    fetch(f"{self.remote}/{file.name}", file)
+                    wrong = self._wrong(shard)
+        if wrong:
+            raise damaged(f"{self.remote}/{file.name}" if self.remote else file, wrong)
+
+    def _wrong(self, shard: JointReader) -> str:
+        """What is wrong with the local file, or nothing."""
         from streaming.base.hashing import get_hash
 
-        shard = self.shards[number]
-        self._check_size(shard)
-        if get_hash(HASH, self._file(shard).read_bytes()) != shard.raw_data.hashes[HASH]:
-            raise damaged(self._file(shard), f"its {HASH} is not the one in {INDEX}")
-        self.verified.add(number)
+        if wrong := self._wrong_size(shard):
+            return wrong
+        same = get_hash(HASH, self._file(shard).read_bytes()) == shard.raw_data.hashes[HASH]
+        return "" if same else f"its {HASH} is not the one in {INDEX}"
 
-    def _check_size(self, shard: JointReader) -> None:
+    def _wrong_size(self, shard: JointReader) -> str:
         file, expected = self._file(shard), shard.raw_data.bytes
         if not file.is_file():
-            raise damaged(file, "it is missing")
-        if (size := file.stat().st_size) != expected:
-            raise damaged(file, f"it has {size} bytes instead of {expected}")
+            return "it is missing"
+        size = file.stat().st_size
+        return "" if size == expected else f"it has {size} bytes instead of {expected}"
 
     def _file(self, shard: JointReader) -> Path:
         return self.folder / shard.raw_data.basename
 
 
-def damaged(file: Path, what: str) -> DataError:
+def fetch(url: str, file: Path) -> Path:
+    """Download `url` and make it appear as `file`, whole, with the storage's usual environment variables.
+
+    DataError, after the client's own retries, where that fails.
+    """
+    from streaming.base.storage.download import CloudDownloader
+
+    partial = file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    try:
+        CloudDownloader.direct_download(url, str(partial), TIMEOUT)
+        partial.replace(file)
+    except Exception as error:  # each storage's client has its own; all are told alike
+        partial.unlink(missing_ok=True)
+        raise DataError(
+            f"{url} cannot be fetched: {type(error).__name__}: {error}. Check the address, the credentials and the "
+            "endpoint (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, S3_ENDPOINT_URL)"
+        ) from error
+    return file
+
+
+@contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """One process of the machine at a time fetches into `folder`, which is made; a killed one holds nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for stale in folder.glob(f".*.{socket.gethostname()}-*"):
+            stale.unlink()
+        yield
+
+
+def damaged(file: Path | str, what: str) -> DataError:
     """What to say of a file of a cache that cannot be trained on."""
-    return DataError(f"{file} is damaged: {what}. Delete {file.parent}; the next run encodes it again")
+    remedy = "Put the cache there again" if isinstance(file, str) else f"Delete {file.parent}; it is then made again"
+    return DataError(f"{file} is damaged: {what}. {remedy}")
 
 
 def _readers(folder: Path) -> list[JointReader]:

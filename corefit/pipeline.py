@@ -118,14 +118,14 @@ class Pipeline:
                 )
 
     def _data_problems(self) -> Iterator[str]:
-        counted: list[int] = []
+        counted: list[int | None] = []
         yield from _told("data", lambda: counted.append(cache.check(self.data, media=self.needs_media)))
-        for stage in self.stage if counted else ():
+        for stage in self.stage if counted and counted[0] else ():
             rows, group = stage.rows, stage.objective.rows_per_prompt
             if rows % group == 0:
                 yield from _told(
                     f"stage.{stage.name}",
-                    lambda rows=rows, group=group: check_batch(counted[0], rows, group, 1, self.data.order),
+                    lambda rows=rows, group=group: check_batch(counted[0] or 0, rows, group, 1, self.data.order),
                 )
 
     def _eval_problems(self, eval: Eval) -> Iterator[str]:

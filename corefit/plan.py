@@ -163,9 +163,9 @@ class Again:
             self.keep()
 
     def end(self) -> None:
-        """The run has ended: the next --from is a new one."""
-        self.file.unlink(missing_ok=True)
+        """The run has ended, and nothing is left to do: the next --from is a new one."""
         self.file.with_name(f".{FROM}.part").unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)
 
 
 def check_stage(pipeline: Pipeline, name: str) -> None:

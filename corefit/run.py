@@ -117,6 +117,9 @@ class Run:
         pipeline.backbone.release()
 
     def _encoded(self, data: Any, root: Path, media: bool, title: str) -> Dataset:
+        if data.encoded:
+            with self.ranks.first():
+                return cache.opened(data, self.pipeline.backbone, root, media=media)
         with self.ranks.first(), self.display.task(title) as progress:
             folder = cache.prepare(data, self.pipeline.backbone, root, media=media, progress=progress)
         return Dataset.open(folder)
@@ -296,7 +299,10 @@ def _foreseen(pipeline: Pipeline, ranks: Ranks, again: Again) -> Iterator[tuple[
 
 def _survey(pipeline: Pipeline, data: Any, root: Path, media: bool) -> tuple[str, int, str]:
     """The key that `Run._encoded` finds its cache by, how many examples there are, and what it would do."""
-    count = cache.check(data, media=media)
+    if data.encoded:
+        found = cache.opened(data, pipeline.backbone, root, media=media).manifest
+        return found.key, found.count, f"{plan.counted(found.count, 'example')}, encoded before"
+    count = cache.check(data, media=media) or 0
     key = cache.key(data, pipeline.backbone, root, media=media)
     there = cache.exists(data, pipeline.backbone, root, media=media)
     return key, count, f"{plan.counted(count, 'example')}{', cached' if there else ' to encode'}"

@@ -76,6 +76,44 @@ def test_check_says_what_a_run_would_do_in_under_three_seconds(project):
     )
 
 
+def test_a_dry_run_reads_no_weights_and_writes_nothing(project):
+    for weights in project.own("base").rglob("*.safetensors"):
+        weights.write_bytes(b"")
+    before = project.tree()
+    said = said_by("run", "--dry-run", "pipeline.toml", cwd=project.folder)
+    assert said.splitlines() == [
+        "data        8 examples to encode",
+        "prompts     6 examples to encode",
+        "judge base  on 4 held-out prompts: not judged yet",
+        "01-soar     train 2 steps: not trained yet",
+        "judge soar  on 4 held-out prompts: not judged yet",
+        "02-grpo     train 1 step: not trained yet",
+        "judge grpo  on 4 held-out prompts: not judged yet",
+        "status 0",
+        "heavy ['accelerate', 'torch']",
+    ]
+    assert project.tree() == before
+
+
+def test_from_an_unknown_stage_writes_nothing(project):
+    before = project.tree()
+    for rest in ([], ["--dry-run"]):
+        ended = project.main("run", "pipeline.toml", "--from", "grop", *rest)
+        assert (ended.status, ended.out) == (2, "")
+        assert ended.err.startswith("error: --from grop: there is no stage 'grop' (did you mean 'grpo'?); there are: ")
+    assert project.tree() == before
+
+
+def test_from_and_dry_run_reach_the_run(project, monkeypatch):
+    asked = []
+    for name in ("run", "dry_run"):
+        monkeypatch.setattr(f"corefit.run.{name}", lambda pipeline, again, name=name: asked.append((name, again)))
+    project.main("run", "pipeline.toml")
+    project.main("run", "pipeline.toml", "--from", "grpo")
+    project.main("run", "pipeline.toml", "--from", "soar", "--dry-run")
+    assert asked == [("run", ""), ("run", "grpo"), ("dry_run", "soar")]
+
+
 def test_help_in_under_half_a_second(project):
     assert min(seconds(lambda: project.command("--help")) for _ in range(3)) < 0.5
 
@@ -94,7 +132,10 @@ def test_help_names_every_command(project):
     [
         (
             "run",
-            ["PIPELINE", "--set KEY=VALUE", "--out PATH", "continue it", "accelerate launch -m corefit run PIPELINE"],
+            [
+                *("PIPELINE", "--set KEY=VALUE", "--out PATH", "--from STAGE", "--dry-run"),
+                *("continue it", "accelerate launch -m corefit run PIPELINE"),
+            ],
         ),
         ("check", ["PIPELINE", "--set KEY=VALUE", "--out PATH", "without loading weights"]),
         ("plugins", ["[FILES]...", "who offers what, with its keys"]),

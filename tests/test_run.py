@@ -239,6 +239,42 @@ def test_finished_stages_are_used_as_they_are(spec, monkeypatch):
     assert equal(weights(folder / "superseded" / "02-grpo-1"), before)
 
 
+SFT = ["stage.soar.objective={use='sft'}", "stage.soar.checkpoint_every=3", "stage.grpo.steps=1"]
+
+
+def test_a_damaged_model_is_trained_again_to_the_same_bytes(spec):
+    """Full, then a LoRA on it: the second stage stays, for what it starts from is what it was."""
+    path = spec()
+    path.write_text(path.read_text().partition("[eval]")[0])
+    settings = [*SFT, "stage.grpo.train={use='lora', rank=4}"]
+    folder = read(path, settings).run()
+    file = folder / "01-soar" / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole, done = file.read_bytes(), (folder / "02-grpo" / "done.json").stat().st_mtime_ns
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    read(path, settings).run()
+    assert file.read_bytes() == whole
+    assert (folder / "02-grpo" / "done.json").stat().st_mtime_ns == done
+    assert not (folder / "superseded").exists()
+
+
+def test_a_stage_that_was_stopped_and_then_changed_starts_at_step_0(spec, monkeypatch):
+    path, first = spec(), []
+    path.write_text(path.read_text().partition("[eval]")[0])
+    real = train.Loop.resume
+
+    def resume(self):
+        real(self)
+        first.append((self.job.stage.name, self.step))
+
+    monkeypatch.setattr(train.Loop, "resume", resume)
+    monkeypatch.setattr(signals.Signals, "asked", property(lambda self: True, lambda self, value: None))
+    for settings in (SFT, SFT, [*SFT, "stage.soar.optimizer.lr=5e-4"]):
+        with pytest.raises(train.Stopped):
+            read(path, settings).run()
+    assert first == [("soar", 0), ("soar", 1), ("soar", 0)]
+    assert (path.parent / "runs/r/superseded/01-soar-1/checkpoints/step-000002").is_dir()
+
+
 def test_sft_is_one_word(spec):
     path = spec()
     path.write_text(path.read_text().replace('use = "soar", points = 2', 'use = "sft"'))

@@ -1,0 +1,161 @@
+"""What determines a stage: what changes it, what does not, and how a change is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import corefit
+from corefit import identity
+from corefit.identity import Identity
+from corefit.pipeline import read
+
+
+def identities(file, *settings, dataset="d", precision="fp32") -> dict[str, Identity]:
+    """Of base, stages and the scores of the last."""
+    pipeline = read(file, settings)
+    found = {"base": identity.of_base(pipeline)}
+    for stage in pipeline.stage:
+        found[stage.name] = identity.of_stage(pipeline, stage, list(found.values())[-1], dataset, precision)
+    return {**found, "scores": identity.of_scores(pipeline, found["grpo"], "p")}
+
+
+def changes(old, new) -> dict[str, str]:
+    """Name -> what is said of it, of those whose hash differs, from parts as a file keeps them."""
+    kept = {name: json.loads(json.dumps(one.parts)) for name, one in old.items()}
+    said = {name: new[name].since(kept[name]) for name in new if new[name].hash != old[name].hash}
+    assert all(said.values())
+    return said
+
+
+LATER = {"grpo": "stage soar, which it starts from, changed", "scores": "its weights changed"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("stage.soar.optimizer.lr=5e-4", "optimizer.lr 0.001 -> 0.0005"),
+        ("stage.soar.steps=3", "steps 2 -> 3"),
+        ("stage.soar.ema=0.9", "ema none -> 0.9"),
+        ("stage.soar.objective.points=4", "objective.points 2 -> 4"),
+        ("stage.soar.objective={use='sft'}", "objective soar -> sft"),
+        ("stage.soar.noise={use='uniform'}", "noise logit_normal -> uniform"),
+        ("stage.soar.optimizer.betas=[0.9, 0.99]", "optimizer.betas [0.9, 0.999] -> [0.9, 0.99]"),
+        ("backbone.train={use='lora', rank=4}", "train.rank 2 -> 4"),
+        ("backbone.train={use='full'}", "train lora -> full"),
+        ("data.order='independent'", "data.order epochs -> independent"),
+    ],
+)
+def test_a_key_of_the_first_stage(project, setting, said):
+    assert changes(identities(project.file), identities(project.file, setting)) == {"soar": said, **LATER}
+
+
+def test_a_key_of_the_second_stage_leaves_the_first_alone(project):
+    was = identities(project.file)
+    for setting, said in (
+        ("stage.grpo.reward.bright.weight=2", "reward.bright.weight 1.0 -> 2.0"),
+        ("stage.grpo.sampler={use='cps'}", "sampler flow_sde -> cps"),
+    ):
+        now = changes(was, identities(project.file, setting))
+        assert now == {"grpo": said, "scores": "its weights changed"}
+
+
+def test_what_all_stages_share(project, monkeypatch):
+    was = identities(project.file)
+    seed = changes(was, identities(project.file, "seed=1"))
+    assert seed == {"soar": "seed 0 -> 1", **LATER, "scores": "its weights changed, seed 0 -> 1"}
+    assert changes(was, identities(project.file, precision="bf16")) == {"soar": "precision fp32 -> bf16", **LATER}
+    assert changes(was, identities(project.file, dataset="e")) == {"soar": "its data changed", **LATER}
+    backbone = changes(was, identities(project.file, "backbone.max_sequence_length=8"))
+    assert backbone == dict.fromkeys(("base", "soar"), "backbone.max_sequence_length 16 -> 8") | LATER
+    monkeypatch.setattr(corefit, "__version__", "9.1")
+    version = f"corefit {was['soar'].parts['corefit']} -> 9.1"
+    assert changes(was, identities(project.file)) == {
+        "soar": version,
+        **LATER,
+        "scores": f"its weights changed, {version}",
+    }
+
+
+def test_of_scores_alone(project):
+    was = identities(project.file)
+    assert changes(was, identities(project.file, "eval.steps=9")) == {"scores": "eval.steps 2 -> 9"}
+    assert changes(was, identities(project.file, "eval.reward.bright.gain=2")) == {
+        "scores": "eval.reward.bright.gain 1.0 -> 2.0"
+    }
+    pipeline = read(project.file)
+    prompts = identity.of_scores(pipeline, was["grpo"], "other")
+    assert prompts.since(was["scores"].parts) == "the prompts changed"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "stage.soar.log_every=1",
+        "stage.soar.checkpoint_every=1",
+        "stage.soar.keep=1",
+        "stage.soar.sample_every=1",
+        "eval.samples=1",
+        "stage.soar.train={use='lora', rank=2}",  # what it has from [backbone]
+        "name='other'",
+        "out='elsewhere'",
+    ],
+)
+def test_what_changes_nothing(project, setting):
+    assert changes(identities(project.file), identities(project.file, setting)) == {}
+
+
+def test_the_project_may_move(project, tmp_path_factory):
+    was = identities(project.file)
+    moved = tmp_path_factory.mktemp("elsewhere") / "project"
+    shutil.copytree(project.folder, moved)
+    assert changes(was, identities(moved / "pipeline.toml")) == {}
+
+
+def test_code_of_a_plugin_file(project):
+    was = identities(project.file)
+    plugin = project.folder / "bright.py"
+    plugin.write_text(plugin.read_text().replace("mean(1) *", "amax(1) *"))
+    said = "code of bright.py changed"
+    now = identities(project.file)
+    assert changes(was, now) == {"grpo": said, "scores": f"its weights changed, {said}"}
+    assert now["soar"] == was["soar"], "which uses nothing of it"
+
+
+def test_code_of_a_package(project, monkeypatch):
+    was = identities(project.file)
+    real = identity._source
+    monkeypatch.setattr(identity, "_source", lambda file: "new" if file.parent.name == "corefit_soar" else real(file))
+    assert changes(was, identities(project.file)) == {"soar": "code of corefit_soar changed", **LATER}
+
+
+def test_weights_of_the_backbone(project):
+    was = identities(project.file)
+    (file,) = (project.own("base") / "transformer").glob("*.safetensors")
+    save_file({name: t + 1 for name, t in load_file(file).items()}, file)
+    said = "backbone weights changed"
+    assert changes(was, identities(project.file)) == {"base": said, "soar": said, **LATER}
+
+
+def test_many_differences_are_counted(project):
+    keys = ("steps=3", "ema=0.9", "optimizer.eps=1e-3", "max_grad_norm=2", "batch=8")
+    settings = [f"stage.soar.{key}" for key in keys]
+    said = changes(identities(project.file), identities(project.file, *settings))["soar"]
+    assert said == "steps 2 -> 3, batch 4 -> 8, optimizer.eps 1e-08 -> 0.001, and 2 more"
+
+
+def test_a_stage_that_starts_from_another_one(project):
+    was = identities(project.file)["grpo"]
+    project.swap(('name = "soar"', 'name = "warm"'))
+    assert identities(project.file)["grpo"].since(was.parts) == "it starts from stage warm, not soar"
+
+
+def test_former_parts_that_say_nothing(project):
+    now = identities(project.file)["soar"]
+    assert now.since({}) == "what determined the former one is not known"
+    other = {**now.parts, "code": {"corefit_other": "0"}}
+    assert now.since(other) == "what determines it changed"
+    assert now.since(now.parts) == ""
