@@ -1,14 +1,10 @@
-"""Small random Stable Diffusion 3 checkpoints in the layout of the real ones, for tests and examples.
-
-Equal arguments write equal bytes, in any process: the vocabularies are made by hand, because tokeniser
-trainers break ties differently from run to run.
-"""
+"""Tokenizers and text encoders of small checkpoints; vocabularies are made by hand, not trained."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,75 +13,6 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 T5_PAD, T5_END, T5_UNKNOWN = "<pad>", "</s>", "<unk>"
 T5_SPACE = "▁"
-
-
-def tiny_sd3(
-    folder: Path,
-    *,
-    words: Sequence[str],
-    seed: int = 0,
-    layers: int = 2,
-    heads: int = 2,
-    head_width: int = 16,
-    dual_attention_layers: Sequence[int] = (),
-    patch: int = 2,
-    latent_size: int = 8,
-    max_latent_size: int = 32,
-    latent_channels: int = 4,
-    vae_widths: Sequence[int] = (8, 16),
-    vae_layers: int = 1,
-    scaling_factor: float = 1.5305,
-    shift_factor: float = 0.0609,
-    clip_widths: tuple[int, int] = (16, 16),
-    clip_layers: int = 2,
-    clip_length: int = 16,
-    t5_width: int = 32,
-    t5_layers: int = 1,
-    shift: float = 3.0,
-) -> Path:
-    """Write what `StableDiffusion3Pipeline.from_pretrained(folder)` loads, with random weights.
-
-    words            each becomes one token of every text encoder (digits stay single: CLIP splits numbers);
-                     other text falls into single characters
-    latent_size      of the pipeline's default image, height and width, in latent pixels
-    max_latent_size  the largest that the transformer accepts
-    vae_widths       channels of each level; the spatial factor is 2 ** (levels - 1)
-    clip_length      tokens to which the pipeline pads both CLIP prompts, start and end included
-    t5_width         also the transformer's joint attention width; at least the sum of clip_widths
-    shift            of the flow-matching scheduler
-    """
-    if t5_width < sum(clip_widths):
-        raise ValueError(f"t5_width {t5_width} is less than the sum of clip_widths {tuple(clip_widths)}")
-    import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
-    folder = Path(folder)
-    clip_vocabulary = clip_pieces(words)
-    t5_vocabulary = t5_pieces(words)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipeline = StableDiffusion3Pipeline(
-            transformer=_transformer(
-                layers,
-                heads,
-                head_width,
-                tuple(dual_attention_layers),
-                patch,
-                (latent_size, max_latent_size, latent_channels),
-                t5_width,
-                sum(clip_widths),
-            ),
-            vae=_vae(latent_channels, vae_widths, vae_layers, latent_size, scaling_factor, shift_factor),
-            text_encoder=_clip(clip_vocabulary, clip_widths[0], clip_layers, clip_length),
-            text_encoder_2=_clip(clip_vocabulary, clip_widths[1], clip_layers, clip_length),
-            text_encoder_3=_t5(t5_vocabulary, t5_width, t5_layers),
-            tokenizer=_clip_tokenizer(folder / "tokenizer", clip_vocabulary, clip_length, CLIP_END),
-            tokenizer_2=_clip_tokenizer(folder / "tokenizer_2", clip_vocabulary, clip_length, "!"),
-            tokenizer_3=_t5_tokenizer(t5_vocabulary),
-            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift),
-        )
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 def clip_pieces(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -143,7 +70,8 @@ def _merged(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
         pieces = joined
 
 
-def _clip_tokenizer(folder: Path, pieces: tuple[dict[str, int], list[tuple[str, str]]], length: int, pad: str) -> Any:
+def clip_tokenizer(folder: Path, pieces: tuple[dict[str, int], list[tuple[str, str]]], length: int, pad: str) -> Any:
+    """A CLIPTokenizer of `clip_pieces`; its two files are written to `folder`."""
     from transformers import CLIPTokenizer
 
     vocabulary, merges = pieces
@@ -162,7 +90,8 @@ def _clip_tokenizer(folder: Path, pieces: tuple[dict[str, int], list[tuple[str, 
     )
 
 
-def _t5_tokenizer(pieces: list[tuple[str, float]]) -> Any:
+def t5_tokenizer(pieces: list[tuple[str, float]]) -> Any:
+    """A T5TokenizerFast of `t5_pieces`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import T5TokenizerFast
 
@@ -185,7 +114,8 @@ def _t5_tokenizer(pieces: list[tuple[str, float]]) -> Any:
     )
 
 
-def _clip(pieces: tuple[dict[str, int], list[tuple[str, str]]], width: int, layers: int, length: int) -> Any:
+def clip_encoder(pieces: tuple[dict[str, int], list[tuple[str, str]]], width: int, layers: int, length: int) -> Any:
+    """A random CLIPTextModelWithProjection, `width` wide and projecting to as many."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     vocabulary = pieces[0]
@@ -204,7 +134,8 @@ def _clip(pieces: tuple[dict[str, int], list[tuple[str, str]]], width: int, laye
     return CLIPTextModelWithProjection(config).eval()
 
 
-def _t5(pieces: list[tuple[str, float]], width: int, layers: int) -> Any:
+def t5_encoder(pieces: list[tuple[str, float]], width: int, layers: int) -> Any:
+    """A random T5EncoderModel, `width` wide."""
     from transformers import T5Config, T5EncoderModel
 
     heads = max(1, width // 16)
@@ -221,52 +152,3 @@ def _t5(pieces: list[tuple[str, float]], width: int, layers: int) -> Any:
         eos_token_id=1,
     )
     return T5EncoderModel(config).eval()
-
-
-def _transformer(
-    layers: int,
-    heads: int,
-    head_width: int,
-    dual_attention_layers: tuple[int, ...],
-    patch: int,
-    latents: tuple[int, int, int],
-    text_width: int,
-    pooled_width: int,
-) -> Any:
-    from diffusers import SD3Transformer2DModel
-
-    size, max_size, channels = latents
-    return SD3Transformer2DModel(
-        sample_size=size,
-        patch_size=patch,
-        in_channels=channels,
-        out_channels=channels,
-        num_layers=layers,
-        num_attention_heads=heads,
-        attention_head_dim=head_width,
-        joint_attention_dim=text_width,
-        caption_projection_dim=heads * head_width,
-        pooled_projection_dim=pooled_width,
-        pos_embed_max_size=max_size // patch,
-        dual_attention_layers=dual_attention_layers,
-        qk_norm="rms_norm" if dual_attention_layers else None,
-    ).eval()
-
-
-def _vae(channels: int, widths: Sequence[int], layers: int, latent_size: int, scaling: float, shift: float) -> Any:
-    from diffusers import AutoencoderKL
-
-    kind: Any = AutoencoderKL  # its annotations have one block where a checkpoint has several
-    return kind(
-        block_out_channels=tuple(widths),
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-        layers_per_block=layers,
-        latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=latent_size * 2 ** (len(widths) - 1),
-        scaling_factor=scaling,
-        shift_factor=shift,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()

@@ -1,0 +1,10 @@
+"""Small random checkpoints in the layout of the real ones, for tests and examples.
+
+Equal arguments write equal bytes, in any process: the vocabularies are made by hand, because tokeniser
+trainers break ties differently from run to run.
+"""
+
+from corefit.testing.checkpoints.sd3 import tiny_sd3
+from corefit.testing.checkpoints.text import clip_pieces, t5_pieces
+
+__all__ = ["clip_pieces", "t5_pieces", "tiny_sd3"]
