@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from attrs import define, frozen
 from diffusers import SD3Transformer2DModel
 
 from corefit.noise import LogitNormal
+from corefit.ranks import join
 from corefit.rng import Rng
 from corefit.stage import Full, Optimizer, Stage
 from corefit.train import Job, Loop
@@ -172,7 +172,7 @@ def _loop(objective: Soar | Sft, bench: Bench) -> Loop:
         order="epochs",
         folder=Path(),
     )
-    loop = Loop.build(job, Accelerator(cpu=True))
+    loop = Loop.build(job, join("fp32"))
     loop.optimizer = bench.loops
     return loop
 

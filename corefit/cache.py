@@ -220,6 +220,9 @@ class _Hashes:
     def save(self) -> None:
         if not self.changed:
             return
+        for left in self.file.parent.glob(f"{self.file.stem}.[0-9]*"):
+            if not alive(int(left.suffix[1:])):
+                left.unlink(missing_ok=True)
         temporary = self.file.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(self.known))
         temporary.replace(self.file)

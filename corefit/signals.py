@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from attrs import define
 
-ECHO = 1.0
+ECHO = 3.0
 """Seconds in which a signal is taken for the first one's echo: a launcher passes on what the terminal sent to all."""
 
 

@@ -81,8 +81,7 @@ def save(
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
             publish(partial, final)
     if main:
-        for old in _steps(folder)[:-keep]:
-            shutil.rmtree(old)
+        prune(folder, keep)
     return final
 
 
@@ -129,6 +128,12 @@ def _verified(path: Path, ranks: Ranks | None) -> tuple[Checkpoint | None, str]:
     every = ranks.collected(wrong) if ranks else [wrong]
     faults = [fault for fault in every if fault]
     return (None, faults[0]) if faults else (found, "")
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for old in _steps(folder)[:-keep]:
+        shutil.rmtree(old)
 
 
 def sweep(folder: Path) -> None:

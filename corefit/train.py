@@ -386,6 +386,8 @@ class Loop:
         self._expect_optimizer(shapes)
         means = {name: _empty(shape) for name, shape in shapes.items() if name.startswith("means/")}
         found.read({**self._tensors(), **means})
+        if self.ranks.main:
+            state.prune(self._checkpoints, self.job.stage.keep)  # what a killed process did not come to remove
         self.step, self.seconds = found.step, found.info["seconds"]
         self._since = (found.info["since"][0], found.info["since"][1])
         self.means.restore({name.removeprefix("means/"): t for name, t in means.items()}, self.ranks)
