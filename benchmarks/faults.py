@@ -130,12 +130,17 @@ class Project:
 
 
 def watched(process: subprocess.Popen[bytes]) -> Iterator[float]:
-    """CPU seconds of it and all that it has started, until it ends: how far it is, whatever else the machine does."""
+    """CPU seconds of it and all that it has started, until it ends: how far it is, whatever else the machine does.
+
+    Never fewer than before, though processes that have ended are no longer counted.
+    """
+    spent = 0.0
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(process.pid)
             times = [member.cpu_times() for member in (root, *root.children(recursive=True))]
-            yield sum(time.user + time.system for time in times)
+            spent = max(spent, sum(time.user + time.system for time in times))
+            yield spent
         time.sleep(0.05)
 
 
