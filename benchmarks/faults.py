@@ -271,7 +271,7 @@ def _finished(folder: Path) -> bool:
 
 def _encoded(cache: Path) -> int:
     """Complete caches."""
-    return sum(path.is_dir() and ".tmp-" not in path.name for path in cache.glob("*"))
+    return sum(path.is_dir() and not path.suffix for path in cache.glob("*"))
 
 
 def _new(path: Path, launched: float) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from corefit.hookspecs import Offers, hookimpl
 from corefit.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
 from corefit.samplers import Cps, DanceSde, FlowSde, Ode
-from corefit.sources import ImageFolder, Jsonl
+from corefit.sources import HfDataset, ImageFolder, Jsonl, Text, WebDataset
 from corefit.types import NoiseWeighting, Sampler, Source
 
 
@@ -27,4 +27,10 @@ def corefit_noise_weightings() -> Offers[NoiseWeighting]:
 
 @hookimpl
 def corefit_sources() -> Offers[Source]:
-    return {"jsonl": Jsonl, "imagefolder": ImageFolder}
+    return {
+        "jsonl": Jsonl,
+        "imagefolder": ImageFolder,
+        "text": Text,
+        "webdataset": WebDataset,
+        "hf_dataset": HfDataset,
+    }

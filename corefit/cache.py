@@ -1,53 +1,58 @@
 """The only writer of training data: every example is encoded once, into MDS shards that `data` reads.
 
-A cache is a folder named by the hash of everything that determines it. It is written elsewhere and renamed
-when complete, so half of one is never read, and a change of anything makes another.
+A cache is a folder named by the hash of everything that determines it. It is written in parts, each whole or not
+at all, under another name, and renamed when complete: half a cache is never read, and finished parts are never made
+again. What a part holds depends on its examples alone, not on how many processes there are or were.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import inspect
 import json
 import os
 import re
-import secrets
 import shutil
-import socket
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from attrs import define, field
+import attrs
+from attrs import define, field, frozen
 
-from corefit import mds
-from corefit.data import COND, DONE, NULL, X0, Data, Dataset, Manifest, sha256
-from corefit.encode import Encoder
+from corefit import buckets, mds
+from corefit.data import COND, DONE, NULL, ROWS, X0, Data, Dataset, Manifest, Spec, part_name, sha256
+from corefit.encode import Encoder, chunks
 from corefit.errors import DataError
-from corefit.ranks import alive
-from corefit.sources import listed
+from corefit.survey import Hashes, check_readable, survey, too_many
 
 if TYPE_CHECKING:
-    from corefit.types import Backbone, Example
+    from corefit.ranks import Ranks
+    from corefit.types import Backbone, Example, Weighted
 
-FORMAT = 2
+FORMAT = 3
 """Part of every key: raise it when the same input gives other bytes."""
+PART = 512
+"""Examples of a part: what a kill costs at most, a process."""
 SKIPPED = "skipped.json"
+ACCOUNT = "part.json"
 HASHES = "media.json"
-SETTLED = 2_000_000_000
-"""Nanoseconds after which a file's time stamps tell it from any later version."""
-DAY = 86400
-TEMPORARY = re.compile(r"[0-9a-f]{16}\.tmp-(?P<host>.+)-(?P<pid>\d+)-[^-]+")
+ABANDONED = 7 * 86400
+"""Seconds after which unfinished parts that nobody goes on with are removed."""
+UNFINISHED = re.compile(r"[0-9a-f]{16}\.parts")
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 def check(data: Data, *, media: bool) -> int | None:
     """Examples; None where only a network knows. DataError for what is wrong and shows without opening a picture."""
     if data.encoded is None:
-        return _survey(data, media, lambda _: "")[0]
+        return survey(data, media, lambda _: "")[0]
     if _is_remote(data.encoded):
         return None
     manifest = Manifest.read(Path(data.encoded))
@@ -56,8 +61,8 @@ def check(data: Data, *, media: bool) -> int | None:
 
 
 def key(data: Data, backbone: Backbone, root: Path, *, media: bool) -> str:
-    """Hash of all that determines the cache: examples, media bytes, size, encoders, what is encoded."""
-    return _keyed(data, backbone, media, _Hashes(root / HASHES))[1]
+    """Hash of all that determines the cache: examples, media bytes, sizes, encoders, scores, what is encoded."""
+    return _keyed(data, backbone, media, Hashes(root / HASHES))[1]
 
 
 def opened(data: Data, backbone: Backbone, root: Path, *, media: bool) -> Dataset:
@@ -69,9 +74,9 @@ def opened(data: Data, backbone: Backbone, root: Path, *, media: bool) -> Datase
     place = str(data.encoded)
     remote = place.rstrip("/") if _is_remote(place) else None
     folder = root / f"remote-{hashlib.sha256(remote.encode()).hexdigest()[:16]}" if remote else Path(place)
-    dataset = Dataset.open(folder, remote)
+    dataset = Dataset.open(folder, remote, data.condition)
     _refuse_without(dataset.manifest, place, media)
-    here = _fits(data, backbone)
+    here = _fits(data, backbone, dataset.has_media)
     if wrong := [name for name in sorted(here) if dataset.manifest.fits.get(name) != here[name]]:
         raise DataError(
             f"{place} was encoded with another {', '.join(wrong)} than this pipeline has; encode its data again "
@@ -96,24 +101,58 @@ def exists(data: Data, backbone: Backbone, root: Path, *, media: bool) -> bool:
 
 
 def prepare(
-    data: Data, backbone: Backbone, root: Path, *, media: bool, progress: Progress = lambda done, total: None
+    data: Data,
+    backbone: Backbone,
+    root: Path,
+    *,
+    media: bool,
+    progress: Progress = lambda done, total: None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """The folder under `root` with `data` encoded: an existing one, or one that is written now.
 
     media=False encodes prompts alone. Only text encoders and VAE are used, and released. progress gets
-    (examples done, all). DataError: media missing or unreadable beyond `skip`, values that are not finite.
+    (examples done, all) of this process. Several ranks share the parts; a killed one's are kept.
+    DataError: media missing or unreadable beyond `skip`, values that are not finite.
     """
-    hashes = _Hashes(root / HASHES)
-    total, digest = _keyed(data, backbone, media, hashes)
+    hashes = Hashes(root / HASHES)
+    main, tell = _crew(ranks)
+    total, digest = tell(lambda: _keyed(data, backbone, media, hashes))
     folder = _folder(root, digest)
-    if not _complete(folder, digest):
-        with _temporary(root, folder.name) as temporary:
-            encoder = Encoder(data, backbone, media, tuple(backbone.latent_shape(data.size)))
-            _encode(encoder, temporary, digest, total, progress)
-            _publish(temporary, folder, digest)
-    hashes.save()
-    _within_budget(data, folder)
+    work = Work(data, backbone, media, digest, total, folder)
+    if not tell(lambda: _complete(folder, digest)):
+        with _alone(root, work.parts, main):
+            if not tell(lambda: _complete(folder, digest)):  # another run may have been at it until now
+                _make(work, progress, ranks)
+    if main:
+        hashes.save()
+        _within_budget(data, folder)
+    if ranks:
+        ranks.wait()
     return folder
+
+
+def _make(work: Work, progress: Progress, ranks: Ranks | None) -> None:
+    try:
+        work.encode(progress, *((ranks.rank, ranks.world) if ranks else (0, 1)))
+        if ranks:
+            ranks.wait()
+        if ranks is None or ranks.main:
+            work.publish()
+    finally:
+        work.backbone.release()
+
+
+def _crew(ranks: Ranks | None) -> tuple[bool, Any]:
+    """Whether this is the first process, and how all hear what the first finds."""
+
+    def tell(find: Callable[[], T]) -> T:
+        if ranks is None:
+            return find()
+        mine: Any = find() if ranks.main else None
+        return ranks.told(mine)
+
+    return ranks is None or ranks.main, tell
 
 
 def _folder(root: Path, digest: str) -> Path:
@@ -132,188 +171,226 @@ def _within_budget(data: Data, folder: Path) -> None:
     """A cache that was written under a larger budget is no way around a smaller one."""
     if (manifest := Manifest.read(folder)).skipped > data.skip:
         total = manifest.skipped + manifest.count
-        raise DataError(_too_many(json.loads((folder / SKIPPED).read_bytes()), total, data.skip))
+        raise DataError(too_many(json.loads((folder / SKIPPED).read_bytes()), total, data.skip))
 
 
 # what determines a cache
 
 
-def _keyed(data: Data, backbone: Backbone, media: bool, hashes: _Hashes) -> tuple[int, str]:
-    total, examples = _survey(data, media, hashes.of)
-    parts = {**_fits(data, backbone), "media": media, "examples": examples}
+def _keyed(data: Data, backbone: Backbone, media: bool, hashes: Hashes) -> tuple[int, str]:
+    total, examples = survey(data, media, hashes.of)
+    scores = {entry.name: _scorer(entry) for entry in data.score} if media else {}
+    parts = {**_fits(data, backbone, media), "media": media, "examples": examples, "scores": scores}
     return total, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _fits(data: Data, backbone: Backbone) -> dict[str, Any]:
+def _fits(data: Data, backbone: Backbone, media: bool) -> dict[str, Any]:
     """What of the key must be equal for whoever reads the cache."""
-    return {"format": FORMAT, "size": list(data.size), **backbone.encoding_key()}
+    fps = {"fps": data.fps} if data.fps else {}
+    size = [list(bucket) for bucket in _sizes(data, backbone, media)]
+    return {"format": FORMAT, "size": size, **fps, **backbone.encoding_key()}
 
 
-def _survey(data: Data, media: bool, digest: Callable[[Any], str]) -> tuple[int, str]:
-    """Number and hash of all examples; media are ignored unless asked for."""
-    total, number = hashlib.sha256(), 0
-    bare: list[str] = []
-    missing: list[str] = []
-    for number, example in enumerate(data.raw.examples(), 1):
-        if media and example.media is None:
-            bare.append(f"example {number}: {example.prompt!r}")
-        if media and isinstance(example.media, Path) and not example.media.is_file():
-            missing.append(f"{example.media}: no such file")
-        wanted = media and not bare and len(missing) <= data.skip
-        total.update(_line(number, example, digest(example.media) if wanted else ""))
-    if bare:
-        raise DataError(f"{len(bare)} of {number} examples have no media, and a stage needs them:\n{listed(bare)}")
-    if number == 0:
-        raise DataError(f"the source {type(data.raw).__name__} has no examples")
-    _readable(missing, number, data.skip)
-    return number, total.hexdigest()
+def _sizes(data: Data, backbone: Backbone, media: bool) -> Sequence[buckets.Size]:
+    return buckets.sizes(data.size, data.aspects if media else (), backbone)
 
 
-def _line(number: int, example: Example, content: str) -> bytes:
-    try:
-        return json.dumps([example.prompt, dict(example.meta), content], sort_keys=True).encode() + b"\n"
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the meta of example {number} ({example.prompt!r}) is not JSON: {error}") from None
+def _scorer(entry: Weighted) -> Mapping[str, str]:
+    """What determines a reward's scores: its keys, and the source it is written in."""
+    kind = type(entry.reward)
+    keys = {f.name: str(getattr(entry.reward, f.name)) for f in attrs.fields(kind) if f.init}
+    return {**keys, "code": sha256(Path(inspect.getfile(kind)))}
 
 
-def _readable(failed: Sequence[str], total: int, skip: int) -> None:
-    if len(failed) > skip:
-        raise DataError(_too_many(failed, total, skip))
-    if len(failed) == total:
-        raise DataError(f"none of the {total} media can be read:\n{listed(failed)}")
+# parts
 
 
-def _too_many(failed: Sequence[str], total: int, skip: int) -> str:
-    return (
-        f"{len(failed)} of {total} media are missing or unreadable, and {skip} may be skipped:\n{listed(failed)}\n"
-        f"repair or remove them, or set skip = {len(failed)} under [data] to leave them out"
-    )
+@define(eq=False)
+class Work:
+    """A cache in the making: its parts lie in `parts`, under another name than the finished folder's."""
 
-
-@define
-class _Hashes:
-    """sha256 of media; those of files are remembered in `file`, by size and time stamps."""
-
-    file: Path
-    known: dict[str, list[Any]] = field(init=False, factory=dict[str, list[Any]])
-    changed: bool = field(init=False, default=False)
+    data: Data
+    backbone: Backbone
+    media: bool
+    digest: str
+    total: int
+    folder: Path
+    encoder: Encoder = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        with suppress(OSError, ValueError):  # without it, everything is read once more
-            self.known = json.loads(self.file.read_bytes())
+        sizes = _sizes(self.data, self.backbone, self.media)
+        shapes = [tuple(self.backbone.latent_shape(size)) for size in sizes]
+        self.encoder = Encoder(self.data, self.backbone, self.media, sizes, shapes)
 
-    def of(self, media: Path | Any) -> str:
-        if not isinstance(media, Path):
-            return hashlib.sha256(f"{media.dtype} {media.shape} ".encode() + media.tobytes()).hexdigest()
-        if not media.is_file():
-            return "missing"
-        stat = media.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        *before, digest = self.known.get(str(media), [""])
-        if before == stamp:
-            return digest
-        digest = sha256(media)
-        if time.time_ns() - max(stamp[1:]) > SETTLED:
-            self.known[str(media)], self.changed = [*stamp, digest], True
-        return digest
+    @property
+    def parts(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.parts")
 
-    def save(self) -> None:
-        if not self.changed:
+    def encode(self, progress: Progress, rank: int, world: int) -> None:
+        """Every world-th part, from the rank-th on, that is not there already; past the budget none is finished."""
+        import torch
+
+        done, mine = 0, range(rank, -(-self.total // PART), world)
+        share = sum(min(PART, self.total - number * PART) for number in mine)
+        try:
+            for number, examples in enumerate(chunks(self.data.raw.examples(), PART)):
+                if number in mine:
+                    with torch.no_grad():
+                        self._part(number, examples, lambda n, before=done: progress(before + n, share))
+                    done += len(examples)
+                    progress(done, share)
+        finally:
+            with suppress(OSError):  # nothing in it: a run that could not start leaves nothing
+                self.parts.rmdir()
+        check_readable(self.encoder.failed, self.total, self.data.skip)
+
+    def _part(self, number: int, examples: Sequence[Example], progress: Callable[[int], None]) -> None:
+        final, temporary = self.parts / part_name(number), self.parts / f".{part_name(number)}"
+        if final.exists():
+            self.encoder.failed += Account.read(final / ACCOUNT).failed
             return
-        for left in self.file.parent.glob(f"{self.file.stem}.[0-9]*"):
-            if not alive(int(left.suffix[1:])):
-                left.unlink(missing_ok=True)
-        temporary = self.file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(self.known))
-        temporary.replace(self.file)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        encoder, failed, enlarged = self.encoder, len(self.encoder.failed), self.encoder.enlarged
+        encoder.texts.clear()  # what is encoded together changes the last bits: a part must not depend on others
+        try:
+            count = _write_rows(encoder, temporary, _counted(encoder.rows(examples), progress))
+            account = Account(len(examples), count, encoder.failed[failed:], encoder.enlarged - enlarged, encoder.cond)
+            (temporary / ACCOUNT).write_text(json.dumps(attrs.asdict(account)))
+            if len(encoder.failed) <= self.data.skip:
+                _publish(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Put the parts together, and give them their name."""
+        accounts = list(self._accounts())
+        if (seen := sum(account.seen for account in accounts)) != self.total:
+            shutil.rmtree(self.parts)
+            raise DataError(f"the source gave {self.total} examples, then {seen}: it changed while being encoded")
+        failed = [reason for account in accounts for reason in account.failed]
+        check_readable(failed, self.total, self.data.skip)
+        self._write_small(accounts, failed)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)  # without its manifest, which was asked for before
+        _publish(self.parts, self.folder)
+
+    def _accounts(self) -> Iterator[Account]:
+        number = 0
+        while (file := self.parts / part_name(number) / ACCOUNT).exists():
+            yield Account.read(file)
+            number += 1
+
+    def _write_small(self, accounts: Sequence[Account], failed: Sequence[str]) -> None:
+        """What is of all parts: null, index, skipped.json, the manifest last."""
+        from safetensors.torch import save_file
+
+        encoder, names = self.encoder, [part_name(number) for number in range(len(accounts))]
+        encoder.cond = next(dict(account.cond) for account in accounts if account.cond)
+        save_file(encoder.null(), self.parts / NULL)
+        mds.join(self.parts, [name for name, account in zip(names, accounts, strict=True) if account.count])
+        (self.parts / SKIPPED).write_text(json.dumps(failed, indent=1))
+        small = [mds.INDEX, NULL, SKIPPED, *(f"{name}/{ROWS}" for name in names)]
+        Manifest(
+            key=self.digest,
+            fits=_fits(self.data, self.backbone, self.media),
+            count=sum(account.count for account in accounts),
+            parts=len(accounts),
+            media=self.media,
+            sizes=tuple(encoder.sizes),
+            shapes=tuple(encoder.shapes),
+            cond=encoder.cond,
+            skipped=len(failed),
+            enlarged=sum(account.enlarged for account in accounts),
+            files={name: sha256(self.parts / name) for name in small},
+        ).write(self.parts)
+
+
+@frozen
+class Account:
+    """part.json: examples of a part, those of them that are in it, why others are not, and what is in it."""
+
+    seen: int
+    count: int
+    failed: Sequence[str]
+    enlarged: int
+    cond: Mapping[str, Spec]
+
+    @staticmethod
+    def read(file: Path) -> Account:
+        raw: dict[str, Any] = json.loads(file.read_bytes())
+        cond = {name: Spec(s["dtype"], tuple(s["shape"])) for name, s in raw["cond"].items()}
+        return attrs.evolve(Account(**raw), cond=cond)
+
+
+def _counted(rows: Iterator[mds.Row], progress: Callable[[int], None]) -> Iterator[mds.Row]:
+    for number, row in enumerate(rows, 1):
+        yield row
+        progress(number)
+
+
+def _write_rows(encoder: Encoder, folder: Path, rows: Iterator[mds.Row]) -> int:
+    """How many there were. Bucket and metadata go beside the shards too, where all can be read at once."""
+    first, lines = next(rows, None), list[str]()
+    if first is not None:
+        with mds.writing(folder, _columns(first)) as shards:
+            for row in chain([first], rows):
+                shards.append({name: value for name, value in row.items() if name != "bucket"})
+                lines.append(json.dumps({"bucket": row["bucket"], "meta": row["meta"]}) + "\n")
+    (folder / ROWS).write_text("".join(lines))
+    return len(lines)
+
+
+def _columns(row: mds.Row) -> dict[str, str]:
+    known = {"prompts": "json", "meta": "json", "view": "json", X0: "ndarray:float32"}
+    return {name: "bytes" if name.startswith(COND) else known[name] for name in row if name != "bucket"}
 
 
 # files
 
 
-def _encode(encoder: Encoder, folder: Path, digest: str, total: int, progress: Progress) -> None:
-    """Fill `folder`, its manifest last."""
-    import torch
-    from safetensors.torch import save_file
-
-    try:
-        with torch.no_grad():
-            _write_rows(encoder, folder, encoder.rows(lambda done: progress(done, total)))
-            save_file(encoder.null(), folder / NULL)
-    finally:
-        encoder.backbone.release()
-    if encoder.seen != total:
-        raise DataError(f"the source gave {total} examples, then {encoder.seen}: it changed while being encoded")
-    (folder / SKIPPED).write_text(json.dumps(encoder.failed, indent=1))
-    _manifest(encoder, folder, digest).write(folder)
-
-
-def _write_rows(encoder: Encoder, folder: Path, rows: Iterator[mds.Row]) -> None:
-    first = next(rows, None)
-    if first is not None:
-        with mds.writing(folder, _columns(first, encoder.shape)) as shards:
-            for row in chain([first], rows):
-                shards.append(row)
-    _readable(encoder.failed, encoder.seen, encoder.data.skip)
-
-
-def _columns(row: mds.Row, shape: Sequence[int]) -> dict[str, str]:
-    latents = f"ndarray:float32:{','.join(map(str, shape))}"
-    known = {"prompt": "str", "meta": "json", X0: latents}
-    return {name: "bytes" if name.startswith(COND) else known[name] for name in row}
-
-
-def _manifest(encoder: Encoder, folder: Path, digest: str) -> Manifest:
-    return Manifest(
-        key=digest,
-        fits=_fits(encoder.data, encoder.backbone),
-        count=encoder.count,
-        media=encoder.media,
-        shape=encoder.shape,
-        cond=encoder.cond,
-        skipped=len(encoder.failed),
-        enlarged=encoder.enlarged,
-        files={name: sha256(folder / name) for name in (mds.INDEX, NULL, SKIPPED)},
-    )
-
-
 @contextmanager
-def _temporary(root: Path, name: str) -> Generator[Path, None, None]:
-    """A new folder in `root`, gone afterwards unless renamed; those of dead processes are removed first."""
+def _alone(root: Path, parts: Path, main: bool) -> Generator[None]:
+    """One run at a time makes a cache; the lock goes with the process, however it ends."""
+    if not main:
+        yield
+        return
     root.mkdir(parents=True, exist_ok=True)
-    for stale in filter(_stale, root.iterdir()):
-        shutil.rmtree(stale, ignore_errors=True)
-    folder = root / f"{name}.tmp-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    folder.mkdir()
+    for stale in filter(_abandoned, root.iterdir()):
+        if stale != parts:
+            shutil.rmtree(stale, ignore_errors=True)
     try:
-        yield folder
+        with _held(parts.with_suffix(".lock")):
+            yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # nothing else in it: a run that could not start leaves nothing
+        with suppress(OSError):  # nothing else in it
             root.rmdir()
 
 
-def _stale(folder: Path) -> bool:
-    """Left by a process that is dead or had this one's number, or by another machine and a day old."""
-    match = TEMPORARY.fullmatch(folder.name)
-    if match is None:
-        return False
-    if match["host"] != socket.gethostname():
-        return time.time() - folder.stat().st_mtime > DAY
-    return int(match["pid"]) == os.getpid() or not alive(int(match["pid"]))
+@contextmanager
+def _held(lock: Path) -> Generator[None]:
+    """The lock file, which is gone afterwards; one that a former holder has removed meanwhile is none."""
+    while True:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
 
 
-def _publish(temporary: Path, folder: Path, digest: str) -> None:
-    """Rename what is on the disk; where another process was faster, its work is as good."""
-    for path in [*temporary.iterdir(), temporary]:
+def _abandoned(folder: Path) -> bool:
+    return UNFINISHED.fullmatch(folder.name) is not None and time.time() - folder.stat().st_mtime > ABANDONED
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Rename what is on the disk."""
+    for path in [*(p for p in temporary.iterdir() if p.is_file()), temporary]:
         _sync(path)
-    if folder.exists() and not _complete(folder, digest):
-        shutil.rmtree(folder)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not _complete(folder, digest):
-            raise
+    temporary.rename(folder)
     _sync(folder.parent)
 
 

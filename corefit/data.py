@@ -1,7 +1,4 @@
-"""The only reader of training data: which example is trained on when, and the batches themselves.
-
-Order is a function of (seed, stage, step), never of rank or history, so a resumed run needs no state.
-"""
+"""The only reader of training data: what a pipeline says of it, encoded data as they lie, and batches."""
 
 from __future__ import annotations
 
@@ -9,34 +6,49 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import attrs
+import numpy as np
 from attrs import define, field, frozen, validators
 
-from corefit import mds, rng
-from corefit.errors import ConfigError
-from corefit.types import Batch, Condition, ModelPath, Source
+from corefit import mds
+from corefit.buckets import Aspect
+from corefit.curate import Column, Keep, kept
+from corefit.errors import DataError
+from corefit.order import Order, Walk, check_batch
+from corefit.types import Batch, Condition, ModelPath, Source, Weighted
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
-Order = Literal["epochs", "independent"]
 DONE = "done.json"
 NULL = "null.safetensors"
+ROWS = "rows.jsonl"
 X0 = "x0"
 COND = "cond."
 
 
 def _positive(_: object, attribute: attrs.Attribute[Any], value: Sequence[int]) -> None:
-    if len(value) != 2 or min(value) < 1:
-        raise ValueError(f"{attribute.name} is {list(value)}, expected [height, width] in pixels")
+    if len(value) not in (2, 3) or min(value) < 1:
+        raise ValueError(
+            f"{attribute.name} is {list(value)}, expected [height, width] in pixels, "
+            "or [frames, height, width] for clips"
+        )
+
+
+def _aspects(_: object, __: object, value: Sequence[str]) -> None:
+    for text in value:
+        Aspect.of(text)
+
+
+def _condition(_: object, __: object, value: str | None) -> None:
+    if value is not None:
+        Keep.of(value)
 
 
 @frozen
@@ -47,8 +59,16 @@ class Data:
     """Where prompts and media come from."""
     encoded: ModelPath | None = None
     """In place of a source: what was encoded before, a folder or a URL such as s3://bucket/cache/0123456789abcdef."""
-    size: tuple[int, int] = field(default=(512, 512), validator=_positive)
-    """Height and width in pixels; the shortest side is resized, the centre kept."""
+    size: tuple[int, ...] = field(default=(512, 512), validator=_positive)
+    """Height and width in pixels; of clips frames before them. The shortest side is resized, the centre kept."""
+    aspects: tuple[str, ...] = field(default=(), validator=_aspects)
+    """Such as ["1:1", "4:3", "3:4"], width to height: each picture goes to the nearest, at the area of `size`."""
+    fps: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
+    """Frames a second of clips; each clip's own rate by default."""
+    score: tuple[Weighted, ...] = ()
+    """Rewards that judge the media once, when they are encoded; each score is metadata under the reward's name."""
+    keep: str | None = field(default=None, validator=validators.optional(_condition))
+    """Train on examples of which this is true, such as "aesthetic >= 6.8"; it costs no encoding to change."""
     skip: int = field(default=0, validator=validators.ge(0))
     """Missing or unreadable media that may be left out (and are counted) before a run stops."""
     order: Order = "epochs"
@@ -59,14 +79,22 @@ class Data:
     def __attrs_post_init__(self) -> None:
         if (self.source is None) == (self.encoded is None):
             raise ValueError("one of 'source' and 'encoded' says where examples come from: give one of the two")
-        if self.encoded is not None and self.skip:
-            raise ValueError("'skip' is of a source: what is encoded has been read before; remove it")
+        for key in ("skip", "score", "fps"):
+            if self.encoded is not None and getattr(self, key):
+                raise ValueError(f"{key!r} is of a source: what is encoded has been read before; remove it")
+        if self.fps is not None and len(self.size) == 2:
+            raise ValueError("'fps' is of clips, and size = [height, width] is of pictures; remove it")
 
     @property
     def raw(self) -> Source:
         """The source, where there is one."""
         assert self.source is not None, "what is encoded before has no source"
         return self.source
+
+    @property
+    def condition(self) -> Keep | None:
+        """`keep`, understood."""
+        return None if self.keep is None else Keep.of(self.keep)
 
 
 @frozen
@@ -82,21 +110,25 @@ class Manifest:
     """done.json of a cache, written last.
 
     key       hash of everything that determines the cache
-    fits      what of it is not the examples: encoders, size; they must be those of whoever reads it
+    fits      what of it is not the examples: encoders, sizes; they must be those of whoever reads it
     count     examples in it
+    parts     folders that they lie in, part-00000 and so on, in order
     media     whether latents were encoded
-    shape     of one row's latents, also where none were encoded
-    cond      the tensors of one row's condition
+    sizes     of the buckets, in pixels
+    shapes    of one row's latents of each bucket, also where none were encoded
+    cond      the tensors of one caption's condition
     skipped   examples left out; skipped.json names them
-    enlarged  pictures that were smaller than `size`
+    enlarged  pictures that were smaller than their bucket
     files     name -> sha256 of the small files beside the shards
     """
 
     key: str
     fits: Mapping[str, Any]
     count: int
+    parts: int
     media: bool
-    shape: tuple[int, ...]
+    sizes: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
     cond: Mapping[str, Spec]
     skipped: int
     enlarged: int
@@ -116,7 +148,8 @@ class Manifest:
             if _digest(raw) != done["sha256"]:
                 raise ValueError("its sha256 is not the one in it")
             cond = {name: Spec(s["dtype"], tuple(s["shape"])) for name, s in raw["cond"].items()}
-            manifest = attrs.evolve(Manifest(**raw), shape=tuple(raw["shape"]), cond=cond)
+            sizes, shapes = (tuple(map(tuple, raw[name])) for name in ("sizes", "shapes"))
+            manifest = attrs.evolve(Manifest(**raw), sizes=sizes, shapes=shapes, cond=cond)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise mds.damaged(folder / DONE, f"{type(error).__name__}: {error}") from None
         for name, digest in manifest.files.items():
@@ -128,18 +161,22 @@ class Manifest:
 
 @define(eq=False)
 class Dataset:
-    """A complete cache; `batch` reads from it.
+    """A complete cache, and which of its examples are kept; `batch` reads from it.
 
-    null   the condition of one empty prompt, [1, ...]
-    shape  of one row's latents, also where there are none
+    null     the condition of one empty prompt, [1, ...]
+    buckets  numbers of the kept examples of each bucket that has any, and which of `manifest.shapes` it is
+    columns  the values by which examples are kept
     """
 
     manifest: Manifest
     shards: mds.Shards
     null: Condition
+    buckets: Mapping[int, NDArray[np.int64]]
+    keep: Keep | None = None
+    columns: Sequence[Column] = ()
 
     @staticmethod
-    def open(folder: Path, remote: str | None = None) -> Dataset:
+    def open(folder: Path, remote: str | None = None, keep: Keep | None = None) -> Dataset:
         """DataError names what is missing or damaged; shards are hashed when first read.
 
         remote  URL of the cache of which `folder` holds copies: small files now, shards when first read
@@ -152,39 +189,96 @@ class Dataset:
         shards = mds.Shards(folder, remote)
         if len(shards) != manifest.count:
             raise mds.damaged(folder / DONE, f"it counts {manifest.count} examples, the shards {len(shards)}")
-        return Dataset(manifest, shards, Condition(load_file(folder / NULL)))
+        null, buckets, columns = Condition(load_file(folder / NULL)), {0: np.arange(manifest.count)}, list[Column]()
+        if keep or len(manifest.sizes) > 1:
+            buckets, columns = _kept(_rows(folder, manifest), keep)
+        return Dataset(manifest, shards, null, buckets, keep, columns)
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that determines what is trained on."""
+        if self.keep is None:
+            return self.manifest.key
+        return hashlib.sha256(f"{self.manifest.key} {self.keep.text}".encode()).hexdigest()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.manifest.shape
+        """Of one row's latents, where all have one; of the first bucket otherwise."""
+        return self.manifest.shapes[0]
 
     @property
     def has_media(self) -> bool:
         return self.manifest.media
 
     def __len__(self) -> int:
-        return self.manifest.count
+        return sum(map(len, self.buckets.values()))
 
-    def batch(self, indices: Sequence[int], rows: Sequence[int]) -> Batch:
-        """The examples `indices`, as rows numbered `rows`; on the CPU, each read once however often it occurs."""
+    def batch(self, indices: Sequence[int], rows: Sequence[int], turns: Sequence[float] = ()) -> Batch:
+        """The examples `indices`, of one bucket, as rows numbered `rows`; on the CPU, each read once.
+
+        turns  which caption of its example each row gets, in [0, 1); the first by default
+        """
         read = {index: self.shards[index] for index in dict.fromkeys(indices)}
-        place = {index: n for n, index in enumerate(read)}
-        pick = [place[index] for index in indices]
+        captions = [
+            int(turn * len(read[index]["prompts"]))
+            for index, turn in zip(indices, turns or [0.0] * len(indices), strict=True)
+        ]
+        picked = list(zip((read[index] for index in indices), captions, strict=True))
         cond = {
-            name: unpack([row[COND + name] for row in read.values()], spec)[pick]
+            name: unpack([_part(row[COND + name], n, len(row["prompts"])) for row, n in picked], spec)
             for name, spec in self.manifest.cond.items()
         }
+        x0 = self._latents(read, indices) if self.has_media else None
         return Batch(
-            self._latents(read.values(), pick) if self.has_media else None,
+            x0,
             Condition(cond),
-            [read[index]["prompt"] for index in indices],
-            [read[index]["meta"] for index in indices],
+            [row["prompts"][n] for row, n in picked],
+            [row["meta"] for row, _ in picked],
             rows,
-            self.shape,
+            self.shape if x0 is None else tuple(x0.shape[1:]),
         )
 
-    def _latents(self, read: Any, pick: Sequence[int]) -> Tensor:
-        return unpack([row[X0].tobytes() for row in read], Spec("float32", self.shape))[pick]
+    def view(self, index: int) -> Mapping[str, Any]:
+        """How an example's media became what is trained on: "size" of its bucket, "source" size, "crop" of it."""
+        return self.shards[index]["view"]
+
+    def _latents(self, read: Mapping[int, mds.Row], indices: Sequence[int]) -> Tensor:
+        import torch
+
+        place = {index: n for n, index in enumerate(read)}
+        latents = torch.from_numpy(np.stack([row[X0] for row in read.values()]))
+        return latents[[place[index] for index in indices]] if len(read) < len(indices) else latents
+
+
+def _part(raw: bytes, number: int, of: int) -> bytes:
+    size = len(raw) // of
+    return raw[number * size : (number + 1) * size]
+
+
+def _rows(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """{"bucket", "meta"} of each example."""
+    lines = (line for part in range(manifest.parts) for line in (folder / part_name(part) / ROWS).open("rb"))
+    return [json.loads(line) for line in lines]
+
+
+def part_name(number: int) -> str:
+    """Folder of a part of a cache."""
+    return f"{mds.PART}{number:05d}"
+
+
+def _kept(rows: Sequence[Mapping[str, Any]], keep: Keep | None) -> tuple[dict[int, NDArray[np.int64]], list[Column]]:
+    """The kept examples by bucket; DataError where there are none."""
+    metas = [row["meta"] for row in rows]
+    held = kept(keep, metas) if keep else [True] * len(rows)
+    columns = (
+        [Column(name, [meta[name] for meta in metas if name in meta], held) for name in keep.names] if keep else []
+    )
+    bucket = np.array([row["bucket"] for row in rows])[held]
+    if keep and not len(bucket):
+        spans = [f"{c.name} is {min(c.values)} to {max(c.values)}" for c in columns if c.values]
+        raise DataError(f"keep = {keep.text!r} keeps none of {len(rows)} examples: {', '.join(spans)}")
+    numbers = np.flatnonzero(held)
+    return {int(n): numbers[bucket == n] for n in np.unique(bucket)}, columns
 
 
 def _fetch_small(folder: Path, remote: str) -> None:
@@ -195,6 +289,7 @@ def _fetch_small(folder: Path, remote: str) -> None:
             files: Mapping[str, str] = json.loads(fresh.read_bytes())["manifest"]["files"]
             for name, digest in files.items():
                 if not (folder / name).is_file() or sha256(folder / name) != digest:
+                    (folder / name).parent.mkdir(exist_ok=True)
                     mds.fetch(f"{remote}/{name}", folder / name)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise mds.damaged(f"{remote}/{DONE}", f"{type(error).__name__}: {error}") from None
@@ -227,75 +322,21 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def indices(n: int, step: int, batch: int, group: int, *, seed: int, stage: str | int, order: Order) -> list[int]:
-    """Which of n examples the global batch of `step` holds, [batch]; a prompt's `group` rows follow each other.
-
-    epochs       keyed permutations one after the other: each example once an epoch, whatever the batch
-    independent  batch / group different prompts a step, as Flow-GRPO's DistributedKRepeatSampler draws them
-                 from (seed, step); its shuffle over ranks is left out, so that groups stay whole
-    """
-    prompts = batch // group
-    if order == "independent":
-        chosen = _drawn(n, prompts, seed + step)
-    else:
-        walked = range(step * prompts, (step + 1) * prompts)
-        chosen = [int(_permutation(n, seed, stage, at // n)[at % n]) for at in walked]
-    return [index for index in chosen for _ in range(group)]
-
-
-def _drawn(n: int, prompts: int, seed: int) -> list[int]:
-    import torch
-
-    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return [int(index) for index in shuffled[:prompts]]
-
-
-@lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, stage: str | int, epoch: int) -> NDArray[np.int64]:
-    return rng.generator(seed, stage, "order", epoch).permutation(n)
-
-
-def check_batch(n: int, batch: int, group: int, world: int, order: Order) -> None:
-    """ConfigError where n examples cannot fill batches of whole groups on `world` ranks."""
-    if batch % group or (batch // group) % world:
-        nearest = max(round(batch / (group * world)), 1) * group * world
-        raise ConfigError(
-            f"batch = {batch} cannot be split into whole groups of {group} on {world} ranks; it must be a multiple of "
-            f"{group} x {world} = {group * world}, such as {nearest}"
-        )
-    if order == "independent" and batch // group > n:
-        raise ConfigError(
-            f'order = "independent" draws batch / group = {batch // group} different prompts a step and the data '
-            f'have {n}; lower batch or raise group, or set order = "epochs" under [data]'
-        )
-
-
 def batches(
-    dataset: Dataset,
-    *,
-    start: int,
-    batch: int,
-    group: int,
-    seed: int,
-    stage: str | int,
-    order: Order,
-    rank: int,
-    world: int,
-    device: torch.device | str,
+    dataset: Dataset, walk: Walk, *, start: int, rank: int, world: int, device: torch.device | str
 ) -> Generator[Batch, None, None]:
     """This rank's batches from step `start` on, endlessly; rows of step s are numbered from s * batch.
 
     A rank gets a contiguous slice of whole groups. The next batch is read in a thread, which ends when the
     iterator is closed; what went wrong there is raised here. ConfigError as `check_batch`.
     """
-    check_batch(len(dataset), batch, group, world, order)
-    share = batch // world
-    pinned = str(device).startswith("cuda")
+    check_batch(len(dataset), walk.batch, walk.group, world, walk.order)
+    share, pinned = walk.batch // world, str(device).startswith("cuda")
+    mine = slice(rank * share, (rank + 1) * share)
 
     def load(step: int) -> Batch:
-        mine = slice(rank * share, (rank + 1) * share)
-        wanted = indices(len(dataset), step, batch, group, seed=seed, stage=stage, order=order)[mine]
-        loaded = dataset.batch(wanted, range(step * batch, (step + 1) * batch)[mine])
+        rows = range(step * walk.batch, (step + 1) * walk.batch)
+        loaded = dataset.batch(walk.at(step)[mine], rows[mine], walk.turns(step)[mine])
         return _each(loaded, lambda t: t.pin_memory()) if pinned else loaded
 
     return _ahead(load, start, device)

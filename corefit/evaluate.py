@@ -14,7 +14,7 @@ from corefit.errors import TrainingError
 from corefit.ranks import Ranks
 from corefit.rng import Rng
 from corefit.rollout import generate
-from corefit.sources import Jsonl
+from corefit.sources import prompts
 from corefit.types import Backbone, Batch, Weighted
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Eval:
     """`[eval]`: of the base and after every stage."""
 
     prompts: Path
-    """jsonl, as of the source of that name; `category` in it makes a column of the table."""
+    """A .txt with a prompt a line, or jsonl as of the source of that name, where `category` makes a table's column."""
     reward: tuple[Weighted, ...]
     guidance: float = field(default=4.5, validator=positive)
     steps: int = field(default=40, validator=positive)
@@ -40,9 +40,9 @@ class Eval:
     samples: int = field(default=16, validator=positive)
     """How many of them the sample grids show."""
 
-    def data(self, size: tuple[int, int]) -> Data:
+    def data(self, size: tuple[int, ...]) -> Data:
         """The prompts as prompt-only data for media of `size`."""
-        return Data(source=Jsonl(self.prompts), size=size)
+        return Data(source=prompts(self.prompts), size=size)
 
 
 @frozen(eq=False)

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 HASH = "xxh64"
 INDEX = "index.json"
+PART = "part-"
+"""Folders of a cache in which its shards lie begin so."""
 TIMEOUT = 60.0
 """Seconds without a byte after which a download is given up; the storage's own client tries a few times."""
 SHARD = 1 << 26
@@ -70,6 +72,16 @@ def writing(folder: Path, columns: Mapping[str, str]) -> Generator[Writer, None,
         mds.cancel_future_jobs()
 
 
+def join(folder: Path, parts: Sequence[str]) -> None:
+    """Write the index of `folder` for the shards of its subfolders `parts`, in their order."""
+    shards: list[dict[str, Any]] = []
+    for part in parts:
+        for shard in json.loads((folder / part / INDEX).read_bytes())["shards"]:
+            shard["raw_data"]["basename"] = f"{part}/{shard['raw_data']['basename']}"
+            shards.append(shard)
+    (folder / INDEX).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+
+
 @define(eq=False)
 class Shards:
     """Random access to the rows of a folder. Sizes are checked on opening, a hash before a shard's first row.
@@ -111,10 +123,10 @@ class Shards:
             with locked(self.folder):  # one of a machine's processes fetches, the others find it
                 wrong = self._wrong(shard)
                 if wrong:
-                    fetch(f"{self.remote}/{file.name}", file)
+                    fetch(f"{self.remote}/{shard.raw_data.basename}", file)
                     wrong = self._wrong(shard)
         if wrong:
-            raise damaged(f"{self.remote}/{file.name}" if self.remote else file, wrong)
+            raise damaged(f"{self.remote}/{shard.raw_data.basename}" if self.remote else file, wrong)
 
     def _wrong(self, shard: JointReader) -> str:
         """What is wrong with the local file, or nothing."""
@@ -163,15 +175,17 @@ def locked(folder: Path) -> Generator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        for stale in folder.glob(f".*.{socket.gethostname()}-*"):
+        for stale in folder.rglob(f".*.{socket.gethostname()}-*"):
             stale.unlink()
         yield
 
 
 def damaged(file: Path | str, what: str) -> DataError:
     """What to say of a file of a cache that cannot be trained on."""
-    remedy = "Put the cache there again" if isinstance(file, str) else f"Delete {file.parent}; it is then made again"
-    return DataError(f"{file} is damaged: {what}. {remedy}")
+    if isinstance(file, str):
+        return DataError(f"{file} is damaged: {what}. Put the cache there again")
+    cache = file.parent.parent if file.parent.name.startswith(PART) else file.parent
+    return DataError(f"{file} is damaged: {what}. Delete {cache}; it is then made again")
 
 
 def _readers(folder: Path) -> list[JointReader]:

@@ -14,9 +14,10 @@ from attrs import define, field, validators
 
 from corefit import cache
 from corefit.config import KEY, Reader, Table, load, override
-from corefit.data import Data, check_batch
+from corefit.data import Data
 from corefit.errors import ConfigError, CorefitError
 from corefit.evaluate import Eval
+from corefit.order import check_batch
 from corefit.plugins import Host
 from corefit.stage import Full, Lora, Optimizer, Stage, Training
 from corefit.types import Backbone

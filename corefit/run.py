@@ -88,7 +88,7 @@ class Run:
             self._write_pipeline()
         self._encode()
         prompts = self.judge and self.judge.prompts.manifest.key
-        base, *targets = plan.targets(self.pipeline, self.dataset.manifest.key, prompts, _precision(self.ranks))
+        base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, _precision(self.ranks))
         weights = Weights(self.pipeline.backbone, None)
         self._judge(base, weights, train.Cost(0, 0, 0))
         if self.main:
@@ -120,9 +120,9 @@ class Run:
         if data.encoded:
             with self.ranks.first():
                 return cache.opened(data, self.pipeline.backbone, root, media=media)
-        with self.ranks.first(), self.display.task(title) as progress:
-            folder = cache.prepare(data, self.pipeline.backbone, root, media=media, progress=progress)
-        return Dataset.open(folder)
+        with self.display.task(title) as progress:
+            folder = cache.prepare(data, self.pipeline.backbone, root, media=media, progress=progress, ranks=self.ranks)
+        return Dataset.open(folder, keep=data.condition)
 
     def _stage(self, stage: Stage, target: Target, before: Weights) -> Weights:
         """Train a stage unless it is finished, and judge it; the weights it leaves."""

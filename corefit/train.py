@@ -16,10 +16,11 @@ import attrs
 from attrs import define, field, frozen
 
 from corefit import data, memory, state, weights
-from corefit.data import Dataset, Order
+from corefit.data import Dataset
 from corefit.errors import NonFinite, PluginError, Stopped, TrainingError
 from corefit.meters import Fault, Means
 from corefit.objective import Context, Part
+from corefit.order import Order, Walk
 from corefit.ranks import Ranks
 from corefit.rng import Rng
 from corefit.stage import Full, Lora, Stage
@@ -170,14 +171,19 @@ class Loop:
 
     def batches(self) -> Generator[Batch, None, None]:
         """This rank's share of each step's batch, from the next step on."""
-        return data.batches(
-            self.job.dataset,
-            start=self.step,
-            batch=self.job.stage.rows,
+        stage, dataset = self.job.stage, self.job.dataset
+        walk = Walk(
+            buckets=list(dataset.buckets.values()),
+            batch=stage.rows,
             group=self.objective.rows_per_prompt,
             seed=self.job.seed,
-            stage=self.job.stage.name,
+            stage=stage.name,
             order=self.job.order,
+        )
+        return data.batches(
+            dataset,
+            walk,
+            start=self.step,
             rank=self.ranks.rank,
             world=self.ranks.world,
             device=self.ranks.device,

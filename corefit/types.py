@@ -266,15 +266,36 @@ class Reward(Protocol):
 
 
 @frozen(eq=False)
+class Stored:
+    """Media inside an archive.
+
+    name  what messages call it; its suffix says what it is
+    read  its bytes, whenever they are asked for
+    file  one that does not change unless they do
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    file: Path
+
+
+@frozen(eq=False)
 class Example:
     """One raw example of a source.
 
-    media: a file, or an image in memory as uint8 [H, W, 3]; None for a prompt alone.
+    prompt: one, or several captions of which each time one is drawn.
+    media: a picture or video file, a folder of frames, what an archive holds, or an array in memory, uint8 [H, W, 3]
+    or [T, H, W, 3]; None for a prompt alone.
     """
 
-    prompt: str
-    media: Path | Any | None = None
+    prompt: str | Sequence[str]
+    media: Path | Stored | Any | None = None
     meta: Meta = field(factory=dict[str, Any])
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All captions, one or more."""
+        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
 
 
 class Source(Protocol):

@@ -17,12 +17,13 @@ FIRST_PARTY = {path.name for path in (ROOT / "plugins").glob("*/corefit_*")}
 LAYERS = (
     {"flow", "errors", "rng", "memory", "display", "signals"},
     {"ranks"},
-    {"types", "mds", "state", "report"},
+    {"types", "mds", "state", "report", "order", "curate"},
     {"objective"},
     {"hookspecs"},
     {"corefit"},  # the package itself: the names that plugins import
-    {"samplers", "noise", "sources", "plugins", "data"},
-    {"builtin", "rollout", "stage", "encode", "config", "listing", "testing"},
+    {"samplers", "noise", "sources", "plugins", "buckets"},
+    {"builtin", "rollout", "stage", "config", "listing", "testing", "data"},
+    {"encode", "survey"},
     {"evaluate", "cache", "weights", "observers", "meters"},
     {"train", "pipeline"},
     {"identity"},

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from corefit import cache, mds
+from corefit import cache, mds, survey
 from corefit.cache import check, exists, key, prepare
+from corefit.curate import Keep
 from corefit.data import Data, Dataset, Manifest
-from corefit.errors import DataError
+from corefit.errors import ConfigError, DataError
 from corefit.sources import Jsonl
-from corefit.types import Condition, Example
+from corefit.types import Condition, Example, Weighted
 
 LENGTH = 5
 
@@ -134,9 +136,9 @@ def test_everything_is_encoded_once_and_read_back(data: Data, root: Path) -> Non
 
 
 def test_a_second_start_reads_no_picture_and_encodes_nothing(data: Data, root: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(cache, "SETTLED", -1)
+    monkeypatch.setattr(survey, "SETTLED", -1)
     folder = prepare(data, Toy(), root, media=True)
-    monkeypatch.setattr(cache, "sha256", lambda file: pytest.fail(f"{file} was read again"))
+    monkeypatch.setattr(survey, "sha256", lambda file: pytest.fail(f"{file} was read again"))
     toy = Toy(on_encode=lambda n: pytest.fail("encoded again"))
     assert prepare(data, toy, root, media=True) == folder
     assert exists(data, toy, root, media=True)
@@ -169,8 +171,100 @@ def test_sources_in_memory(root: Path) -> None:
 
 def test_the_same_input_gives_the_same_bytes(data: Data, root: Path, tmp_path: Path) -> None:
     one, two = (prepare(data, Toy(), r, media=True) for r in (root, tmp_path / "other"))
-    for file in one.iterdir():
-        assert file.read_bytes() == (two / file.name).read_bytes()
+    files = [file.relative_to(one) for file in one.rglob("*") if file.is_file()]
+    assert len(files) > 5
+    for file in files:
+        assert (one / file).read_bytes() == (two / file).read_bytes()
+
+
+# buckets, captions, scores
+
+
+def mixed(n: int = 12) -> Data:
+    """Square, wide and tall pictures in turn, each of one shade."""
+    shapes = [(16, 16), (12, 24), (24, 12)]
+    items = [Example(f"p{i}", np.full((*shapes[i % 3], 3), 10 * i, np.uint8), {"n": i}) for i in range(n)]
+    return Data(Memory(tuple(items)), size=(16, 16), aspects=("1:1", "2:1", "1:2"), encode_batch=3)
+
+
+class Steps(Toy):
+    """Takes multiples of 4."""
+
+    def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
+        if size[0] % 4 or size[1] % 4:
+            raise ConfigError("multiples of 4")
+        return super().latent_shape(size)
+
+
+def test_pictures_of_mixed_sizes_go_to_buckets(root: Path) -> None:
+    toy = Steps()
+    dataset = Dataset.open(prepare(mixed(), toy, root, media=True))
+    assert dataset.manifest.sizes == ((16, 16), (12, 24), (24, 12))
+    assert dataset.manifest.shapes == ((3, 4, 4), (3, 3, 6), (3, 6, 3))
+    assert {n: rows.tolist() for n, rows in dataset.buckets.items()} == {
+        0: [0, 3, 6, 9],
+        1: [1, 4, 7, 10],
+        2: [2, 5, 8, 11],
+    }
+    assert (toy.pictures, toy.batches) == (12, 6)
+    batch = dataset.batch([4, 1, 10, 4], range(4))
+    assert batch.clean.shape == (4, 3, 3, 6)
+    assert batch.shape == (3, 3, 6)
+    assert [m["n"] for m in batch.meta] == [4, 1, 10, 4]
+    assert ((batch.clean[:, 0, 0, 0] + 1) / 2 * 255).round().tolist() == [40, 10, 100, 40]
+    assert dataset.view(1) == {"size": [12, 24], "source": [12, 24], "crop": [0, 0, 24, 12]}
+
+
+@pytest.mark.parametrize("part", [2, 5, 512])
+def test_parts_do_not_change_what_is_read(root: Path, monkeypatch: Any, part: int) -> None:
+    whole = Dataset.open(prepare(mixed(), Steps(), root / "whole", media=True))
+    monkeypatch.setattr(cache, "PART", part)
+    parts = Dataset.open(prepare(mixed(), Steps(), root / "parts", media=True))
+    assert parts.manifest.parts == -(-12 // part)
+    for n in range(12):
+        one, other = whole.batch([n], [0]), parts.batch([n], [0])
+        assert one.clean.equal(other.clean)
+        assert one.cond.tensors["text"].equal(other.cond.tensors["text"])
+        assert (one.prompts, one.meta) == (other.prompts, other.meta)
+
+
+def test_of_several_captions_one_is_drawn(root: Path) -> None:
+    items = (Example(("one", "two", "three"), image(0)), Example("four", image(1)))
+    dataset = Dataset.open(prepare(Data(Memory(items), size=(16, 24)), Toy(), root, media=True))
+    batch = dataset.batch([0, 0, 0, 1], range(4), [0.0, 0.5, 0.99, 0.99])
+    assert batch.prompts == ["one", "two", "three", "four"]
+    for name, tensor in Toy().encode_text(batch.prompts).tensors.items():
+        assert batch.cond.tensors[name].equal(tensor)
+    assert dataset.batch([0], [0]).prompts == ["one"]
+
+
+@attrs.frozen
+class Bright:
+    """Mean of all pixels; counts what it was asked."""
+
+    asked: list[int] = attrs.field(factory=list, eq=False, repr=False)
+
+    def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> Tensor:
+        self.asked.append(len(media))
+        return media.mean(dim=tuple(range(1, media.ndim)))
+
+
+def test_scores_are_metadata_by_which_examples_are_kept(root: Path) -> None:
+    reward = Bright()
+    data = attrs.evolve(mixed(), score=(Weighted("bright", reward),))
+    folder = prepare(data, Steps(), root, media=True)
+    assert sum(reward.asked) == 12
+    everything = Dataset.open(folder)
+    assert everything.batch([3], [0]).meta[0]["bright"] == pytest.approx(30 / 255)
+    dataset = Dataset.open(folder, keep=Keep.of("bright > 0.2 and n != 9"))
+    assert {n: rows.tolist() for n, rows in dataset.buckets.items()} == {0: [6], 1: [7, 10], 2: [8, 11]}
+    assert len(dataset) == 5
+    assert dataset.key not in (everything.key, Dataset.open(folder, keep=Keep.of("n > 3")).key)
+    assert [column.name for column in dataset.columns] == ["bright", "n"]
+    with pytest.raises(DataError, match=r"keeps none of 12 examples: n is 0 to 11"):
+        Dataset.open(folder, keep=Keep.of("n > 11"))
+    with pytest.raises(DataError, match=r"'n' is metadata of .* already"):
+        prepare(attrs.evolve(data, score=(Weighted("n", reward),)), Steps(), root, media=True)
 
 
 # the key
@@ -340,8 +434,12 @@ def run(work: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
     return process
 
 
-@pytest.mark.parametrize("at", [0, 1, 3])
-def test_a_killed_process_leaves_nothing_in_the_way(data: Data, root: Path, at: int) -> None:
+@pytest.mark.parametrize(("at", "parts"), [(0, 0), (1, 1), (3, 3)])
+def test_a_killed_process_leaves_its_finished_parts(
+    data: Data, root: Path, monkeypatch: Any, at: int, parts: int
+) -> None:
+    monkeypatch.setattr(cache, "PART", 2)
+
     def die(n: int) -> None:
         if n == at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -349,42 +447,51 @@ def test_a_killed_process_leaves_nothing_in_the_way(data: Data, root: Path, at: 
     process = run(lambda: prepare(data, Toy(on_encode=die), root, media=True))
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert ".tmp-" in made(root)[0]
+    assert len(list(root.glob("*.parts/part-*"))) == parts
     assert not exists(data, Toy(), root, media=True)
-    folder = prepare(data, Toy(), root, media=True)
+    toy = Toy()
+    folder = prepare(data, toy, root, media=True)
+    assert toy.batches == 4 - parts
     assert made(root) == [folder.name]
     assert len(Dataset.open(folder)) == 7
+    whole = prepare(data, Toy(), root / "whole", media=True)
+    assert contents(folder) == contents(whole)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_killed_between_the_last_byte_and_the_rename(data: Data, root: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(cache, "_publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(cache.Work, "publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     process = run(lambda: prepare(data, Toy(), root, media=True))
     process.join(60)
     monkeypatch.undo()
     assert not exists(data, Toy(), root, media=True)
-    assert made(root) != [prepare(data, Toy(), root, media=True).name]
-    assert len(made(root)) == 1
+    folder = prepare(data, Toy(on_encode=lambda n: pytest.fail("encoded again")), root, media=True)
+    assert made(root) == [folder.name]
 
 
-def test_temporary_folders_of_the_living_and_of_others_are_left_alone(data: Data, root: Path) -> None:
-    here = cache.socket.gethostname()
-    key16 = "0123456789abcdef"
-    kept = [f"{key16}.tmp-{here}-{os.getppid()}-aa", f"{key16}.tmp-elsewhere-1-aa", "mine", f"{key16}.tmp-x"]
-    gone = [f"{key16}.tmp-{here}-{2**22 + 1}-aa", f"{key16}.tmp-{here}-{os.getpid()}-aa", f"{key16}.tmp-old-1-aa"]
-    for name in (*kept, *gone):
+def test_unfinished_parts_that_nobody_goes_on_with_are_removed(data: Data, root: Path) -> None:
+    for name in ("0123456789abcdef.parts", "00000000ffffffff.parts", "mine.parts"):
         (root / name).mkdir(parents=True)
         (root / name / "shard.00000.mds").write_bytes(b"half")
-    os.utime(root / gone[2], (0, 0))
+    for name in ("0123456789abcdef.parts", "mine.parts"):
+        os.utime(root / name, (0, 0))
     folder = prepare(data, Toy(), root, media=True)
-    assert made(root) == sorted([*kept, folder.name])
+    assert made(root) == sorted(["00000000ffffffff.parts", "mine.parts", folder.name])
 
 
-def test_two_processes_at_once_both_end_well(data: Data, root: Path) -> None:
-    barrier = multiprocessing.get_context("fork").Barrier(2)
-    both = [run(lambda: prepare(data, Toy(on_encode=lambda n: n or barrier.wait(20)), root, media=True)) for _ in "12"]
+def test_of_two_processes_at_once_one_encodes(data: Data, root: Path, tmp_path: Path) -> None:
+    def slow(n: int) -> None:
+        time.sleep(0.2)
+        (tmp_path / f"{os.getpid()}.{n}").touch()
+
+    both = [run(lambda: prepare(data, Toy(on_encode=slow), root, media=True)) for _ in "12"]
     for process in both:
         process.join(60)
     assert [process.exitcode for process in both] == [0, 0]
+    assert len({f.stem for f in tmp_path.glob("*.[0-9]")}) == 1
     assert made(root) == [prepare(data, Toy(on_encode=lambda n: pytest.fail("again")), root, media=True).name]
 
 
@@ -404,7 +511,9 @@ def flip(file: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [flip, Path.unlink, lambda f: os.truncate(f, 100)], ids=["flip", "missing", "short"])
-@pytest.mark.parametrize("name", ["shard.00000.mds", "index.json", "null.safetensors", "done.json"])
+@pytest.mark.parametrize(
+    "name", ["part-00000/shard.00000.mds", "part-00000/rows.jsonl", "index.json", "null.safetensors", "done.json"]
+)
 def test_damage_is_named(data: Data, root: Path, name: str, harm: Any) -> None:
     folder = prepare(data, Toy(), root, media=True)
     harm(folder / name)

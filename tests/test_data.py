@@ -1,12 +1,10 @@
-"""Order is a function of (seed, stage, step): every example once an epoch, groups whole, ranks disjoint."""
+"""Batches: rows that belong together, ranks disjoint, one thread that ends."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ import torch
 from torch import Tensor
 
 from corefit.cache import prepare
-from corefit.data import Data, Dataset, Spec, batches, check_batch, indices, pack, unpack
+from corefit.data import Data, Dataset, Spec, batches, pack, unpack
 from corefit.errors import ConfigError, DataError
+from corefit.order import Walk, check_batch
 from corefit.types import Batch, Condition, Example
 
 GOLDEN = Path(__file__).parents[1].parent / "shared/golden/k_repeat.json"
@@ -64,9 +63,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset.open(prepare(data, Toy(), tmp_path_factory.mktemp("cache"), media=True))  # type: ignore[arg-type]
 
 
-def stream(dataset: Dataset, **changes: Any) -> Iterator[Batch]:
-    given: dict[str, Any] = {"start": 0, "batch": 8, "group": 2, "seed": 0, "stage": "soar", "order": "epochs"}
-    return batches(dataset, **{**given, "rank": 0, "world": 1, "device": "cpu", **changes})
+def walk(dataset: Dataset, **changes: Any) -> Walk:
+    given: dict[str, Any] = {"batch": 8, "group": 2, "seed": 0, "stage": "soar", "order": "epochs"}
+    return Walk(buckets=list(dataset.buckets.values()), **{**given, **changes})
+
+
+def stream(
+    dataset: Dataset, start: int = 0, rank: int = 0, world: int = 1, device: str = "cpu", **changes: Any
+) -> Iterator[Batch]:
+    return batches(dataset, walk(dataset, **changes), start=start, rank=rank, world=world, device=device)
 
 
 def take(source: Iterator[Batch], n: int) -> list[Batch]:
@@ -75,56 +80,12 @@ def take(source: Iterator[Batch], n: int) -> list[Batch]:
     return taken
 
 
-# order
-
-
-@pytest.mark.parametrize(("n", "batch", "group"), [(10, 8, 2), (10, 4, 1), (3, 16, 1), (7, 6, 3), (10, 10, 1)])
-def test_every_example_once_an_epoch(n: int, batch: int, group: int) -> None:
-    steps = [indices(n, s, batch, group, seed=3, stage="a", order="epochs") for s in range(4 * n)]
-    assert all(len(step) == batch for step in steps)
-    assert all(len(set(step[i : i + group])) == 1 for step in steps for i in range(0, batch, group))
-    walked = [i for step in steps for i in step[::group]]
-    for epoch in range(len(walked) // n):
-        assert sorted(walked[epoch * n : (epoch + 1) * n]) == list(range(n))
-
-
-def test_epochs_stages_and_seeds_differ_and_repeat() -> None:
-    def order(step: int, **changes: Any) -> list[int]:
-        return indices(50, step, 50, 1, **{"seed": 0, "stage": "a", "order": "epochs", **changes})
-
-    different = [order(0), order(1), order(0, seed=1), order(0, stage="b")]
-    assert len(set(map(tuple, different))) == 4
-    assert order(0) == different[0]
-
-
-def test_a_step_does_not_depend_on_those_before() -> None:
-    fresh = subprocess.run(
-        [sys.executable, "-c", "from corefit.data import indices;"
-         "print(indices(10, 7, 8, 2, seed=0, stage='a', order='epochs'))"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert json.loads(fresh.stdout) == indices(10, 7, 8, 2, seed=0, stage="a", order="epochs")
-
-
-def test_independent_is_the_published_draw() -> None:
-    if not GOLDEN.exists():
-        pytest.skip(f"{GOLDEN} is not here")
-    for record in json.loads(GOLDEN.read_text())["records"]:
-        batch = record["batch"] * record["replicas"]
-        ours = indices(
-            record["n"], record["epoch"], batch, record["k"], seed=record["seed"], stage="x", order="independent"
-        )
-        published = [i for rank in record["per_rank_indices"] for i in rank]
-        assert Counter(ours) == Counter(published)
-        assert all(len(set(ours[i : i + record["k"]])) == 1 for i in range(0, batch, record["k"]))
-
-
 # batches
 
 
 def test_rows_media_prompts_and_meta_belong_together(dataset: Dataset) -> None:
     for step, batch in enumerate(take(stream(dataset), 5)):
-        wanted = indices(N, step, 8, 2, seed=0, stage="soar", order="epochs")
+        wanted = walk(dataset).at(step)
         assert list(batch.rows) == list(range(8 * step, 8 * step + 8))
         assert batch.clean[:, 0, 0, 0].tolist() == wanted
         assert batch.cond.tensors["text"][:, 0].tolist() == wanted
@@ -201,10 +162,10 @@ def test_one_thread_reads_ahead_and_ends_with_the_iterator(dataset: Dataset) -> 
 def test_what_goes_wrong_in_the_thread_is_raised_at_its_step(dataset: Dataset, monkeypatch: Any) -> None:
     read = Dataset.batch
 
-    def broken(self: Dataset, indices: Sequence[int], rows: Sequence[int]) -> Batch:
+    def broken(self: Dataset, indices: Sequence[int], rows: Sequence[int], turns: Sequence[float]) -> Batch:
         if rows[0] >= 16:
             raise DataError("shard.00000.mds is damaged")
-        return read(self, indices, rows)
+        return read(self, indices, rows, turns)
 
     monkeypatch.setattr(Dataset, "batch", broken)
     source = stream(dataset)

@@ -26,6 +26,7 @@ KEYS: Mapping[str, str] = {
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 BUCKET = "corefit"
+SHARD = "part-00000/shard.00000.mds"
 PLAIN = ("--set", "precision='fp32'", "--set", "stage.soar.log_every=1")
 
 
@@ -37,8 +38,8 @@ class Store:
 
     def put(self, folder: Path, prefix: str) -> str:
         """Upload a folder as `aws s3 sync` does; its URL."""
-        for file in folder.iterdir():
-            self.client.upload_file(str(file), BUCKET, f"{prefix}/{file.name}")
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            self.client.upload_file(str(file), BUCKET, f"{prefix}/{file.relative_to(folder)}")
         return f"s3://{BUCKET}/{prefix}"
 
     def change(self, url: str, change: Callable[[bytes], bytes]) -> None:
@@ -97,10 +98,10 @@ def left(project: Project, name: str) -> dict[str, bytes]:
 
 def test_a_folder_of_encoded_data_trains_as_its_source_does(project, encoded):
     reading(project, encoded)
-    before = sorted(encoded.iterdir())
+    before = sorted(encoded.rglob("*"))
     assert project.main("run", "pipeline.toml", *PLAIN).status == 0
     assert left(project, "tiny") == left(project, "source") != {}
-    assert sorted(encoded.iterdir()) == before
+    assert sorted(encoded.rglob("*")) == before
     assert "8 examples, encoded before" in project.main("run", "--dry-run", "pipeline.toml", *PLAIN).out
 
 
@@ -111,10 +112,10 @@ def test_a_store_of_encoded_data_trains_as_its_source_does(project, encoded, sto
     assert left(project, "tiny") == left(project, "source") != {}
     # fetched once: what is here is used while it is whole
     (copy,) = (project.folder / ".corefit" / "cache").glob("remote-*")
-    fetched = {f.name: f.stat().st_mtime_ns for f in copy.glob("*.mds")}
+    fetched = {f.name: f.stat().st_mtime_ns for f in copy.rglob("*.mds")}
     assert fetched
     assert project.main("run", "pipeline.toml", *PLAIN, "--set", "name='again'").status == 0
-    assert {f.name: f.stat().st_mtime_ns for f in copy.glob("*.mds")} == fetched
+    assert {f.name: f.stat().st_mtime_ns for f in copy.rglob("*.mds")} == fetched
     assert left(project, "again") == left(project, "source")
 
 
@@ -123,9 +124,9 @@ def flip(data: bytes) -> bytes:
 
 
 HARM: Mapping[str, tuple[str, Callable[[Path], object], str]] = {
-    "flipped bit": ("shard.00000.mds", lambda f: f.write_bytes(flip(f.read_bytes())), "its xxh64 is not the one"),
-    "missing shard": ("shard.00000.mds", lambda f: f.unlink(), "it is missing"),
-    "truncated shard": ("shard.00000.mds", lambda f: f.write_bytes(f.read_bytes()[:-7]), r"it has \d+ bytes instead"),
+    "flipped bit": (SHARD, lambda f: f.write_bytes(flip(f.read_bytes())), "its xxh64 is not the one"),
+    "missing shard": (SHARD, lambda f: f.unlink(), "it is missing"),
+    "truncated shard": (SHARD, lambda f: f.write_bytes(f.read_bytes()[:-7]), r"it has \d+ bytes instead"),
     "flipped null": ("null.safetensors", lambda f: f.write_bytes(flip(f.read_bytes())), "its sha256 is not the one"),
     "index of others": ("index.json", lambda f: f.write_text('{"version": 2, "shards": []}'), "its sha256 is not"),
     "half a manifest": ("done.json", lambda f: f.write_bytes(f.read_bytes()[:50]), "JSONDecodeError"),
@@ -170,7 +171,7 @@ def test_a_damaged_copy_is_fetched_again(project, encoded, store):
     reading(project, store.put(encoded, "caches/abc"))
     assert project.main("run", "pipeline.toml", *PLAIN).status == 0
     (copy,) = (project.folder / ".corefit" / "cache").glob("remote-*")
-    for file in (copy / "shard.00000.mds", copy / "null.safetensors"):
+    for file in (copy / SHARD, copy / "null.safetensors"):
         file.write_bytes(flip(file.read_bytes()))
     assert project.main("run", "pipeline.toml", *PLAIN, "--set", "name='again'").status == 0
     assert left(project, "again") == left(project, "source")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from corefit.errors import DataError
-from corefit.sources import ImageFolder, Jsonl, listed, picture
+from corefit.sources import ImageFolder, Jsonl, listed, view
 from corefit.types import Example
 
 
@@ -101,7 +101,7 @@ def test_imagefolder_is_sorted_and_reads_prompts(folder: Path) -> None:
 def test_imagefolder_lists_pictures_without_prompt(folder: Path) -> None:
     (folder / "a/1.txt").unlink()
     (folder / "c.txt").unlink()
-    with pytest.raises(DataError, match=r"2 of 4 pictures have no \.txt") as error:
+    with pytest.raises(DataError, match=r"2 of 4 media have no \.txt") as error:
         all_of(ImageFolder(folder))
     assert str(folder / "a/1.jpg") in str(error.value)
     assert str(folder / "c.bmp") in str(error.value)
@@ -111,7 +111,7 @@ def test_imagefolder_lists_pictures_without_prompt(folder: Path) -> None:
 def test_imagefolder_missing_empty_and_not_text(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(DataError, match="is not a folder"):
         all_of(ImageFolder(folder / "nowhere"))
-    with pytest.raises(DataError, match="holds no picture"):
+    with pytest.raises(DataError, match="holds no media"):
         all_of(ImageFolder(tmp_path_factory.mktemp("empty")))
     (folder / "c.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(DataError, match=r"c.txt is not UTF-8"):
@@ -123,6 +123,11 @@ def test_lists_are_cut() -> None:
 
 
 # pictures
+
+
+def picture(media: Any, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
+    seen = view(media, size)
+    return seen.pixels, seen.enlarged
 
 
 def test_a_picture_of_the_right_size_is_untouched() -> None:
