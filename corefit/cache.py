@@ -125,6 +125,7 @@ def prepare(
             if not tell(lambda: _complete(folder, digest)):  # another run may have been at it until now
                 _make(work, progress, ranks)
     if main:
+        _sweep_locks(root)
         hashes.save()
         _within_budget(data, folder)
     if ranks:
@@ -380,6 +381,14 @@ def _held(lock: Path) -> Generator[None]:
             finally:
                 lock.unlink(missing_ok=True)
             return
+
+
+def _sweep_locks(root: Path) -> None:
+    """Remove those of killed processes: nobody holds them."""
+    for lock in root.glob("*.lock"):
+        with suppress(OSError), lock.open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.unlink(missing_ok=True)
 
 
 def _abandoned(folder: Path) -> bool:
