@@ -67,6 +67,38 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None) -> None:
 
 
 @cli.command()
+@PIPELINE
+@SET
+def prepare(pipeline: Path, settings: tuple[str, ...]) -> None:
+    """Encode the data of PIPELINE now, and say what there is.
+
+    A run does so too. On several GPUs: accelerate launch -m corefit prepare PIPELINE
+    """
+    from corefit.pipeline import read
+
+    checked = read(pipeline, list(settings))
+    from corefit.prepare import prepare as preparing
+
+    preparing(checked)
+
+
+@cli.command()
+@PIPELINE
+@SET
+@OUT
+@click.option("--count", default=32, show_default=True, type=click.IntRange(1), help="How many examples.")
+@click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="PNG to write; data.png of the run.")
+def show(pipeline: Path, settings: tuple[str, ...], out: Path | None, count: int, file: Path | None) -> None:
+    """Draw what PIPELINE's first stage will see: latents decoded, with prompt, bucket and crop."""
+    from corefit.pipeline import read
+
+    checked = read(pipeline, _with_out(settings, out))
+    from corefit.show import show as showing
+
+    showing(checked, count, file)
+
+
+@cli.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 def plugins(files: tuple[Path, ...]) -> None:
     """List who offers what, with its keys. FILES are local plugin files to include."""

@@ -41,14 +41,17 @@ def _positive(_: object, attribute: attrs.Attribute[Any], value: Sequence[int]) 
         )
 
 
-def _aspects(_: object, __: object, value: Sequence[str]) -> None:
-    for text in value:
-        Aspect.of(text)
+def _parsed(parse: Callable[[str], object]) -> Any:
+    """A validator of text, or of each of several: what `parse` finds wrong, with the key's name."""
 
+    def check(_: object, attribute: attrs.Attribute[Any], value: str | Sequence[str]) -> None:
+        for text in [value] if isinstance(value, str) else value:
+            try:
+                parse(text)
+            except ValueError as error:
+                raise ValueError(f"{attribute.name}: {error}") from None
 
-def _condition(_: object, __: object, value: str | None) -> None:
-    if value is not None:
-        Keep.of(value)
+    return check
 
 
 @frozen
@@ -61,13 +64,13 @@ class Data:
     """In place of a source: what was encoded before, a folder or a URL such as s3://bucket/cache/0123456789abcdef."""
     size: tuple[int, ...] = field(default=(512, 512), validator=_positive)
     """Height and width in pixels; of clips frames before them. The shortest side is resized, the centre kept."""
-    aspects: tuple[str, ...] = field(default=(), validator=_aspects)
+    aspects: tuple[str, ...] = field(default=(), validator=_parsed(Aspect.of))
     """Such as ["1:1", "4:3", "3:4"], width to height: each picture goes to the nearest, at the area of `size`."""
     fps: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
     """Frames a second of clips; each clip's own rate by default."""
     score: tuple[Weighted, ...] = ()
     """Rewards that judge the media once, when they are encoded; each score is metadata under the reward's name."""
-    keep: str | None = field(default=None, validator=validators.optional(_condition))
+    keep: str | None = field(default=None, validator=validators.optional(_parsed(Keep.of)))
     """Train on examples of which this is true, such as "aesthetic >= 6.8"; it costs no encoding to change."""
     skip: int = field(default=0, validator=validators.ge(0))
     """Missing or unreadable media that may be left out (and are counted) before a run stops."""
@@ -197,9 +200,7 @@ class Dataset:
     @property
     def key(self) -> str:
         """Hash of everything that determines what is trained on."""
-        if self.keep is None:
-            return self.manifest.key
-        return hashlib.sha256(f"{self.manifest.key} {self.keep.text}".encode()).hexdigest()
+        return kept_key(self.manifest.key, self.keep)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -248,6 +249,11 @@ class Dataset:
         place = {index: n for n, index in enumerate(read)}
         latents = torch.from_numpy(np.stack([row[X0] for row in read.values()]))
         return latents[[place[index] for index in indices]] if len(read) < len(indices) else latents
+
+
+def kept_key(key: str, keep: Keep | None) -> str:
+    """Key of what a condition keeps of the cache of `key`."""
+    return key if keep is None else hashlib.sha256(f"{key} {keep.text}".encode()).hexdigest()
 
 
 def _part(raw: bytes, number: int, of: int) -> bytes:

@@ -12,13 +12,14 @@ from typing import Any, TextIO, TypeVar
 import attrs
 from attrs import define, field, frozen
 
-from corefit import cache, memory, plan, report, state, train
+from corefit import memory, plan, report, state, train
 from corefit.data import Dataset
 from corefit.display import Display
 from corefit.errors import ConfigError
 from corefit.evaluate import Judge
 from corefit.pipeline import Lora, Pipeline, Stage
 from corefit.plan import DONE, MODEL, SCORES, Again, Target
+from corefit.prepare import encoded, precision, survey, text_dtype
 from corefit.ranks import Ranks, join
 from corefit.signals import ECHO, Signals
 from corefit.types import Backbone, Samples, TrainState
@@ -88,7 +89,7 @@ class Run:
             self._write_pipeline()
         self._encode()
         prompts = self.judge and self.judge.prompts.manifest.key
-        base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, _precision(self.ranks))
+        base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
         weights = Weights(self.pipeline.backbone, None)
         self._judge(base, weights, train.Cost(0, 0, 0))
         if self.main:
@@ -108,21 +109,9 @@ class Run:
 
     def _encode(self) -> None:
         """Latents and conditions of data and prompts: from the cache, or into it now."""
-        pipeline, root = self.pipeline, _cache(self.pipeline)
-        pipeline.backbone.place(self.ranks.device, _text_dtype(self.ranks))
-        self.dataset = self._encoded(pipeline.data, root, pipeline.needs_media, "encoding data")
-        if pipeline.eval:
-            prompts = self._encoded(pipeline.eval.data(pipeline.data.size), root, False, "encoding prompts")
-            self.judge = Judge(pipeline.eval, prompts, pipeline.seed, self.ranks)
-        pipeline.backbone.release()
-
-    def _encoded(self, data: Any, root: Path, media: bool, title: str) -> Dataset:
-        if data.encoded:
-            with self.ranks.first():
-                return cache.opened(data, self.pipeline.backbone, root, media=media)
-        with self.display.task(title) as progress:
-            folder = cache.prepare(data, self.pipeline.backbone, root, media=media, progress=progress, ranks=self.ranks)
-        return Dataset.open(folder, keep=data.condition)
+        self.dataset, prompts = encoded(self.pipeline, self.ranks, self.display)
+        if prompts and self.pipeline.eval:
+            self.judge = Judge(self.pipeline.eval, prompts, self.pipeline.seed, self.ranks)
 
     def _stage(self, stage: Stage, target: Target, before: Weights) -> Weights:
         """Train a stage unless it is finished, and judge it; the weights it leaves."""
@@ -151,7 +140,7 @@ class Run:
         if isinstance(self.pipeline.mode(stage), Lora):
             return Weights(before.backbone, model)
         moved = before.backbone.moved(model)
-        moved.place(self.ranks.device, _text_dtype(self.ranks))
+        moved.place(self.ranks.device, text_dtype(self.ranks))
         return Weights(moved, None)
 
     def _claim(self, target: Target, choice: plan.Choice) -> None:
@@ -285,42 +274,16 @@ def _kept(made: Any) -> Samples:
 
 def _foreseen(pipeline: Pipeline, ranks: Ranks, again: Again) -> Iterator[tuple[str, str]]:
     """(what, what would happen and why), in order."""
-    root, eval, prompts, judged = _cache(pipeline), pipeline.eval, None, 0
-    pipeline.backbone.place(ranks.device, _text_dtype(ranks))
-    dataset, _, said = _survey(pipeline, pipeline.data, root, pipeline.needs_media)
+    eval, prompts, judged = pipeline.eval, None, 0
+    pipeline.backbone.place(ranks.device, text_dtype(ranks))
+    dataset, _, said = survey(pipeline, pipeline.data, media=pipeline.needs_media)
     yield "data", said
     if eval:
-        prompts, count, said = _survey(pipeline, eval.data(pipeline.data.size), root, False)
+        prompts, count, said = survey(pipeline, eval.data(pipeline.data.size), media=False)
         yield "prompts", said
         judged = min(count, eval.limit or count)
-    targets = plan.targets(pipeline, dataset, prompts, _precision(ranks))
+    targets = plan.targets(pipeline, dataset, prompts, precision(ranks))
     yield from plan.listing(pipeline, targets, again, judged)
-
-
-def _survey(pipeline: Pipeline, data: Any, root: Path, media: bool) -> tuple[str, int, str]:
-    """The key that `Run._encoded` finds its cache by, how many examples there are, and what it would do."""
-    if data.encoded:
-        found = cache.opened(data, pipeline.backbone, root, media=media).manifest
-        return found.key, found.count, f"{plan.counted(found.count, 'example')}, encoded before"
-    count = cache.check(data, media=media) or 0
-    key = cache.key(data, pipeline.backbone, root, media=media)
-    there = cache.exists(data, pipeline.backbone, root, media=media)
-    return key, count, f"{plan.counted(count, 'example')}{', cached' if there else ' to encode'}"
-
-
-def _cache(pipeline: Pipeline) -> Path:
-    return pipeline.folder / ".corefit" / "cache"
-
-
-def _precision(ranks: Ranks) -> str:
-    return "bf16" if ranks.accelerator.mixed_precision == "bf16" else "fp32"
-
-
-def _text_dtype(ranks: Ranks) -> Any:
-    """One precision for text in all stages and evaluation, whatever they train."""
-    import torch
-
-    return torch.bfloat16 if _precision(ranks) == "bf16" else torch.float32
 
 
 @contextlib.contextmanager

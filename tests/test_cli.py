@@ -124,7 +124,7 @@ def test_help_names_every_command(project):
         assert ended.status == 0
         assert "Post-train flow-matching image and video models" in ended.out
         assert all(f"\n  {name} " in ended.out for name in cli.cli.commands)
-    assert set(cli.cli.commands) == {"run", "check", "plugins"}
+    assert set(cli.cli.commands) == {"run", "check", "prepare", "show", "plugins"}
 
 
 @pytest.mark.parametrize(

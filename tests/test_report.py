@@ -369,11 +369,11 @@ def test_the_grid_has_the_size_it_should(tmp_path, side: int, scale: int | None,
     assert opened(tmp_path / "grid.png").shape[1] == 2 * (shown + 10) + 10
 
 
-def test_video_shows_its_middle_frame(tmp_path):
-    video = torch.zeros(1, 3, 5, 96, 96, dtype=torch.bfloat16)
-    video[:, :, 2] = 1
+def test_video_shows_frames_side_by_side(tmp_path):
+    video = torch.zeros(1, 3, 7, 96, 96, dtype=torch.bfloat16)
+    video[:, :, 2], video[:, :, 6] = 1, 0.5
     grid(video, ["p"], tmp_path / "a.png")
-    grid(video[:, :, 2], ["p"], tmp_path / "b.png")
+    grid(torch.cat([video[:, :, n] for n in (0, 2, 4, 6)], dim=-1), ["p"], tmp_path / "b.png")
     assert np.array_equal(opened(tmp_path / "a.png"), opened(tmp_path / "b.png"))
 
 

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from attrs import frozen
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 SMALLEST = 96
+FRAMES = 4
+"""Of a clip that are shown."""
 GAP = 10
 INK, PAPER, NOT_FINITE = (40, 40, 40), (255, 255, 255), (255, 0, 255)
 
@@ -31,7 +33,7 @@ INK, PAPER, NOT_FINITE = (40, 40, 40), (255, 255, 255), (255, 0, 255)
 def grid(media: Media, prompts: Sequence[str], png: Path, columns: int = 8, scale: int | None = None) -> None:
     """Write a contact sheet of media [N, 3, H, W] in [0, 1], each above its prompt.
 
-    Of video [N, 3, T, H, W] the middle frame is shown. Images are enlarged `scale` times without
+    Of video [N, 3, T, H, W] a few frames are shown side by side. Images are enlarged `scale` times without
     interpolation, by default as often as makes their shorter side 96 pixels or more.
     Pixels that are not finite are magenta.
     """
@@ -103,10 +105,17 @@ def _pixels(media: Media) -> Pixels:
     values = np.asarray(media if isinstance(media, np.ndarray) else media.detach().float().cpu())
     assert values.shape[1:2] == (3,), f"media are [N, 3, H, W] or [N, 3, T, H, W], not {values.shape}"
     assert values.dtype.kind == "f", f"media are floats in [0, 1], not {values.dtype}"
-    still = values[:, :, values.shape[2] // 2] if values.ndim == 5 else values
+    still = _strip(values) if values.ndim == 5 else values
     known = np.isfinite(still).all(1)
     levels = np.rint(np.clip(np.where(known[:, None], still, 0), 0, 1) * 255).astype(np.uint8)
     return np.where(known[..., None], levels.transpose(0, 2, 3, 1), np.asarray(NOT_FINITE, np.uint8))
+
+
+def _strip(clips: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """[N, 3, T, H, W] -> [N, 3, H, frames W], evenly spaced."""
+    length = clips.shape[2]
+    shown = np.unique(np.linspace(0, length - 1, min(length, FRAMES)).round().astype(int))
+    return np.concatenate([clips[:, :, number] for number in shown], axis=-1)
 
 
 def _enlarge(images: Pixels, scale: int | None) -> Pixels:
