@@ -66,7 +66,9 @@ def _random_media(backbone: Backbone, number: int) -> Tensor:
             shape = backbone.latent_shape([n, n])
         except ValueError:
             continue
-        expect(len(shape) < 4, "pass media=[B, 3, T, H, W]: how many frames a video model takes cannot be guessed")
+        expect(
+            len(shape) < 4 or shape[1] == 1, "pass media=[B, 3, T, H, W]: its frames cannot be guessed"
+        )
         return normal(0, (number, 3, n, n)).sigmoid().float()
     raise AssertionError("latent_shape refuses every square size up to 1024; pass media")
 
@@ -75,10 +77,10 @@ def _check_media(backbone: Backbone, media: Tensor) -> tuple[int, ...]:
     """encode and decode agree with each other and with latent_shape; the shape of one row's latents."""
     x0 = backbone.encode(media)
     _check_tensor("encode(media)", x0)
-    shape, told = tuple(x0.shape[1:]), tuple(backbone.latent_shape(list(media.shape[-2:])))
+    shape, told = tuple(x0.shape[1:]), tuple(backbone.latent_shape(list(media.shape[2:])))
     expect(
         len(x0) == len(media) and shape == told,
-        f"encode gives {list(x0.shape)} for {len(media)} media of {list(media.shape[-2:])}, but latent_shape says "
+        f"encode gives {list(x0.shape)} for {len(media)} media of {list(media.shape[2:])}, but latent_shape says "
         f"[B, {', '.join(map(str, told))}]; they must agree, and rows are media",
     )
     again = backbone.decode(x0)

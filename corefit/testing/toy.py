@@ -185,7 +185,8 @@ class ToyBackbone(Backbone):
         return height, self.shape[0] // height
 
     def _check(self, size: Sequence[int]) -> None:
-        if tuple(size) != self._size:
+        frames = self.shape[1:2] if len(self.shape) == 4 else ()
+        if tuple(size) not in (self._size, (*frames, *self._size)):
             raise ConfigError(f"size = {list(size)}: a toy of shape {list(self.shape)} has media of {list(self._size)}")
 
 

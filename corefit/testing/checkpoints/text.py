@@ -116,10 +116,24 @@ def t5_tokenizer(pieces: list[tuple[str, float]]) -> Any:
 
 def clip_encoder(pieces: tuple[dict[str, int], list[tuple[str, str]]], width: int, layers: int, length: int) -> Any:
     """A random CLIPTextModelWithProjection, `width` wide and projecting to as many."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextModelWithProjection
 
-    vocabulary = pieces[0]
-    config = CLIPTextConfig(
+    return CLIPTextModelWithProjection(_clip_config(pieces[0], width, layers, length)).eval()
+
+
+def clip_text_encoder(
+    pieces: tuple[dict[str, int], list[tuple[str, str]]], width: int, layers: int, length: int
+) -> Any:
+    """A random CLIPTextModel, without projection."""
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel(_clip_config(pieces[0], width, layers, length)).eval()
+
+
+def _clip_config(vocabulary: dict[str, int], width: int, layers: int, length: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
         vocab_size=len(vocabulary),
         hidden_size=width,
         intermediate_size=4 * width,
@@ -131,15 +145,15 @@ def clip_encoder(pieces: tuple[dict[str, int], list[tuple[str, str]]], width: in
         eos_token_id=vocabulary[CLIP_END],
         pad_token_id=vocabulary[CLIP_END],
     )
-    return CLIPTextModelWithProjection(config).eval()
 
 
-def t5_encoder(pieces: list[tuple[str, float]], width: int, layers: int) -> Any:
-    """A random T5EncoderModel, `width` wide."""
-    from transformers import T5Config, T5EncoderModel
+def t5_encoder(pieces: list[tuple[str, float]], width: int, layers: int, *, per_layer: bool = False) -> Any:
+    """A random T5EncoderModel, `width` wide; with a position bias of each layer's own it is a UMT5EncoderModel."""
+    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
     heads = max(1, width // 16)
-    config = T5Config(
+    kind: Any = UMT5Config if per_layer else T5Config
+    config = kind(
         vocab_size=len(pieces),
         d_model=width,
         d_kv=width // heads,
@@ -151,4 +165,4 @@ def t5_encoder(pieces: list[tuple[str, float]], width: int, layers: int) -> Any:
         pad_token_id=0,
         eos_token_id=1,
     )
-    return T5EncoderModel(config).eval()
+    return (UMT5EncoderModel if per_layer else T5EncoderModel)(config).eval()

@@ -12,7 +12,7 @@ from attrs import define, evolve, field
 
 from corefit import Condition
 from corefit.types import ModelPath
-from corefit_backbones import network
+from corefit_backbones import network, schedule
 from corefit_backbones.folder import Checkpoint, fingerprint, link
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class Diffusers(ABC):
     _text: Any = field(init=False, default=None)
     _vae: Any = field(init=False, default=None)
 
+    @cached_property
+    def schedule(self) -> Mapping[str, Any]:
+        """The scheduler's config."""
+        return schedule.check(self.checkpoint.config("scheduler", "scheduler_config.json"), self.path)
+
     @abstractmethod
     def check_settings(self) -> None:
         """Read every JSON file that `load` and `sigmas` need; ModelError if they do not fit this family."""
@@ -74,22 +79,35 @@ class Diffusers(ABC):
         """Read the transformer, cast to `dtype`; ModelError for a folder or file that cannot be used."""
         self.check_settings()
         self.place(device, dtype)
-        self.transformer = network.read(_class(self.transformer_class), self.checkpoint, "transformer", dtype)
-        self.transformer.to(device)
+        self.transformer = self.load_transformer(dtype).to(device)
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+
+    def load_transformer(self, dtype: torch.dtype) -> Any:
+        """The network under training, on the CPU; a family of several puts them into one module."""
+        return self.read_part("transformer", dtype)
+
+    def read_part(self, name: str, dtype: torch.dtype) -> Any:
+        """The network in the folder `name`."""
+        return network.read(_class(self.transformer_class), self.checkpoint, name, dtype)
+
+    @property
+    def networks(self) -> Sequence[str]:
+        """Folders of the networks under training; of several, each is a child of `transformer` by that name."""
+        return [name for name in self.checkpoint.parts if name.startswith("transformer")]
 
     def moved(self, folder: Path) -> Self:
         """The same backbone, unloaded, on the whole pipeline that `save` wrote to `folder`."""
         return evolve(self, path=ModelPath(str(folder)), revision=None, variant=None)
 
     def weights_key(self) -> str:
-        """sha256 of the transformer's files."""
-        return fingerprint(self.checkpoint.folder / "transformer")
+        """sha256 of the files of the networks under training."""
+        return "+".join(fingerprint(self.checkpoint.folder / name) for name in self.networks)
 
     def load_lora(self, folder: Path) -> None:
         """Add what `save` wrote for a LoRA to the loaded transformer: trainable, float32, the rest frozen."""
-        network.load_lora(_class(self.pipeline_class), network.unwrapped(self.transformer), folder)
+        for name, part in self._parts():
+            network.load_lora(_class(self.pipeline_class), part, folder, network.lora_file(name))
 
     def release(self) -> None:
         """Drop the text encoders and the VAE; `null` needs neither once `empty` is known."""
@@ -130,15 +148,22 @@ class Diffusers(ABC):
 
         `moved(folder)` reads the pipeline back, `load_lora(folder)` the LoRA. Untouched parts are hard links.
         """
-        transformer, source = network.unwrapped(self.transformer), self.checkpoint
-        if network.has_lora(transformer):
-            network.save_lora(_class(self.pipeline_class), transformer, folder)
+        parts, source = self._parts(), self.checkpoint
+        if network.has_lora(network.unwrapped(self.transformer)):
+            for name, part in parts:
+                network.save_lora(_class(self.pipeline_class), part, folder, network.lora_file(name))
             return
-        transformer.save_pretrained(folder / "transformer")
-        others = [name for name in source.parts if name != "transformer"]
-        # not the config that diffusers has just written, which names this machine's path
-        for name in ("model_index.json", "transformer/config.json", *others):
+        for name, part in parts:
+            part.save_pretrained(folder / name)
+        others = [name for name in source.parts if name not in self.networks]
+        # not the configs that diffusers has just written, which name this machine's path
+        for name in ("model_index.json", *(f"{name}/config.json" for name in self.networks), *others):
             link(source.folder / name, folder / name, self.variant)
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        """(folder, network) of each under training."""
+        transformer, names = network.unwrapped(self.transformer), self.networks
+        return [(name, getattr(transformer, name) if len(names) > 1 else transformer) for name in names]
 
     def text(self) -> Any:
         """The family's diffusers pipeline with tokenizers and frozen text encoders, read on first use."""

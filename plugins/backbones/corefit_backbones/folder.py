@@ -40,14 +40,20 @@ class Checkpoint:
     @cached_property
     def index(self) -> Mapping[str, bool]:
         """Component -> whether there is one (False: left out, like SD3's T5); ModelError if its folder is missing."""
-        folder = _described(self.path, self.revision)
-        index = _json(folder / "model_index.json", "a diffusers folder has one beside its component folders")
-        _check_family(self.path, str(index.get("_class_name")), self.family)
+        folder, index = _described(self.path, self.revision), self.settings
         found = {name: value[0] is not None for name, value in index.items() if isinstance(value, list)}
         missing = [name for name, there in found.items() if there and not (folder / name).is_dir()]
         if missing:
             raise ModelError(f"{folder}: model_index.json names {', '.join(missing)}: no such folder in it")
         return found
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """model_index.json; ModelError if it is of another family."""
+        folder = _described(self.path, self.revision)
+        index = _json(folder / "model_index.json", "a diffusers folder has one beside its component folders")
+        _check_family(self.path, str(index.get("_class_name")), self.family)
+        return index
 
     @property
     def parts(self) -> Sequence[str]:

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     import torch
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),  # unqualified: SD3.5-medium has them in attn2 as well
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+)
+"""What a LoRA adapts by default: the projections of attention, of both streams where there are two."""
+
+
+def lora_file(part: str) -> str:
+    """Name of the LoRA of a network; that of a second one is loaded with load_into_transformer_2=True."""
+    return LORA_FILE if part == "transformer" else LORA_FILE.replace(".", f".{part}.", 1)
 
 
 def read(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> Any:
@@ -42,13 +52,15 @@ def read_text(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()  # the run shows its own
-    folder, absent = checkpoint.folder, {name: None for name, there in checkpoint.index.items() if not there}
+    folder, absent = (
+        checkpoint.folder,
+        {name: None for name, there in checkpoint.index.items() if not there or name.startswith("transformer")},
+    )
     checkpoint.check_weights("text_encoder")
     with reading(folder):
         pipeline = kind.from_pretrained(
             folder,
             **absent,
-            transformer=None,
             vae=None,
             torch_dtype=dtype,
             variant=checkpoint.variant,
@@ -95,7 +107,7 @@ def has_lora(transformer: Any) -> bool:
     return bool(getattr(transformer, "peft_config", None))
 
 
-def save_lora(pipeline: Any, transformer: Any, folder: Path) -> None:
+def save_lora(pipeline: Any, transformer: Any, folder: Path, name: str = LORA_FILE) -> None:
     """Write the adapter "default" for `pipeline.load_lora_weights(folder)`, rank and alpha included."""
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -106,7 +118,7 @@ def save_lora(pipeline: Any, transformer: Any, folder: Path) -> None:
     pipeline.save_lora_weights(
         folder,
         transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name="default"),
-        weight_name=LORA_FILE,
+        weight_name=name,
         save_function=lambda weights, file: save_file(weights, file, metadata),
     )
 
@@ -124,17 +136,17 @@ def _settings(config: Any) -> Mapping[str, Any]:
     }
 
 
-def load_lora(pipeline: Any, transformer: Any, folder: Path) -> None:
+def load_lora(pipeline: Any, transformer: Any, folder: Path, name: str = LORA_FILE) -> None:
     """Add what `save_lora` wrote as the adapter "default": trainable, in float32, the rest frozen.
 
     ModelError if the file is missing, damaged, without rank and alpha, or made for another model.
     """
-    file = folder / LORA_FILE
+    file = folder / name
     if not file.is_file():
-        raise ModelError(f"{folder}: no {LORA_FILE}")
+        raise ModelError(f"{folder}: no {name}")
     with reading(folder):
         weights, settings = pipeline.lora_state_dict(
-            folder, weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
+            folder, weight_name=name, use_safetensors=True, return_lora_metadata=True
         )
     if not settings:
         raise ModelError(f"{file}: its metadata has no rank and alpha; corefit and diffusers >= 0.35 write them")

@@ -1,4 +1,4 @@
-"""Noise levels as a checkpoint's own FlowMatchEulerDiscreteScheduler places them."""
+"""Noise levels as a checkpoint's own scheduler places them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from corefit.errors import ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-CLASS = "FlowMatchEulerDiscreteScheduler"
+EULER, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
 
 
 def check(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    """`config` if it is a FlowMatchEulerDiscreteScheduler's; ModelError otherwise."""
-    if config.get("_class_name") != CLASS:
-        raise ModelError(f"{path}: its scheduler is {config.get('_class_name')}; only {CLASS} is understood")
-    return config
+    """`config` if it is of a scheduler with flow-matching noise levels; ModelError otherwise."""
+    name = config.get("_class_name")
+    if name == EULER or (name == UNIPC and config.get("use_flow_sigmas")):
+        return config
+    raise ModelError(f"{path}: its scheduler is {name}; {EULER}, and {UNIPC} with use_flow_sigmas, are understood")
 
 
 def mu(config: Mapping[str, Any], tokens: int) -> float:
@@ -31,15 +32,22 @@ def mu(config: Mapping[str, Any], tokens: int) -> float:
 def shift(config: Mapping[str, Any], tokens: int) -> float:
     """The shift of training noise: configured, or following the image's size where shifting is dynamic."""
     if not config.get("use_dynamic_shifting", False):
-        return float(config.get("shift", 1.0))
+        return float(config.get("flow_shift" if config.get("_class_name") == UNIPC else "shift", 1.0))
     value = mu(config, tokens)
     return math.exp(value) if config.get("time_shift_type", "exponential") == "exponential" else value
 
 
-def grid(config: Mapping[str, Any], steps: int, tokens: int) -> Tensor:
-    """Inference sigmas [steps + 1], the last 0: what the diffusers pipeline steps through; float32, CPU."""
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+def grid(config: Mapping[str, Any], steps: int, tokens: int, *, linear: bool = False) -> Tensor:
+    """Inference sigmas [steps + 1], the last 0: what the diffusers pipeline steps through; float32, CPU.
 
-    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
-    scheduler.set_timesteps(steps, mu=mu(config, tokens) if config.get("use_dynamic_shifting") else None)
-    return scheduler.sigmas
+    linear  whether the pipeline hands its scheduler 1, 1 - 1/steps, ..., 1/steps, as FLUX's does
+    """
+    import diffusers
+    import numpy as np
+
+    scheduler: Any = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    asked: dict[str, Any] = {"sigmas": np.linspace(1, 1 / steps, steps)} if linear else {"num_inference_steps": steps}
+    if config.get("use_dynamic_shifting"):
+        asked["mu"] = mu(config, tokens)
+    scheduler.set_timesteps(**asked)
+    return scheduler.sigmas.float().cpu()

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field, validators
 
 from corefit import Condition
 from corefit.errors import ModelError
-from corefit_backbones import schedule
+from corefit_backbones import network, pictures, schedule
 from corefit_backbones.backbone import Diffusers
 from corefit_backbones.folder import check_size
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LORA_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0"),  # unqualified: SD3.5-medium has them in attn2 as well
-    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-)
 
 
 @define(eq=False, slots=False)
@@ -35,7 +30,7 @@ class Sd3(Diffusers):
     vae_class: ClassVar[str] = "AutoencoderKL"
 
     max_sequence_length: int = field(default=256, validator=validators.gt(0))
-    lora_targets: Sequence[str] = field(init=False, default=LORA_TARGETS)
+    lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
 
     @cached_property
     def geometry(self) -> tuple[int, int, int, int]:
@@ -45,10 +40,6 @@ class Sd3(Diffusers):
         if net["in_channels"] != channels:
             raise ModelError(f"{self.path}: VAE of {channels} channels, transformer of {net['in_channels']}")
         return channels, 2 ** (len(vae["block_out_channels"]) - 1), net["patch_size"], net["pos_embed_max_size"]
-
-    @cached_property
-    def schedule(self) -> Mapping[str, Any]:
-        return schedule.check(self.checkpoint.config("scheduler", "scheduler_config.json"), self.path)
 
     def check_settings(self) -> None:
         _ = self.geometry, self.schedule
@@ -80,15 +71,11 @@ class Sd3(Diffusers):
     def encode(self, media: Tensor) -> Tensor:
         """Media [B, 3, H, W] in [0, 1] -> the mode of the VAE's latents, shifted and scaled, float32."""
         self.latent_shape(media.shape[-2:])
-        vae = self.vae()
-        z = vae.encode(media.to(self._device, vae.dtype) * 2 - 1).latent_dist.mode()
-        return (z - vae.config.shift_factor) * vae.config.scaling_factor
+        return pictures.encode(self.vae(), media)
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 [B, C, H/8, W/8] -> media [B, 3, H, W] in [0, 1], float32; differentiable in x0."""
-        vae = self.vae()
-        z = x0.to(self._device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+        return pictures.decode(self.vae(), x0)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """v [B, C, H/8, W/8] in float32; the network runs in the dtype of `load`, its timestep in float32."""

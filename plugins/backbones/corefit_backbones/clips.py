@@ -1,0 +1,34 @@
+"""Latents of video VAEs: the mode, normalised by a mean and a standard deviation for each channel.
+
+One frame is a picture: media [B, 3, H, W] outside, a clip of length 1 inside.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def encode(vae: Any, media: Tensor) -> Tensor:
+    """Media [B, 3, H, W] or [B, 3, T, H, W] in [0, 1] -> x0 [B, C, t, h, w], float32."""
+    clips = (media if media.ndim == 5 else media.unsqueeze(2)).to(vae.device, vae.dtype)
+    mean, std = _statistics(vae)
+    return (vae.encode(clips * 2 - 1).latent_dist.mode() - mean) / std
+
+
+def decode(vae: Any, x0: Tensor) -> Tensor:
+    """x0 [B, C, t, h, w] -> media [B, 3, T, H, W], or [B, 3, H, W] where T is 1, in [0, 1], float32."""
+    mean, std = _statistics(vae)
+    clips = (vae.decode(x0.to(vae.device, vae.dtype) * std + mean).sample / 2 + 0.5).clamp(0, 1)
+    return clips.squeeze(2) if clips.shape[2] == 1 else clips
+
+
+def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    import torch
+
+    config = vae.config
+    both = torch.tensor([config.latents_mean, config.latents_std], device=vae.device, dtype=vae.dtype)
+    mean, std = both.reshape(2, 1, -1, 1, 1, 1)
+    return mean, std

@@ -1,0 +1,20 @@
+"""Latents of image VAEs: the mode, shifted and scaled as the VAE's config says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def encode(vae: Any, media: Tensor) -> Tensor:
+    """Media [B, 3, H, W] in [0, 1] -> x0 [B, C, h, w], float32."""
+    z = vae.encode(media.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
+    return (z - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def decode(vae: Any, x0: Tensor) -> Tensor:
+    """x0 [B, C, h, w] -> media [B, 3, H, W] in [0, 1], float32; differentiable in x0."""
+    z = x0.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    return (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
