@@ -66,9 +66,7 @@ def _random_media(backbone: Backbone, number: int) -> Tensor:
             shape = backbone.latent_shape([n, n])
         except ValueError:
             continue
-        expect(
-            len(shape) < 4 or shape[1] == 1, "pass media=[B, 3, T, H, W]: its frames cannot be guessed"
-        )
+        expect(len(shape) < 4 or shape[1] == 1, "pass media=[B, 3, T, H, W]: its frames cannot be guessed")
         return normal(0, (number, 3, n, n)).sigmoid().float()
     raise AssertionError("latent_shape refuses every square size up to 1024; pass media")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from corefit.testing import checkpoints
 from corefit.testing.checkpoints import clip_pieces, t5_pieces, tiny_sd3
 
 WORDS = ("a", "red", "green", "blue", "dog", "dogs", "7")
@@ -35,13 +36,17 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def test_another_process_writes_the_same_bytes(checkpoint, tmp_path):
+@pytest.mark.parametrize("name", ["tiny_sd3", "tiny_flux", "tiny_wan"])
+def test_another_process_writes_the_same_bytes(name, tmp_path):
     code = (
-        "import sys, pathlib; from corefit.testing.checkpoints import tiny_sd3;"
-        f"tiny_sd3(pathlib.Path(sys.argv[1]), words={WORDS!r})"
+        f"import sys, pathlib; from corefit.testing.checkpoints import {name};"
+        f"{name}(pathlib.Path(sys.argv[1]), words={WORDS!r})"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
-    assert hashes(tmp_path) == hashes(checkpoint)
+    command = [sys.executable, "-c", code, str(tmp_path / "there")]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    here = hashes(getattr(checkpoints, name)(tmp_path / "here", words=WORDS))
+    assert hashes(tmp_path / "there") == here
+    assert len(here) > 10
 
 
 def test_the_seed_changes_the_weights_and_nothing_else(checkpoint, tmp_path):
