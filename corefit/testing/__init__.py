@@ -4,7 +4,7 @@ Each check raises an AssertionError that names the problem and says what to chan
 """
 
 from corefit.testing.backbones import check_backbone
-from corefit.testing.checkpoints import tiny_flux, tiny_sd3, tiny_wan
+from corefit.testing.checkpoints import tiny_chroma, tiny_flux, tiny_sd3, tiny_wan
 from corefit.testing.objectives import check_objective
 from corefit.testing.samplers import check_sampler
 from corefit.testing.toy import ToyBackbone, ToyReward, toy_batch, toy_context
@@ -15,6 +15,7 @@ __all__ = [
     "check_backbone",
     "check_objective",
     "check_sampler",
+    "tiny_chroma",
     "tiny_flux",
     "tiny_sd3",
     "tiny_wan",

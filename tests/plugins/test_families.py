@@ -20,8 +20,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from corefit.errors import ConfigError, ModelError
-from corefit.testing import check_backbone, tiny_flux, tiny_wan
+from corefit.testing import check_backbone, tiny_chroma, tiny_flux, tiny_wan
 from corefit_backbones import patches, schedule
+from corefit_backbones.chroma import Chroma
 from corefit_backbones.flux import Flux
 from corefit_backbones.wan import Wan
 
@@ -47,6 +48,7 @@ FAMILIES = {
     "flux dev large": Family(Flux, tiny_flux, {}, (64, 48), 3.5),
     "flux schnell": Family(Flux, tiny_flux, {"guidance_embeds": False}, (24, 32), 1.0),
     "flux schnell guided": Family(Flux, tiny_flux, {"guidance_embeds": False}, (24, 32), 3.0),
+    "chroma": Family(Chroma, tiny_chroma, {}, (24, 32), 4.0),
     "wan": Family(Wan, tiny_wan, {}, (5, 32, 48), 5.0),
     "wan unguided": Family(Wan, tiny_wan, {}, (9, 16, 16), 1.0),
     "wan 2.2 5B": Family(Wan, tiny_wan, {"expand_timesteps": True, "shift": 5.0}, (5, 32, 32), 5.0),
@@ -126,7 +128,7 @@ def test_samples_as_diffusers_does_at_every_step(family: Family, euler: Path) ->
         theirs.append(values["latents"])
         return {}
 
-    packed = family.kind is Flux
+    packed = family.kind is not Wan
     made = pipeline(family, euler)(
         PROMPTS,
         latents=patches.pack(x) if packed else x,
@@ -152,6 +154,9 @@ def test_encodes_text_and_media_as_diffusers_does(family: Family, folder: Path) 
     if family.kind is Flux:
         embeds, pooled, _ = pipe.encode_prompt(PROMPTS, None, max_sequence_length=LENGTH)
         assert torch.equal(backbone.encode_text(PROMPTS).tensors["pooled"], pooled)
+    elif family.kind is Chroma:
+        embeds, _, mask, *_ = pipe.encode_prompt(PROMPTS, max_sequence_length=LENGTH)
+        assert torch.equal(backbone.encode_text(PROMPTS).tensors["mask"], mask)
     else:
         embeds, null = pipe.encode_prompt(PROMPTS, max_sequence_length=LENGTH)
         assert torch.allclose(backbone.null(2).tensors["prompt_embeds"], null, atol=1e-6)
@@ -160,7 +165,7 @@ def test_encodes_text_and_media_as_diffusers_does(family: Family, folder: Path) 
     *frames, height, width = family.size
     media, vae = torch.rand(2, 3, *frames, height, width), pipe.vae
     z = vae.encode(media * 2 - 1).latent_dist.mode()
-    if family.kind is Flux:
+    if family.kind is not Wan:
         expected = (z - vae.config.shift_factor) * vae.config.scaling_factor
     else:
         mean, std = (torch.tensor(t).view(1, -1, 1, 1, 1) for t in (vae.config.latents_mean, vae.config.latents_std))
@@ -169,7 +174,7 @@ def test_encodes_text_and_media_as_diffusers_does(family: Family, folder: Path) 
     assert tuple(expected.shape[1:]) == backbone.latent_shape(family.size)
 
 
-@pytest.mark.parametrize("name", ["flux dev", "flux schnell", "wan", "wan 2.2 A14B"])
+@pytest.mark.parametrize("name", ["flux dev", "flux schnell", "chroma", "wan", "wan 2.2 A14B"])
 def test_each_keeps_what_a_backbone_promises(name: str, folders: dict[str, Path]) -> None:
     family = FAMILIES[name]
     backbone = loaded(family, folders[json.dumps([family.kind.__name__, family.keys])])
@@ -239,7 +244,7 @@ def trained(backbone: Any) -> Iterator[tuple[str, Tensor]]:
     return ((name, p) for name, p in backbone.transformer.named_parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", ["flux dev", "wan", "wan 2.2 A14B"])
+@pytest.mark.parametrize("name", ["flux dev", "chroma", "wan", "wan 2.2 A14B"])
 def test_a_saved_lora_means_the_same_in_diffusers(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     family = FAMILIES[name]
     folder = folders[json.dumps([family.kind.__name__, family.keys])]
@@ -269,7 +274,7 @@ def test_lora_keys_are_those_that_others_read(folders: dict[str, Path], tmp_path
     """diffusers' own names are what ComfyUI maps: transformer.<module>.lora_A.weight, no converter needed."""
     from safetensors.torch import load_file
 
-    for name in ("flux dev", "wan"):
+    for name in ("flux dev", "chroma", "wan"):
         family = FAMILIES[name]
         backbone = adapted(family, folders[json.dumps([family.kind.__name__, family.keys])])
         backbone.save(tmp_path / name)
@@ -282,7 +287,7 @@ def test_lora_keys_are_those_that_others_read(folders: dict[str, Path], tmp_path
             assert path in modules
 
 
-@pytest.mark.parametrize("name", ["flux dev", "wan", "wan 2.2 A14B"])
+@pytest.mark.parametrize("name", ["flux dev", "chroma", "wan", "wan 2.2 A14B"])
 def test_a_saved_pipeline_has_the_same_bits_here_and_in_diffusers(
     name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -357,7 +362,7 @@ def test_sizes_that_cannot_be(name: str, size: tuple[int, ...], says: str, folde
         backbone.latent_shape(size)
 
 
-@pytest.mark.parametrize("name", ["flux dev", "wan"])
+@pytest.mark.parametrize("name", ["flux dev", "chroma", "wan"])
 def test_a_folder_of_another_family_is_told(name: str, folders: dict[str, Path]) -> None:
     family = FAMILIES[name]
     other = next(f for f in FAMILIES.values() if f.kind is not family.kind)

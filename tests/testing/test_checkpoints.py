@@ -36,7 +36,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-@pytest.mark.parametrize("name", ["tiny_sd3", "tiny_flux", "tiny_wan"])
+@pytest.mark.parametrize("name", ["tiny_sd3", "tiny_flux", "tiny_chroma", "tiny_wan"])
 def test_another_process_writes_the_same_bytes(name, tmp_path):
     code = (
         f"import sys, pathlib; from corefit.testing.checkpoints import {name};"

@@ -16,8 +16,6 @@ from attrs import frozen
 
 from corefit.errors import ConfigError, ModelError
 
-FAMILIES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "WanPipeline": "wan"}
-"""`_class_name` of a model_index.json -> the `use` that reads it."""
 READ = frozenset({".json", ".txt", ".model", ".safetensors"})
 """What models and tokenizers are read from; pickles never are."""
 
@@ -143,10 +141,13 @@ def _plain(text: str, variant: str | None) -> str:
 def _check_family(path: str, found: str, expected: str) -> None:
     if found == expected:
         return
-    use = FAMILIES.get(found)
-    known = ", ".join(f'{name} (use = "{use}")' for name, use in FAMILIES.items())
-    hint = f'set use = "{use}"' if use else f"known families: {known}"
-    raise ModelError(f'{path} is a {found}; use = "{FAMILIES[expected]}" reads a {expected}: {hint}')
+    from corefit_backbones import FAMILIES
+
+    uses = {kind.pipeline_class: use for use, kind in FAMILIES.items()}
+    known = ", ".join(f'{name} (use = "{use}")' for name, use in uses.items())
+    hint = f'set use = "{uses[found]}"' if found in uses else f"known families: {known}"
+    reads = f'use = "{uses[expected]}"' if expected in uses else "this backbone"
+    raise ModelError(f"{path} is a {found}; {reads} reads a {expected}: {hint}")
 
 
 class Settings(dict[str, Any]):
