@@ -57,13 +57,23 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
 @PIPELINE
 @SET
 @OUT
-def check(pipeline: Path, settings: tuple[str, ...], out: Path | None) -> None:
-    """Find what is wrong with PIPELINE and its data, without loading weights."""
+@click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes it will run on.")
+@click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GIB", help="Of another device than this.")
+def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: int, memory: float | None) -> None:
+    """Find what is wrong with PIPELINE and its data, and whether it fits, without loading weights."""
     from corefit.pipeline import read
 
     checked = read(pipeline, _with_out(settings, out))
     stages = ", ".join(f"{stage.name} ({stage.steps} steps of {stage.rows})" for stage in checked.stage)
+    from corefit import estimate
+    from corefit.ranks import is_half
+
+    size, device = (memory * estimate.GIB, "--memory") if memory else estimate.capacity()
+    found = estimate.estimates(checked, half=is_half(checked.precision), world=ranks)
+    estimate.refuse(checked, found, size, ranks)
     click.echo(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}")
+    for line in estimate.table(found, size, device):
+        click.echo(line)
 
 
 @cli.command()

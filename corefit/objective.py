@@ -88,6 +88,7 @@ class Objective(Protocol, Generic[P]):
     num_terms        terms that `terms` yields, known from the configuration and equal on every rank
     num_updates      parts that `experience` yields: optimiser steps a batch
     rows_per_prompt  consecutive rows that share a prompt and stay on one rank: 1, or a group's size
+    rows_per_graph   rows that a term's graph holds for each row of a micro-batch; memory is estimated from it
     """
 
     @property
@@ -102,6 +103,10 @@ class Objective(Protocol, Generic[P]):
 
     @property
     def rows_per_prompt(self) -> int:
+        return 1
+
+    @property
+    def rows_per_graph(self) -> int:
         return 1
 
     def experience(self, batch: Batch, ctx: Context, /) -> Iterable[P]:

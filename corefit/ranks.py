@@ -181,21 +181,27 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
     precision  "fp32", "bf16", or "auto": bf16 where a GPU has it
     shard      FSDP2; `accelerate launch --use_fsdp` asks for it too
     """
-    import torch
     import torch.distributed as dist
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     shard = _asked_for_fsdp() or shard
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    half = is_half(precision)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    made = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[ddp])
+    made = Accelerator(mixed_precision="bf16" if half else "no", kwargs_handlers=[ddp])
     if made.device.type == "cpu":
         memory.keep_freed()
     if made.num_processes == 1:
         return Ranks(made)
     group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Ranks(made, shard, group)
+
+
+def is_half(precision: str) -> bool:
+    """Whether "fp32", "bf16" or "auto" is bfloat16 here."""
+    import torch
+
+    auto = precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return precision == "bf16" or auto
 
 
 def _asked_for_fsdp() -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 import attrs
 from attrs import define, field, frozen
 
-from corefit import memory, plan, report, state, train
+from corefit import estimate, memory, plan, report, state, train
 from corefit.data import Dataset
 from corefit.display import Display
 from corefit.errors import ConfigError
@@ -87,6 +87,7 @@ class Run:
         """The whole run."""
         if self.main:
             self._write_pipeline()
+        self._refuse_too_large()
         self._encode()
         prompts = self.judge and self.judge.prompts.manifest.key
         base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
@@ -99,6 +100,11 @@ class Run:
         if self.main:
             self._report([base, *targets])
             self.again.end()
+
+    def _refuse_too_large(self) -> None:
+        half, world = precision(self.ranks) == "bf16", self.ranks.world
+        found = estimate.estimates(self.pipeline, half=half, world=world)
+        estimate.refuse(self.pipeline, found, estimate.capacity()[0], world)
 
     def _write_pipeline(self) -> None:
         import tomli_w

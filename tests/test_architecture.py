@@ -26,7 +26,7 @@ LAYERS = (
     {"encode", "survey"},
     {"evaluate", "cache", "weights", "observers", "meters"},
     {"train", "pipeline"},
-    {"identity", "prepare"},
+    {"identity", "prepare", "estimate"},
     {"plan", "show"},
     {"run"},
     {"cli"},

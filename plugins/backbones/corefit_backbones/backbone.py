@@ -28,6 +28,8 @@ class Diffusers(ABC):
     revision                branch, tag or commit on the hub
     variant                 of the weight files: "fp16" reads model.fp16.safetensors
     gradient_checkpointing  recompute activations in backward: less memory, about a third more time
+    attention               backend of diffusers' dispatcher: "native" (torch), "flash", "sage", "xformers", ...
+    compile                 torch.compile for the repeated blocks: faster steps after a first one that takes a minute
     """
 
     pipeline_class: ClassVar[str]
@@ -38,6 +40,8 @@ class Diffusers(ABC):
     revision: str | None = None
     variant: str | None = None
     gradient_checkpointing: bool = False
+    attention: str = "native"
+    compile: bool = False
 
     transformer: Any = field(init=False, default=None)
     empty: Condition | None = field(init=False, default=None)
@@ -79,16 +83,26 @@ class Diffusers(ABC):
         """Read the transformer, cast to `dtype`; ModelError for a folder or file that cannot be used."""
         self.check_settings()
         self.place(device, dtype)
-        self.transformer = self.load_transformer(dtype).to(device)
+        self.transformer = self.joined([self._read(name, dtype) for name in self.networks]).to(device)
+        if self.attention != "native":
+            network.set_attention(self.transformer, self.attention)
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        if self.compile:
+            network.compile_blocks(self.transformer)
 
-    def load_transformer(self, dtype: torch.dtype) -> Any:
-        """The network under training, on the CPU; a family of several puts them into one module."""
-        return self.read_part("transformer", dtype)
+    def blank(self) -> Any:
+        """The network as its config says it, with weights of no meaning; none are read."""
+        configs = [self.checkpoint.config(name) for name in self.networks]
+        kind = _class(self.transformer_class)
+        return self.joined([kind.from_config(dict(config)) for config in configs])
 
-    def read_part(self, name: str, dtype: torch.dtype) -> Any:
-        """The network in the folder `name`."""
+    def joined(self, networks: Sequence[Any]) -> Any:
+        """The networks under training as one module."""
+        (network,) = networks
+        return network
+
+    def _read(self, name: str, dtype: torch.dtype) -> Any:
         return network.read(_class(self.transformer_class), self.checkpoint, name, dtype)
 
     @property

@@ -55,6 +55,10 @@ class Chroma(Diffusers):
     def encoding_key(self) -> Mapping[str, str]:
         return {**super().encoding_key(), "text_length": str(self.max_sequence_length)}
 
+    def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        width = self.checkpoint.config("transformer")["joint_attention_dim"]
+        return {"prompt_embeds": (self.max_sequence_length, width), "mask": (self.max_sequence_length,)}
+
     def encode_text(self, prompts: Sequence[str]) -> Condition:
         """What ChromaPipeline.encode_prompt gives, in the dtype of `load`."""
         embeds, _, mask, *_ = self.text().encode_prompt(

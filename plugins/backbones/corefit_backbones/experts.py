@@ -54,5 +54,10 @@ class Experts(nn.Module):
         for expert in self._both():
             expert.enable_gradient_checkpointing()
 
+    def set_attention_backend(self, backend: str) -> None:
+        """For both."""
+        for expert in self._both():
+            expert.set_attention_backend(backend)
+
     def _both(self) -> tuple[Any, Any]:
         return self.transformer, self.transformer_2

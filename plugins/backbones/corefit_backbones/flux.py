@@ -65,6 +65,11 @@ class Flux(Diffusers):
     def encoding_key(self) -> Mapping[str, str]:
         return {**super().encoding_key(), "text_length": str(self.max_sequence_length)}
 
+    def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        net = self.checkpoint.config("transformer")
+        embeds = (self.max_sequence_length, net["joint_attention_dim"])
+        return {"prompt_embeds": embeds, "pooled": (net["pooled_projection_dim"],)}
+
     def encode_text(self, prompts: Sequence[str]) -> Condition:
         """What FluxPipeline.encode_prompt gives, in the dtype of `load`."""
         embeds, pooled, _ = self.text().encode_prompt(

@@ -95,6 +95,28 @@ def _damaged(folder: Path) -> str | None:
     return None
 
 
+def compile_blocks(transformer: Any) -> None:
+    """torch.compile for each item of the outermost lists of modules: names and wrappers stay as they are."""
+    from torch import nn
+
+    lists = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.ModuleList)}
+    for name, blocks in lists.items():
+        if not any(name.startswith(f"{other}.") for other in lists):
+            for block in blocks:
+                block.compile()
+
+
+def set_attention(transformer: Any, backend: str) -> None:
+    """Let diffusers compute attention with `backend`; ModelError where it has none of that name, or not its package."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    try:
+        transformer.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as e:
+        known = ", ".join(sorted(name.value for name in AttentionBackendName))
+        raise ModelError(f"attention = {backend!r} cannot be used: {e}; diffusers knows {known}") from e
+
+
 def unwrapped(transformer: Any) -> Any:
     """The model inside DDP's and torch.compile's wrappers."""
     while (inner := getattr(transformer, "module", getattr(transformer, "_orig_mod", None))) is not None:

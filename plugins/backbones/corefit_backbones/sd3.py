@@ -53,6 +53,11 @@ class Sd3(Diffusers):
     def encoding_key(self) -> Mapping[str, str]:
         return {**super().encoding_key(), "text_length": str(self.max_sequence_length)}
 
+    def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        net, clip = self.checkpoint.config("transformer"), self.checkpoint.config("tokenizer", "tokenizer_config.json")
+        embeds = (clip["model_max_length"] + self.max_sequence_length, net["joint_attention_dim"])
+        return {"prompt_embeds": embeds, "pooled": (net["pooled_projection_dim"],)}
+
     def encode_text(self, prompts: Sequence[str]) -> Condition:
         """What StableDiffusion3Pipeline.encode_prompt gives, in the dtype of `load`.
 

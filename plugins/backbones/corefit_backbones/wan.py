@@ -15,7 +15,6 @@ from corefit_backbones.backbone import Diffusers
 from corefit_backbones.folder import check_size
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 LARGEST = 4096
@@ -59,12 +58,12 @@ class Wan(Diffusers):
     def check_settings(self) -> None:
         _ = self.geometry, self.schedule, self.boundary
 
-    def load_transformer(self, dtype: torch.dtype) -> Any:
+    def joined(self, networks: Sequence[Any]) -> Any:
         if self.boundary is None:
-            return super().load_transformer(dtype)
+            return super().joined(networks)
         from corefit_backbones.experts import Experts
 
-        return Experts(*(self.read_part(name, dtype) for name in self.networks), boundary=self.boundary)
+        return Experts(*networks, boundary=self.boundary)
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
         """(C, 1 + (T-1)/4, H/8, W/8) of [frames, height, width]; [height, width] is one frame."""
@@ -82,6 +81,9 @@ class Wan(Diffusers):
 
     def encoding_key(self) -> Mapping[str, str]:
         return {**super().encoding_key(), "text_length": str(self.max_sequence_length)}
+
+    def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.max_sequence_length, self.checkpoint.config("transformer")["text_dim"])}
 
     def encode_text(self, prompts: Sequence[str]) -> Condition:
         """What WanPipeline.encode_prompt gives, in the dtype of `load`; ftfy mends prompts where it is installed."""

@@ -87,6 +87,10 @@ class FlowGrpo(Objective[Rollouts]):
         return self._length
 
     @property
+    def rows_per_graph(self) -> int:
+        return 1 if self.guidance == 1 else 2
+
+    @property
     def num_updates(self) -> int:
         return self.epochs * self.updates
 

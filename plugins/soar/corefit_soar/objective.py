@@ -73,6 +73,10 @@ class Soar(Supervised):
     def num_terms(self) -> int:
         return 1 + self.paths * math.ceil(self.points / self.chunk) if self.weight else 1
 
+    @property
+    def rows_per_graph(self) -> int:
+        return min(self.chunk, self.points)
+
     def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
         z0 = batch.clean
         shift = ctx.backbone.shift(tuple(z0.shape[1:]))
