@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from benchmarks.checkpoints import checkpoints
+from benchmarks.data import data
 from benchmarks.faults import faults
 from benchmarks.soar_step import soar_step
 
@@ -19,6 +20,7 @@ def main(context: click.Context) -> None:
 
 main.add_command(soar_step)
 main.add_command(checkpoints)
+main.add_command(data)
 main.add_command(faults)
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_the_plugin_of_the_readme_is_a_plugin(tmp_path):
 
 
 def test_the_pipeline_of_the_readme_is_one(project):
-    (text,) = blocks(README, "toml")
+    text, data = blocks(README, "toml")
     tables = tomllib.loads(text)
     assert tables["stage"][0]["objective"]["use"] == "soar"
     (project.folder / "sharpness.py").write_text(
@@ -42,6 +42,12 @@ def test_the_pipeline_of_the_readme_is_one(project):
     )
     project.write('plugins = ["sharpness.py"]\n' + text.replace("stabilityai/stable-diffusion-3.5-medium", "./base"))
     said = project.main("check", "pipeline.toml", "--set", "data.size=[16, 16]")
+    assert said.status == 0, said.err
+    start, end = project.text.index("[data]"), project.text.index("[[stage]]")
+    source = 'source = { use = "jsonl", path = "train.jsonl" }'
+    data = data.replace('source = { use = "imagefolder", path = "pictures" }', source)
+    project.write(project.text[:start] + data + project.text[end:])
+    said = project.main("check", "pipeline.toml", "--set", "data.size=[32, 32]")
     assert said.status == 0, said.err
 
 
