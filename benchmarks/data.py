@@ -46,11 +46,11 @@ class Pictures:
 
 
 @click.command("data")
-@click.option("--rounds", default=12, show_default=True, type=click.IntRange(2), help=f"Of {STEPS} steps each way.")
+@click.option("--rounds", default=6, show_default=True, type=click.IntRange(2), help=f"Of {STEPS} steps each way.")
 @click.option("--count", default=1024, show_default=True, type=click.IntRange(BATCH), help="Examples.")
 @click.option("--json", "file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures there too.")
 def data(rounds: int, count: int, file: Path | None) -> None:
-    """Time steps on batches from the cache and on batches in memory, in turns (2 minutes)."""
+    """Time steps on batches from the cache and on batches in memory, in turns (4 minutes)."""
     import torch
 
     torch.set_num_threads(1)

@@ -56,7 +56,12 @@ def sizes(size: Size, aspects: Sequence[str], backbone: Backbone) -> tuple[Size,
                 f"aspects: {found[bucket]!r} and {text!r} are both {bucket[-1]} x {bucket[-2]} pixels at this size; "
                 "remove one"
             )
-        backbone.latent_shape(bucket)
+        try:
+            backbone.latent_shape(bucket)
+        except CorefitError as error:
+            raise ConfigError(
+                f"aspects: {text!r} at this size is {bucket[-1]} x {bucket[-2]} pixels: {error}"
+            ) from None
         found[bucket] = text
     return tuple(found)
 

