@@ -117,7 +117,7 @@ class Project:
             return subprocess.Popen(
                 [sys.executable, "-m", *module, "run", PIPELINE, *self.overrides],
                 cwd=self.folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

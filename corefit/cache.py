@@ -233,16 +233,12 @@ class Work:
 
         done, mine = 0, range(rank, -(-self.total // PART), world)
         share = sum(min(PART, self.total - number * PART) for number in mine)
-        try:
-            for number, examples in enumerate(chunks(self.data.raw.examples(), PART)):
-                if number in mine:
-                    with torch.no_grad():
-                        self._part(number, examples, lambda n, before=done: progress(before + n, share))
-                    done += len(examples)
-                    progress(done, share)
-        finally:
-            with suppress(OSError):  # nothing in it: a run that could not start leaves nothing
-                self.parts.rmdir()
+        for number, examples in enumerate(chunks(self.data.raw.examples(), PART)):
+            if number in mine:
+                with torch.no_grad():
+                    self._part(number, examples, lambda n, before=done: progress(before + n, share))
+                done += len(examples)
+                progress(done, share)
         check_readable(self.encoder.failed, self.total, self.data.skip)
 
     def _part(self, number: int, examples: Sequence[Example], progress: Callable[[int], None]) -> None:
@@ -364,7 +360,9 @@ def _alone(root: Path, parts: Path, main: bool) -> Generator[None]:
         with _held(parts.with_suffix(".lock")):
             yield
     finally:
-        with suppress(OSError):  # nothing else in it
+        with suppress(OSError):  # nothing in it: a run that could not start leaves nothing
+            parts.rmdir()
+        with suppress(OSError):
             root.rmdir()
 
 

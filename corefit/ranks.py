@@ -181,13 +181,16 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
     precision  "fp32", "bf16", or "auto": bf16 where a GPU has it
     shard      FSDP2; `accelerate launch --use_fsdp` asks for it too
     """
+    import torch
     import torch.distributed as dist
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     shard = _asked_for_fsdp() or shard
     half = is_half(precision)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    made = Accelerator(mixed_precision="bf16" if half else "no", kwargs_handlers=[ddp])
+    # without a GPU it takes a launcher's processes for one unless told
+    bare = not torch.accelerator.is_available()
+    made = Accelerator(cpu=bare, mixed_precision="bf16" if half else "no", kwargs_handlers=[ddp])
     if made.device.type == "cpu":
         memory.keep_freed()
     if made.num_processes == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,7 +42,7 @@ def settings(*keys: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **more}
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
 def processes(project: Project, *args: str, launcher: Sequence[str], **more: str) -> Ended:
@@ -300,3 +301,29 @@ def by_hand(project: Project, keys: Sequence[str]) -> list[subprocess.Popen[str]
         )
         for rank in range(2)
     ]
+
+
+def test_two_processes_share_the_encoding(odd):
+    """A part each, and the bytes of one process's cache."""
+    from PIL import Image
+
+    rows = []
+    for n in range(520):
+        Image.new("RGB", (16, 16), (n % 256, 0, 0)).save(odd.folder / f"{n}.png")
+        rows.append({"media": f"{n}.png", "prompt": "a red sky"})
+    (odd.folder / "train.jsonl").unlink()
+    odd.lines("train.jsonl", *rows)
+    command = [sys.executable, *TORCHRUN, "-m", "corefit", "prepare", "pipeline.toml"]
+    done = subprocess.run(command, cwd=odd.folder, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "encoding data: 512/512" in done.stdout  # the first rank's share
+
+    def contents() -> dict[str, bytes]:
+        cache = odd.folder / ".corefit" / "cache"
+        return {str(f.relative_to(cache)): f.read_bytes() for f in cache.rglob("*") if f.is_file()}
+
+    two = contents()
+    shutil.rmtree(odd.folder / ".corefit")
+    assert odd.main("prepare", "pipeline.toml").status == 0
+    assert contents() == two
+    assert sum("part-00001" in name for name in two) > 1
