@@ -16,7 +16,10 @@ from corefit.types import (
 )
 
 __version__ = "0.1.0"
+API_VERSION = "1.0"
+"""Of what plugins are written against: hooks, protocols, the names below. The first number changes when one goes."""
 __all__ = [
+    "API_VERSION",
     "Backbone",
     "Batch",
     "Condition",

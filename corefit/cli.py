@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from corefit import __version__
 from corefit.errors import CorefitError, Stopped
+
+if TYPE_CHECKING:
+    from corefit.plugins import Host
 
 SET = click.option(
     "--set",
@@ -110,15 +115,36 @@ def show(pipeline: Path, settings: tuple[str, ...], out: Path | None, count: int
 
 @cli.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-def plugins(files: tuple[Path, ...]) -> None:
+@click.option("--trace", is_flag=True, help="Say each hook that is called, whose it is and what it gives.")
+def plugins(files: tuple[Path, ...], trace: bool) -> None:
     """List who offers what, with its keys. FILES are local plugin files to include."""
     from corefit.listing import listing
+
+    click.echo(listing(_host(files, click.echo if trace else None)))
+
+
+@cli.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+def schema(files: tuple[Path, ...]) -> None:
+    """Write the JSON Schema of pipeline files, from the installed plugins and local FILES.
+
+    corefit schema > pipeline.schema.json, and "#:schema pipeline.schema.json" as a pipeline's first line, lets editors
+    complete and check it.
+    """
+    import json
+
+    from corefit.schema import schema as described
+
+    click.echo(json.dumps(described(_host(files)), indent=1))
+
+
+def _host(files: tuple[Path, ...], trace: Callable[[str], None] | None = None) -> Host:
     from corefit.plugins import Host
 
-    host = Host()
+    host = Host(trace=trace)
     for file in files:
         host.add_file(file)
-    click.echo(listing(host))
+    return host
 
 
 def _with_out(settings: tuple[str, ...], out: Path | None) -> list[str]:

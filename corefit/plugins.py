@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -25,6 +25,8 @@ from corefit import hookspecs
 from corefit.errors import PluginError
 
 GROUP = "corefit"
+API = "COREFIT_API"
+"""What a plugin module may set: the version of the API that it is written for."""
 DISABLE = "COREFIT_DISABLE"
 KINDS: Mapping[str, str] = {
     "backbones": "backbone",
@@ -66,7 +68,9 @@ class Host:
     offer that is no attrs class.
     """
 
-    def __init__(self, plugins: Iterable[object] | None = None) -> None:
+    def __init__(self, plugins: Iterable[object] | None = None, *, trace: Callable[[str], None] | None = None) -> None:
+        self._trace = trace
+        """Told of every hook that is called: arguments, owner, result."""
         self._manager = pluggy.PluginManager(GROUP)
         self._manager.add_hookspecs(hookspecs)
         self.hook: Any = self._manager.hook
@@ -109,6 +113,7 @@ class Host:
 
     def _register(self, found: Found) -> None:
         _refuse_misspelt(found)
+        _refuse_other_api(found)
         try:
             self._manager.register(found.plugin, name=found.name)
             self._manager.check_pending()
@@ -124,6 +129,9 @@ class Host:
             return
         where = f"plugin {found.name!r} of {found.owner}, corefit_{kind}()"
         offers = _called(offer_hook, where, found)
+        if self._trace:
+            names = ", ".join(f"{name}: {getattr(cls, '__qualname__', cls)}" for name, cls in offers.items())
+            self._trace(f"corefit_{kind}() of {found.name} ({found.owner}) -> {{{names}}}")
         for name, cls in offers.items():
             if not (isinstance(cls, type) and attrs.has(cls)):
                 raise PluginError(
@@ -245,6 +253,18 @@ def _refuse_misspelt(found: Found) -> None:
                 f"plugin {found.name!r} of {found.owner} implements {attribute!r}, which is no hook"
                 f"{near(attribute, HOOKS)}; the hooks are: {', '.join(HOOKS)}. Until then, {found.remedy}"
             )
+
+
+def _refuse_other_api(found: Found) -> None:
+    """A plugin may say which version of corefit's API it is written for: COREFIT_API = "1"."""
+    import corefit
+
+    built = getattr(found.plugin, API, None)
+    if built is not None and str(built).partition(".")[0] != corefit.API_VERSION.partition(".")[0]:
+        raise PluginError(
+            f"plugin {found.name!r} of {found.owner} is written for version {built} of corefit's API, and this corefit "
+            f"has {corefit.API_VERSION}; install a release of one for the other. Until then, {found.remedy}"
+        )
 
 
 def _called(offer_hook: Any, where: str, found: Found) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ LAYERS = (
     {"encode", "survey"},
     {"evaluate", "cache", "weights", "observers", "meters"},
     {"train", "pipeline"},
-    {"identity", "prepare", "estimate"},
+    {"identity", "prepare", "estimate", "schema"},
     {"plan", "show"},
     {"run"},
     {"cli"},

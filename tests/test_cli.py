@@ -66,12 +66,10 @@ def test_check_reads_no_weights(project):
     assert project.tree() == before, "check writes nothing"
 
 
-def test_check_says_what_a_run_would_do_in_seconds(project):
-    """Most of them import diffusers' networks, of which it makes one without weights."""
-    ended = []
-    assert min(seconds(lambda: ended.append(project.command("check", "pipeline.toml"))) for _ in range(2)) < 10
-    assert (ended[0].status, ended[0].err) == (0, "")
-    said, *stages = ended[0].out.splitlines()
+def test_check_says_what_a_run_would_do(project):
+    ended = project.command("check", "pipeline.toml")
+    assert (ended.status, ended.err) == (0, "")
+    said, *stages = ended.out.splitlines()
     assert said == f"pipeline.toml: ok: soar (2 steps of 4), grpo (1 steps of 4); runs go to {project.folder}/runs/tiny"
     assert [line.split(":")[0] for line in stages] == ["  soar", "  grpo"]
 
@@ -124,7 +122,7 @@ def test_help_names_every_command(project):
         assert ended.status == 0
         assert "Post-train flow-matching image and video models" in ended.out
         assert all(f"\n  {name} " in ended.out for name in cli.cli.commands)
-    assert set(cli.cli.commands) == {"run", "check", "prepare", "show", "plugins"}
+    assert set(cli.cli.commands) == {"run", "check", "prepare", "show", "plugins", "schema"}
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import attrs
 import pytest
@@ -419,3 +420,64 @@ def test_listing_shows_whole_types_of_annotations_that_are_not_text(file):
     text = listing(host)
     for line in ("a: list[str] = []", "b: int = 1", "c: tuple[int, int] | None"):
         assert f"      {line}\n" in text
+
+
+# the API
+
+
+def test_public_names_do_not_go():
+    """A name that goes is a new major version of API_VERSION, and a line in the changelog."""
+    import corefit
+    import corefit.testing
+
+    assert corefit.API_VERSION == "1.0"
+    assert {
+        "API_VERSION",
+        "Backbone",
+        "Batch",
+        "Condition",
+        "Context",
+        "Example",
+        "NoiseWeighting",
+        "Objective",
+        "Offers",
+        "Reward",
+        "Sampler",
+        "Source",
+        "Step",
+        "Supervised",
+        "Term",
+        "hookimpl",
+    } <= set(corefit.__all__)
+    assert {"check_objective", "check_sampler", "check_backbone", "ToyBackbone", "toy_batch", "toy_context"} <= set(
+        corefit.testing.__all__
+    )
+    assert set(HOOKS) >= {
+        "corefit_backbones",
+        "corefit_samplers",
+        "corefit_noise_weightings",
+        "corefit_objectives",
+        "corefit_rewards",
+        "corefit_sources",
+        "corefit_stage_started",
+        "corefit_step_finished",
+        "corefit_checkpoint_saved",
+        "corefit_stage_finished",
+    }
+
+
+@pytest.mark.parametrize(("version", "refused"), [("2.0", True), ("0", True), ("1", False), ("1.7", False)])
+def test_a_plugin_for_another_api_is_refused_by_name(version, refused):
+    plugin = ModuleType("mine")
+    plugin.COREFIT_API = version
+    if not refused:
+        Host(plugins=[plugin])
+        return
+    with pytest.raises(PluginError, match=rf"plugin 'mine.* is written for version {version} of corefit's API"):
+        Host(plugins=[plugin])
+
+
+def test_trace_says_what_is_called_and_whose_it_is():
+    said: list[str] = []
+    Host(trace=said.append)
+    assert any(re.fullmatch(r"corefit_objectives\(\) of sft \(corefit \S+\) -> \{sft: Sft\}", line) for line in said)

@@ -12,6 +12,7 @@ from torch import Tensor
 from corefit import Batch, Context, Objective, Offers, Supervised, Term, hookimpl
 from corefit.flow import like, mix, per_sample
 
+COREFIT_API = "1.0"
 share = [validators.ge(0), validators.le(1)]
 
 

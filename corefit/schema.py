@@ -1,0 +1,99 @@
+"""`corefit schema`: what a pipeline file may say, as JSON Schema, from the installed plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import attrs
+
+from corefit.config import PLUGIN_TYPES
+from corefit.pipeline import CHOICES, TRAIN, Pipeline
+from corefit.plugins import Host
+from corefit.types import ModelPath, Weighted
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+PLAIN: Mapping[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
+Schema = dict[str, Any]
+
+
+def schema(host: Host) -> Schema:
+    """Of a whole pipeline; what an editor completes and underlines."""
+    whole = _Writer(host).table(Pipeline)
+    train = whole["properties"].pop(TRAIN, None)
+    for backbone in whole["properties"]["backbone"]["anyOf"]:  # in TOML `train` is a key of [backbone]
+        backbone["properties"][TRAIN] = train
+    return {"$schema": DIALECT, "title": "corefit pipeline", **whole}
+
+
+@attrs.frozen
+class _Writer:
+    host: Host
+
+    def table(self, cls: type[Any], use: str | None = None) -> Schema:
+        """Of an attrs class; `use` names it among others."""
+        attrs.resolve_types(cls, include_extras=True)
+        fields = [f for f in attrs.fields(cls) if f.init]
+        properties = {f.name: self.of(f.type) | _default(f.default) for f in fields}
+        required = [f.name for f in fields if f.default is attrs.NOTHING]
+        if use is not None:
+            properties, required = {"use": {"const": use}, **properties}, ["use", *required]
+        said = next(iter((cls.__doc__ or "").splitlines()), "")
+        return {
+            "type": "object",
+            **({"description": said} if said else {}),
+            "properties": properties,
+            "additionalProperties": False,
+            **({"required": required} if required else {}),
+        }
+
+    def of(self, kind: Any) -> Schema:
+        """Of a field's type."""
+        choices = next((classes for known, classes in CHOICES.items() if known == kind), None)
+        if choices:
+            return {"anyOf": [self.table(cls, use) for use, cls in choices.items()]}
+        if get_origin(kind) in (Union, UnionType):
+            inner = [arg for arg in get_args(kind) if arg is not NoneType]
+            return self.of(inner[0]) if len(inner) == 1 else {"anyOf": [self.of(arg) for arg in inner]}
+        return self._one(kind)
+
+    def _one(self, kind: Any) -> Schema:
+        origin = get_origin(kind)
+        if origin is Literal:
+            return {"enum": list(get_args(kind))}
+        if origin in (tuple, list, Sequence):
+            return _list(get_args(kind), self.of)
+        if kind is ModelPath:
+            return {"type": "string"}
+        if kind is Weighted:
+            return {"anyOf": [self._weighted(name) for name in sorted(self.host.offers["rewards"])] or [{}]}
+        if (origin or kind) in PLUGIN_TYPES:
+            offers = self.host.offers[PLUGIN_TYPES[origin or kind]]
+            return {"anyOf": [self.table(offers[name].cls, name) for name in sorted(offers)]}
+        if attrs.has(kind):
+            return self.table(kind)
+        return {"type": PLAIN[kind]} if kind in PLAIN else {}
+
+    def _weighted(self, name: str) -> Schema:
+        made = self.table(self.host.get("rewards", name), name)
+        made["properties"]["weight"] = {"type": "number", "default": 1.0}
+        return made
+
+
+def _list(kinds: Sequence[Any], of: Any) -> Schema:
+    if (len(kinds) == 2 and kinds[1] is Ellipsis) or len(kinds) == 1:
+        return {"type": "array", "items": of(kinds[0])}
+    return {
+        "type": "array",
+        "prefixItems": [of(kind) for kind in kinds],
+        "minItems": len(kinds),
+        "maxItems": len(kinds),
+    }
+
+
+def _default(default: Any) -> Schema:
+    """What the key is if it is left out, where JSON can say it."""
+    plain = isinstance(default, (bool, int, float, str))
+    return {"default": default} if plain else {}
