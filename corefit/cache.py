@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from corefit.ranks import Ranks
     from corefit.types import Backbone, Example, Weighted
 
-FORMAT = 3
+FORMAT = 4
 """Part of every key: raise it when the same input gives other bytes."""
 PART = 512
 """Examples of a part: what a kill costs at most, a process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +60,8 @@ class Encoder:
 
     def rows(self, examples: Sequence[Example]) -> Iterator[Row]:
         """Past the budget the rest is still opened, so that all unreadable media are listed, but not encoded."""
-        for window in chunks(examples, 4 * self.data.encode_batch * len(self.sizes)):
+        frames = math.prod(self.sizes[0][:-2])
+        for window in chunks(examples, self.data.encode_batch * max(1, 4 * len(self.sizes) // frames)):
             read = self._read(window)
             if len(self.failed) <= self.data.skip:
                 yield from self._encoded(read)

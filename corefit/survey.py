@@ -36,8 +36,13 @@ def survey(data: Data, media: bool, digest: Callable[[Any], str]) -> tuple[int, 
             bare.append(f"example {number}: {example.prompts[0]!r}")
         if media and isinstance(example.media, Path) and not example.media.exists():
             missing.append(f"{example.media}: no such file")
-        wanted = media and not bare and len(missing) <= data.skip
-        total.update(_line(number, example, digest(example.media) if wanted else ""))
+        content = ""
+        if media and not bare and len(missing) <= data.skip:
+            try:
+                content = digest(example.media)
+            except DataError as error:  # of an archive that is cut off, or a row without its image
+                missing.append(str(error))
+        total.update(_line(number, example, content))
     if bare:
         raise DataError(f"{len(bare)} of {number} examples have no media, and a stage needs them:\n{listed(bare)}")
     if number == 0:

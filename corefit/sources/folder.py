@@ -11,6 +11,7 @@ from attrs import frozen
 from corefit.errors import DataError
 from corefit.sources.media import MEDIA
 from corefit.sources.messages import listed
+from corefit.sources.text import lines
 from corefit.types import Example, Source
 
 
@@ -59,4 +60,8 @@ class ImageFolder(Source):
             return None if self.class_prompt is None else self.class_prompt.replace("{folder}", file.parent.name)
         except UnicodeDecodeError as error:
             raise DataError(f"{text} is not UTF-8 text ({error})") from None
-        return said if self.captions == "whole" else tuple(filter(None, map(str.strip, said.splitlines()))) or said
+        if self.captions == "whole":
+            return said
+        if not said:
+            raise DataError(f'{text} is empty: with captions = "lines" it has one or more')
+        return tuple(lines(said))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from string import Formatter
 from typing import Any, cast
 
 from attrs import frozen
 
 from corefit.errors import DataError
+from corefit.sources.captions import captions, shown
 from corefit.types import Example, Source
+
+MEDIA = "media"
+KEY = re.compile(r"\{([^{}]+)\}")
 
 
 @frozen
@@ -20,7 +24,7 @@ class Jsonl(Source):
 
     path: Path
     """The file; blank lines in it are skipped."""
-    media: str = "media"
+    media: str = MEDIA
     """The key that holds the media file, or a name made of keys, such as "{md5}.png"; every line has it or none."""
     prompt: str = "prompt"
     """The key that holds the prompt, or a list of captions of which each time one is drawn."""
@@ -28,14 +32,17 @@ class Jsonl(Source):
     """Folder that media files are relative to; that of the file itself unless set."""
 
     def examples(self) -> Iterator[Example]:
-        """All lines in order; DataError names the file and the line."""
+        """All lines in order; DataError names the file and the line.
+
+        Lines without media are prompts alone where `media` is what it is by default; a key that is named must be there.
+        """
         first: tuple[int, bool] | None = None
         for number, row in self._rows():
-            has = self._media_keys <= row.keys()
+            has = self.media != MEDIA or MEDIA in row
             first = first or (number, has)
             if has != first[1]:
-                raise self._wrong(number, _mixed(self.media, has, first[0]))
-            yield self._example(number, row)
+                raise self._wrong(number, _mixed(has, first[0]))
+            yield self._example(number, row, has)
         if first is None:
             raise DataError(f"{self.path} is empty: expected one JSON object a line with a {self.prompt!r}")
 
@@ -50,49 +57,41 @@ class Jsonl(Source):
     def _object(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             row: Any = json.loads(line.decode("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise self._wrong(number, f"this is not JSON ({error}); write one object a line") from None
         if not isinstance(row, dict):
             raise self._wrong(number, f"found a {type(row).__name__}, expected an object such as {{...}}")
         return cast(dict[str, Any], row)
 
-    @property
-    def _media_keys(self) -> set[str]:
-        """The keys that the media file's name is made of."""
-        return {key for _, key, _, _ in Formatter().parse(self.media) if key} or {self.media}
+    def _example(self, number: int, row: dict[str, Any], has_media: bool) -> Example:
+        try:
+            prompt = captions(self._value(number, row, self.prompt))
+        except ValueError as error:
+            raise self._wrong(number, f"{self.prompt!r} {error}") from None
+        file = (self.root or self.path.parent) / self._name(number, row) if has_media else None
+        return Example(prompt, file, {key: value for key, value in row.items() if key not in (self.prompt, self.media)})
 
-    def _example(self, number: int, row: dict[str, Any]) -> Example:
-        meta = {key: value for key, value in row.items() if key not in (self.prompt, self.media)}
-        return Example(self._prompts(number, row), self._file(number, row), meta)
+    def _name(self, number: int, row: dict[str, Any]) -> str:
+        """Of the media file."""
+        if KEY.search(self.media):
+            return KEY.sub(lambda key: self._text(number, row, key[1], (str, int)), self.media)
+        return self._text(number, row, self.media, (str,))
 
-    def _file(self, number: int, row: dict[str, Any]) -> Path | None:
-        keys = self._media_keys
-        if not keys <= row.keys():
-            return None
-        texts = {key: self._text(number, row, key) for key in keys}
-        name = texts[self.media] if keys == {self.media} else self.media.format(**texts)
-        return (self.root or self.path.parent) / name
+    def _text(self, number: int, row: dict[str, Any], key: str, kinds: tuple[type, ...]) -> str:
+        value = self._value(number, row, key)
+        if type(value) not in kinds:
+            raise self._wrong(number, f"{key!r} is {shown(value)}, expected a string")
+        return str(value)
 
-    def _prompts(self, number: int, row: dict[str, Any]) -> str | Sequence[str]:
-        captions = row.get(self.prompt)
-        if not isinstance(captions, list):
-            return self._text(number, row, self.prompt)
-        texts = cast(list[Any], captions)
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise self._wrong(number, f"{self.prompt!r} is {json.dumps(texts)[:60]}, expected one or more strings")
-        return tuple(texts)
-
-    def _text(self, number: int, row: dict[str, Any], key: str) -> str:
+    def _value(self, number: int, row: dict[str, Any], key: str) -> Any:
         if key not in row:
             raise self._wrong(number, f"there is no {key!r}; the line has {', '.join(map(repr, row)) or 'no keys'}")
-        if not isinstance(row[key], str):
-            raise self._wrong(number, f"{key!r} is {json.dumps(row[key])[:60]}, expected a string")
         return row[key]
 
     def _wrong(self, number: int, what: str) -> DataError:
         return DataError(f"{self.path}:{number}: {what}")
 
 
-def _mixed(key: str, has: bool, first: int) -> str:
+def _mixed(has: bool, first: int) -> str:
     found, before = ("has a", "has none") if has else ("has no", "has one")
-    return f"this line {found} {key!r} but line {first} {before}; give every line media, or none"
+    return f"this line {found} {MEDIA!r} but line {first} {before}; give every line media, or none"

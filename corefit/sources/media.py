@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from corefit.sources import video
+from corefit.sources import pictures, video
 from corefit.types import Stored
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
     Pixels = NDArray[np.uint8]
 
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-MEDIA = PICTURES | video.VIDEOS
+MEDIA = pictures.PICTURES | video.VIDEOS
 
 
 @frozen(eq=False)
@@ -49,47 +48,44 @@ def view(media: Path | Stored | Any, size: Sequence[int], fps: float | None = No
     import numpy as np
 
     *frames, height, width = size
-    images = [rgb(image) for image in video.frames(_moving(media), frames[0], fps)] if frames else [_still(media)]
-    first = images[0]
+    images = video.frames(_moving(media), frames[0], fps) if frames else iter([_still(media)])
+    first = next(images)
     crop = _crop(first.width, first.height, width / height)
-    fitted = np.stack([_fitted(image, crop, (width, height)) for image in images])
+    fitted = [_fitted(image, crop, (width, height)) for image in chain([first], _alike(images, first.size))]
     enlarged = first.width < width or first.height < height
-    return View(fitted if frames else fitted[0], enlarged, (first.height, first.width), crop)
+    return View(np.stack(fitted) if frames else fitted[0], enlarged, (first.height, first.width), crop)
 
 
 def dimensions(media: Path | Stored | Any) -> tuple[int, int]:
-    """Height and width, upright, from a file's header."""
+    """Height and width, upright, without decoding a picture's pixels or more than a clip's first frame."""
     import numpy as np
-    from PIL import Image
 
     if not isinstance(media, (Path, Stored)):
         height, width = np.asarray(media).shape[-3:-1]
         return int(height), int(width)
-    if video.moves(media):
-        return video.dimensions(media)
-    with Image.open(opened(media)) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5
-        return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def opened(media: Path | Stored) -> Any:
-    """What a decoder opens."""
-    return media if isinstance(media, Path) else io.BytesIO(media.read())
+    return video.dimensions(media) if video.moves(media) else pictures.dimensions(media)
 
 
 def _still(media: Path | Stored | Any) -> Image:
-    from PIL import Image, ImageOps
-
     if video.moves(media):
         raise ValueError("this is a clip, and size = [height, width] is of pictures; give [frames, height, width]")
-    with Image.open(opened(media)) if isinstance(media, (Path, Stored)) else _in_memory(media) as image:
-        return rgb(ImageOps.exif_transpose(image))
+    return pictures.upright(media)
 
 
 def _moving(media: Path | Stored | Any) -> Any:
     if not video.moves(media):
         raise ValueError("this is a picture, and size = [frames, height, width] is of clips; give [height, width]")
     return media
+
+
+def _alike(images: Iterator[Image], size: tuple[int, int]) -> Iterator[Image]:
+    for number, image in enumerate(images, 2):
+        if image.size != size:
+            raise ValueError(
+                f"frame {number} has {image.width} x {image.height} pixels, the first {size[0]} x {size[1]}; "
+                "those of a clip have one size"
+            )
+        yield image
 
 
 def _crop(width: int, height: int, ratio: float) -> tuple[float, float, float, float]:
@@ -104,37 +100,3 @@ def _fitted(image: Image, crop: tuple[float, float, float, float], size: tuple[i
     from PIL import Image
 
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=crop))
-
-
-def _in_memory(media: Any) -> Image:
-    import numpy as np
-    from PIL import Image
-
-    array = np.asarray(media)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(f"an image in memory is {array.dtype} {array.shape}, expected uint8 [H, W, 3]")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def rgb(image: Image) -> Image:
-    from PIL import Image
-
-    if image.mode.startswith("I"):
-        return _eight_bit(image).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; save 8 or 16 bits a channel")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _eight_bit(image: Image) -> Image:
-    """16-bit grey, also as Pillow's 32-bit mode, in 8 bits; plain conversion would clip it to white."""
-    import numpy as np
-    from PIL import Image
-
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("32-bit grey pixels have no agreed range; save 8 or 16 bits a channel")
-    return Image.fromarray((values / 257).round().astype(np.uint8))

@@ -24,13 +24,17 @@ class Text(Source):
         if not self.path.is_file():
             raise DataError(f"{self.path} does not exist or is not a file: `path` must name a text file")
         try:
-            lines = self.path.read_text("utf-8-sig").splitlines()
+            prompts = lines(self.path.read_text("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path} is not UTF-8 text ({error})") from None
-        prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise DataError(f"{self.path} is empty: expected one prompt a line")
         yield from map(Example, prompts)
+
+
+def lines(text: str) -> list[str]:
+    """Those that are not blank; a line ends at its newline and at no other of Unicode's separators."""
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def prompts(path: Path) -> Source:

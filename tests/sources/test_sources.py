@@ -53,6 +53,8 @@ def test_jsonl_without_media_is_prompts_alone(tmp_path: Path) -> None:
     ("rows", "line", "says"),
     [
         (['{"prompt": '], 1, "not JSON"),
+        (['{"prompt": "a", "n": ' + "9" * 5000 + "}"], 1, "not JSON"),
+        (['{"prompt": "a", "n": ' + "[" * 100_000], 1, "not JSON"),
         ([{"prompt": "a"}, "[1]"], 2, "found a list"),
         ([{"prompt": "a"}, {"promt": "b"}], 2, "no 'prompt'; the line has 'promt'"),
         ([{"prompt": "a"}, {"prompt": 3}], 2, "'prompt' is 3, expected a string"),

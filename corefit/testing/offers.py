@@ -1,0 +1,163 @@
+"""What any noise weighting, reward and source must satisfy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corefit.rng import Rng
+from corefit.testing.checks import close, expect, global_seed, normal
+from corefit.types import Example, NoiseWeighting, Reward, Source, Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROWS = 512
+READ = 64
+"""Examples of a source that are looked at."""
+
+
+def check_noise(noise: NoiseWeighting) -> None:
+    """AssertionError, naming the problem, unless `noise` keeps the promises of `corefit.types.NoiseWeighting`."""
+    with _named(noise):
+        sigma = _drawn(noise, 1.0, range(ROWS))
+        expect(tuple(sigma.shape) == (ROWS,), f"sample({ROWS}, ...) gives {list(sigma.shape)}; return one sigma a row")
+        expect(str(sigma.dtype) == "torch.float32", f"sample gives {sigma.dtype}; return float32")
+        expect(bool(sigma.isfinite().all()), "sample gives sigmas that are not finite")
+        low, high = float(sigma.min()), float(sigma.max())
+        expect(low > 0 and high <= 1, f"sample gives sigmas from {low:.3g} to {high:.3g}; they lie in (0, 1]")
+        expect(float(sigma.std()) > 0 or low == high, "sample gives NaN")
+        _check_draws(noise, sigma)
+        _check_weight(noise, sigma)
+
+
+def check_reward(
+    reward: Reward,
+    media: Tensor | None = None,
+    prompts: Sequence[str] = ("a red circle", "a blue square", "the letter A"),
+    meta: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """AssertionError, naming the problem, unless `reward` keeps the promises of `corefit.types.Reward`.
+
+    media   [B, 3, H, W] in [0, 1], one a prompt; random pictures of 64 x 64 by default
+    meta    one mapping a prompt: what the reward reads of the data, if anything
+    """
+    import torch
+
+    made = _pictures(len(prompts)) if media is None else media
+    metas = list(meta or [{} for _ in prompts])
+    before = made.clone()
+    with _named(reward):
+        scores = torch.as_tensor(reward.score(made, list(prompts), metas))
+        number = len(prompts)
+        expect(tuple(scores.shape) == (number,), f"score of {number} media is {list(scores.shape)}; return one a row")
+        expect(scores.dtype.is_floating_point, f"score gives {scores.dtype}; return floats")
+        expect(bool(scores.isfinite().all()), "score gives NaN or infinity; raise an exception where scoring fails")
+        expect(torch.equal(made, before), "score changes the media in place; compute new tensors")
+        again = torch.as_tensor(reward.score(made, list(prompts), metas))
+        expect(close(again, scores, 1e-4), "score gives other values when called again; draw nothing, drop nothing out")
+        for row in range(number):
+            alone = torch.as_tensor(reward.score(made[row : row + 1], [prompts[row]], [metas[row]]))
+            expect(
+                close(alone, scores[row : row + 1], 1e-3),
+                f"row {row} scores {float(alone[0]):.4g} alone and {float(scores[row]):.4g} among others: a row must "
+                "not depend on its neighbours; no statistics over the batch",
+            )
+
+
+def check_source(source: Source) -> None:
+    """AssertionError, naming the problem, unless `source` keeps the promises of `corefit.types.Source`."""
+    with _named(source):
+        once, again = (list(islice(source.examples(), READ)) for _ in range(2))
+        expect(bool(once), "examples() gives nothing; raise a DataError that says why")
+        told = [(e.prompts, _place(e), dict(e.meta)) for e in once]
+        expect(
+            told == [(e.prompts, _place(e), dict(e.meta)) for e in again],
+            "examples() gives others, or another order, the second time; sort what the disk lists, draw nothing",
+        )
+        bare = {e.media is None for e in once}
+        expect(len(bare) == 1, "some examples have media and some have none; give all of them media, or none")
+        for number, example in enumerate(once):
+            _check_example(number, example)
+
+
+# parts
+
+
+def _pictures(number: int) -> Tensor:
+    """[number, 3, 64, 64] in [0, 1], each brighter than the one before."""
+    import torch
+
+    brightness = torch.linspace(0.2, 1, number).reshape(-1, 1)
+    return (normal(0, (number, 3 * 64 * 64)).sigmoid().float() * brightness).reshape(number, 3, 64, 64)
+
+
+def _drawn(noise: NoiseWeighting, shift: float, rows: Sequence[int]) -> Tensor:
+    return noise.sample(len(rows), shift, Rng((0, "check"), rows))
+
+
+def _check_draws(noise: NoiseWeighting, sigma: Tensor) -> None:
+    import torch
+
+    with global_seed(1):
+        one = _drawn(noise, 1.0, range(ROWS))
+    with global_seed(2):
+        other = _drawn(noise, 1.0, range(ROWS))
+    keyed = "draw from `rng` alone: a sample's noise level must not depend on what was drawn before"
+    expect(
+        torch.equal(one, other) and torch.equal(one, sigma), f"sample gives other sigmas under another seed; {keyed}"
+    )
+    parts = [_drawn(noise, 1.0, range(first, first + 64)) for first in range(0, ROWS, 64)]
+    expect(
+        close(torch.cat(parts), sigma, 1e-6),
+        "a row's sigma depends on which rows are drawn with it; stratify by row numbers, not by place in the batch",
+    )
+    varied = float(sigma.max() - sigma.min()) > 1e-6
+    moved = float(_drawn(noise, 4.0, range(ROWS)).mean() - sigma.mean())
+    expect(
+        not varied or moved > -1e-3,
+        f"a shift of 4 lowers the mean sigma by {-moved:.3g}; a larger shift means more noise",
+    )
+
+
+def _check_weight(noise: NoiseWeighting, sigma: Tensor) -> None:
+    weight = noise.weight(sigma)
+    expect(weight.shape == sigma.shape, f"weight of sigma {list(sigma.shape)} is {list(weight.shape)}; keep the shape")
+    expect(bool(weight.isfinite().all()), "weight is not finite at a sigma that sample gives; guard the division")
+    expect(bool((weight >= 0).all()), "weight is negative: such samples would be unlearned")
+    expect(bool(weight.sum() > 0), "weight is 0 for all that sample gives: nothing would be learned")
+
+
+def _check_example(number: int, example: Example) -> None:
+    where = f"example {number + 1}"
+    texts = {type(prompt) for prompt in example.prompts} == {str}
+    expect(texts, f"{where} has prompts {example.prompts!r}; give one string or several")
+    try:
+        json.dumps(dict(example.meta))
+    except (TypeError, ValueError) as error:
+        raise AssertionError(f"the meta of {where} is not JSON ({error}); give plain values") from None
+    if isinstance(example.media, Path):
+        expect(example.media.exists(), f"the media of {where} are {example.media}, which does not exist")
+    elif isinstance(example.media, Stored):
+        expect(len(example.media.read()) > 0, f"the media of {where}, {example.media.name}, have no bytes")
+
+
+def _place(example: Example) -> object:
+    media = example.media
+    return media.name if isinstance(media, Stored) else str(media) if isinstance(media, Path) else media is None
+
+
+class _named:
+    """Puts the class's name before what is wrong with it."""
+
+    def __init__(self, checked: object) -> None:
+        self._name = type(checked).__name__
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, tb: object) -> None:
+        if isinstance(error, AssertionError):
+            raise AssertionError(f"{self._name}: {error}") from error
