@@ -24,6 +24,8 @@ from corefit.ranks import NOTES
 
 EPS = tuple(f"stage.{name}.optimizer.eps=1e-3" for name in ("soar", "grpo"))
 """Adam divides by a gradient's size: rounding of a gradient near 0 must not become a step."""
+SHARD = [pytest.param("false", id="ddp", marks=pytest.mark.slow), pytest.param("true", id="fsdp")]
+"""DDP takes the same way through signals and faults, with less to agree on: `pytest -m slow` runs it too."""
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 FULL = ("backbone.train={use='full'}", "stage.soar.ema=0.9", "stage.soar.micro_batch=1")
 SOAR_SDE = ("stage.soar.objective.paths=3", "stage.soar.sampler={use='cps'}")
@@ -201,7 +203,7 @@ def test_a_checkpoint_is_continued_by_any_number_of_processes(odd, shard):
         assert np.allclose(metrics(one / stage), metrics(other / stage), atol=1e-4)
 
 
-@pytest.mark.parametrize("shard", ["false", "true"], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("shard", SHARD)
 def test_two_processes_stopped_by_one_signal_end_in_the_same_bytes(odd, shard):
     keys = (*FULL, *GRPO, *LONG, f"shard={shard}")
     assert two(odd, "run", "pipeline.toml", *settings("name='whole'", *keys)).status == 0
@@ -213,7 +215,7 @@ def test_two_processes_stopped_by_one_signal_end_in_the_same_bytes(odd, shard):
     assert not (other / NOTES).exists()
 
 
-@pytest.mark.parametrize("shard", ["false", "true"], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("shard", SHARD)
 def test_a_fault_of_one_rank_is_one_of_all(odd, shard):
     keys = (*LONG, "stage.soar.objective={use='odd', at=1}", f"shard={shard}")
     done = two(odd, "run", "pipeline.toml", *settings("name='stops'", *keys))
