@@ -199,7 +199,10 @@ class Backbone(Protocol):
         ...
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Shape of one row's latents for media of `size` = [height, width]; ValueError if not divisible."""
+        """Shape of one row's latents for media of `size`; ConfigError, a ValueError, for sizes it does not take.
+
+        size  [height, width] of pictures, [frames, height, width] of clips
+        """
         ...
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
@@ -261,7 +264,10 @@ class Reward(Protocol):
     """Scores media. An attrs class. Failing is an exception, never a 0."""
 
     def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
-        """Rewards [B] for media [B, 3, H, W] in [0, 1]; a row's score must not depend on its neighbours."""
+        """Rewards [B] for media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1].
+
+        A row's score must not depend on its neighbours.
+        """
         ...
 
 
