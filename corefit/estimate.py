@@ -156,7 +156,9 @@ def _activations(backbone: Any, pipeline: Pipeline, rows: int, half: bool) -> fl
 
     if not hasattr(backbone, "condition_shapes"):
         return None
-    network, shape = backbone.transformer, backbone.latent_shape(pipeline.data.size)
+    # of several networks the one that a whole batch may go through: which rows go where is not known here
+    network = getattr(backbone.transformer, "busiest", backbone.transformer)
+    shape = backbone.latent_shape(pipeline.data.size)
     blocks, inputs, saved = _blocks(network), dict[int, int](), dict[int, int]()
     kept: list[Any] = []  # or another storage may get a place that was counted
 

@@ -134,3 +134,15 @@ def test_a_large_network_is_estimated_in_seconds_and_takes_no_memory(project: Pr
     assert found.parameters == pytest.approx(11.9e9, rel=0.01)
     assert found.activations is not None
     assert found.activations > 1 << 30
+
+
+def test_of_two_experts_one_makes_the_graph(project: Project) -> None:
+    (project.folder / "base").unlink()
+    tiny_wan(project.folder / "base", words=WORDS, experts=2)
+    project.swap(('use = "sd3"', 'use = "wan"'))
+    two = of(read(project.file))
+    (project.folder / "base").rename(project.folder / "both")
+    tiny_wan(project.folder / "base", words=WORDS)
+    one = of(read(project.file))
+    assert two.parameters > 1.9 * one.parameters
+    assert two.activations == one.activations

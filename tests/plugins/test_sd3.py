@@ -534,7 +534,8 @@ def test_a_hub_that_gives_nothing_is_told(monkeypatch):
 
 def test_the_fields_are_the_keys_and_resolve():
     keys = {f.name for f in attrs.fields(Sd3) if f.init}
-    assert keys == {"path", "revision", "variant", "max_sequence_length", "gradient_checkpointing"}
+    speed = {"gradient_checkpointing", "attention", "compile"}
+    assert keys == {"path", "revision", "variant", "max_sequence_length", *speed}
     assert keys < typing.get_type_hints(Sd3).keys()
 
 

@@ -38,6 +38,11 @@ class Experts(nn.Module):
             v = v + 0 * idle[0](*(t[:1] for t in inputs), return_dict=False)[0].sum()
         return (v,)
 
+    @property
+    def busiest(self) -> nn.Module:
+        """One that all rows of a batch may go through: what a step takes of memory is estimated from it."""
+        return self.transformer
+
     # what diffusers' models offer, of both
 
     @property
