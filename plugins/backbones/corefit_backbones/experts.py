@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from corefit.errors import ModelError
 
 
 class Experts(nn.Module):
@@ -26,6 +29,11 @@ class Experts(nn.Module):
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
         """v of all rows, in their order."""
+        if isinstance(self, FSDPModule):
+            raise ModelError(
+                "shard = true is not for a model of two experts yet: two processes were found to train otherwise than "
+                "one; leave it out (DDP), and train a LoRA where memory is short"
+            )
         inputs = (hidden_states, timestep, encoder_hidden_states)
         high = timestep >= self.boundary
         shares = [(self.transformer, high.nonzero()[:, 0]), (self.transformer_2, (~high).nonzero()[:, 0])]
