@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, validators
 
 from corefit import Condition
-from corefit.errors import ModelError
 from corefit_backbones import network, patches, pictures, schedule
 from corefit_backbones.backbone import Diffusers
 from corefit_backbones.folder import check_size
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LARGEST = 8192
 
 
 @define(eq=False, slots=False)
@@ -37,19 +34,18 @@ class Chroma(Diffusers):
     @cached_property
     def geometry(self) -> tuple[int, int]:
         """Latent channels, pixels a latent."""
-        vae, net = self.checkpoint.config("vae"), self.checkpoint.config("transformer")
-        channels = vae["latent_channels"]
-        if net["in_channels"] != channels * 4:
-            raise ModelError(f"{self.path}: VAE of {channels} channels, transformer of {net['in_channels']} a patch")
-        return channels, 2 ** (len(vae["block_out_channels"]) - 1)
+        return patches.geometry(self.checkpoint)
 
     def check_settings(self) -> None:
         _ = self.geometry, self.schedule
 
+    def joined(self, networks: Sequence[Any]) -> Any:
+        return network.exact_time(super().joined(networks))
+
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
         """(C, H/8, W/8) of [height, width]; ConfigError for what cannot be packed."""
         channels, scale = self.geometry
-        height, width = check_size(size, scale * 2, LARGEST)
+        height, width = check_size(size, scale * 2, patches.LARGEST)
         return channels, height // scale, width // scale
 
     def encoding_key(self) -> Mapping[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, validators
 
@@ -17,17 +17,16 @@ from corefit_backbones.folder import check_size
 if TYPE_CHECKING:
     from torch import Tensor
 
-LARGEST = 8192
-
 
 @define(eq=False, slots=False)
 class Flux(Diffusers):
     """Latents [B, 16, H/8, W/8], packed inside; conditions {"prompt_embeds": [B, L, D], "pooled": [B, P]}.
 
-    dev was distilled with guidance: its scale is an input of the network, 1 in `velocity`, and guidance is one call.
-    schnell has no such input; guidance is then two calls.
+    dev was distilled with guidance: its scale is an input of the network, and guidance is one call. schnell has no
+    such input; guidance is then two calls.
 
     max_sequence_length  T5 tokens of a prompt; schnell was trained with 256
+    guidance             of dev: the scale that `velocity`, which most objectives train, and `guided` at 1 tell it
     """
 
     pipeline_class: ClassVar[str] = "FluxPipeline"
@@ -35,18 +34,13 @@ class Flux(Diffusers):
     vae_class: ClassVar[str] = "AutoencoderKL"
 
     max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(512)])
+    guidance: float = field(default=1.0, validator=validators.ge(0))
     lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
 
     @cached_property
     def geometry(self) -> tuple[int, int]:
         """Latent channels, pixels a latent."""
-        vae, net = self.checkpoint.config("vae"), self.checkpoint.config("transformer")
-        channels = vae["latent_channels"]
-        if net["in_channels"] != channels * 4:
-            raise ModelError(
-                f"{self.path}: VAE of {channels} channels, transformer of {net['in_channels']} a 2 x 2 patch"
-            )
-        return channels, 2 ** (len(vae["block_out_channels"]) - 1)
+        return patches.geometry(self.checkpoint)
 
     @cached_property
     def distilled(self) -> bool:
@@ -55,11 +49,16 @@ class Flux(Diffusers):
 
     def check_settings(self) -> None:
         _ = self.geometry, self.schedule
+        if self.guidance != 1 and not self.distilled:
+            raise ModelError(f"guidance = {self.guidance}: {self.path} has no guidance embedding; remove the key")
+
+    def joined(self, networks: Sequence[Any]) -> Any:
+        return network.exact_time(super().joined(networks))
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
         """(C, H/8, W/8) of [height, width]; ConfigError for what cannot be packed."""
         channels, scale = self.geometry
-        height, width = check_size(size, scale * 2, LARGEST)
+        height, width = check_size(size, scale * 2, patches.LARGEST)
         return channels, height // scale, width // scale
 
     def encoding_key(self) -> Mapping[str, str]:
@@ -85,13 +84,15 @@ class Flux(Diffusers):
         return pictures.decode(self.vae(), x0)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
-        return self._embedded(x, sigma, cond, 1.0)
+        return self._embedded(x, sigma, cond, self.guidance)
 
     def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
-        """One call with `scale` embedded where guidance was distilled; v_cond is of use at scale 1 only, then."""
-        if self.distilled and scale != 1:
-            return self._embedded(x, sigma, cond, scale)
-        return super().guided(x, sigma, cond, scale, v_cond)
+        """One call with `scale` embedded where guidance was distilled; v_cond then is of use at `guidance` only."""
+        if not self.distilled:
+            return super().guided(x, sigma, cond, scale, v_cond)
+        if v_cond is not None and scale in (1, self.guidance):
+            return v_cond
+        return self._embedded(x, sigma, cond, self.guidance if scale == 1 else scale)
 
     def _embedded(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float) -> Tensor:
         """v [B, C, H/8, W/8] in float32; sigma itself is the timestep, which the network multiplies by 1000."""

@@ -124,6 +124,30 @@ def unwrapped(transformer: Any) -> Any:
     return transformer
 
 
+def exact_time(transformer: Any) -> Any:
+    """`transformer`, which then embeds its timestep and guidance as given.
+
+    The networks of FLUX and Chroma round both to the dtype they compute in first: in bfloat16 the timestep 997.1
+    becomes 996, and the sample is denoised as if it were of another noise level.
+    """
+    given, rounded = list[Any](), list[Any]()
+
+    def remember(_: Any, args: tuple[Any, ...], keys: Mapping[str, Any]) -> None:
+        given[:] = [1000 * keys[name].float() for name in ("timestep", "guidance") if keys.get(name) is not None]
+
+    def replace(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        rounded[:] = args[: len(given)]
+        return (*given, *args[len(given) :])
+
+    def cast(_: Any, args: tuple[Any, ...], embedded: Any) -> Any:
+        return embedded.to(rounded[0].dtype)  # Chroma's is of its input's dtype, and its weights are not
+
+    transformer.register_forward_pre_hook(remember, with_kwargs=True)
+    transformer.time_text_embed.register_forward_pre_hook(replace)
+    transformer.time_text_embed.register_forward_hook(cast)
+    return transformer
+
+
 def has_lora(transformer: Any) -> bool:
     """Whether the (unwrapped) transformer carries adapters."""
     return bool(getattr(transformer, "peft_config", None))

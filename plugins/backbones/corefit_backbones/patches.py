@@ -5,8 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from corefit.errors import ModelError
+from corefit_backbones.folder import Checkpoint
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+LARGEST = 8192
+"""Pixels a side; the networks have no bound of their own."""
+
+
+def geometry(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Latent channels, pixels a latent; ModelError if the transformer's patches are not of the VAE's latents."""
+    vae, net = checkpoint.config("vae"), checkpoint.config("transformer")
+    channels = vae["latent_channels"]
+    if net["in_channels"] != channels * 4:
+        raise ModelError(
+            f"{checkpoint.path}: VAE of {channels} channels, transformer of {net['in_channels']} a 2 x 2 patch"
+        )
+    return channels, 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def number(shape: Sequence[int]) -> int:

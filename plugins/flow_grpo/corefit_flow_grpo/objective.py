@@ -233,7 +233,8 @@ class FlowGrpo(Objective[Rollouts]):
     def _velocity(self, x: Tensor, sigma: Tensor, part: Rollouts, ctx: Context) -> Tensor:
         import torch
 
-        if not self.detach_unconditional:
+        # a distilled model has no unconditional half: its guidance is an input
+        if not self.detach_unconditional or getattr(ctx.backbone, "distilled", False):
             return ctx.backbone.guided(x, sigma, part.cond, self.guidance)
         v = ctx.backbone.velocity(x, sigma, part.cond)
         with torch.no_grad():
