@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from corefit.hookspecs import Offers, hookimpl
 from corefit.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
+from corefit.objective import Objective, Sum
 from corefit.samplers import Cps, DanceSde, FlowSde, Ode
 from corefit.sources import HfDataset, ImageFolder, Jsonl, Text, WebDataset
 from corefit.types import NoiseWeighting, Sampler, Source
+
+
+@hookimpl
+def corefit_objectives() -> Offers[Objective[Any]]:
+    return {"sum": Sum}
 
 
 @hookimpl

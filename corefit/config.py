@@ -24,7 +24,7 @@ from cattrs.errors import (
 )
 
 from corefit.errors import ConfigError
-from corefit.objective import Objective
+from corefit.objective import Objective, Summand
 from corefit.plugins import KINDS, Host, near
 from corefit.types import (
     Backbone,
@@ -127,7 +127,8 @@ class Reader:
         c.register_structure_hook_func(lambda t: _plain(t) in PLUGIN_TYPES, self._plugin)
         c.register_structure_hook_func(lambda t: t in self.choices, self._choice)
         c.register_structure_hook_func(lambda t: get_origin(t) in (tuple, list, Sequence), self._list)
-        c.register_structure_hook(Weighted, lambda value, _: self._weighted(value))
+        c.register_structure_hook(Weighted, lambda value, _: Weighted(*self._weighted(value, Reward)))
+        c.register_structure_hook(Summand, lambda value, _: Summand(*self._weighted(value, Objective)))
 
     def read(self, table: Table, cls: type[T]) -> T:
         """`table` as a `cls`; ConfigError with every problem found."""
@@ -141,6 +142,8 @@ class Reader:
         """The inverse: plain tables with every default written out."""
         if isinstance(value, Weighted):
             return {**self.tables(value.reward), "weight": value.weight}
+        if isinstance(value, Summand):
+            return {**self.tables(value.objective), "weight": value.weight}
         if attrs.has(type(value)):
             fields = [f for f in attrs.fields(type(value)) if f.init]
             rest = {f.name: self.tables(getattr(value, f.name)) for f in fields if getattr(value, f.name) is not None}
@@ -171,10 +174,12 @@ class Reader:
             raise ConfigError(f"use: {name!r} is not one of {', '.join(classes)}{near(name, classes)}")
         return self._converter.structure(rest, classes[name])
 
-    def _weighted(self, value: Any) -> Weighted:
-        name, rest = _used(value, "reward", self.host.offers["rewards"])
+    def _weighted(self, value: Any, target: Any) -> tuple[str, Any, float]:
+        """A plugin's table with a `weight` beside its own keys: name, value, weight."""
+        kind = PLUGIN_TYPES[target]
+        name, rest = _used(value, KINDS[kind], self.host.offers[kind])
         weight = _strict(rest.pop("weight", 1.0), float, "'weight' ")
-        return Weighted(name, self._plugin({"use": name, **rest}, Reward), weight)
+        return name, self._plugin({"use": name, **rest}, target), weight
 
     def _list(self, value: Any, target: Any) -> Any:
         """A list of as many items as the type says; text and tables are none, though Python could walk them."""

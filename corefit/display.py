@@ -102,8 +102,11 @@ class _Lines:
         self.say(f"{self.title}: {done}/{total}{left}{'  ' if self.note else ''}{self.note}")
 
 
+SHOWN = ("loss", "reward", "samples_per_second")
+
+
 def _note(metrics: Mapping[str, float]) -> str:
     """The numbers worth a glance."""
-    shown = [name for name in ("loss", "reward", "samples_per_second") if name in metrics]
+    shown = [name for name in metrics if name.rpartition("/")[2] in SHOWN]
     words = {"samples_per_second": "samples/s"}
     return "  ".join(f"{words.get(name, name)} {metrics[name]:.4g}" for name in shown)

@@ -60,6 +60,11 @@ def corefit_stage_started(stage: Stage, state: TrainState) -> None:
 
 
 @hookspec
+def corefit_step_metrics(stage: Stage, state: TrainState, metrics: Mapping[str, float]) -> Mapping[str, float]:  # pyright: ignore[reportReturnType]
+    """Add numbers of one's own to a logged step; they are logged, drawn and shown as the objective's are."""
+
+
+@hookspec
 def corefit_step_finished(stage: Stage, state: TrainState, metrics: Mapping[str, float]) -> None:
     """Observe a logged step: means over all ranks since the last logged one."""
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import attrs
 
-from corefit.plugins import KINDS, Host, Offer
+from corefit.plugins import HOOKS, KINDS, Host, Offer
 
 MODULES = re.compile(r"(?<!['\w.])(\w+\.)+(?=\w)")
 
 
 def listing(host: Host) -> str:
     """The whole list, as text."""
-    return "\n".join(line for kind in KINDS for line in _kind(host, kind))
+    return "\n".join([*(line for kind in KINDS for line in _kind(host, kind)), *_observers(host)])
 
 
 def _kind(host: Host, kind: str) -> Iterator[str]:
@@ -24,6 +24,14 @@ def _kind(host: Host, kind: str) -> Iterator[str]:
     for name in sorted(host.offers[kind]):
         yield from _offer(host.offers[kind][name])
     yield ""
+
+
+def _observers(host: Host) -> Iterator[str]:
+    yield "observers"
+    for hook in HOOKS:
+        if hook.removeprefix("corefit_") not in KINDS:
+            names = sorted(each.plugin_name for each in getattr(host.hook, hook).get_hookimpls())
+            yield f"  {hook}: {', '.join(names) or 'nobody'}"
 
 
 def _offer(offer: Offer) -> Iterator[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen, validators
 
+from corefit.errors import ConfigError
 from corefit.types import Backbone, Batch, Condition, NoiseWeighting, Sampler, Term, Weighted
 
 if TYPE_CHECKING:
@@ -131,3 +132,67 @@ class Supervised(Objective[Batch]):
 
     def experience(self, batch: Batch, ctx: Context, /) -> Iterable[Batch]:
         yield batch
+
+
+@frozen(eq=False)
+class Summand:
+    """An objective as a sum lists it: its name, itself, and the factor of its loss."""
+
+    name: str
+    objective: Objective[Any]
+    weight: float = field(default=1.0, validator=validators.gt(0))
+
+
+def _can_be_added(_: Any, __: Any, of: tuple[Summand, ...]) -> None:
+    """ConfigError from what the objectives declare."""
+    if not of:
+        raise ConfigError('\'of\' must list the objectives, such as [{ use = "soar" }, { use = "sft" }]')
+    names = [each.name for each in of]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigError(f"'of' must list {name!r} once; its loss counts as often as its weight says")
+    if any(isinstance(each.objective, Sum) for each in of):
+        raise ConfigError("'of' must list objectives that are no sums; list the parts of that sum here")
+    for what, says in (("rows_per_prompt", "samples a prompt"), ("num_updates", "optimiser steps a batch")):
+        told = {each.name: int(getattr(each.objective, what)) for each in of}
+        if len(set(told.values()) - {1}) > 1:
+            both = ", ".join(f"{name} takes {number}" for name, number in told.items())
+            raise ConfigError(f"'of' must list objectives of as many {says}, or of 1: {both}")
+
+
+@frozen(kw_only=True, eq=False)
+class Sum(Objective[Any]):
+    """The weighted sum of objectives on the same batches: SOAR with an SFT anchor, GRPO with one on real data.
+
+    Each loss is divided by its own count before it is weighted, so a weight means the same whatever the others count.
+    The trainer runs them one after the other; a sum has no experience and no terms of its own. In groups, an objective
+    that makes none gets one row of each group. One that takes a single optimiser step a batch takes part in each of
+    the others' steps, with noise of its own in each.
+    """
+
+    of: tuple[Summand, ...] = field(validator=_can_be_added)
+    """The objectives' tables, each with its `weight`, 1 by default."""
+
+    @property
+    def uses(self) -> frozenset[str]:
+        return frozenset[str]().union(*(each.objective.uses for each in self.of))
+
+    @property
+    def num_terms(self) -> int:
+        return sum(each.objective.num_terms for each in self.of)
+
+    @property
+    def num_updates(self) -> int:
+        return max(each.objective.num_updates for each in self.of)
+
+    @property
+    def rows_per_prompt(self) -> int:
+        return max(each.objective.rows_per_prompt for each in self.of)
+
+    @property
+    def rows_per_graph(self) -> int:
+        return max(each.objective.rows_per_graph for each in self.of)
+
+
+def summands(objective: Objective[Any]) -> tuple[Summand, ...]:
+    """What the trainer runs for an objective: the parts of a sum, or the objective alone, without a name."""
+    return objective.of if isinstance(objective, Sum) else (Summand("", objective),)

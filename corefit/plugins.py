@@ -76,6 +76,7 @@ class Host:
         self.hook: Any = self._manager.hook
         """Calls a hook in every plugin: host.hook.corefit_stage_started(stage=..., state=...)."""
         self.offers: dict[str, dict[str, Offer]] = {kind: {} for kind in KINDS}
+        self._owners: dict[str, str] = {}
         self.files: list[Path] = []
         """Local plugin files, in order."""
         for found in _installed() if plugins is None else [_given(p) for p in plugins]:
@@ -111,11 +112,29 @@ class Host:
         offer = self.offers[kind].get(self.name_of(kind, value))
         return offer.owner if offer else type(value).__module__
 
+    def step_metrics(self, stage: Any, state: Any, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of a logged step, with those that plugins add; PluginError where two have one name."""
+        every, owners = dict(metrics), dict.fromkeys(metrics, "the stage")
+        for implementation in self.hook.corefit_step_metrics.get_hookimpls():
+            who = f"corefit_step_metrics() of {self._owners[implementation.plugin_name]}"
+            known = {
+                name: {"stage": stage, "state": state, "metrics": metrics}[name] for name in implementation.argnames
+            }
+            added = implementation.function(**known)
+            if not isinstance(added, Mapping) or not all(_is_number(value) for value in added.values()):
+                raise PluginError(f"{who} returned {added!r}, not a mapping of names to numbers; mend it")
+            for name, value in added.items():
+                if name in owners:
+                    raise PluginError(f"{who} adds the metric {name!r}, which {owners[name]} has; give it another name")
+                every[name], owners[name] = float(value), self._owners[implementation.plugin_name]
+        return every
+
     def _register(self, found: Found) -> None:
         _refuse_misspelt(found)
         _refuse_other_api(found)
         try:
             self._manager.register(found.plugin, name=found.name)
+            self._owners[found.name] = found.owner
             self._manager.check_pending()
             for kind in KINDS:
                 self._take(found, kind)
@@ -145,6 +164,10 @@ class Host:
                     f"rename one, or {found.remedy}"
                 )
             self.offers[kind][name] = Offer(kind, name, cls, found.owner)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -185,7 +185,7 @@ class Run:
                 stop=lambda: self.signals.asked,
                 stepped=lambda step, metrics: progress(step, stage.steps, metrics),
                 started=lambda step: observed.tell(hook.corefit_stage_started, step),
-                logged=lambda step, metrics: observed.logged(hook.corefit_step_finished, step, metrics),
+                logged=observed.logged,
                 saved=lambda step, path: observed.tell(hook.corefit_checkpoint_saved, step, path=path),
             )
             cost = train.train(job, self.ranks)
@@ -259,13 +259,15 @@ class _Observed:
         if self.run.main:
             hook(stage=self.stage, state=TrainState(step, self.folder, self.backbone, self._samples()), **rest)
 
-    def logged(self, hook: Any, step: int, metrics: train.Metrics) -> None:
+    def logged(self, step: int, metrics: train.Metrics) -> None:
         """Sharded weights make samples only with all ranks, so they do, where samples are due, before anyone asks."""
         judge, sample = self.run.judge, self._samples()
         if judge and not sample and self.stage.samples(step):
             sample = _kept(judge.samples(self.backbone))
         if self.run.main:
-            hook(stage=self.stage, state=TrainState(step, self.folder, self.backbone, sample), metrics=metrics)
+            host, state = self.run.pipeline.host, TrainState(step, self.folder, self.backbone, sample)
+            metrics = host.step_metrics(self.stage, state, metrics)
+            host.hook.corefit_step_finished(stage=self.stage, state=state, metrics=metrics)
 
     def _samples(self) -> Samples | None:
         judge = self.run.judge

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import attrs
 
 from corefit.config import PLUGIN_TYPES
+from corefit.objective import Sum, Summand
 from corefit.pipeline import CHOICES, TRAIN, Pipeline
 from corefit.plugins import Host
 from corefit.types import ModelPath, Weighted
@@ -68,7 +69,9 @@ class _Writer:
         if kind is ModelPath:
             return {"type": "string"}
         if kind is Weighted:
-            return {"anyOf": [self._weighted(name) for name in sorted(self.host.offers["rewards"])] or [{}]}
+            return self._weighted("rewards")
+        if kind is Summand:
+            return self._weighted("objectives")
         if (origin or kind) in PLUGIN_TYPES:
             offers = self.host.offers[PLUGIN_TYPES[origin or kind]]
             return {"anyOf": [self.table(offers[name].cls, name) for name in sorted(offers)]}
@@ -76,10 +79,13 @@ class _Writer:
             return self.table(kind)
         return {"type": PLAIN[kind]} if kind in PLAIN else {}
 
-    def _weighted(self, name: str) -> Schema:
-        made = self.table(self.host.get("rewards", name), name)
-        made["properties"]["weight"] = {"type": "number", "default": 1.0}
-        return made
+    def _weighted(self, kind: str) -> Schema:
+        """Of any one of a kind with a `weight`; sums hold no sums."""
+        offers = {name: offer.cls for name, offer in sorted(self.host.offers[kind].items()) if offer.cls is not Sum}
+        made = [self.table(cls, name) for name, cls in offers.items()]
+        for one in made:
+            one["properties"]["weight"] = {"type": "number", "default": 1.0}
+        return {"anyOf": made or [{}]}
 
 
 def _list(kinds: Sequence[Any], of: Any) -> Schema:

@@ -2,13 +2,15 @@
 
 A step: one batch -> the objective's experience -> for each of its parts, micro-batches -> terms, each
 backpropagated and freed as it is yielded -> one division by the global count -> one optimiser step.
+Where the objective is a sum, all but the optimiser step is done for each of its objectives.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +20,14 @@ from attrs import define, field, frozen
 from corefit import data, memory, state, weights
 from corefit.data import Dataset
 from corefit.errors import NonFinite, PluginError, Stopped, TrainingError
+from corefit.gradients import Gradients
 from corefit.meters import Fault, Means
-from corefit.objective import Context, Part
+from corefit.objective import Context, Objective, Part, Summand, summands
 from corefit.order import Order, Walk
 from corefit.ranks import Ranks
 from corefit.rng import Rng
 from corefit.stage import Full, Lora, Stage
-from corefit.types import Backbone, Batch, Term
+from corefit.types import Backbone, Batch
 
 if TYPE_CHECKING:
     import torch
@@ -109,11 +112,12 @@ class Loop:
 
     job: Job
     ranks: Ranks
-    objective: Any
+    summands: tuple[Summand, ...]
     ctx: Context
     # what trains
     transformer: torch.nn.Module
     named: weights.Named
+    gradients: Gradients
     optimizer: Optimizer
     ema: weights.Ema | None
     # where it stands
@@ -153,10 +157,11 @@ class Loop:
         return Loop(
             job=job,
             ranks=ranks,
-            objective=stage.objective,
+            summands=summands(stage.objective),
             ctx=ctx,
             transformer=backbone.transformer,
             named=named,
+            gradients=Gradients(named, ranks),
             optimizer=torch.optim.AdamW(
                 list(named.values()),
                 lr=rate.lr,
@@ -175,7 +180,7 @@ class Loop:
         walk = Walk(
             buckets=list(dataset.buckets.values()),
             batch=stage.rows,
-            group=self.objective.rows_per_prompt,
+            group=stage.objective.rows_per_prompt,
             seed=self.job.seed,
             stage=stage.name,
             order=self.job.order,
@@ -198,9 +203,8 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = stage.optimizer.rate(self.step, stage.steps)
         try:
-            experience = self.objective.experience(batch, ctx.at(self._rng("experience", 0, batch, drawn)))
-            for update, part in enumerate(experience):
-                self._update(update, part, ctx, drawn)
+            for update, parts in enumerate(self._experience(batch, ctx, drawn)):
+                self._update(update, parts, ctx, drawn)
         except NonFinite:  # of an experience, which no weight has seen
             if self._too_many_skipped():
                 raise
@@ -220,66 +224,87 @@ class Loop:
         self.means.settle(self.fault.settle())
         return bool(self.fault.over)
 
-    def _update(self, update: int, part: Part, ctx: Context, drawn: list[float] | None) -> None:
-        """Backward over a part's micro-batches, then one optimiser step."""
-        size = ctx.micro_batch
-        firsts = range(0, len(part), size)
-        count: float | Tensor = 0.0
-        for name, values in part.metrics.items():
-            self.means.add(name, values)
-        for first in firsts:
-            piece = part[first : first + size] if len(firsts) > 1 else part
-            bound = ctx.at(self._rng("terms", update, piece, drawn))
-            count = count + self._backward(piece, bound, last=first == firsts[-1])
-        self._apply(count)
+    def _experience(self, batch: Batch, ctx: Context, drawn: list[float] | None) -> Iterator[tuple[Part, ...]]:
+        """What each optimiser step trains on, a part for each summand."""
+        whole = self.job.stage.objective
+        streams: list[Iterable[Part]] = []
+        for index, each in enumerate(self.summands):
+            every = whole.rows_per_prompt // each.objective.rows_per_prompt
+            rows = batch[::every] if every > 1 else batch
+            made = iter(each.objective.experience(rows, ctx.at(self._rng("experience", 0, rows, drawn, index))))
+            once = self._several and each.objective.num_updates < whole.num_updates
+            streams.append(repeat(next(made)) if once else made)
+        return zip(*streams, strict=False)
 
-    def _backward(self, part: Part, ctx: Context, *, last: bool) -> float | Tensor:
+    @property
+    def _several(self) -> bool:
+        """Whether objectives are added up."""
+        return len(self.summands) > 1
+
+    def _update(self, update: int, parts: tuple[Part, ...], ctx: Context, drawn: list[float] | None) -> None:
+        """Backward over the micro-batches of each part, then one optimiser step."""
+        import torch
+
+        scale = ones = torch.ones((), device=self.ranks.device)
+        idle, terms = ones > 0, 0
+        for index, (each, part) in enumerate(zip(self.summands, parts, strict=True)):
+            label = f"{each.name}/" if self._several else ""
+            for name, values in part.metrics.items():
+                self.means.add(label + name, values)
+            count: float | Tensor = 0.0
+            firsts = range(0, len(part), ctx.micro_batch)
+            for first in firsts:
+                piece = part[first : first + ctx.micro_batch] if len(firsts) > 1 else part
+                bound = ctx.at(self._rng("terms", update, piece, drawn, index))
+                count = count + self._backward(each.objective, piece, bound, label, terms, last=first == firsts[-1])
+            terms += each.objective.num_terms
+            total = self._agreed_count(count)
+            scale, idle = torch.where(total > 0, each.weight * self.ranks.world / total, 0), idle & ~(total > 0)
+            if self._several:
+                self.means.add(f"grad_norm/{each.name}", self.gradients.hold(scale))
+                scale = ones
+        self.gradients.merge()
+        self._apply(scale, idle)
+
+    def _backward(
+        self, objective: Objective[Any], part: Part, ctx: Context, label: str, before: int, *, last: bool
+    ) -> float | Tensor:
         """Backward on each term as it is yielded, so that one graph lives at a time; the items there were.
 
-        A term's forward runs inside next(): all but the step's last one run without gradient exchange.
+        A term's forward runs inside next(): all but the last one of an objective run without gradient exchange.
+        `label` is put before the names of metrics; `before` terms of other objectives came before these.
         """
         count: float | Tensor = 0.0
-        terms = self.objective.terms(part, ctx)
-        number = self.objective.num_terms
+        terms = objective.terms(part, ctx)
+        number = objective.num_terms
         for index in range(number):
             with self._exchange(last and index == number - 1):
                 term = next(terms, None)
-                assert term is not None, (
-                    f"{type(self.objective).__name__} yielded {index} terms, not num_terms = {number}"
-                )
+                assert term is not None, f"{type(objective).__name__} yielded {index} terms, not num_terms = {number}"
                 self.ranks.accelerator.backward(term.total)
-            self._note(term, index)
+            self.fault.see(term.total.detach(), self.step, before + index)
+            for name, values in term.metrics.items():
+                self.means.add(label + name, values)
             count = count + term.count
             del term
-        assert next(terms, None) is None, f"{type(self.objective).__name__} yields more than num_terms = {number} terms"
+        assert next(terms, None) is None, f"{type(objective).__name__} yields more than num_terms = {number} terms"
         return count
 
     def _exchange(self, now: bool) -> Any:
         """DDP adds gradients up in a step's last backward alone; FSDP2 in each, for it keeps none in full."""
         return nullcontext() if now or self.ranks.sharded else self.ranks.accelerator.no_sync(self.transformer)
 
-    def _note(self, term: Term, index: int) -> None:
-        self.fault.see(term.total.detach(), self.step, index)
-        for name, values in term.metrics.items():
-            self.means.add(name, values)
-
-    def _apply(self, count: float | Tensor) -> None:
-        """Divide by the global count, clip, step; all on the device.
+    def _apply(self, scale: Tensor, idle: Tensor) -> None:
+        """Multiply by `scale` [], clip, step unless there is nothing to learn (`idle`, bool []); all on the device.
 
         A non-finite loss or gradient on any rank makes the fused optimiser leave every weight as it is.
         """
-        import torch
-
-        total = self._agreed_count(count)
-        grads = weights.local(p.grad for p in self.named.values() if p.grad is not None)
-        scale = torch.where(total > 0, self.ranks.world / total, 0)
-        norm = self._norm(grads) * scale
+        norm = self.gradients.norm() * scale
         self.fault.see(norm, self.step, -1)
         limit = self.job.stage.max_grad_norm
-        factor = scale * (limit / (norm + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateUsage]
+        self.gradients.multiply(scale * (limit / (norm + 1e-6)).clamp(max=1))
         skipped = self.fault.settle()
-        idle = skipped | ~(total > 0)
+        idle = skipped | idle
         self.optimizer.found_inf = idle.float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -297,15 +322,10 @@ class Loop:
         self.fault.now = faults > 0
         return total
 
-    def _norm(self, tensors: list[Tensor]) -> Tensor:
-        """Of all tensors as one vector, over the ranks that hold shards of them."""
-        import torch
-
-        norm = torch.nn.utils.get_total_norm(tensors)
-        return self.ranks.summed(norm.to(self.ranks.device) ** 2).sqrt() if self.ranks.sharded else norm
-
-    def _rng(self, purpose: str, update: int, part: Part, drawn: list[float] | None = None) -> Rng:
-        return Rng((self.job.seed, self.job.stage.name, self.step, purpose, update), part.rows, drawn=drawn)
+    def _rng(self, purpose: str, update: int, part: Part, drawn: list[float] | None, summand: int) -> Rng:
+        """The first of several objectives draws what it would draw alone."""
+        rng = Rng((self.job.seed, self.job.stage.name, self.step, purpose, update), part.rows, drawn=drawn)
+        return rng.of(f"summand {summand}") if summand else rng
 
     def report(self) -> Metrics:
         """Means over all ranks since the last report; the only place of a step that waits for the device."""
@@ -380,6 +400,8 @@ class Loop:
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, if there is one."""
+        import torch
+
         if self.ranks.main:
             state.sweep(self._checkpoints)
         self.ranks.wait()
@@ -390,7 +412,8 @@ class Loop:
             return
         shapes = found.shapes()
         self._expect_optimizer(shapes)
-        means = {name: _empty(shape) for name, shape in shapes.items() if name.startswith("means/")}
+        names = [name for name in shapes if name.startswith("means/")]
+        means = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in names}
         found.read({**self._tensors(), **means})
         if self.ranks.main:
             state.prune(self._checkpoints, self.job.stage.keep)  # what a killed process did not come to remove
@@ -414,12 +437,6 @@ class Loop:
 def _half(job: Job, ranks: Ranks) -> bool:
     """Whether weights that do not train are kept in bfloat16."""
     return ranks.accelerator.mixed_precision == "bf16" and isinstance(job.mode, Lora)
-
-
-def _empty(shape: tuple[int, ...]) -> Tensor:
-    import torch
-
-    return torch.zeros(shape, dtype=torch.float64)
 
 
 def _fill(named: weights.Named, values: Mapping[str, Tensor]) -> None:

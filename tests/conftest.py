@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: pytest-xdist's workers share the cores
 import numpy as np
 import pytest
 from attrs import frozen
@@ -88,6 +89,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from corefit.testing.checkpoints import tiny_sd3
 
     return tiny_sd3(tmp_path_factory.mktemp("sd3") / "base", words=WORDS)
+
+
+@pytest.fixture(scope="session")
+def dataset(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A dozen pictures, encoded."""
+    from training import prepared
+
+    return prepared(checkpoint, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def job(checkpoint: Path, dataset: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Makes a stage's training, without a pipeline file: job(objective, mode, **keys of the stage)."""
+    from training import job_of
+
+    return lambda *args, **keys: job_of(checkpoint, dataset, tmp_path / "stage", *args, **keys)
 
 
 @pytest.fixture(scope="session")

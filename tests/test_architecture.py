@@ -25,6 +25,7 @@ LAYERS = (
     {"builtin", "rollout", "stage", "config", "listing", "testing", "data"},
     {"encode", "survey"},
     {"evaluate", "cache", "weights", "observers", "meters"},
+    {"gradients"},
     {"train", "pipeline"},
     {"identity", "prepare", "estimate", "schema"},
     {"plan", "show"},

@@ -371,9 +371,41 @@ def test_observers_get_what_their_hook_declares():
     ]
 
 
+def adding(**metrics):
+    """A plugin that adds metrics to a step."""
+
+    class Adder:
+        @hookimpl
+        def corefit_step_metrics(self, stage, metrics):
+            return {name: made(metrics) if callable(made) else made for name, made in added.items()}
+
+    added = metrics
+    return Adder()
+
+
+def test_observers_add_metrics():
+    host = Host(plugins=[adding(double=lambda metrics: 2 * metrics["loss"]), adding(other=1)])
+    assert host.step_metrics("soar", 0, {"loss": 3.0}) == {"loss": 3.0, "double": 6.0, "other": 1.0}
+    assert Host(plugins=[]).step_metrics("soar", 0, {"loss": 3.0}) == {"loss": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("plugins", "problem"),
+    [
+        ([adding(loss=1.0)], r"corefit_step_metrics\(\) of .*Adder.* adds the metric 'loss', which the stage has"),
+        ([adding(x=1.0), adding(x=2.0)], r"adds the metric 'x', which the object .*Adder.* has"),
+        ([adding(x="high")], r"returned \{'x': 'high'\}, not a mapping of names to numbers"),
+        ([adding(x=True)], "not a mapping of names to numbers"),
+    ],
+)
+def test_metrics_that_cannot_be_added_are_refused(plugins, problem):
+    with pytest.raises(PluginError, match=problem):
+        Host(plugins=plugins).step_metrics("soar", 0, {"loss": 3.0})
+
+
 def test_every_hook_is_known_and_offers_have_a_kind():
     offers = {f"corefit_{kind}" for kind in KINDS}
-    observers = {"stage_started", "step_finished", "checkpoint_saved", "stage_finished"}
+    observers = {"stage_started", "step_metrics", "step_finished", "checkpoint_saved", "stage_finished"}
     assert set(HOOKS) == offers | {f"corefit_{name}" for name in observers}
 
 
@@ -460,6 +492,7 @@ def test_public_names_do_not_go():
         "corefit_rewards",
         "corefit_sources",
         "corefit_stage_started",
+        "corefit_step_metrics",
         "corefit_step_finished",
         "corefit_checkpoint_saved",
         "corefit_stage_finished",

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,12 @@ GRPO = (
     "stage.grpo.optimizer.lr=1e-2",
 )
 """With a KL that is felt: a reference that is not the policy as the stage found it must show."""
+
+ANCHOR = "{use='soar', points=2, weight=0.5}"
+SUM = (
+    f"stage.grpo.objective={{use='sum', of=[{{use='flow_grpo', group=2, steps=4, updates=2}}, {ANCHOR}]}}",
+    *GRPO[1:],
+)
 
 
 def settings(*keys: str) -> list[str]:
@@ -88,11 +95,11 @@ def worst(a: Path, b: Path) -> float:
     "keys",
     [
         (*FULL, *SOAR_SDE, *GRPO),
-        SFT,
+        (*SFT, *SUM),
         (*FULL, *SOAR_SDE, *GRPO, "shard=true"),
-        ("shard=true", "stage.soar.optimizer.lr=1e-2"),
+        ("shard=true", "stage.soar.optimizer.lr=1e-2", *SUM),
     ],
-    ids=["ddp full, 3 paths, kl", "ddp lora, sft", "fsdp full, 3 paths, kl, ema", "fsdp lora, 1 path"],
+    ids=["ddp full, 3 paths, kl", "ddp lora, sft, sum", "fsdp full, 3 paths, kl, ema", "fsdp lora, 1 path, sum"],
 )
 def test_two_processes_train_as_one_does(project, keys):
     as_one(project, keys, two(project, "run", "pipeline.toml", *settings("name='two'", *keys)))
@@ -315,17 +322,18 @@ def test_two_processes_share_the_encoding(odd):
         rows.append({"media": f"{n}.png", "prompt": "a red sky"})
     (odd.folder / "train.jsonl").unlink()
     odd.lines("train.jsonl", *rows)
-    command = [sys.executable, *TORCHRUN, "-m", "corefit", "prepare", "pipeline.toml"]
-    done = subprocess.run(command, cwd=odd.folder, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "encoding data: 512/512" in done.stdout  # the first rank's share
+    cache = odd.folder / ".corefit" / "cache"
 
-    def contents() -> dict[str, bytes]:
-        cache = odd.folder / ".corefit" / "cache"
-        return {str(f.relative_to(cache)): f.read_bytes() for f in cache.rglob("*") if f.is_file()}
+    def prepared(*launcher: str) -> tuple[str, dict[str, str]]:
+        """What it said, and hashes of what it wrote; as many threads a process in both cases."""
+        command = [sys.executable, *launcher, "-m", "corefit", "prepare", "pipeline.toml"]
+        done = subprocess.run(command, cwd=odd.folder, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        files = [f for f in cache.rglob("*") if f.is_file()]
+        return done.stdout, {str(f.relative_to(cache)): sha256(f.read_bytes()).hexdigest() for f in files}
 
-    two = contents()
+    said, two = prepared(*TORCHRUN)
+    assert "encoding data: 512/512" in said  # the first rank's share
     shutil.rmtree(odd.folder / ".corefit")
-    assert odd.main("prepare", "pipeline.toml").status == 0
-    assert contents() == two
+    assert prepared()[1] == two
     assert sum("part-00001" in name for name in two) > 1

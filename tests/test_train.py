@@ -10,63 +10,15 @@ import numpy as np
 import pytest
 import torch
 from attrs import frozen
+from training import trained, worst
 
-from corefit import Batch, Context, Example, Source, Supervised, Term, cache, ranks, train, weights
-from corefit.data import Data, Dataset
+from corefit import Batch, Context, Supervised, Term, ranks, train, weights
 from corefit.errors import NonFinite, TrainingError
 from corefit.flow import mix, per_sample
-from corefit.stage import Full, Lora, Optimizer, Stage
+from corefit.stage import Lora, Optimizer
 from corefit_backbones.sd3 import Sd3
 from corefit_sft import Sft
 from corefit_soar import Soar
-
-
-@frozen
-class Pictures(Source):
-    """Noise as pictures."""
-
-    count: int = 12
-
-    def examples(self) -> Iterator[Example]:
-        for i in range(self.count):
-            picture = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
-            yield Example(f"a {'red' if i % 2 else 'blue'} {i % 10}", picture, {"n": i})
-
-
-@pytest.fixture(scope="module")
-def dataset(checkpoint, tmp_path_factory) -> Dataset:
-    backbone = Sd3(path=str(checkpoint), max_sequence_length=12)
-    backbone.place(torch.device("cpu"), torch.float32)
-    root = tmp_path_factory.mktemp("cache")
-    return Dataset.open(cache.prepare(Data(Pictures(), size=(16, 16)), backbone, root, media=True))
-
-
-@pytest.fixture
-def job(checkpoint, dataset, tmp_path):
-    def make(objective=None, mode=None, **stage) -> train.Job:
-        stage = {"name": "s", "steps": 3, "batch": 8, "optimizer": Optimizer(lr=1e-3), **stage}
-        return train.Job(
-            stage=Stage(objective=objective or Sft(), **stage),
-            mode=mode or Full(),
-            seed=0,
-            backbone=Sd3(path=str(checkpoint), max_sequence_length=12),
-            dataset=dataset,
-            order="epochs",
-            folder=tmp_path / "stage",
-        )
-
-    return make
-
-
-def trained(job: train.Job) -> dict[str, torch.Tensor]:
-    """The weights after training."""
-    train.train(job, ranks.join("fp32"))
-    return {name: p.detach().clone() for name, p in job.backbone.transformer.named_parameters() if p.requires_grad}
-
-
-def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
 
 
 @pytest.mark.parametrize("objective", [Sft(dropout=0.3), Soar(points=2, paths=1), Soar(points=3, chunk=2)])

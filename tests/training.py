@@ -1,0 +1,63 @@
+"""Training without a pipeline file: a tiny checkpoint, noise as pictures, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import frozen
+
+from corefit import Example, Source, cache, ranks, train
+from corefit.data import Data, Dataset
+from corefit.stage import Full, Optimizer, Stage
+from corefit_backbones.sd3 import Sd3
+from corefit_sft import Sft
+
+
+@frozen
+class Pictures(Source):
+    """Noise as pictures."""
+
+    count: int = 12
+
+    def examples(self) -> Iterator[Example]:
+        for i in range(self.count):
+            picture = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
+            yield Example(f"a {'red' if i % 2 else 'blue'} {i % 10}", picture, {"n": i})
+
+
+def prepared(checkpoint: Path, root: Path) -> Dataset:
+    """The pictures, encoded."""
+    backbone = Sd3(path=str(checkpoint), max_sequence_length=12)
+    backbone.place(torch.device("cpu"), torch.float32)
+    return Dataset.open(cache.prepare(Data(Pictures(), size=(16, 16)), backbone, root, media=True))
+
+
+def job_of(
+    checkpoint: Path, dataset: Dataset, folder: Path, objective: Any = None, mode: Any = None, **stage: Any
+) -> train.Job:
+    """A stage of three steps of SFT on all weights, unless told otherwise."""
+    stage = {"name": "s", "steps": 3, "batch": 8, "optimizer": Optimizer(lr=1e-3), **stage}
+    return train.Job(
+        stage=Stage(objective=objective or Sft(), **stage),
+        mode=mode or Full(),
+        seed=0,
+        backbone=Sd3(path=str(checkpoint), max_sequence_length=12),
+        dataset=dataset,
+        order="epochs",
+        folder=folder,
+    )
+
+
+def trained(job: train.Job) -> dict[str, torch.Tensor]:
+    """The weights after training."""
+    train.train(job, ranks.join("fp32"))
+    return {name: p.detach().clone() for name, p in job.backbone.transformer.named_parameters() if p.requires_grad}
+
+
+def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
