@@ -445,7 +445,7 @@ def test_a_killed_process_leaves_its_finished_parts(
             os.kill(os.getpid(), signal.SIGKILL)
 
     process = run(lambda: prepare(data, Toy(on_encode=die), root, media=True))
-    process.join(60)
+    process.join(200)
     assert process.exitcode == -signal.SIGKILL
     assert len(list(root.glob("*.parts/part-*"))) == parts
     assert not exists(data, Toy(), root, media=True)
@@ -465,7 +465,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_killed_between_the_last_byte_and_the_rename(data: Data, root: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(cache.Work, "publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     process = run(lambda: prepare(data, Toy(), root, media=True))
-    process.join(60)
+    process.join(200)
     monkeypatch.undo()
     assert not exists(data, Toy(), root, media=True)
     folder = prepare(data, Toy(on_encode=lambda n: pytest.fail("encoded again")), root, media=True)
@@ -489,7 +489,7 @@ def test_of_two_processes_at_once_one_encodes(data: Data, root: Path, tmp_path: 
 
     both = [run(lambda: prepare(data, Toy(on_encode=slow), root, media=True)) for _ in "12"]
     for process in both:
-        process.join(60)
+        process.join(200)
     assert [process.exitcode for process in both] == [0, 0]
     assert len({f.stem for f in tmp_path.glob("*.[0-9]")}) == 1
     assert made(root) == [prepare(data, Toy(on_encode=lambda n: pytest.fail("again")), root, media=True).name]

@@ -28,7 +28,7 @@ print("heavy", [name for name in {HEAVY!r} if name in sys.modules])
 
 def said_by(*args, cwd=None):
     """What a command prints, its exit status, and which heavy packages it imported."""
-    done = subprocess.run([sys.executable, "-c", IMPORTED, *args], capture_output=True, text=True, cwd=cwd, timeout=60)
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *args], capture_output=True, text=True, cwd=cwd, timeout=200)
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
 

@@ -256,7 +256,7 @@ def test_nothing_of_a_killed_run_is_in_the_way_of_two_more(project):
         for name in ("one", "two")
     ]
     for run in runs:
-        assert run.wait(timeout=120) == 0, run.communicate()[1]
+        assert run.wait(timeout=300) == 0, run.communicate()[1]
     assert left(project, "one") == left(project, "two") != {}
     assert all(load_file(f) for f in (project.folder / "runs" / "one").glob("*/model/*.safetensors"))
     assert set(shared.iterdir()) <= before

@@ -326,7 +326,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(spec, number):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 130
     assert "the same command continues" in err
     assert "Traceback" not in err + out

@@ -69,7 +69,7 @@ def test_corefit_names_its_owner(installed: Path, project: Project) -> None:
 
 def test_its_own_tests_pass(installed: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", SOURCE, SOURCE / "tests"]
-    done = subprocess.run(command, env=environment(installed), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(installed), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
 
 
