@@ -60,7 +60,7 @@ class Judge:
         return min(len(self.prompts), self.eval.limit or len(self.prompts))
 
     def media(self, backbone: Backbone, rows: Sequence[int]) -> Tensor:
-        """Media [n, 3, H, W] in [0, 1] of prompts `rows`."""
+        """Media [n, 3, H, W], of a video model [n, 3, T, H, W], in [0, 1] of prompts `rows`."""
         import torch
 
         device = self.ranks.device
@@ -94,17 +94,23 @@ class Judge:
 
     def samples(self, backbone: Backbone) -> tuple[Sequence[str], Tensor]:
         """The first prompts, and what the backbone makes of them, on the CPU."""
+        import torch
+
         rows = range(min(self.eval.samples, self.count))
-        return self.prompts.batch(rows, rows).prompts, self.media(backbone, rows).cpu()
+        firsts = rows[:: self.eval.batch]
+        made = [self.media(backbone, rows[first : first + self.eval.batch]).cpu() for first in firsts]
+        return self.prompts.batch(rows, rows).prompts, torch.cat(made)
 
     def keep_samples(self, backbone: Backbone, folder: Path) -> None:
-        """Write last.png, and last.safetensors for `compare`."""
+        """Write last.png, of clips last.webp too, and last.safetensors for `compare`: what last.png shows."""
         from safetensors.torch import save_file
 
         prompts, media = self.samples(backbone)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"media": (media * 255).round().byte().contiguous()}, folder / KEPT)
+        save_file({"media": (report.shown(media) * 255).round().byte().contiguous()}, folder / KEPT)
         report.grid(media, prompts, folder / "last.png")
+        if media.ndim == 5:
+            report.animation(media, prompts, folder / "last.webp")
 
     def compare(self, stages: Sequence[str], folders: Sequence[Path], png: Path) -> None:
         """One row of kept samples a stage."""

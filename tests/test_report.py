@@ -19,6 +19,7 @@ from corefit.errors import DataError
 from corefit.report import (
     MetricsLog,
     Scores,
+    animation,
     comparison,
     curves,
     grid,
@@ -27,6 +28,7 @@ from corefit.report import (
     read_metrics,
     read_results,
     results,
+    shown,
     write_results,
 )
 from corefit.report.results import KEYS, bootstrap, wilson
@@ -377,6 +379,39 @@ def test_video_shows_frames_side_by_side(tmp_path):
     assert np.array_equal(opened(tmp_path / "a.png"), opened(tmp_path / "b.png"))
 
 
+def test_clips_move(tmp_path):
+    clips = torch.linspace(0, 1, 5).reshape(1, 1, 5, 1, 1).expand(2, 3, 5, 96, 120)
+    animation(clips, ["p", "q"], tmp_path / "a.webp", fps=10)
+    with Image.open(tmp_path / "a.webp") as image:
+        assert (image.n_frames, image.info["loop"], image.width) == (5, 0, 2 * 130 + 10)
+        seen, pauses = [], set()
+        for number in range(image.n_frames):
+            image.seek(number)
+            seen.append(np.asarray(image.convert("L"))[60, 60] / 255)
+            pauses.add(image.info["duration"])
+    assert np.allclose(seen, clips[0, 0, :, 0, 0], atol=0.03)
+    assert pauses == {100}
+
+
+def test_long_and_wide_clips_keep_their_speed(tmp_path):
+    clips = torch.rand(4, 3, 81, 8, 8).repeat_interleave(50, 4).repeat_interleave(30, 3)
+    animation(clips, [""] * 4, tmp_path / "a.webp", fps=16)
+    with Image.open(tmp_path / "a.webp") as image:
+        assert image.n_frames == 32
+        image.load()
+        assert image.info["duration"] == round(1000 * 81 / 16 / 32)
+        assert image.width == 1280
+
+
+def test_what_is_shown_of_clips_is_drawn_alike(tmp_path):
+    clips = torch.rand(2, 3, 9, 96, 96)
+    assert shown(clips).shape == (2, 3, 4, 96, 96)
+    grid(clips, ["p", "q"], tmp_path / "a.png")
+    grid(shown(clips), ["p", "q"], tmp_path / "b.png")
+    assert np.array_equal(opened(tmp_path / "a.png"), opened(tmp_path / "b.png"))
+    assert torch.equal(shown(clips[:, :, 0]), clips[:, :, 0])
+
+
 def test_pixels_that_are_no_numbers_are_seen(tmp_path):
     media = np.zeros((1, 3, 96, 96))
     media[0, 1, 5, 7] = np.nan
@@ -472,6 +507,15 @@ def test_the_page_shows_all_there_is(tmp_path, stages: list[Scores]):
         assert all(part in reader.text for part in (*Numbers(True).value(row), Numbers(True).gain(row)[1]))
     assert 'src="http' not in html
     assert 'class="up"' in html
+
+
+def test_the_page_moves_where_that_is_light(tmp_path):
+    samples = tmp_path / "01-soar" / "samples"
+    samples.mkdir(parents=True)
+    animation(np.random.default_rng(0).random((1, 3, 3, 96, 96)), ["p"], samples / "last.webp")
+    assert read_page(tmp_path)[0].count("data:image/webp;base64,") == 1
+    (samples / "last.webp").write_bytes((samples / "last.webp").read_bytes() + bytes(4 << 20))
+    assert "data:image/webp" not in read_page(tmp_path)[0]
 
 
 def test_names_on_the_page_are_escaped(tmp_path):

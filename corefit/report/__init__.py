@@ -4,13 +4,14 @@ from corefit.report.curves import curves
 from corefit.report.metrics import MetricsLog, read_metrics, write_whole
 from corefit.report.page import page
 from corefit.report.results import Row, Scores, read_results, results, write_results
-from corefit.report.sheets import comparison, grid
+from corefit.report.sheets import animation, comparison, grid, shown
 from corefit.report.table import print_table
 
 __all__ = [
     "MetricsLog",
     "Row",
     "Scores",
+    "animation",
     "comparison",
     "curves",
     "grid",
@@ -19,6 +20,7 @@ __all__ = [
     "read_metrics",
     "read_results",
     "results",
+    "shown",
     "write_results",
     "write_whole",
 ]

@@ -40,7 +40,8 @@ pre { background: #f6f6f4; border: 1px solid #e4e4e0; border-radius: 4px; paddin
 def page(folder: Path) -> None:
     """Write report.html into a run's folder from what is there; what is missing is left out.
 
-    Read: results.json, comparison.png, <stage>/metrics.png, the last of <stage>/samples/*.png, pipeline.toml.
+    Read: results.json, comparison.png, <stage>/metrics.png, the last of <stage>/samples/*.png, of clips last.webp,
+    pipeline.toml.
     """
     name = escape(folder.resolve().name)
     parts = [
@@ -111,6 +112,9 @@ def _stages(folder: Path) -> Iterator[str]:
             yield _figure(curves, "")
         if samples:
             yield _figure(samples[-1], samples[-1].stem)
+        moving = stage / "samples" / "last.webp"
+        if moving.exists() and moving.stat().st_size <= HEAVIEST:
+            yield _figure(moving, "last, moving")
 
 
 def _pipeline(folder: Path) -> Iterator[str]:
@@ -129,7 +133,7 @@ def _embedded(path: Path) -> str:
     """The image as a data address; a JPEG of at most WIDEST pixels where the PNG is too large for a page."""
     from PIL import Image
 
-    data, kind = path.read_bytes(), "png"
+    data, kind = path.read_bytes(), path.suffix.removeprefix(".")
     with Image.open(io.BytesIO(data)) as image:
         if len(data) > HEAVIEST or image.width > WIDEST:
             smaller, kind = io.BytesIO(), "jpeg"

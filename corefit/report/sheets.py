@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 SMALLEST = 96
-FRAMES = 4
-"""Of a clip that are shown."""
+FRAMES, MOVING = 4, 32
+"""Of a clip that are shown, beside each other and moving."""
+WIDE = 1280
+"""Pixels of an animation at most: wider ones take seconds to write and to open."""
 GAP = 10
 INK, PAPER, NOT_FINITE = (40, 40, 40), (255, 255, 255), (255, 0, 255)
 
@@ -37,7 +39,36 @@ def grid(media: Media, prompts: Sequence[str], png: Path, columns: int = 8, scal
     interpolation, by default as often as makes their shorter side 96 pixels or more.
     Pixels that are not finite are magenta.
     """
-    images = _enlarge(_pixels(media), scale)
+    _save(_contact(_enlarge(_pixels(media), scale), prompts, columns), png)
+
+
+def animation(clips: Media, prompts: Sequence[str], webp: Path, columns: int = 4, fps: float = 16) -> None:
+    """Write an animated WebP of clips [N, 3, T, H, W] in [0, 1], T frames at `fps`, each above its prompt.
+
+    Of long clips it has some of the frames, at the clips' speed.
+    """
+    length = clips.shape[2]
+    numbers = _spread(length, MOVING)
+    sheets = [_contact(_enlarge(_pixels(clips[:, :, number]), None), prompts, columns) for number in numbers]
+    for sheet in sheets:
+        sheet.thumbnail((WIDE, 100 * WIDE))
+    data, pause = io.BytesIO(), round(1000 * length / (fps * len(numbers)))
+    sheets[0].save(data, "webp", save_all=True, append_images=sheets[1:], duration=pause, loop=0, method=0)
+    write_whole(webp, data.getvalue())
+
+
+def shown(media: Tensor) -> Tensor:
+    """Of clips [N, 3, T, H, W] the frames that sheets draw, evenly spaced; pictures [N, 3, H, W] as they are."""
+    return media[:, :, _spread(media.shape[2], FRAMES)] if media.ndim == 5 else media
+
+
+def _spread(length: int, most: int) -> list[int]:
+    """Frames of a clip, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()
+
+
+def _contact(images: Pixels, prompts: Sequence[str], columns: int) -> Image:
+    """Images [N, H, W, 3], each above its prompt."""
     assert len(images) == len(prompts), "one prompt an image"
     height, width = images.shape[1:3]
     text = _Text.fitting(width)
@@ -51,7 +82,7 @@ def grid(media: Media, prompts: Sequence[str], png: Path, columns: int = 8, scal
         left, top = GAP + column * (width + GAP), GAP + sum(heights[:row])
         _paste(sheet, image, left, top)
         text.write(draw, caption, left, top + height + 5)
-    _save(sheet, png)
+    return sheet
 
 
 def comparison(
@@ -113,9 +144,7 @@ def _pixels(media: Media) -> Pixels:
 
 def _strip(clips: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
     """[N, 3, T, H, W] -> [N, 3, H, frames W], evenly spaced."""
-    length = clips.shape[2]
-    shown = np.unique(np.linspace(0, length - 1, min(length, FRAMES)).round().astype(int))
-    return np.concatenate([clips[:, :, number] for number in shown], axis=-1)
+    return np.concatenate([clips[:, :, number] for number in _spread(clips.shape[2], FRAMES)], axis=-1)
 
 
 def _enlarge(images: Pixels, scale: int | None) -> Pixels:

@@ -51,7 +51,7 @@ FAMILIES = {
     "chroma": Family(Chroma, tiny_chroma, {}, (24, 32), 4.0),
     "wan": Family(Wan, tiny_wan, {}, (5, 32, 48), 5.0),
     "wan unguided": Family(Wan, tiny_wan, {}, (9, 16, 16), 1.0),
-    "wan 2.2 5B": Family(Wan, tiny_wan, {"expand_timesteps": True, "shift": 5.0}, (5, 32, 32), 5.0),
+    "wan 2.2 5B": Family(Wan, tiny_wan, {"expand_timesteps": True, "packed_vae": True, "shift": 5.0}, (5, 32, 64), 5.0),
     "wan 2.2 A14B": Family(Wan, tiny_wan, {"experts": 2}, (5, 32, 32), 4.0),
 }
 

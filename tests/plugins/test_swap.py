@@ -52,5 +52,7 @@ def test_wan_trains_on_clips(project: Project) -> None:
     assert ended.status == 0, ended.err
     run = project.folder / "runs" / "tiny"
     assert len(list((run / "02-grpo" / "model").glob("*.safetensors"))) == 2
+    for stage in ("00-base", "01-soar", "02-grpo"):
+        assert (run / stage / "samples" / "last.webp").exists()
     assert project.main("show", "pipeline.toml", "--count", "3").status == 0
     assert (run / "data.png").exists()

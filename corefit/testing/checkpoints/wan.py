@@ -27,33 +27,28 @@ def tiny_wan(
     shift: float = 3.0,
     boundary: float = 0.875,
     expand_timesteps: bool = False,
+    packed_vae: bool = False,
 ) -> Path:
     """Write what `WanPipeline.from_pretrained(folder)` loads, with random weights.
 
-    words     each becomes one token of the text encoder; other text falls into single characters
-    experts   2 writes transformer_2 as well, as 2.2's A14B has it, which works below `boundary`
-    shift     of the scheduler, which is UniPC, as in the real folders
+    words             each becomes one token of the text encoder; other text falls into single characters
+    experts           2 writes transformer_2 as well, as 2.2's A14B has it, which works below `boundary`
+    shift             of the scheduler, which is UniPC, as in the real folders
+    expand_timesteps  as 2.2's 5B has it: in text-to-video, the same timestep for every patch
+    packed_vae        2.2's 5B: residual blocks on 2 x 2 pixels in one, so that a latent is 16 pixels wide and not 8
     """
     import torch
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+    from diffusers import UniPCMultistepScheduler, WanPipeline
 
     vocabulary = t5_pieces(words)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         networks = [_transformer(layers, heads, head_width, latent_channels, t5_width) for _ in range(experts)]
-        vae: Any = AutoencoderKLWan
         kind: Any = WanPipeline  # its annotations have another scheduler than its folders
         pipeline = kind(
             tokenizer=t5_tokenizer(vocabulary),
             text_encoder=t5_encoder(vocabulary, t5_width, 1, per_layer=True),
-            vae=vae(
-                base_dim=4,
-                z_dim=latent_channels,
-                dim_mult=[1, 2, 2, 2],
-                num_res_blocks=1,
-                latents_mean=list(MEAN[:latent_channels]),
-                latents_std=list(STD[:latent_channels]),
-            ).eval(),
+            vae=_vae(latent_channels, packed_vae),
             scheduler=UniPCMultistepScheduler(
                 prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
             ),
@@ -64,6 +59,22 @@ def tiny_wan(
         )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def _vae(channels: int, packed: bool) -> Any:
+    from diffusers import AutoencoderKLWan
+
+    kind: Any = AutoencoderKLWan
+    patches = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+    return kind(
+        base_dim=4,
+        z_dim=channels,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        latents_mean=list(MEAN[:channels]),
+        latents_std=list(STD[:channels]),
+        **(patches if packed else {}),
+    ).eval()
 
 
 def _transformer(layers: int, heads: int, width: int, channels: int, text: int) -> Any:

@@ -5,10 +5,32 @@ One frame is a picture: media [B, 3, H, W] outside, a clip of length 1 inside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from corefit.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def latents(size: Sequence[int], every: int) -> int:
+    """Latents along time of [frames, height, width], one for the first frame and one for `every` after it.
+
+    [height, width] has one. ConfigError for a size of another length, and for frames that would be cut off.
+    """
+    if len(size) not in (2, 3):
+        raise ConfigError(
+            f"size = {list(size)}: it is [frames, height, width] of clips, or [height, width] of pictures"
+        )
+    frames = size[0] if len(size) == 3 else 1
+    if frames < 1 or (frames - 1) % every:
+        near = sorted({max(0, n) * every + 1 for n in ((frames - 1) // every, -(-(frames - 1) // every))})
+        raise ConfigError(
+            f"size = {list(size)}: the number of frames must be a multiple of {every} and one more; nearest: "
+            f"{' or '.join(map(str, near))}"
+        )
+    return (frames - 1) // every + 1
 
 
 def encode(vae: Any, media: Tensor) -> Tensor:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-
-from corefit.errors import ModelError
+from torch.distributed.tensor import DTensor
 
 
 class Experts(nn.Module):
@@ -28,23 +27,34 @@ class Experts(nn.Module):
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
-        """v of all rows, in their order."""
-        if isinstance(self, FSDPModule):
-            raise ModelError(
-                "shard = true is not for a model of two experts yet: two processes were found to train otherwise than "
-                "one; leave it out (DDP), and train a LoRA where memory is short"
-            )
+        """v of all rows, in their order.
+
+        An expert without rows gets a gradient of 0 in place of none, so that the optimizer does with it what it does
+        where other processes have rows for it.
+        """
         inputs = (hidden_states, timestep, encoder_hidden_states)
         high = timestep >= self.boundary
-        shares = [(self.transformer, high.nonzero()[:, 0]), (self.transformer_2, (~high).nonzero()[:, 0])]
-        busy = [(expert, rows) for expert, rows in shares if len(rows)]
-        made = [expert(*(t[rows] for t in inputs), return_dict=False)[0] for expert, rows in busy]
-        v = torch.cat(made)[torch.cat([rows for _, rows in busy]).argsort()]
-        idle = [expert for expert, rows in shares if not len(rows)]
-        if idle and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
-            # other ranks may need it now, and its gradient must be exchanged: one row that counts for nothing
-            v = v + 0 * idle[0](*(t[:1] for t in inputs), return_dict=False)[0].sum()
-        return (v,)
+        shares = [high.nonzero()[:, 0], (~high).nonzero()[:, 0]]
+        # always in this order: sharded weights are gathered block by block, and on every rank the same ones
+        made: list[Tensor] = []
+        nothing = hidden_states.new_zeros(())
+        for expert, rows, called in zip(self._both(), shares, self._called(shares), strict=True):
+            if len(rows):
+                made.append(expert(*(t[rows] for t in inputs), return_dict=False)[0])
+            elif called:
+                nothing = nothing + 0 * expert(*_least(expert, *inputs), return_dict=False)[0].sum()
+            elif torch.is_grad_enabled():
+                nothing = nothing + _touched(expert)
+        return (torch.cat(made)[torch.cat(shares).argsort()] + nothing,)
+
+    def _called(self, shares: Sequence[Tensor]) -> list[bool]:
+        """Which experts this process calls: those it has rows for, and, sharded, those that any process has."""
+        here = [len(rows) > 0 for rows in shares]
+        if not isinstance(self, FSDPModule):
+            return here
+        anywhere = torch.tensor(here, dtype=torch.int32, device=shares[0].device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        return [bool(number) for number in anywhere.tolist()]
 
     @property
     def busiest(self) -> nn.Module:
@@ -74,3 +84,15 @@ class Experts(nn.Module):
 
     def _both(self) -> tuple[Any, Any]:
         return self.transformer, self.transformer_2
+
+
+def _least(expert: Any, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first row, cut down to one patch and one token of text: the weights are met, and little is computed."""
+    frames, height, width = expert.config.patch_size
+    return x[:1, :, :frames, :height, :width], timestep[:1], text[:1, :1]
+
+
+def _touched(expert: nn.Module) -> Tensor | int:
+    """0, on the graph of every weight that trains."""
+    held = (p.to_local() if isinstance(p, DTensor) else p for p in expert.parameters() if p.requires_grad)
+    return sum(0 * p.flatten()[:1].float().sum() for p in held)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, validators
 
 from corefit import Condition
-from corefit.errors import ConfigError, ModelError
+from corefit.errors import ModelError
 from corefit_backbones import clips, network, schedule
 from corefit_backbones.backbone import Diffusers
 from corefit_backbones.folder import check_size
@@ -68,19 +70,13 @@ class Wan(Diffusers):
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
         """(C, 1 + (T-1)/4, H/8, W/8) of [frames, height, width]; [height, width] is one frame."""
         channels, every, scale, patch = self.geometry
-        *frames, high, wide = size
-        length = frames[0] if frames else 1
-        if len(frames) > 1 or length < 1 or (length - 1) % every:
-            near = {max(0, length - 1) // every * every + 1, -(-(length - 1) // every) * every + 1}
-            raise ConfigError(
-                f"size = {list(size)}: the number of frames must be a multiple of {every} and one more; nearest: "
-                f"{' or '.join(map(str, sorted(near)))}"
-            )
-        height, width = check_size((high, wide), scale * patch, LARGEST)
-        return channels, (length - 1) // every + 1, height // scale, width // scale
+        length = clips.latents(size, every)
+        height, width = check_size(size[-2:], scale * patch, LARGEST)
+        return channels, length, height // scale, width // scale
 
     def encoding_key(self) -> Mapping[str, str]:
-        return {**super().encoding_key(), "text_length": str(self.max_sequence_length)}
+        mended = f"ftfy {version('ftfy')}" if find_spec("ftfy") else "as written"
+        return {**super().encoding_key(), "text_length": str(self.max_sequence_length), "text_mended": mended}
 
     def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {"prompt_embeds": (self.max_sequence_length, self.checkpoint.config("transformer")["text_dim"])}
