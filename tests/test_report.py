@@ -403,6 +403,12 @@ def test_long_and_wide_clips_keep_their_speed(tmp_path):
         assert image.width == 1280
 
 
+def test_many_clips_stay_within_what_webp_can_hold(tmp_path):
+    animation(np.zeros((160, 3, 2, 400, 96)), [""] * 160, tmp_path / "a.webp")
+    with Image.open(tmp_path / "a.webp") as image:
+        assert 15900 < image.height <= 16000
+
+
 def test_what_is_shown_of_clips_is_drawn_alike(tmp_path):
     clips = torch.rand(2, 3, 9, 96, 96)
     assert shown(clips).shape == (2, 3, 4, 96, 96)

@@ -26,8 +26,8 @@ Pixels = NDArray[np.uint8]
 SMALLEST = 96
 FRAMES, MOVING = 4, 32
 """Of a clip that are shown, beside each other and moving."""
-WIDE = 1280
-"""Pixels of an animation at most: wider ones take seconds to write and to open."""
+WIDE, HIGH = 1280, 16000
+"""Pixels of an animation at most: wider ones take seconds to write and to open, and WebP ends at 16383."""
 GAP = 10
 INK, PAPER, NOT_FINITE = (40, 40, 40), (255, 255, 255), (255, 0, 255)
 
@@ -49,9 +49,10 @@ def animation(clips: Media, prompts: Sequence[str], webp: Path, columns: int = 4
     """
     length = clips.shape[2]
     numbers = _spread(length, MOVING)
-    sheets = [_contact(_enlarge(_pixels(clips[:, :, number]), None), prompts, columns) for number in numbers]
-    for sheet in sheets:
-        sheet.thumbnail((WIDE, 100 * WIDE))
+    sheets: list[Image] = []
+    for number in numbers:
+        sheets.append(_contact(_enlarge(_pixels(clips[:, :, number]), None), prompts, columns))
+        sheets[-1].thumbnail((WIDE, HIGH))
     data, pause = io.BytesIO(), round(1000 * length / (fps * len(numbers)))
     sheets[0].save(data, "webp", save_all=True, append_images=sheets[1:], duration=pause, loop=0, method=0)
     write_whole(webp, data.getvalue())

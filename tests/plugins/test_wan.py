@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, Project
 from golden import golden
+from test_ranks import as_one, settings, two
 from torch import Tensor
 
 from corefit.errors import ConfigError
@@ -157,6 +158,18 @@ def test_two_processes_may_need_different_experts(both: Path, tmp_path: Path) ->
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_two_processes_train_both_sharded_experts_as_one_does(mode: str, project: Project) -> None:
+    """SOAR and GRPO with steps that reach into the gradients of both: their noise levels are on either side."""
+    (project.folder / "base").unlink()
+    tiny_wan(project.folder / "base", words=WORDS, experts=2, boundary=0.6)
+    project.swap(('use = "sd3"', 'use = "wan"'), ("steps = 2", "steps = 4"))
+    rates = tuple(f"stage.{name}.optimizer.lr=1e-2" for name in ("soar", "grpo"))
+    keys = ("shard=true", "stage.soar.micro_batch=1", f"backbone.train={{use='{mode}'}}", *rates)
+    as_one(project, keys, two(project, "run", "pipeline.toml", *settings("name='two'", *keys)))
 
 
 # prompts and sizes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 class Experts(nn.Module):
     """`transformer` for timesteps from 1000 boundary on, `transformer_2` below, as in WanPipeline.
 
-    Which rows go where is asked of the device: one synchronisation a call.
+    How many rows go where is asked of the device: one synchronisation a call.
     """
 
     def __init__(self, transformer: nn.Module, transformer_2: nn.Module, *, boundary: float) -> None:
@@ -34,27 +34,28 @@ class Experts(nn.Module):
         """
         inputs = (hidden_states, timestep, encoder_hidden_states)
         high = timestep >= self.boundary
-        shares = [high.nonzero()[:, 0], (~high).nonzero()[:, 0]]
+        order = (~high).int().argsort(stable=True)
+        here, anywhere = self._rows(high)
         # always in this order: sharded weights are gathered block by block, and on every rank the same ones
         made: list[Tensor] = []
         nothing = hidden_states.new_zeros(())
-        for expert, rows, called in zip(self._both(), shares, self._called(shares), strict=True):
+        for expert, rows, called in zip(self._both(), order.split(here), anywhere, strict=True):
             if len(rows):
                 made.append(expert(*(t[rows] for t in inputs), return_dict=False)[0])
             elif called:
                 nothing = nothing + 0 * expert(*_least(expert, *inputs), return_dict=False)[0].sum()
             elif torch.is_grad_enabled():
                 nothing = nothing + _touched(expert)
-        return (torch.cat(made)[torch.cat(shares).argsort()] + nothing,)
+        return (torch.cat(made)[order.argsort()] + nothing,)
 
-    def _called(self, shares: Sequence[Tensor]) -> list[bool]:
-        """Which experts this process calls: those it has rows for, and, sharded, those that any process has."""
-        here = [len(rows) > 0 for rows in shares]
-        if not isinstance(self, FSDPModule):
-            return here
-        anywhere = torch.tensor(here, dtype=torch.int32, device=shares[0].device)
-        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
-        return [bool(number) for number in anywhere.tolist()]
+    def _rows(self, high: Tensor) -> tuple[list[int], list[int]]:
+        """How many this process has for each expert, and, sharded, how many any process has at most."""
+        here = torch.stack([high.sum(), (~high).sum()])
+        anywhere = here.clone()
+        if isinstance(self, FSDPModule):
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        numbers = torch.cat([here, anywhere]).tolist()
+        return numbers[:2], numbers[2:]
 
     @property
     def busiest(self) -> nn.Module:
