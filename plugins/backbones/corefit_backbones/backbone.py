@@ -28,8 +28,11 @@ class Diffusers(ABC):
     revision                branch, tag or commit on the hub
     variant                 of the weight files: "fp16" reads model.fp16.safetensors
     gradient_checkpointing  recompute activations in backward: less memory, about a third more time
-    attention               backend of diffusers' dispatcher: "native" (torch), "flash", "sage", "xformers", ...
+    attention               backend of diffusers' dispatcher: "native" (torch), "flash", "xformers", ...
     compile                 torch.compile for the repeated blocks: faster steps after a first one that takes a minute
+
+    The last three change how fast and not what is computed, but for rounding. That is enough to change the weights a
+    stage leaves, so they count as what determines them, as every key but `path` does: changed, stages are trained anew.
     """
 
     pipeline_class: ClassVar[str]
@@ -87,9 +90,46 @@ class Diffusers(ABC):
         if self.attention != "native":
             network.set_attention(self.transformer, self.attention)
         if self.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+            self._recompute()
         if self.compile:
             network.compile_blocks(self.transformer)
+
+    def load_blank(self, dtype: torch.dtype) -> None:
+        """What `load` does, on the meta device: shapes without weights. Only JSON is read.
+
+        ModelError for options that `load` would refuse. Attention stays torch's own: others run on a GPU alone.
+        """
+        import torch
+
+        self.place(torch.device("meta"), dtype)
+        if self.attention != "native":
+            network.set_attention(self._blank(dtype), self.attention)
+        self.transformer = self._blank(dtype)
+        if self.gradient_checkpointing:
+            self._recompute()
+
+    def routes(self) -> Sequence[Any]:
+        """Once loaded, the networks of which each row passes through one."""
+        return [part for _, part in self._parts()]
+
+    def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor of a condition, of one row; empty where a family does not say."""
+        return {}
+
+    def _blank(self, dtype: torch.dtype) -> Any:
+        import torch
+
+        kind, usual = _class(self.transformer_class), torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                return self.joined([kind.from_config(dict(self.checkpoint.config(name))) for name in self.networks])
+        finally:
+            torch.set_default_dtype(usual)
+
+    def _recompute(self) -> None:
+        for _, part in self._parts():
+            network.recompute(part)
 
     def blank(self) -> Any:
         """The network as its config says it, with weights of no meaning; none are read."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,9 @@ ATTENTION = (
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
 )
 """What a LoRA adapts by default: the projections of attention, of both streams where there are two."""
+MASK = "attention_mask"
+FORWARD_ONLY = re.compile("_?sage.*|_flash_3")
+"""Attention backends of diffusers 0.39 without a backward; sage's cut the gradient in silence."""
 
 
 def lora_file(part: str) -> str:
@@ -106,15 +112,54 @@ def compile_blocks(transformer: Any) -> None:
                 block.compile()
 
 
-def set_attention(transformer: Any, backend: str) -> None:
-    """Let diffusers compute attention with `backend`; ModelError where it has none of that name, or not its package."""
-    from diffusers.models.attention_dispatch import AttentionBackendName
+def recompute(transformer: Any) -> None:
+    """Gradient checkpointing, block by block where diffusers has it.
 
+    diffusers 0.39 calls Chroma's single blocks without the mask then, and only then: they would train another network
+    than samples come from. Blocks that take one and were given none get the forward's own.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    masks: dict[str, Any] = {}
+
+    def remember(_: Any, args: tuple[Any, ...], keys: Mapping[str, Any]) -> None:
+        masks[MASK] = keys.get(MASK)
+
+    def call(block: Any, *args: Any) -> Any:
+        unfilled = list(signature(block.forward).parameters)[len(args) :]
+        # an argument, not a look-up in backward: another forward may have been in between
+        return checkpoint(block, *args, use_reentrant=False, **(masks if MASK in unfilled else {}))
+
+    transformer.register_forward_pre_hook(remember, with_kwargs=True)
+    transformer.enable_gradient_checkpointing(call)
+
+
+def set_attention(transformer: Any, backend: str) -> None:
+    """Let diffusers compute attention with `backend`, in this network alone.
+
+    ModelError for a name it does not know, one without its package, one that cannot train, and a network whose
+    attention diffusers does not dispatch: there the key would do nothing.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+
+    said, known = f"attention = {backend!r}", sorted(name.value for name in AttentionBackendName)
+    if backend not in known:
+        near = "".join(f". Did you mean {name!r}?" for name in get_close_matches(backend, known, 1))
+        raise ModelError(f"{said} is not one of {', '.join(known)}{near}")
+    if FORWARD_ONLY.fullmatch(backend):
+        raise ModelError(f"{said} cannot train: it has no backward, and what is before it would learn nothing")
+    if not dispatches(transformer):
+        raise ModelError(f"{said} would do nothing: diffusers computes this family's attention with torch's own alone")
     try:
-        transformer.set_attention_backend(backend)
+        with attention_backend():  # or other networks of this process would follow
+            transformer.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError) as e:
-        known = ", ".join(sorted(name.value for name in AttentionBackendName))
-        raise ModelError(f"attention = {backend!r} cannot be used: {e}; diffusers knows {known}") from e
+        raise ModelError(f"{said} cannot be used here: {e}") from e
+
+
+def dispatches(transformer: Any) -> bool:
+    """Whether its attention asks diffusers which backend to take."""
+    return any(hasattr(getattr(m, "processor", None), "_attention_backend") for m in transformer.modules())
 
 
 def unwrapped(transformer: Any) -> Any:
