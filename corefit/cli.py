@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,16 @@ SET = click.option(
 )
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Where run folders go; runs/ beside PIPELINE.")
 PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path))
+UNITS = {"": 1 << 30, "gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
+
+
+def memory_size(text: str) -> float:
+    """Bytes of "24GiB", "24GB" or "24", which is GiB."""
+    found = re.fullmatch(r"(\d+\.?\d*) *([a-zA-Z]*)", text)
+    unit = UNITS.get(found[2].lower()) if found else None
+    if not found or unit is None or not float(found[1]):
+        raise click.BadParameter(f"{text!r} is not a size of memory; write 24GiB or 24GB")
+    return float(found[1]) * unit
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -63,7 +74,7 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
 @SET
 @OUT
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes it will run on.")
-@click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GIB", help="Of another device than this.")
+@click.option("--memory", type=memory_size, metavar="SIZE", help="Of a GPU that is not here, such as 24GiB.")
 def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: int, memory: float | None) -> None:
     """Find what is wrong with PIPELINE and its data, and whether it fits, without loading weights."""
     from corefit.pipeline import read
@@ -71,14 +82,12 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
     checked = read(pipeline, _with_out(settings, out))
     stages = ", ".join(f"{stage.name} ({stage.steps} steps of {stage.rows})" for stage in checked.stage)
     from corefit import estimate
-    from corefit.ranks import is_half
 
-    size, device = (memory * estimate.GIB, "--memory") if memory else estimate.capacity()
-    found = estimate.estimates(checked, half=is_half(checked.precision), world=ranks)
-    estimate.refuse(checked, found, size, ranks)
+    device = estimate.Device.here() if memory is None else estimate.Device.of(memory)
+    found = estimate.estimates(checked, device, ranks)
+    estimate.refuse(checked, found, device, ranks)
     click.echo(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}")
-    for line in estimate.table(found, size, device):
-        click.echo(line)
+    estimate.show(found, device)
 
 
 @cli.command()

@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from attrs import evolve, frozen
 
-from corefit import weights
+from corefit import buckets, fake, weights
 from corefit.errors import ConfigError
 from corefit.pipeline import Full, Pipeline, Stage
-from corefit.types import Condition
+from corefit.ranks import is_half
+from corefit.report.table import MISSING, size
+from corefit.types import Sized
 
 if TYPE_CHECKING:
-    import torch
+    from rich.table import Table
 
-GIB = 1 << 30
 MASTER = 4
 """Bytes of a number that trains, and of its gradient and moments: all are float32."""
+FILLED = 0.8
+"""Share of a device that sharded weights may take; the rest is for activations."""
+
+
+@frozen
+class Device:
+    """What a process of a run has: bytes of memory, and whether it is a GPU's."""
+
+    name: str
+    memory: float
+    gpu: bool
+    planned: bool = False
+    """Not here: of a GPU that is, only it knows whether it has bfloat16; a planned one has."""
+
+    @staticmethod
+    def here() -> Device:
+        """This machine's."""
+        import psutil
+        import torch
+
+        if torch.cuda.is_available():
+            return Device(torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[1]), gpu=True)
+        return Device("main memory", float(psutil.virtual_memory().total), gpu=False)
+
+    @staticmethod
+    def of(memory: float) -> Device:
+        """A GPU that this machine need not have."""
+        return Device("the GPU planned", memory, gpu=True, planned=True)
+
+    def half(self, precision: str) -> bool:
+        """Whether a pipeline's `precision` is bfloat16 on it."""
+        return is_half(precision) or (self.planned and precision == "auto")
 
 
 @frozen(kw_only=True)
 class Estimate:
     """Of one stage, for one process.
 
-    parameters, trainable               numbers
-    weights, gradients, optimizer, copies  bytes; copies are the average and the reference policy
-    activations                         bytes of the largest graph of a step, None where the backbone cannot tell
+    parameters, trainable          numbers
+    weights, gradients, optimizer  bytes
+    exchanged                      bytes of the gradients once more, as DDP hands them to other processes
+    copies                         bytes of the average and the reference policy
+    activations                    bytes that a step holds at most besides, None where that is not known
     """
 
     stage: str
@@ -36,13 +71,14 @@ class Estimate:
     weights: float
     gradients: float
     optimizer: float
+    exchanged: float
     copies: float
-    activations: float | None
+    activations: int | None
 
     @property
     def certain(self) -> float:
         """Bytes that are there from the first step to the last."""
-        return self.weights + self.gradients + self.optimizer + self.copies
+        return self.weights + self.gradients + self.optimizer + self.exchanged + self.copies
 
     @property
     def total(self) -> float:
@@ -50,168 +86,135 @@ class Estimate:
         return self.certain + (self.activations or 0)
 
 
-def estimates(pipeline: Pipeline, *, half: bool, world: int = 1) -> list[Estimate]:
-    """Of every stage; nothing for a backbone that cannot build its network from a config.
+def estimates(pipeline: Pipeline, device: Device, world: int = 1, *, graphs: bool = True) -> list[Estimate]:
+    """Of every stage; none for a backbone that is not Sized.
 
-    half   bfloat16 arithmetic: weights that do not train are kept so
-    world  processes; they share what is sharded, and each step's rows
+    world   processes; they share what is sharded, and each step's rows
+    graphs  whether activations are looked at too, which takes seconds
     """
-    if not hasattr(pipeline.backbone, "blank"):
+    if not isinstance(pipeline.backbone, Sized):
         return []
-    return [_estimate(pipeline, stage, half, world) for stage in pipeline.stage]
+    return [_estimate(pipeline, stage, device, world, graphs) for stage in pipeline.stage]
 
 
-def refuse(pipeline: Pipeline, found: Sequence[Estimate], memory: float, world: int = 1) -> None:
-    """ConfigError where a stage cannot fit, with what would help."""
-    for estimate, stage in zip(found, pipeline.stage, strict=False):
-        if estimate.certain <= memory:
-            continue
-        full = isinstance(pipeline.mode(stage), Full)
-        helps = [
-            *(['train = { use = "lora" }'] if full else []),
-            *([f"{stage.name}.ema left out"] if stage.ema is not None else []),
-            *([f"shard = true on {_ranks(estimate, memory, world)} devices or more"]),
-        ]
-        raise ConfigError(
-            f"stage.{stage.name}: weights, gradients and optimizer take {_gib(estimate.certain)} of a device that has "
-            f"{_gib(memory)}; what would help: {', or '.join(helps)}"
-        )
-
-
-def capacity() -> tuple[float, str]:
-    """Bytes of the device's memory, and what it is."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory), torch.cuda.get_device_name(0)
-    return float(psutil.virtual_memory().total), "main memory"
-
-
-def table(found: Sequence[Estimate], memory: float, device: str) -> Iterator[str]:
-    """A line a stage."""
-    for e in found:
-        graph = "unknown" if e.activations is None else _gib(e.activations)
-        yield (
-            f"  {e.stage}: {_count(e.parameters)} parameters, {_count(e.trainable)} train; weights {_gib(e.weights)}, "
-            f"gradients {_gib(e.gradients)}, optimizer {_gib(e.optimizer)}"
-            f"{f', copies {_gib(e.copies)}' if e.copies else ''}, activations about {graph}: "
-            f"{_gib(e.total)} of {_gib(memory)} ({device})"
-        )
-        if e.total > memory:
-            yield (
-                f"  {e.stage}: that may be too much; a smaller micro_batch helps, or "
-                "gradient_checkpointing = true under [backbone]"
+def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world: int = 1) -> None:
+    """ConfigError where a stage cannot fit, with what would help. Activations do not count: they are estimated."""
+    for e, stage in zip(found, pipeline.stage, strict=False):
+        if e.certain > device.memory:
+            parts = {
+                "weights": e.weights,
+                "gradients": e.gradients,
+                "optimizer": e.optimizer,
+                "gradients being exchanged": e.exchanged,
+                "copies": e.copies,
+            }
+            named = ", ".join(f"{name} {size(int(part))}" for name, part in parts.items() if part)
+            helps = ", or ".join(_helps(pipeline, stage, e, device, world))
+            raise ConfigError(
+                f"stage.{stage.name}: {named} are {size(int(e.certain))} for each process, and {device.name} has "
+                f"{size(int(device.memory))}; what would help: {helps}"
             )
 
 
-def _estimate(pipeline: Pipeline, stage: Stage, half: bool, world: int) -> Estimate:
-    import torch
+def show(found: Sequence[Estimate], device: Device) -> None:
+    """Print a table, and a line for each stage that its activations may make too large."""
+    from rich.console import Console
 
-    mode, share = pipeline.mode(stage), world if pipeline.shard else 1
-    small = half and not isinstance(mode, Full)
-    backbone: Any = _blank(pipeline.backbone, torch.bfloat16 if small else torch.float32)
-    trainable = sum(p.numel() for p in weights.trainable(backbone, mode).values())
+    console = Console(highlight=False, markup=False)
+    if not found:
+        console.print("memory: not known; the backbone does not say what it needs (corefit.types.Sized)")
+        return
+    console.print()
+    console.print(_table(found, device))
+    for e in found:
+        if e.total > device.memory:
+            console.print(
+                f"\n{e.stage}: with its activations it may not fit; a smaller micro_batch would help, or "
+                "gradient_checkpointing = true under [backbone]",
+                soft_wrap=True,
+            )
+
+
+def _table(found: Sequence[Estimate], device: Device) -> Table:
+    """A column a stage."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = {
+        "parameters": [_count(e.parameters) for e in found],
+        "that train": [_count(e.trainable) for e in found],
+        "weights": [size(int(e.weights)) for e in found],
+        "gradients": [size(int(e.gradients)) for e in found],
+        "optimizer": [size(int(e.optimizer)) for e in found],
+        "exchanged gradients": [size(int(e.exchanged)) for e in found],
+        "average, reference": [size(int(e.copies)) for e in found],
+        "activations, about": ["not known" if e.activations is None else size(int(e.activations)) for e in found],
+        "together": [size(int(e.total)) for e in found],
+        f"of {device.name}": [size(int(device.memory)) for _ in found],
+    }
+    made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
+    made.add_column("each process")
+    for e in found:
+        made.add_column(Text(e.stage), justify="right")
+    for name, cells in rows.items():
+        if any(cell != MISSING for cell in cells):
+            made.add_row(name, *cells)
+    return made
+
+
+def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, graphs: bool) -> Estimate:
+    backbone = _blank(pipeline, stage, device)
     parameters = list(backbone.transformer.parameters())
-    held = sum(p.numel() * p.element_size() for p in parameters)
-    rows = max(1, min(stage.micro_batch or stage.rows, stage.rows // world))
-    graph = _activations(backbone, pipeline, rows * getattr(stage.objective, "rows_per_graph", 1), half)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    share = world if pipeline.shard else 1
     copies = (stage.ema is not None) + ("reference" in stage.objective.uses)
     return Estimate(
         stage=stage.name,
         parameters=sum(p.numel() for p in parameters),
         trainable=trainable,
-        weights=held / share,
+        weights=sum(p.numel() * p.element_size() for p in parameters) / share,
         gradients=trainable * MASTER / share,
         optimizer=2 * trainable * MASTER / share,
+        exchanged=trainable * MASTER if world > share else 0.0,
         copies=copies * trainable * MASTER / share,
-        activations=graph,
+        activations=_activations(pipeline, stage, backbone, device, world) if graphs else None,
     )
 
 
-def _blank(backbone: Any, dtype: torch.dtype) -> Any:
-    """A copy with a network on the meta device: shapes and no memory."""
+def _blank(pipeline: Pipeline, stage: Stage, device: Device) -> Any:
+    """A copy of the backbone as training has it, without weights."""
     import torch
 
-    made, usual = evolve(backbone), torch.get_default_dtype()
-    made.place(torch.device("cpu"), dtype)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            made.transformer = made.blank()
-    finally:
-        torch.set_default_dtype(usual)
-    return made
+    mode = pipeline.mode(stage)
+    small = device.half(pipeline.precision) and not isinstance(mode, Full)
+    backbone: Any = evolve(cast(Any, pipeline.backbone))
+    backbone.load_blank(torch.bfloat16 if small else torch.float32)
+    weights.trainable(backbone, mode)
+    return backbone
 
 
-def _activations(backbone: Any, pipeline: Pipeline, rows: int, half: bool) -> float | None:
-    """Bytes that autograd keeps of one forward of `rows`; with checkpointing, inputs of blocks and one block.
-
-    The forward runs on fake tensors of the CPU, whose kernels keep what those of a GPU keep; attention on the meta
-    device would keep its matrix.
-    """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.func import functional_call
-
-    if not hasattr(backbone, "condition_shapes"):
+def _activations(pipeline: Pipeline, stage: Stage, backbone: Any, device: Device, world: int) -> int | None:
+    """Bytes of the largest forward and backward. Compiled, a network keeps less: what is cheap to compute again."""
+    if not backbone.condition_shapes():
         return None
-    # of several networks the one that a whole batch may go through: which rows go where is not known here
-    network = getattr(backbone.transformer, "busiest", backbone.transformer)
-    shape = backbone.latent_shape(pipeline.data.size)
-    blocks, inputs, saved = _blocks(network), dict[int, int](), dict[int, int]()
-    kept: list[Any] = []  # or another storage may get a place that was counted
-
-    def count(t: torch.Tensor, into: dict[int, int]) -> torch.Tensor:
-        if _place(t) not in own:
-            kept.append(t)
-            into[_place(t)] = t.untyped_storage().nbytes()
-        return t
-
-    def enters(_: Any, args: tuple[Any, ...], keys: Mapping[str, Any]) -> None:
-        for t in (*args, *keys.values()):
-            if isinstance(t, torch.Tensor):
-                count(t, inputs)
-
-    for block in blocks:
-        block.register_forward_pre_hook(enters, with_kwargs=True)
-    cast: Any = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
-    with FakeTensorMode():
-        tensors = {name: _fake(t) for name, t in (*network.named_parameters(), *network.named_buffers())}
-        own = {_place(t) for t in tensors.values()}
-        backbone.transformer = lambda **keys: functional_call(network, tensors, (), keys)  # pyright: ignore
-        x, sigma = torch.empty(rows, *shape), torch.empty(rows)
-        cond = Condition({name: torch.empty(rows, *shape) for name, shape in backbone.condition_shapes().items()})
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: count(t, saved), lambda t: t), cast:
-            backbone.velocity(x, sigma, cond)
-    whole = float(sum(saved.values()))
-    return sum(inputs.values()) + whole / max(1, len(blocks)) if backbone.gradient_checkpointing else whole
+    half = device.half(pipeline.precision)
+    rows = max(1, min(stage.micro_batch or stage.rows, stage.rows // world)) * stage.objective.rows_per_graph
+    sizes = buckets.sizes(pipeline.data.size, pipeline.data.aspects, backbone)
+    shape = (rows, *max((backbone.latent_shape(each) for each in sizes), key=math.prod))
+    return fake.peak(backbone, shape, half=half, gpu=device.gpu)
 
 
-def _fake(t: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
-
-
-def _place(t: torch.Tensor) -> int:
-    """Which storage it lies in."""
-    from torch.multiprocessing.reductions import StorageWeakRef
-
-    return StorageWeakRef(t.untyped_storage()).cdata
-
-
-def _blocks(transformer: torch.nn.Module) -> list[Any]:
-    """The repeated blocks: items of the outermost lists."""
-    from torch import nn
-
-    lists = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.ModuleList)}
-    return [b for name, m in lists.items() if not any(name.startswith(f"{o}.") for o in lists) for b in m]
-
-
-def _ranks(estimate: Estimate, memory: float, world: int) -> int:
-    whole = estimate.certain * world
-    return int(-(-whole // (memory * 0.8)))
+def _helps(pipeline: Pipeline, stage: Stage, e: Estimate, device: Device, world: int) -> Iterator[str]:
+    full = isinstance(pipeline.mode(stage), Full)
+    if full:
+        yield 'train = { use = "lora" }'
+    elif not device.half(pipeline.precision):
+        yield 'precision = "bf16"'
+    if stage.ema is not None:
+        yield f"{stage.name}.ema left out"
+    whole = (e.certain - e.exchanged) * (world if pipeline.shard else 1)
+    yield f"shard = true on {math.ceil(whole / (device.memory * FILLED))} devices or more"
 
 
 def _count(number: int) -> str:
@@ -219,7 +222,3 @@ def _count(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return str(number)
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.3g} GiB" if size >= 0.1 * GIB else f"{size / (1 << 20):.3g} MiB"

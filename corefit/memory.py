@@ -1,10 +1,14 @@
-"""Memory of this process: keeping it between steps on a CPU, and its peak."""
+"""Memory of this process: keeping it between steps on a CPU, and its peak; what a piece of code holds in tensors."""
 
 from __future__ import annotations
 
 import contextlib
+import weakref
+from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, field
 
 if TYPE_CHECKING:
     import torch
@@ -50,3 +54,54 @@ def peak(device: torch.device) -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@define(eq=False)
+class Held:
+    """Bytes of the storages that were made while it watched and are alive."""
+
+    now: int = 0
+    peak: int = 0
+    kept: int = 0
+    """For who watches to note `now` at a moment of interest."""
+    _alive: set[int] = field(factory=set[int])
+
+    def see(self, tensor: torch.Tensor) -> None:
+        """A tensor that an operation gave back: of memory that is new, or was there."""
+        storage = tensor.untyped_storage()
+        place, size = storage._cdata, storage.nbytes()  # pyright: ignore[reportPrivateUsage]
+        if place not in self._alive:
+            self._alive.add(place)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, place, size)
+
+    def _gone(self, place: int, size: int) -> None:
+        self._alive.discard(place)
+        self.now -= size
+
+
+@contextlib.contextmanager
+def held() -> Generator[Held]:
+    """Watch what is held inside, in tensors of any device and in fake ones; memory inside kernels is not seen."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    found = Held()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            before = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            made = func(*args, **(kwargs or {}))
+            for t in tree_leaves(made):
+                if isinstance(t, torch.Tensor) and _place(t) not in before:
+                    found.see(t)
+            return made
+
+    with Watch():
+        yield found
+
+
+def _place(t: torch.Tensor) -> int:
+    return t.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]

@@ -102,9 +102,9 @@ class Run:
             self.again.end()
 
     def _refuse_too_large(self) -> None:
-        half, world = precision(self.ranks) == "bf16", self.ranks.world
-        found = estimate.estimates(self.pipeline, half=half, world=world)
-        estimate.refuse(self.pipeline, found, estimate.capacity()[0], world)
+        device, world = estimate.Device.here(), self.ranks.world
+        found = estimate.estimates(self.pipeline, device, world, graphs=False)
+        estimate.refuse(self.pipeline, found, device, world)
 
     def _write_pipeline(self) -> None:
         import tomli_w

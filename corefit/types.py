@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NewType, Protocol
+from typing import TYPE_CHECKING, Any, NewType, Protocol, runtime_checkable
 
 from attrs import field, frozen
 
@@ -226,6 +226,23 @@ class Backbone(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write what diffusers loads: a whole pipeline, or the LoRA alone where one is trained."""
+        ...
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """What a Backbone may offer besides, so that its need of memory is known before weights are read."""
+
+    def routes(self) -> Sequence[Any]:
+        """Once loaded: networks of which each row passes through one; `transformer`, or several alike inside it."""
+        ...
+
+    def load_blank(self, dtype: torch.dtype) -> None:
+        """What `load` does, on the meta device: shapes without weights. CorefitError for what `load` would refuse."""
+        ...
+
+    def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor of a condition, of one row; empty where that is not known."""
         ...
 
 

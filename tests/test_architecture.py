@@ -26,7 +26,7 @@ LAYERS = (
     {"encode", "survey"},
     {"evaluate", "cache", "weights", "observers", "meters"},
     {"gradients"},
-    {"train", "pipeline"},
+    {"train", "pipeline", "fake"},
     {"identity", "prepare", "estimate", "schema"},
     {"plan", "show"},
     {"run"},

@@ -131,12 +131,6 @@ class Diffusers(ABC):
         for _, part in self._parts():
             network.recompute(part)
 
-    def blank(self) -> Any:
-        """The network as its config says it, with weights of no meaning; none are read."""
-        configs = [self.checkpoint.config(name) for name in self.networks]
-        kind = _class(self.transformer_class)
-        return self.joined([kind.from_config(dict(config)) for config in configs])
-
     def joined(self, networks: Sequence[Any]) -> Any:
         """The networks under training as one module."""
         (network,) = networks

@@ -57,11 +57,6 @@ class Experts(nn.Module):
         numbers = torch.cat([here, anywhere]).tolist()
         return numbers[:2], numbers[2:]
 
-    @property
-    def busiest(self) -> nn.Module:
-        """One that all rows of a batch may go through: what a step takes of memory is estimated from it."""
-        return self.transformer
-
     # what diffusers' models offer, of both
 
     @property
@@ -72,11 +67,6 @@ class Experts(nn.Module):
         """Add one to each."""
         for expert in self._both():
             expert.add_adapter(config, adapter_name=adapter_name)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """For both."""
-        for expert in self._both():
-            expert.enable_gradient_checkpointing()
 
     def set_attention_backend(self, backend: str) -> None:
         """For both."""
