@@ -1,7 +1,8 @@
 """What the weights of a saved LoRA are called, since other programs find them by name alone.
 
 ComfyUI (comfy/lora.py, model_lora_keys_unet) gives SD3, FLUX and Chroma, a kind of FLUX to it, the names of diffusers'
-modules after "transformer.", and reads `<name>.lora_A.weight` and `<name>.lora_B.weight`. It has no such names for Wan.
+modules after "transformer.", and reads `<name>.lora_A.weight` and `<name>.lora_B.weight`. Of other models, Wan among
+them, it takes "diffusion_model." and a module of the authors' code.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from attrs import frozen
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from corefit.testing import tiny_chroma, tiny_flux, tiny_sd3
+from corefit.testing import tiny_chroma, tiny_flux, tiny_sd3, tiny_wan
 from corefit_backbones.chroma import Chroma
 from corefit_backbones.flux import Flux
 from corefit_backbones.sd3 import Sd3
+from corefit_backbones.wan import Wan
 
 WORDS = ("a", "red", "dog")
 FILE = "pytorch_lora_weights.safetensors"
@@ -95,3 +97,70 @@ def test_diffusers_gives_the_same_names_to_a_file_with_the_authors_own(name: str
         f"transformer.single_transformer_blocks.0.proj_mlp.lora_{half}.weight" for half in "AB"
     }
     assert saved(name, tmp_path / "again").keys() < converted.keys()
+
+
+# Wan
+
+AUTHORS = {f"blocks.{n}.{kind}_attn.{one}" for n in (0, 1) for kind in ("self", "cross") for one in "qkvo"}
+EVERY = (
+    *(*IMAGE, "ffn.net.0.proj", "ffn.net.2", "proj_out", "condition_embedder.time_proj"),
+    *(f"condition_embedder.{what}_embedder.linear_{n}" for what in ("text", "time") for n in (1, 2)),
+)
+EVERY_ONE = {
+    *(*AUTHORS, "head.head", "time_projection.1"),
+    *(f"blocks.{n}.ffn.{layer}" for n in (0, 1) for layer in (0, 2)),
+    *(f"{what}_embedding.{layer}" for what in ("text", "time") for layer in (0, 2)),
+}
+
+
+def adapted_wan(folder: Path, targets: list[str] | None = None, experts: int = 1) -> Wan:
+    """With weights that are all different, and alpha not the rank."""
+    backbone = Wan(str(tiny_wan(folder / "base", words=WORDS, layers=2, experts=experts)))
+    backbone.load(torch.device("cpu"), torch.float32)
+    config = LoraConfig(r=2, lora_alpha=7, target_modules=targets or list(backbone.lora_targets))
+    backbone.transformer.add_adapter(config)
+    draws = torch.Generator().manual_seed(0)
+    for name, p in backbone.transformer.named_parameters():
+        p.requires_grad_(".lora_" in name)
+        if p.requires_grad:
+            p.data = torch.randn(p.shape, generator=draws)
+    return backbone
+
+
+def adapter(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name.replace("default_0", "default"): p for name, p in transformer.named_parameters() if ".lora_" in name}
+
+
+@pytest.mark.parametrize(("targets", "modules"), [(None, AUTHORS), (list(EVERY), EVERY_ONE)], ids=["default", "every"])
+@pytest.mark.parametrize("experts", [1, 2])
+def test_wan_has_its_authors_names_and_loads_in_diffusers(
+    targets: list[str] | None, modules: set[str], experts: int, tmp_path: Path
+) -> None:
+    from diffusers import WanPipeline
+
+    backbone = adapted_wan(tmp_path, targets, experts)
+    backbone.save(tmp_path / "lora")
+    pipe: Any = WanPipeline.from_pretrained(tmp_path / "base")
+    for part, network in backbone._parts():
+        file = FILE if part == "transformer" else FILE.replace(".", f".{part}.", 1)
+        names = load_file(tmp_path / "lora" / file).keys()
+        assert names == {f"diffusion_model.{module}.lora_{half}.weight" for module in modules for half in "AB"}
+        pipe.load_lora_weights(tmp_path / "lora", weight_name=file, load_into_transformer_2=part != "transformer")
+        theirs = getattr(pipe, part)
+        assert {c.lora_alpha for c in theirs.peft_config.values()} == {7}
+        found, expected = adapter(theirs), adapter(network)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("targets", [["patch_embedding", "to_q"], ["proj_out"]])
+def test_names_that_diffusers_would_not_take_back_are_not_given(targets: list[str], tmp_path: Path) -> None:
+    backbone = adapted_wan(tmp_path, targets)
+    backbone.save(tmp_path / "lora")
+    assert all(name.startswith("transformer.") for name in load_file(tmp_path / "lora" / FILE))
+    again = Wan(backbone.path)
+    again.load(torch.device("cpu"), torch.float32)
+    again.load_lora(tmp_path / "lora")
+    found, expected = adapter(again.transformer), adapter(backbone.transformer)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

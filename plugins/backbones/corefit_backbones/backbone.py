@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -38,6 +38,8 @@ class Diffusers(ABC):
     pipeline_class: ClassVar[str]
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str]
+    lora_names: ClassVar[Callable[[Mapping[str, Any]], Mapping[str, Any]]] = dict
+    """A LoRA's weights by diffusers' names -> by those that they are saved under."""
 
     path: ModelPath
     revision: str | None = None
@@ -199,7 +201,7 @@ class Diffusers(ABC):
         parts, source = self._parts(), self.checkpoint
         if network.has_lora(network.unwrapped(self.transformer)):
             for name, part in parts:
-                network.save_lora(_class(self.pipeline_class), part, folder, network.lora_file(name))
+                network.save_lora(_class(self.pipeline_class), part, folder, network.lora_file(name), self.lora_names)
             return
         for name, part in parts:
             part.save_pretrained(folder / name)

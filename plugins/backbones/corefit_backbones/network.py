@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from inspect import signature
@@ -198,8 +198,17 @@ def has_lora(transformer: Any) -> bool:
     return bool(getattr(transformer, "peft_config", None))
 
 
-def save_lora(pipeline: Any, transformer: Any, folder: Path, name: str = LORA_FILE) -> None:
-    """Write the adapter "default" for `pipeline.load_lora_weights(folder)`, rank and alpha included."""
+def save_lora(
+    pipeline: Any,
+    transformer: Any,
+    folder: Path,
+    name: str = LORA_FILE,
+    named: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> None:
+    """Write the adapter "default" for `pipeline.load_lora_weights(folder)`, rank and alpha included.
+
+    named  diffusers' names -> those in the file
+    """
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -210,7 +219,7 @@ def save_lora(pipeline: Any, transformer: Any, folder: Path, name: str = LORA_FI
         folder,
         transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name="default"),
         weight_name=name,
-        save_function=lambda weights, file: save_file(weights, file, metadata),
+        save_function=lambda weights, file: save_file(dict(named(weights)), file, metadata),
     )
 
 

@@ -12,7 +12,7 @@ from attrs import define, field, validators
 
 from corefit import Condition
 from corefit.errors import ModelError
-from corefit_backbones import clips, network, schedule
+from corefit_backbones import clips, names, network, schedule
 from corefit_backbones.backbone import Diffusers
 from corefit_backbones.folder import check_size
 
@@ -34,6 +34,7 @@ class Wan(Diffusers):
     pipeline_class: ClassVar[str] = "WanPipeline"
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     vae_class: ClassVar[str] = "AutoencoderKLWan"
+    lora_names = staticmethod(names.wan)
 
     max_sequence_length: int = field(default=512, validator=validators.gt(0))
     lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
