@@ -10,6 +10,7 @@ from attrs import evolve, frozen
 
 from corefit import buckets, fake, weights
 from corefit.errors import ConfigError
+from corefit.objective import summands
 from corefit.pipeline import Full, Pipeline, Stage
 from corefit.ranks import is_half
 from corefit.report.table import MISSING, size
@@ -169,12 +170,13 @@ def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, grap
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     share = world if pipeline.shard else 1
     copies = (stage.ema is not None) + ("reference" in stage.objective.uses)
+    held = 1 + (len(summands(stage.objective)) > 1)  # a sum's so far, while the next part makes its own
     return Estimate(
         stage=stage.name,
         parameters=sum(p.numel() for p in parameters),
         trainable=trainable,
         weights=sum(p.numel() * p.element_size() for p in parameters) / share,
-        gradients=trainable * MASTER / share,
+        gradients=held * trainable * MASTER / share,
         optimizer=2 * trainable * MASTER / share,
         exchanged=trainable * MASTER if world > share else 0.0,
         copies=copies * trainable * MASTER / share,
