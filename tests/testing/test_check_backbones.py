@@ -1,0 +1,197 @@
+"""check_backbone passes what is right, and names what is wrong: one deliberately wrong backbone for each mistake."""
+
+import pytest
+import torch
+from attrs import define, field
+
+from corefit import Condition
+from corefit.testing import ToyBackbone, check_backbone
+from corefit.testing.toy import loaded
+from corefit_backbones.sd3 import Sd3
+
+PROMPTS = ["a red sky", "a blue sea"]
+
+
+def toy(shape=(4, 8, 8), kind=ToyBackbone):
+    return loaded(kind(shape))
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (3, 4, 4), (1, 2, 2), (16, 3)], ids=str)
+def test_the_toy_backbone_passes(shape):
+    check_backbone(toy(shape), prompts=PROMPTS)
+
+
+@pytest.mark.parametrize(("shape", "media"), [((3, 2, 4, 6), (2, 3, 2, 4, 6)), ((10, 4), (2, 3, 2, 5))], ids=str)
+def test_the_toy_backbone_passes_with_media(shape, media):
+    check_backbone(toy(shape), prompts=PROMPTS, media=torch.rand(media))
+
+
+def test_a_tiny_sd3_passes(checkpoint):
+    backbone = Sd3(str(checkpoint), max_sequence_length=16)
+    backbone.load(torch.device("cpu"), torch.float32)
+    before = [p.clone() for p in backbone.transformer.parameters()]
+    check_backbone(backbone, prompts=PROMPTS)
+    assert all(torch.equal(p, old) for p, old in zip(backbone.transformer.parameters(), before, strict=True))
+
+
+# backbones that are wrong
+
+
+class GuidanceOffByOne(ToyBackbone):
+    def guided(self, x, sigma, cond, scale, v_cond=None):
+        return super().guided(x, sigma, cond, scale + 1, v_cond)
+
+
+class ForgetsKnown(ToyBackbone):
+    def guided(self, x, sigma, cond, scale, v_cond=None):
+        return super().guided(x, sigma, cond, scale, None if v_cond is None else 0 * v_cond)
+
+
+class NoFinalZero(ToyBackbone):
+    def sigmas(self, steps, shape):
+        return super().sigmas(steps + 1, shape)[:-1]
+
+
+class Rising(ToyBackbone):
+    def sigmas(self, steps, shape):
+        grid = super().sigmas(steps, shape)
+        return torch.cat([grid[:1], grid[1:-1].flip(0), grid[-1:]])
+
+
+class Timesteps(ToyBackbone):
+    def sigmas(self, steps, shape):
+        return 1000 * super().sigmas(steps, shape)
+
+
+class OneTooFew(ToyBackbone):
+    def sigmas(self, steps, shape):
+        return super().sigmas(steps - 1, shape)
+
+
+class WrongNull(ToyBackbone):
+    def null(self, n):
+        return Condition({"code": torch.ones(n, 1)})
+
+
+class OneNull(ToyBackbone):
+    def null(self, n):
+        return super().null(1)
+
+
+class HalfVelocity(ToyBackbone):
+    def velocity(self, x, sigma, cond):
+        return super().velocity(x, sigma, cond).half()
+
+
+class Cropped(ToyBackbone):
+    def velocity(self, x, sigma, cond):
+        return super().velocity(x, sigma, cond)[..., :-1]
+
+
+class MixedRows(ToyBackbone):
+    def velocity(self, x, sigma, cond):
+        return super().velocity(x - x.mean(0), sigma, cond)
+
+
+class NoSigma(ToyBackbone):
+    def velocity(self, x, sigma, cond):
+        return super().velocity(x, 0 * sigma, cond)
+
+
+class NoCondition(ToyBackbone):
+    def velocity(self, x, sigma, cond):
+        return super().velocity(x, sigma, self.null(len(x)))
+
+
+class NoGraph(ToyBackbone):
+    def velocity(self, x, sigma, cond):
+        return super().velocity(x, sigma, cond).detach()
+
+
+class NotBounded(ToyBackbone):
+    def decode(self, x0):
+        return 2 * super().decode(x0)
+
+
+class OtherShape(ToyBackbone):
+    def latent_shape(self, size):
+        return (4, *size, 1)[:3] if size[0] != 8 else (4, 4, 4)
+
+
+class DoubleLatents(ToyBackbone):
+    def encode(self, media):
+        return super().encode(media).double()
+
+
+class PaddedToLongest(ToyBackbone):
+    def encode_text(self, prompts):
+        return Condition({"code": super().encode_text(prompts).tensors["code"] + max(map(len, prompts))})
+
+
+class SavesTheOld(ToyBackbone):
+    def save(self, folder):
+        loaded(ToyBackbone(self.shape)).save(folder)
+
+
+class ForgetsItsFolder(ToyBackbone):
+    def moved(self, folder):
+        return type(self)(self.shape)
+
+
+class ConstantKey(ToyBackbone):
+    def weights_key(self):
+        return "toy"
+
+
+@define(eq=False, slots=False)
+class NeedsEncoders(ToyBackbone):
+    gone: bool = field(init=False, default=False)
+
+    def release(self):
+        self.gone = True
+
+    def null(self, n):
+        if self.gone:
+            raise RuntimeError("no text encoder")
+        return super().null(n)
+
+
+WRONG_BACKBONES = [
+    (GuidanceOffByOne, "guided with scale 1 is not velocity .they differ by up to"),
+    (ForgetsKnown, "guided with v_cond"),
+    (NoFinalZero, "not at 0: append the 0"),
+    (Rising, "does not fall strictly"),
+    (Timesteps, r"starts at 1000; pure noise is sigma 1"),
+    (OneTooFew, r"sigmas\(2\) is \[2\]"),
+    (WrongNull, r'null\(1\) is not encode_text\(\[""\]\)'),
+    (OneNull, r"null\(3\) has 1 rows"),
+    (HalfVelocity, "velocity is torch.float16; return float32"),
+    (Cropped, "the shape stays"),
+    (MixedRows, "a row alone differs"),
+    (NoSigma, "does not depend on sigma"),
+    (NoCondition, "velocity ignores cond"),
+    (NoGraph, "velocity has no graph"),
+    (NotBounded, r"media are in \[0, 1\]"),
+    (OtherShape, "latent_shape says"),
+    (DoubleLatents, r"encode\(media\) is torch.float64"),
+    (PaddedToLongest, "alone differs from its row among others"),
+    (SavesTheOld, "not that of the weights when they were saved"),
+    (ForgetsItsFolder, "not that of the weights when they were saved"),
+    (ConstantKey, "must be a hash"),
+    (NeedsEncoders, "null fails after release"),
+]
+
+
+@pytest.mark.parametrize(("cls", "problem"), WRONG_BACKBONES, ids=lambda each: getattr(each, "__name__", ""))
+def test_a_wrong_backbone_is_named(cls, problem):
+    with pytest.raises(AssertionError, match=f"^{cls.__name__}: .*{problem}"):
+        check_backbone(toy(kind=cls), prompts=PROMPTS, media=torch.rand(2, 3, 8, 8))
+
+
+def test_what_check_backbone_needs():
+    with pytest.raises(AssertionError, match="load the backbone first"):
+        check_backbone(ToyBackbone(), prompts=PROMPTS)
+    with pytest.raises(AssertionError, match="two different prompts"):
+        check_backbone(toy(), prompts=["a", "a"])
+    with pytest.raises(AssertionError, match="pass media"):
+        check_backbone(toy((3, 2, 4, 4)), prompts=PROMPTS)
