@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from corefit.testing.checks import close, expect, normal
+from corefit.testing.keys import check_keys
 from corefit.types import Backbone, Condition
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def check_backbone(backbone: Backbone, *, prompts: Sequence[str], media: Tensor 
     )
     media = _random_media(backbone, len(prompts)) if media is None else media
     try:
+        check_keys(type(backbone), Backbone)
         with torch.no_grad():
             shape = _check_media(backbone, media)
             cond = _check_text(backbone, prompts)

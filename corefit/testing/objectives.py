@@ -15,6 +15,7 @@ from corefit.objective import Objective, Supervised
 from corefit.rng import Rng
 from corefit.testing.case import RANKS, Case, Outcome
 from corefit.testing.checks import LAYOUTS, expect, global_seed
+from corefit.testing.keys import check_keys
 from corefit.testing.toy import ToyBackbone, loaded, toy_batch
 from corefit.types import Batch, NoiseWeighting, Reward, Sampler
 
@@ -40,6 +41,7 @@ def check_objective(
     """
     layouts = LAYOUTS if shape is None else {f"latents {['B', *shape]}": tuple(shape)}
     try:
+        check_keys(type(objective), Objective)
         cases = [Case.of(objective, layout, s, sampler, noise, reward) for layout, s in layouts.items()]
         outcomes = [_check_layout(case) for case in cases]
         for case, outcome in zip(cases, outcomes, strict=True):

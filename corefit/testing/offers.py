@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from corefit.rng import Rng
 from corefit.testing.checks import close, expect, global_seed, normal
+from corefit.testing.keys import check_keys
 from corefit.types import Example, NoiseWeighting, Reward, Source, Stored
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ READ = 64
 def check_noise(noise: NoiseWeighting) -> None:
     """AssertionError, naming the problem, unless `noise` keeps the promises of `corefit.types.NoiseWeighting`."""
     with _named(noise):
+        check_keys(type(noise), NoiseWeighting)
         sigma = _drawn(noise, 1.0, range(ROWS))
         expect(tuple(sigma.shape) == (ROWS,), f"sample({ROWS}, ...) gives {list(sigma.shape)}; return one sigma a row")
         expect(str(sigma.dtype) == "torch.float32", f"sample gives {sigma.dtype}; return float32")
@@ -51,6 +53,7 @@ def check_reward(
     metas = list(meta or [{} for _ in prompts])
     before = made.clone()
     with _named(reward):
+        check_keys(type(reward), Reward)
         scores = torch.as_tensor(reward.score(made, list(prompts), metas))
         number = len(prompts)
         expect(tuple(scores.shape) == (number,), f"score of {number} media is {list(scores.shape)}; return one a row")
@@ -71,6 +74,7 @@ def check_reward(
 def check_source(source: Source) -> None:
     """AssertionError, naming the problem, unless `source` keeps the promises of `corefit.types.Source`."""
     with _named(source):
+        check_keys(type(source), Source)
         once, again = (list(islice(source.examples(), READ)) for _ in range(2))
         expect(bool(once), "examples() gives nothing; raise a DataError that says why")
         told = [(e.prompts, _place(e), dict(e.meta)) for e in once]

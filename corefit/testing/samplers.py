@@ -9,6 +9,7 @@ from attrs import frozen
 
 from corefit.flow import mix
 from corefit.testing.checks import LAYOUTS, close, expect, normal
+from corefit.testing.keys import check_keys
 from corefit.types import Sampler, Step
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def check_sampler(sampler: Sampler, *, density: bool = True, marginals: bool = T
     marginals  whether, for an exact velocity, a short step leads to signal 1 - sigma_next and noise sigma_next
     """
     try:
+        check_keys(type(sampler), Sampler)
         _check_transitions(sampler)
         _check_dtypes(sampler)
         _check_rows_and_layouts(sampler)
