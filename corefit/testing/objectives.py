@@ -16,6 +16,7 @@ from corefit.rng import Rng
 from corefit.testing.case import RANKS, Case, Outcome
 from corefit.testing.checks import LAYOUTS, expect, global_seed
 from corefit.testing.keys import check_keys
+from corefit.testing.syncs import watched
 from corefit.testing.toy import ToyBackbone, loaded, toy_batch
 from corefit.types import Batch, NoiseWeighting, Reward, Sampler
 
@@ -51,6 +52,7 @@ def check_objective(
                 f"the same numbers as {case.layout} and as {cases[0].layout} give other losses ({difference}): use "
                 "corefit.flow.like and per_sample, or pass the one shape that this objective is for",
             )
+        _check_syncs(cases[0])
         plain = isinstance(objective, Supervised) and objective.uses <= {"media", "noise", "sampler"}
         if plain if learns is None else learns:
             _check_learning(cases[0])
@@ -184,6 +186,23 @@ class _Ranks:
         shapes = [list(t.shape) for t in tensors]
         expect(shapes[1:] == shapes[:-1], f"ranks gather tensors of shapes {shapes}; all ranks' must be equal")
         return [torch.cat(tensors)] if tensors else []
+
+
+def _check_syncs(case: Case) -> None:
+    """`terms` reads no tensor's value on the host, but in the first step of a process."""
+    batch = case.batch()
+    ctx = evolve(case.ctx, first=False, micro_batch=len(batch))
+    own = [ctx.backbone, ctx.reference, ctx.sampler, ctx.noise]
+    parts = case.objective.experience(batch, ctx.at(Rng((0, "experience", 0), batch.rows)))
+    for update, part in enumerate(parts):
+        bound = ctx.at(Rng((0, "terms", update), part.rows))
+        with watched([part, list(case.backbone.transformer.parameters())], own) as reads:
+            for _ in case.objective.terms(part, bound):
+                pass
+        reads.expect_none(
+            "Keep tensors in terms(): `count` may be one, torch.where(mask, x, 0) stands for `if` and for x[mask]; a "
+            "check that must look at values does so where ctx.first is true"
+        )
 
 
 def _check_learning(case: Case, steps: int = 60) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from corefit.rng import Rng
 from corefit.testing.checks import close, expect, global_seed, normal
 from corefit.testing.keys import check_keys
+from corefit.testing.syncs import watched
 from corefit.types import Example, NoiseWeighting, Reward, Source, Stored
 
 if TYPE_CHECKING:
@@ -128,7 +129,9 @@ def _check_draws(noise: NoiseWeighting, sigma: Tensor) -> None:
 
 
 def _check_weight(noise: NoiseWeighting, sigma: Tensor) -> None:
-    weight = noise.weight(sigma)
+    with watched(sigma) as reads:
+        weight = noise.weight(sigma)
+    reads.expect_none("weight() runs in every step on sigmas of the device: keep them tensors")
     expect(weight.shape == sigma.shape, f"weight of sigma {list(sigma.shape)} is {list(weight.shape)}; keep the shape")
     expect(bool(weight.isfinite().all()), "weight is not finite at a sigma that sample gives; guard the division")
     expect(bool((weight >= 0).all()), "weight is negative: such samples would be unlearned")

@@ -10,6 +10,7 @@ from attrs import frozen
 from corefit.flow import mix
 from corefit.testing.checks import LAYOUTS, close, expect, normal
 from corefit.testing.keys import check_keys
+from corefit.testing.syncs import watched
 from corefit.types import Sampler, Step
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def check_sampler(sampler: Sampler, *, density: bool = True, marginals: bool = T
         if marginals:
             _check_direction(sampler)
             _check_marginals(sampler)
+        _check_syncs(sampler)
         if sampler.stochastic:
             _check_gradient(sampler)
             if density:
@@ -150,6 +152,22 @@ def _check_rows_and_layouts(sampler: Sampler) -> None:
             f"the same numbers as {name} give another mean: elementwise arithmetic and corefit.flow.like only",
         )
         expect(close(step.std, whole.std, 1e-9), f"the same numbers as {name} give another std")
+
+
+def _check_syncs(sampler: Sampler) -> None:
+    """A step is arithmetic on the device: no value of x, v, sigma or sigma_next is read on the host."""
+    import torch
+
+    sigma, after = _levels(torch.float32)
+    state = State.at(sigma)
+    with watched([state, after]) as reads:
+        step = sampler.step(state.x, state.v, sigma, after)
+        if sampler.stochastic:
+            sampler.log_prob(step.mean, step)
+    reads.expect_none(
+        "sigma and sigma_next are tensors [B] on the device, with a level of each row: write torch.where(mask, x, y) "
+        "for `if`, and keep numbers in tensors"
+    )
 
 
 def _coefficients(state: State, mean: Tensor) -> tuple[Tensor, Tensor]:

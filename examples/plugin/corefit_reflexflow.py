@@ -40,7 +40,7 @@ class ReflexFlow(Supervised):
         noise, sigma, cond = ctx.randn_like(x0), ctx.sigma(x0), ctx.dropout(batch.cond, self.dropout)
         target, straight = noise - x0, mix(x0, noise, sigma)
         with torch.no_grad():
-            above = sigma + (1 - sigma) * self.reach * ctx.rand(len(x0)).to(sigma.device)
+            above = sigma + (1 - sigma) * self.reach * ctx.rand(len(x0)).to(sigma.device, non_blocking=True)
             start = mix(x0, noise, above)
             drifted = start + like(sigma - above, x0) * ctx.backbone.velocity(start, above, cond)
             undrifted = ctx.backbone.velocity(straight, sigma, cond)
