@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 RANKS = 2
 """Groups of a batch are a multiple of this."""
+RATIO = 1e-5
+"""How far from 1 the ratio of policy and rollout may be before the first update."""
 Gather = Callable[["Tensor"], "Tensor"]
 Row = tuple["Tensor", "Tensor", "Tensor"]
 """Total, count and gradient [P] of a term."""
@@ -210,3 +212,16 @@ def _check_term(term: Term, index: int) -> None:
             f"term {index}: metric {name!r} is detached values [n], one an item; found shape {list(values.shape)}"
             + (" with a graph, which would stay in memory" if values.requires_grad else ""),
         )
+    if "ratio" in term.metrics:
+        _check_ratio(term.metrics["ratio"], index)
+
+
+def _check_ratio(ratio: Tensor, index: int) -> None:
+    """Nothing was learned since the rollout, so the policy is the one that rolled out, to float32 rounding."""
+    apart = float((ratio - 1).abs().max()) if len(ratio) else 0.0
+    expect(
+        apart <= RATIO,
+        f"term {index}: metric 'ratio' is off 1 by {apart:.3g} before the first update, where the policy is the one "
+        "that rolled out: terms() must use the rollout's own states (float32, unrounded), sigmas, conditions and "
+        "guidance, and take mean and std from the same ctx.sampler.step and its log_prob",
+    )

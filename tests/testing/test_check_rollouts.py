@@ -1,11 +1,13 @@
 """check_objective on objectives that roll out: rewards, groups and ranks."""
 
+import attrs
 import pytest
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
-from corefit import Reward
-from corefit.samplers import Cps, DanceSde
+from corefit import Condition, Objective, Reward, Step, Term
+from corefit.rollout import rollout
+from corefit.samplers import Cps, DanceSde, FlowSde
 from corefit.testing import check_objective
 from corefit_flow_grpo.advantage import advantages
 from corefit_flow_grpo.objective import FlowGrpo
@@ -92,3 +94,160 @@ class Uneven(FlowGrpo):
 def test_an_objective_that_ranks_would_disagree_on_is_named(cls, problem):
     with pytest.raises(AssertionError, match=problem):
         check_objective(cls(**GRPO), reward=OneGroup() if cls is OwnLength else None)
+
+
+# policy and rollout
+
+
+@frozen(eq=False)
+class Steps:
+    """One step of each rollout: from x at sigma to x_next at sigma_next, and its log-probability then."""
+
+    x: torch.Tensor
+    x_next: torch.Tensor
+    sigma: torch.Tensor
+    sigma_next: torch.Tensor
+    log_prob: torch.Tensor
+    advantage: torch.Tensor
+    cond: Condition
+    rows: list[int]
+    metrics: dict[str, torch.Tensor] = attrs.Factory(dict)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, rows):
+        return Steps(*(getattr(self, field.name)[rows] for field in attrs.fields(Steps) if field.name != "metrics"))
+
+
+@frozen
+class Policy(Objective):
+    """A policy gradient on the second step of a rollout, to be spoilt."""
+
+    uses = frozenset({"sampler", "reward"})
+    num_terms = 1
+    guidance: float = 3.0
+
+    def experience(self, batch, ctx):
+        with torch.no_grad():
+            noise = ctx.rng.randn((len(batch), *batch.shape))
+            sigmas = ctx.backbone.sigmas(6, batch.shape)
+            walk = rollout(
+                ctx.backbone, ctx.sampler, noise, batch.cond, sigmas, guidance=self.guidance, randn_like=ctx.randn_like
+            )
+            steps = list(walk)
+            reward = ctx.rewards[0].reward.score(ctx.backbone.decode(steps[-1].x_next), batch.prompts, batch.meta)
+            t = steps[1]
+            log_prob = ctx.sampler.log_prob(t.x_next, t.step)
+        yield Steps(t.x, t.x_next, t.sigma, t.sigma_next, log_prob, reward - 0.5, batch.cond, list(batch.rows))
+
+    def terms(self, part, ctx):
+        ratio = (self.log_prob(part, ctx) - part.log_prob).exp()
+        yield Term.of(-part.advantage * ratio, ratio=ratio)
+
+    def log_prob(self, part, ctx):
+        v = ctx.backbone.guided(part.x, part.sigma, part.cond, self.guidance)
+        return ctx.sampler.log_prob(part.x_next, ctx.sampler.step(part.x, v, part.sigma, part.sigma_next))
+
+
+class Unguided(Policy):
+    def log_prob(self, part, ctx):
+        v = ctx.backbone.velocity(part.x, part.sigma, part.cond)
+        return ctx.sampler.log_prob(part.x_next, ctx.sampler.step(part.x, v, part.sigma, part.sigma_next))
+
+
+class OtherSigma(Policy):
+    """Tells the model the level that the step ends at."""
+
+    def log_prob(self, part, ctx):
+        v = ctx.backbone.guided(part.x, part.sigma_next, part.cond, self.guidance)
+        return ctx.sampler.log_prob(part.x_next, ctx.sampler.step(part.x, v, part.sigma, part.sigma_next))
+
+
+class OtherStd(Policy):
+    """Divides by the standard deviation for a unit of time."""
+
+    def log_prob(self, part, ctx):
+        v = ctx.backbone.guided(part.x, part.sigma, part.cond, self.guidance)
+        step = ctx.sampler.step(part.x, v, part.sigma, part.sigma_next)
+        std = step.std / (part.sigma - part.sigma_next).sqrt()
+        return ctx.sampler.log_prob(part.x_next, Step(step.mean, std))
+
+
+class OtherSampler(Policy):
+    def log_prob(self, part, ctx):
+        v = ctx.backbone.guided(part.x, part.sigma, part.cond, self.guidance)
+        return ctx.sampler.log_prob(part.x_next, FlowSde(0.8).step(part.x, v, part.sigma, part.sigma_next))
+
+
+class Rounded(Policy):
+    """Keeps its states in half precision, as published trainers do."""
+
+    def experience(self, batch, ctx):
+        for part in super().experience(batch, ctx):
+            yield evolve(part, x=part.x.bfloat16().float(), x_next=part.x_next.bfloat16().float())
+
+
+class OtherPrompt(Policy):
+    """Trains without the prompt that rolled out."""
+
+    def log_prob(self, part, ctx):
+        return super().log_prob(evolve(part, cond=ctx.backbone.null(len(part))), ctx)
+
+
+def test_the_policy_that_was_spoilt_is_right():
+    check_objective(Policy())
+
+
+@pytest.mark.parametrize("cls", [Unguided, OtherSigma, OtherStd, OtherSampler, Rounded, OtherPrompt])
+def test_a_ratio_that_is_not_one_is_named(cls):
+    with pytest.raises(AssertionError, match=rf"^{cls.__name__}: term 0: metric 'ratio' is off 1 by [\d.e-]+ before"):
+        check_objective(cls())
+
+
+@frozen
+class OtherGuidance(FlowGrpo):
+    """Flow-GRPO that trains another guidance than it rolls out."""
+
+    def _velocity(self, x, sigma, part, ctx):
+        return ctx.backbone.guided(x, sigma, part.cond, self.guidance + 1)
+
+
+def test_flow_grpo_says_so_itself_and_otherwise_the_kit_does():
+    with pytest.raises(AssertionError, match="TrainingError: before the first update the log ratio"):
+        check_objective(OtherGuidance(**GRPO))
+    with pytest.raises(AssertionError, match="OtherGuidance: term 0: metric 'ratio' is off 1"):
+        check_objective(OtherGuidance(**GRPO, ratio_tolerance=100.0))
+
+
+# terms and ranks
+
+
+@frozen
+class TermsByRow(FlowGrpo):
+    """A second term where row 0 is."""
+
+    @property
+    def num_terms(self):
+        return super().num_terms + 1
+
+    def terms(self, part, ctx):
+        yield from super().terms(part, ctx)
+        if 0 in part.rows:
+            yield self._term(part, 0, ctx)
+
+
+@frozen
+class TermsByRank(TermsByRow):
+    """A second term on the first of several ranks."""
+
+    def terms(self, part, ctx):
+        yield from FlowGrpo.terms(self, part, ctx)
+        if int(ctx.gather(torch.tensor(part.rows[:1])).min()) == part.rows[0]:
+            yield self._term(part, 0, ctx)
+
+
+@pytest.mark.parametrize("cls", [TermsByRow, TermsByRank])
+def test_a_number_of_terms_that_ranks_would_disagree_on_is_named(cls):
+    with pytest.raises(AssertionError, match=f"{cls.__name__}: yields 3 terms, but num_terms is 4: every rank"):
+        check_objective(cls(**GRPO))

@@ -221,6 +221,7 @@ class FlowGrpo(Objective[Rollouts]):
         high = self.clip if self.clip_high is None else self.clip_high
         loss = policy_loss(ratio, part.advantages, self.clip, high)
         metrics = {
+            "ratio": ratio,
             "clipped": ((ratio < 1 - self.clip) | (ratio > 1 + high)).float(),
             "approx_kl": log_ratio**2 / 2,
         }
