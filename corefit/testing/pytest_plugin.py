@@ -1,4 +1,8 @@
-"""`pytest --corefit my_package`: every check for everything that a plugin offers and that its defaults can make."""
+"""`pytest --corefit my_package`: a test for everything that a plugin offers.
+
+The keys of each offer are checked, and the offer itself where its defaults make one. A backbone needs weights, and what
+has keys without a default needs them: these are shown as skipped, with the call to write in a test of one's own.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,19 @@ from typing import Any
 
 import pytest
 
-CHECKS: Mapping[str, str] = {
-    "objectives": "check_objective",
-    "samplers": "check_sampler",
-    "noise_weightings": "check_noise",
-    "rewards": "check_reward",
+CALLS: Mapping[str, tuple[str, str]] = {
+    "objectives": ("Objective", "check_objective({cls}({keys}))"),
+    "samplers": ("Sampler", "check_sampler({cls}({keys}))"),
+    "noise_weightings": ("NoiseWeighting", "check_noise({cls}({keys}))"),
+    "rewards": ("Reward", "check_reward({cls}({keys}))"),
+    "backbones": (
+        "Backbone",
+        "backbone = {cls}({keys}); backbone.load(torch.device('cpu'), torch.float32); "
+        "check_backbone(backbone, prompts=['a red sky', 'a blue sea'])",
+    ),
+    "sources": ("Source", "check_source({cls}({keys}))"),
 }
-"""Kinds whose plugins are checked as their defaults make them; backbones and sources need files, and a test."""
+"""Kind -> its protocol, and the call that checks one."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,8 +59,7 @@ def _items(session: pytest.Session, plugin: str) -> Iterator[pytest.Item]:
     if not found:
         raise pytest.UsageError(f"--corefit {plugin}: no installed plugin of that name offers anything")
     for offer in found:
-        if offer.kind in CHECKS:
-            yield Check.from_parent(session, name=f"{offer.kind}.{offer.name}", offer=offer)
+        yield Check.from_parent(session, name=f"{offer.kind}.{offer.name}", offer=offer)
 
 
 def _is_of(offer: Any, plugin: str) -> bool:
@@ -70,13 +79,29 @@ class Check(pytest.Item):
     def runtest(self) -> None:
         import attrs
 
+        import corefit
         from corefit import testing
+        from corefit.testing.keys import check_keys
 
-        missing = [f.name for f in attrs.fields(self.offer.cls) if f.init and f.default is attrs.NOTHING]
+        kind, cls = self.offer.kind, self.offer.cls
+        protocol, call = CALLS[kind]
+        try:
+            check_keys(cls, getattr(corefit, protocol))
+        except AssertionError as error:
+            raise AssertionError(f"{cls.__name__}: {error}") from error
+        missing = [f.alias for f in attrs.fields(cls) if f.init and f.default is attrs.NOTHING]
+        told = call.format(cls=cls.__name__, keys=", ".join(f"{key}=..." for key in missing))
+        told = f"all keys of {self.name} are read, but {{}}: write a test that calls {told}"
+        if kind == "backbones":
+            pytest.skip(told.format("its check needs weights"))
         if missing:
-            pytest.skip(f"{self.name} needs {', '.join(missing)}: write a test that calls {CHECKS[self.offer.kind]}")
-        check: Callable[[Any], None] = getattr(testing, CHECKS[self.offer.kind])
-        check(self.offer.cls())
+            pytest.skip(told.format(f"{' and '.join(missing)} must be given"))
+        try:
+            made = cls()
+        except ValueError as error:
+            pytest.skip(told.format(f"its defaults do not make one ({error})"))
+        check: Callable[[Any], None] = getattr(testing, call.partition("(")[0])
+        check(made)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
         """The check's own words, without its frames."""

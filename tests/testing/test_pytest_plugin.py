@@ -6,26 +6,101 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
+import pytest
+
+from corefit.plugins import Host
+
 
 def pytest_run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def test_pytest_runs_every_check_of_a_plugin(tmp_path):
-    done = pytest_run(tmp_path, "--corefit", "corefit_sft", "-v")
-    assert done.returncode == 0, done.stdout
-    assert "objectives.sft PASSED" in done.stdout
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """The tests of everything that corefit itself offers."""
+    return pytest_run(tmp_path_factory.mktemp("own"), "--corefit", "corefit", "-v", "-rs")
 
 
-def test_pytest_names_what_is_wrong_in_a_local_file(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "from attrs import frozen\nfrom corefit import hookimpl\n\n@frozen\nclass Mine:\n"
-        "    def score(self, media, prompts, meta):\n        return media.mean((1, 2, 3)) - media.mean()\n\n"
-        "@hookimpl\ndef corefit_rewards():\n    return {'mine': Mine}\n"
-    )
-    done = pytest_run(tmp_path, "--corefit", "mine.py")
+def test_every_offer_is_a_test(own):
+    assert own.returncode == 0, own.stdout
+    for kind, offers in Host().offers.items():
+        for name, offer in offers.items():
+            needs = kind == "backbones" or any(f.default is attrs.NOTHING for f in attrs.fields(offer.cls) if f.init)
+            assert f"{kind}.{name} {'SKIPPED' if needs else 'PASSED'}" in own.stdout
+
+
+def test_what_is_skipped_says_which_call_to_write(own):
+    said = " ".join(own.stdout.split())
+    assert "all keys of sources.jsonl are read, but path must be given: write a test that calls " in said
+    assert "check_source(Jsonl(path=...))" in said
+    assert "all keys of backbones.sd3 are read, but its check needs weights: write a test that calls " in said
+    assert "backbone = Sd3(path=...); backbone.load(torch.device('cpu'), torch.float32); check_backbone(" in said
+
+
+MINE = """
+from attrs import field, frozen
+from corefit import hookimpl
+from corefit.testing import ToyBackbone
+
+
+@frozen
+class Mine:
+    def score(self, media, prompts, meta):
+        return media.mean((1, 2, 3)) - media.mean()
+
+
+@frozen(eq=False, slots=False)
+class Quantised(ToyBackbone):
+    bits: int = 8
+
+
+@frozen
+class Endless:
+    path: str
+    limit: int = 0
+
+    def examples(self):
+        return open(self.path)
+
+
+@frozen
+class Contradicting:
+    low: int = field(default=0)
+
+    def __attrs_post_init__(self):
+        if self.low < 1:
+            raise ValueError("low is below 1")
+
+
+@hookimpl
+def corefit_rewards():
+    return {"mine": Mine, "contradicting": Contradicting}
+
+
+@hookimpl
+def corefit_backbones():
+    return {"quantised": Quantised}
+
+
+@hookimpl
+def corefit_sources():
+    return {"endless": Endless}
+"""
+
+
+def test_what_is_wrong_in_a_local_file_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    done = pytest_run(tmp_path, "--corefit", "mine.py", "-rs")
     assert done.returncode == 1
     assert "Mine: row 0 scores" in done.stdout
+    assert "Quantised: nothing reads 'bits'" in done.stdout
+    assert "Endless: nothing reads 'limit'" in done.stdout
+    assert "its defaults do not make one (low is below 1)" in " ".join(done.stdout.split())
+    assert "3 failed, 1 skipped" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_a_plugin_that_offers_nothing_is_a_wrong_use(tmp_path):
     assert pytest_run(tmp_path, "--corefit", "nobody").returncode == 4
