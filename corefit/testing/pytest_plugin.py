@@ -16,7 +16,7 @@ CALLS: Mapping[str, tuple[str, str]] = {
     "objectives": ("Objective", "check_objective({cls}({keys}))"),
     "samplers": ("Sampler", "check_sampler({cls}({keys}))"),
     "noise_weightings": ("NoiseWeighting", "check_noise({cls}({keys}))"),
-    "rewards": ("Reward", "check_reward({cls}({keys}))"),
+    "rewards": ("Reward", "check_reward({cls}({keys}), media=..., prompts=..., meta=...)"),
     "backbones": (
         "Backbone",
         "backbone = {cls}({keys}); backbone.load(torch.device('cpu'), torch.float32); "
@@ -25,6 +25,8 @@ CALLS: Mapping[str, tuple[str, str]] = {
     "sources": ("Source", "check_source({cls}({keys}))"),
 }
 """Kind -> its protocol, and the call that checks one."""
+READERS = {"rewards", "sources"}
+"""Kinds that may want media, metadata or files of their own."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -101,7 +103,12 @@ class Check(pytest.Item):
         except ValueError as error:
             pytest.skip(told.format(f"its defaults do not make one ({error})"))
         check: Callable[[Any], None] = getattr(testing, call.partition("(")[0])
-        check(made)
+        try:
+            check(made)
+        except (ValueError, LookupError) as error:
+            if kind not in READERS:
+                raise
+            pytest.skip(told.format(f"it refuses what the check gives it ({type(error).__name__}: {error})"))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
         """The check's own words, without its frames."""

@@ -74,9 +74,15 @@ class Contradicting:
             raise ValueError("low is below 1")
 
 
+@frozen
+class Particular:
+    def score(self, media, prompts, meta):
+        return media.mean((1, 2, 3)) * meta[0]["weight"]
+
+
 @hookimpl
 def corefit_rewards():
-    return {"mine": Mine, "contradicting": Contradicting}
+    return {"mine": Mine, "contradicting": Contradicting, "particular": Particular}
 
 
 @hookimpl
@@ -97,8 +103,10 @@ def test_what_is_wrong_in_a_local_file_is_named(tmp_path):
     assert "Mine: row 0 scores" in done.stdout
     assert "Quantised: nothing reads 'bits'" in done.stdout
     assert "Endless: nothing reads 'limit'" in done.stdout
-    assert "its defaults do not make one (low is below 1)" in " ".join(done.stdout.split())
-    assert "3 failed, 1 skipped" in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "its defaults do not make one (low is below 1)" in said
+    assert "it refuses what the check gives it (KeyError: 'weight'): write a test that calls check_reward(" in said
+    assert "3 failed, 2 skipped" in said
     assert "Traceback" not in done.stdout
 
 

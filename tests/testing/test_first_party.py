@@ -1,0 +1,111 @@
+"""No false alarm: everything that corefit, its plugins and its examples offer passes every check of its kind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WORDS
+
+from corefit import testing
+from corefit.plugins import Host, Offer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MEANT = {
+    ("objectives", "soar"): ({}, {"points": 3, "chunk": 2, "weight": 2.0, "levels": "table", "dropout": 0.3}),
+    ("objectives", "flow_grpo"): ({"group": 4, "steps": 4}, {"group": 4, "steps": 4, "beta": 0.1, "updates": 2}),
+    ("samplers", "cps"): ({}, {"noise": 0.0}, {"noise": 1.0}),
+    ("samplers", "flow_sde"): ({}, {"noise": 0.0}),
+}
+"""Keys that offers are checked with, where not their defaults alone."""
+
+
+def offered() -> list[Offer]:
+    """Every offer there is: installed, and in the examples."""
+    host = Host()
+    host.add_file(EXAMPLES / "plugin" / "corefit_reflexflow.py")
+    if importlib.util.find_spec("sklearn"):
+        host.add_file(EXAMPLES / "digits" / "digits.py")
+    return [offer for offers in host.offers.values() for offer in offers.values()]
+
+
+def backbone(offer: Offer, pictures: Path, folder: Path) -> None:
+    tiny: Callable[..., Path] = getattr(testing, f"tiny_{offer.name}")
+    made = offer.cls(str(tiny(folder / "base", words=WORDS)), max_sequence_length=16)
+    made.load(torch.device("cpu"), torch.float32)
+    testing.check_backbone(made, prompts=["a red sky", "a blue sea"])
+
+
+def objective(offer: Offer, pictures: Path, folder: Path) -> None:
+    for keys in MEANT.get((offer.kind, offer.name), ({},)):
+        testing.check_objective(offer.cls(**keys))
+
+
+def sampler(offer: Offer, pictures: Path, folder: Path) -> None:
+    for keys in MEANT.get((offer.kind, offer.name), ({},)):
+        testing.check_sampler(offer.cls(**keys))
+
+
+def noise(offer: Offer, pictures: Path, folder: Path) -> None:
+    testing.check_noise(offer.cls())
+
+
+def reward(offer: Offer, pictures: Path, folder: Path) -> None:
+    """The judge of digits, on scenes of its own."""
+    source = next(each.cls for each in offered() if each.name == "digits")
+    scenes = list(source(count=5).examples())
+    media = torch.stack([torch.from_numpy(scene.media).movedim(-1, 0).float() / 255 for scene in scenes])
+    testing.check_reward(offer.cls(), media, [scene.prompt for scene in scenes], [scene.meta for scene in scenes])
+
+
+def source(offer: Offer, pictures: Path, folder: Path) -> None:
+    if offer.name == "digits":
+        return testing.check_source(offer.cls())
+    rows = [json.loads(line) for line in (pictures / "train.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        shutil.copy(pictures / row["media"], folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(row["prompt"])
+    path = {
+        "jsonl": lambda: pictures / "train.jsonl",
+        "imagefolder": lambda: folder,
+        "text": lambda: folder / "0.txt",
+        "webdataset": lambda: packed(folder),
+        "hf_dataset": lambda: saved(folder, rows),
+    }[offer.name]()
+    return testing.check_source(offer.cls(path))
+
+
+def packed(folder: Path) -> str:
+    with tarfile.open(folder / "data-0.tar", "w") as tar:
+        for path in sorted(folder.glob("[0-9].*")):
+            tar.add(path, path.name)
+    return str(folder / "data-0.tar")
+
+
+def saved(folder: Path, rows: list[Mapping[str, Any]]) -> Path:
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [str(folder / f"{n}.png") for n in range(len(rows))], "text": [row["prompt"] for row in rows]}
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+CHECKS = {
+    "backbones": backbone,
+    "objectives": objective,
+    "samplers": sampler,
+    "noise_weightings": noise,
+    "rewards": reward,
+    "sources": source,
+}
+
+
+@pytest.mark.parametrize("offer", offered(), ids=lambda offer: f"{offer.kind}.{offer.name}")
+def test_no_false_alarm(offer, pictures, tmp_path):
+    CHECKS[offer.kind](offer, pictures, tmp_path)
