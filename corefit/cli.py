@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from corefit import __version__
+from corefit import __version__, completion
 from corefit.errors import CorefitError, Stopped
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ SET = click.option(
     help="Override a key, such as stage.soar.steps=100. May be given several times.",
 )
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Where run folders go; runs/ beside PIPELINE.")
-PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path))
+PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
+NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "pipeline")
 UNITS = {"": 1 << 30, "gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
 
 
@@ -49,7 +50,14 @@ def cli() -> None:
 @PIPELINE
 @SET
 @OUT
-@click.option("--from", "again", default="", metavar="STAGE", help="Run STAGE and those after it anew.")
+@click.option(
+    "--from",
+    "again",
+    default="",
+    metavar="STAGE",
+    help="Run STAGE and those after it anew.",
+    shell_complete=completion.stages,
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done and why, and do nothing.")
 def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str, dry_run: bool) -> None:
     """Run PIPELINE, or continue it: every stage in order, judged before and after.
@@ -145,6 +153,36 @@ def schema(files: tuple[Path, ...]) -> None:
     from corefit.schema import schema as described
 
     click.echo(json.dumps(described(_host(files)), indent=1))
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(NEW))
+@click.argument("name")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where it is written; corefit-NAME, or NAME for a pipeline. It must not exist, or be empty.",
+)
+def new(kind: str, name: str, folder: Path | None) -> None:
+    """Write a plugin of KIND called NAME: a distribution that works as it is, with tests and CI.
+
+    corefit new pipeline NAME writes a commented pipeline file, and the schema that lets editors complete it.
+    """
+    from corefit.new import new as writing
+
+    for line in writing(kind, name, folder):
+        click.echo(line)
+
+
+@cli.command(name="completion")
+@click.argument("shell", type=click.Choice(completion.SHELLS))
+def completing(shell: str) -> None:
+    """Write what lets SHELL complete commands, pipeline files and stages.
+
+    bash: eval "$(corefit completion bash)" in ~/.bashrc; zsh: the same with zsh in ~/.zshrc; fish: corefit completion
+    fish > ~/.config/fish/completions/corefit.fish
+    """
+    click.echo(completion.script(cli, shell))
 
 
 def _host(files: tuple[Path, ...], trace: Callable[[str], None] | None = None) -> Host:

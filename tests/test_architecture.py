@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CORE = sorted((ROOT / "corefit").rglob("*.py"))
+TEMPLATES = sorted((ROOT / "corefit/templates").rglob("*.py"))
+CORE = sorted({*(ROOT / "corefit").rglob("*.py")} - {*TEMPLATES})
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 FIRST_PARTY = {path.name for path in (ROOT / "plugins").glob("*/corefit_*")}
 
 LAYERS = (
-    {"flow", "errors", "rng", "memory", "display", "signals"},
+    {"flow", "errors", "rng", "memory", "display", "signals", "completion"},
     {"ranks"},
     {"types", "mds", "state", "report", "order", "curate"},
     {"objective"},
@@ -28,7 +29,7 @@ LAYERS = (
     {"gradients"},
     {"train", "pipeline", "fake"},
     {"identity", "prepare", "estimate", "schema"},
-    {"plan", "show"},
+    {"plan", "show", "new"},
     {"run"},
     {"cli"},
     {"__main__"},
@@ -136,17 +137,24 @@ def test_plugins_import_what_is_offered_and_no_other_plugin(path):
     assert not wrong, f"{short(path)} imports {wrong}"
 
 
-@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=short)
+@pytest.mark.parametrize("path", [path for path in TEMPLATES if path.parent.name != "tests"], ids=short)
+def test_what_is_written_for_others_imports_what_is_offered(path):
+    assert not {top(name) for name in imports(path)} & FIRST_PARTY
+    wrong = {name for name in imports(path) if top(name) == "corefit" and name != "corefit" and name not in OFFERED}
+    assert not wrong, f"{short(path)} imports {wrong}"
+
+
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS, *TEMPLATES], ids=short)
 def test_nothing_heavy_is_imported_with_a_module(path):
     """What every start of the command line would pay for is imported inside functions, or with a few late modules."""
     heavy = {"torch", "diffusers", "transformers", "streaming", "accelerate", "peft", "matplotlib", "huggingface_hub"}
-    if {"report", "train", "run", "experts"} & {path.stem, path.parent.name}:
+    if {"report", "train", "run", "experts", "tests"} & {path.stem, path.parent.name}:
         return
     body = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not {top(name) for node in body for name in _imports(node)} & heavy
 
 
-@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=short)
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS, *TEMPLATES], ids=short)
 def test_no_shape_is_assumed(path):
     """`like(sigma, x)` serves images, video and tokens; a list of ones in a view serves one of them."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -158,7 +166,7 @@ def test_no_shape_is_assumed(path):
             assert not ast.unparse(node).endswith("(-1, 1, 1, 1)"), f"{short(path)}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=short)
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS, *TEMPLATES], ids=short)
 def test_files_and_functions_stay_short(path):
     text = path.read_text()
     assert sum(bool(line.strip()) for line in text.splitlines()) < FILE

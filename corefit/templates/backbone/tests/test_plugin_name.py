@@ -1,0 +1,72 @@
+"""What every backbone must hold, on a tiny checkpoint with random weights, and what this one says of itself."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from corefit.errors import ConfigError, ModelError
+from corefit.testing import check_backbone, tiny_sd3
+from corefit_plugin_name import PluginName
+
+WORDS = ("a", "red", "blue", "circle")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sd3(tmp_path_factory.mktemp("model") / "base", words=WORDS)
+
+
+@pytest.fixture
+def backbone(folder: Path) -> PluginName:
+    backbone = PluginName(folder, max_sequence_length=16)
+    backbone.load(CPU, torch.float32)
+    return backbone
+
+
+def test_it_is_a_backbone(backbone: PluginName):
+    check_backbone(backbone, prompts=["a red circle", "a blue circle"])
+
+
+def test_a_lora_is_saved_and_read_back(backbone: PluginName, folder: Path, tmp_path: Path):
+    from diffusers import StableDiffusion3Pipeline
+    from peft import LoraConfig
+
+    x, sigma, cond = torch.ones(1, 4, 8, 8), torch.tensor([0.5]), backbone.encode_text(["a red circle"])
+    backbone.transformer.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    expected = backbone.velocity(x, sigma, cond)
+    backbone.save(tmp_path)
+    again = PluginName(folder, max_sequence_length=16)
+    again.load(CPU, torch.float32)
+    again.load_lora(tmp_path)
+    torch.testing.assert_close(again.velocity(x, sigma, cond), expected)
+    assert {
+        name for name, p in again.transformer.named_parameters() if p.requires_grad and "lora_" not in name
+    } == set()
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path)
+    theirs, _ = PluginName(folder), again.place(CPU, torch.float32)
+    theirs.place(CPU, torch.float32)
+    theirs.transformer = pipeline.transformer
+    torch.testing.assert_close(theirs.velocity(x, sigma, cond), expected)
+
+
+def test_sizes_that_would_be_cropped_are_refused(folder: Path):
+    assert PluginName(folder).latent_shape([16, 24]) == (4, 8, 12)
+    for size in ([16, 18], [0, 16], [5, 16, 16], [16, 4096]):
+        with pytest.raises(ConfigError, match="size = "):
+            PluginName(folder).latent_shape(size)
+
+
+def test_missing_weights_are_named(folder: Path, tmp_path: Path):
+    spoilt = Path(shutil.copytree(folder, tmp_path / "base"))
+    (spoilt / "vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"vae: no \.safetensors file"):
+        PluginName(spoilt).check()
+    with pytest.raises(ModelError, match="diffusers folder"):
+        PluginName(tmp_path).check()
