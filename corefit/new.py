@@ -7,6 +7,7 @@ import json
 import keyword
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -43,7 +44,7 @@ def new(kind: str, name: str, folder: Path | None = None) -> list[str]:
     """
     plain = _checked(name)
     if kind == PIPELINE:
-        target = folder or Path(plain)
+        target = folder or Path(name)
         _write(target, {"pipeline.toml": _filled("pipeline.toml", kind, plain), SCHEMA: _schema()})
         return _next(f"{target / 'pipeline.toml'}: its model and data are yours to name", _pipeline_steps(target))
     _refuse_taken(kind, plain)
@@ -66,17 +67,11 @@ def _checked(name: str) -> str:
     if len(plain) > LONGEST:
         raise PluginError(f"NAME {name!r} has {len(plain)} characters; {LONGEST} is the most")
     if plain.startswith("corefit_"):
-        raise PluginError(
-            f"NAME {name!r}: leave out `corefit`, which the distribution's name gets anyway{_short(plain)}"
-        )
+        rest = plain.removeprefix("corefit_")
+        raise PluginError(f"NAME {name!r}: leave out the first word, which everything gets anyway: {rest!r}")
     if keyword.iskeyword(plain) or keyword.iskeyword(_class(plain)):
         raise PluginError(f"NAME {name!r} is a word of Python; choose another, such as {plain + '_plugin'!r}")
     return plain
-
-
-def _short(plain: str) -> str:
-    rest = plain.removeprefix("corefit_")
-    return f": {rest!r}"
 
 
 def _refuse_taken(kind: str, plain: str) -> None:
@@ -146,10 +141,10 @@ def _schema() -> str:
 def _write(target: Path, files: Mapping[str, str]) -> None:
     """All files or none: they are written beside `target`, which then takes their folder's place."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"{target} exists already; name another folder with --folder, nothing was written")
+        raise ConfigError(f"{target} exists already; nothing was written: name another folder with --folder")
     parent = target.absolute().parent
     if not parent.is_dir():
-        raise ConfigError(f"{parent} is no folder; make it first, nothing was written")
+        raise ConfigError(f"{parent} is no folder; nothing was written: make it first")
     try:
         with TemporaryDirectory(prefix=".corefit-new-", dir=parent) as place:
             made = Path(place) / "made"
@@ -167,12 +162,8 @@ def _next(said: str, steps: list[str]) -> list[str]:
 
 
 def _plugin_steps(target: Path, plain: str) -> list[str]:
-    return [f"cd {target} && pip install -e '.[test]'", "pytest", f"pytest --corefit corefit_{plain}"]
+    return [f"cd {shlex.quote(str(target))} && pip install -e '.[test]'", "pytest", f"pytest --corefit corefit_{plain}"]
 
 
 def _pipeline_steps(target: Path) -> list[str]:
-    return [
-        f"edit {target / 'pipeline.toml'}",
-        f"corefit check {target / 'pipeline.toml'}",
-        f"corefit run {target / 'pipeline.toml'}",
-    ]
+    return [f"corefit {command} {shlex.quote(str(target / 'pipeline.toml'))}" for command in ("check", "run")]

@@ -173,8 +173,9 @@ class PluginName(Backbone):
         from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        lora = network.peft_config["default"]
-        settings = {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": sorted(lora.target_modules)}
+        lora = network.peft_config["default"].to_dict()
+        settings = {key: lora[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
+        settings["target_modules"] = sorted(lora["target_modules"])
         said = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
         kind, _, _ = self._classes()
         kind.save_lora_weights(
