@@ -34,6 +34,7 @@ LONGEST = 30
 """Characters of a name, so that no line of what is written grows too long."""
 SCHEMA = "pipeline.schema.json"
 UNWANTED = {"__pycache__", ".ruff_cache"}
+"""What tools leave beside the templates."""
 
 
 def new(kind: str, name: str, folder: Path | None = None) -> list[str]:
@@ -98,9 +99,9 @@ def _distribution(kind: str, plain: str) -> Iterator[tuple[str, str]]:
     """Path in the distribution, and text, of every file."""
     for root in (COMMON, kind):
         for file in sorted((TEMPLATES / root).rglob("*")):
-            path = file.relative_to(TEMPLATES / root).as_posix()
-            if file.is_file() and not UNWANTED & {*file.parts}:
-                yield _named(path, kind, plain), _filled(path, root, plain, kind)
+            path = file.relative_to(TEMPLATES / root)
+            if file.is_file() and not UNWANTED & {*path.parts}:
+                yield _named(path.as_posix(), kind, plain), _filled(path.as_posix(), root, plain, kind)
 
 
 def _filled(path: str, root: str, plain: str, kind: str = "") -> str:

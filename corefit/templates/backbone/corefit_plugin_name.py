@@ -1,4 +1,4 @@
-"""plugin_name, a backbone for corefit: networks of one family of diffusers, here Stable Diffusion 3's.
+"""plugin_name, a backbone for corefit: one family of diffusers, here Stable Diffusion 3.
 
 It works as it is. What differs from one family to the next is marked FAMILY; the rest can stay.
 """

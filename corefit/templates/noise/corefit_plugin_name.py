@@ -1,4 +1,4 @@
-"""plugin_name, a noise weighting for corefit: noise levels from the Kumaraswamy distribution, close to Beta(a, b)."""
+"""plugin_name, a noise weighting for corefit: levels from the Kumaraswamy distribution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALLEST = 2**-25
 
 @frozen
 class PluginName(NoiseWeighting):
-    """t = (1 - (1 - u)^(1 / b))^(1 / a), u uniform; every level counts the same."""
+    """t = (1 - (1 - u)^(1 / b))^(1 / a), u uniform: close to Beta(a, b). All levels count alike."""
 
     a: float = field(default=2.0, validator=validators.gt(0))
     """Above 1, the cleanest levels are left out more; below 1, they are favoured."""

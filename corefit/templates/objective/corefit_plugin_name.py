@@ -1,4 +1,4 @@
-"""plugin_name, an objective for corefit: flow matching with the Huber loss, which large errors pull less."""
+"""plugin_name, an objective for corefit: flow matching with the Huber loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COREFIT_API = "1.0"
 
 @frozen
 class PluginName(Supervised):
-    """Flow matching with the Huber loss: squared errors up to `delta`, absolute ones above."""
+    """Squared errors up to `delta`, absolute ones above: large errors pull less."""
 
     delta: float = field(default=0.1, validator=validators.gt(0))
     """Size of the error at which the loss goes from squared to absolute."""

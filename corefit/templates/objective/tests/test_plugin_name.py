@@ -35,4 +35,5 @@ def test_below_delta_it_is_half_the_squared_error():
 
 
 def test_above_delta_it_grows_with_delta():
-    assert loss(PluginName(delta=2e-4)) == pytest.approx(2 * loss(PluginName(delta=1e-4)), rel=1e-2)
+    small, twice = (loss(PluginName(delta=delta)) for delta in (1e-4, 2e-4))
+    assert twice == pytest.approx(2 * small, rel=1e-2)
