@@ -156,7 +156,7 @@ def schema(files: tuple[Path, ...]) -> None:
 
 
 @cli.command()
-@click.argument("kind", type=click.Choice(NEW))
+@click.argument("kind", type=click.Choice(NEW), metavar="KIND")
 @click.argument("name")
 @click.option(
     "--folder",
@@ -166,7 +166,8 @@ def schema(files: tuple[Path, ...]) -> None:
 def new(kind: str, name: str, folder: Path | None) -> None:
     """Write a plugin of KIND called NAME: a distribution that works as it is, with tests and CI.
 
-    corefit new pipeline NAME writes a commented pipeline file, and the schema that lets editors complete it.
+    KIND is objective, backbone, sampler, noise, reward or source; or pipeline: a commented pipeline file, and the
+    schema that lets editors complete it.
     """
     from corefit.new import new as writing
 
@@ -175,12 +176,14 @@ def new(kind: str, name: str, folder: Path | None) -> None:
 
 
 @cli.command(name="completion")
-@click.argument("shell", type=click.Choice(completion.SHELLS))
+@click.argument("shell", type=click.Choice(completion.SHELLS), metavar="SHELL")
 def completing(shell: str) -> None:
-    """Write what lets SHELL complete commands, pipeline files and stages.
+    """Write what lets SHELL (bash, zsh or fish) complete commands, pipeline files and stages.
 
-    bash: eval "$(corefit completion bash)" in ~/.bashrc; zsh: the same with zsh in ~/.zshrc; fish: corefit completion
-    fish > ~/.config/fish/completions/corefit.fish
+    \b
+    ~/.bashrc:  eval "$(corefit completion bash)"
+    ~/.zshrc:   eval "$(corefit completion zsh)"
+    fish:       corefit completion fish > ~/.config/fish/completions/corefit.fish
     """
     click.echo(completion.script(cli, shell))
 

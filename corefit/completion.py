@@ -33,7 +33,9 @@ def pipelines(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 def stages(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of the stages of the pipeline that is named before; none where it cannot be read."""
-    return [CompletionItem(name) for name in _stages(ctx.params.get("pipeline")) if name.startswith(incomplete)]
+    # click stops at an option whose value is being typed, so PIPELINE is still among the words left over
+    pipeline = ctx.params.get("pipeline") or next(iter(ctx.args), None)
+    return [CompletionItem(name) for name in _stages(pipeline) if name.startswith(incomplete)]
 
 
 def _tomls(folder: Path, start: str) -> Iterator[Path]:

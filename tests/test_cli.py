@@ -48,6 +48,9 @@ def seconds(run):
         (["--version"], 0),
         (["plugins"], 0),
         (["run", "--help"], 0),
+        (["new", "reward", "mine"], 0),
+        (["new", "pipeline", "mine"], 0),
+        (["completion", "zsh"], 0),
         (["check", "none.toml"], 2),
         (["run", "none.toml"], 2),
     ],
@@ -124,7 +127,7 @@ def test_help_names_every_command(project):
         assert ended.status == 0
         assert "Post-train flow-matching image and video models" in ended.out
         assert all(f"\n  {name} " in ended.out for name in cli.cli.commands)
-    assert set(cli.cli.commands) == {"run", "check", "prepare", "show", "plugins", "schema"}
+    assert set(cli.cli.commands) == {"run", "check", "prepare", "show", "plugins", "schema", "new", "completion"}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +141,11 @@ def test_help_names_every_command(project):
             ],
         ),
         ("check", ["PIPELINE", "--set KEY=VALUE", "--out PATH", "whether it fits"]),
+        (
+            "new",
+            ["KIND NAME", "objective, backbone, sampler, noise, reward or source", "--folder PATH", "corefit-NAME"],
+        ),
+        ("completion", ["SHELL (bash, zsh or fish)", "~/.bashrc"]),
         ("plugins", ["[FILES]...", "who offers what, with its keys"]),
     ],
 )
