@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,20 @@ def backbone(folder: Path) -> PluginName:
 
 def test_it_is_a_backbone(backbone: PluginName):
     check_backbone(backbone, prompts=["a red circle", "a blue circle"])
+
+
+@torch.no_grad()
+def test_it_samples_what_diffusers_samples(backbone: PluginName, folder: Path):
+    from diffusers import StableDiffusion3Pipeline
+
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    how = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent", "max_sequence_length": 16}
+    theirs = pipeline("a red circle", height=16, width=16, latents=x, **how).images
+    cond = backbone.encode_text(["a red circle"])
+    for sigma, after in pairwise(backbone.sigmas(4, (4, 8, 8))):
+        x = x + (after - sigma) * backbone.velocity(x, sigma[None], cond)
+    torch.testing.assert_close(x, theirs, atol=1e-4, rtol=0)
 
 
 def test_a_lora_is_saved_and_read_back(backbone: PluginName, folder: Path, tmp_path: Path):

@@ -29,7 +29,8 @@ def test_its_loss_is_torchs(delta: float):
     v = ctx.backbone.velocity(mix(batch.clean, noise, sigma), sigma, batch.cond)
     expected = per_sample(huber_loss(v, noise - batch.clean, reduction="none", delta=delta)).sum()
 
-    (term,) = PluginName(delta=delta).terms(batch, toy_context(backbone(), range(8)))  # draws the same noise again
+    again = toy_context(backbone(), range(8))  # draws the same noise
+    (term,) = PluginName(delta=delta).terms(batch, again)
     torch.testing.assert_close(term.total, expected)
     assert term.count == 8
     assert (term.metrics["large"] > 0).any() == (delta < 100)
