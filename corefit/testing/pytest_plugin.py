@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection(session: pytest.Session) -> None:
     """Nothing is collected from folders unless they are named: the checks are the tests."""
-    if session.config.getoption("--corefit") and not session.config.invocation_params.args:
+    if session.config.getoption("--corefit") and not session.config.option.file_or_dir:
         session.config.args = []
 
 

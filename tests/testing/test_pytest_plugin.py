@@ -19,12 +19,15 @@ def pytest_run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
-    """The tests of everything that corefit itself offers."""
-    return pytest_run(tmp_path_factory.mktemp("own"), "--corefit", "corefit", "-v", "-rs")
+    """The tests of everything that corefit itself offers, in a folder with a test that fails."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "test_other.py").write_text("def test_other():\n    assert False\n")
+    return pytest_run(folder, "--corefit", "corefit", "-v", "-rs")
 
 
 def test_every_offer_is_a_test(own):
     assert own.returncode == 0, own.stdout
+    assert "test_other" not in own.stdout  # tests in folders run where they are named
     for kind, offers in Host().offers.items():
         for name, offer in offers.items():
             needs = kind == "backbones" or any(f.default is attrs.NOTHING for f in attrs.fields(offer.cls) if f.init)
