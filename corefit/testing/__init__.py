@@ -1,6 +1,7 @@
-"""What tests of objectives, samplers and backbones need, for plugins here and elsewhere.
+"""What tests of plugins need: a check for each kind, a toy model that runs on any CPU, tiny checkpoints.
 
-Each check raises an AssertionError that names the problem and says what to change.
+A check takes one plugin, made as a pipeline would make it, and raises an AssertionError that names the problem and says
+what to change. All of them refuse a key that nothing reads. `pytest --corefit PLUGIN` runs them on all that is offered.
 """
 
 from corefit.testing.backbones import check_backbone

@@ -34,6 +34,10 @@ class Call:
 def check_backbone(backbone: Backbone, *, prompts: Sequence[str], media: Tensor | None = None) -> None:
     """AssertionError, naming the problem, unless `backbone` keeps the promises of `corefit.types.Backbone`.
 
+    Shapes agree between encode, decode and latent_shape; a row's velocity and condition do not depend on others;
+    sigma and the prompt are read; guidance 1 is the plain call; the grid falls to 0; the gradient reaches the
+    transformer; what is saved loads to the same velocity.
+
     backbone  loaded on the CPU in float32; saved to a temporary folder and read back
     prompts   at least two, different and not empty
     media     [B, 3, H, W] (video [B, 3, T, H, W]) in [0, 1]; random images of the smallest square size by default

@@ -35,6 +35,12 @@ def check_objective(
 ) -> None:
     """AssertionError, naming the problem, unless `objective` trains right in any layout, batch size and rank count.
 
+    It is run as the trainer runs it, on a toy model. The gradient reaches the model; `total` is a sum, `count` its
+    number of items, and there are `num_terms` terms, one graph each. The same numbers come out as images, tokens and
+    video, in one batch and in two, on one rank and on two, whatever the global seeds; the batch is left as it was.
+    Every key is read; terms() reads no tensor's value on the host; a metric called "ratio" is 1 while the policy is
+    still the one that rolled out.
+
     shape    of one row's latents; images, packed tokens and video by default, which must then give equal numbers
     sampler  where `uses` names it: FlowSde by default; `noise` LogitNormal, `reward` ToyReward
     learns   whether training must lower the flow-matching error, |v - (noise - x0)|^2; by default of `Supervised`

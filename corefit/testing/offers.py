@@ -23,7 +23,11 @@ READ = 64
 
 
 def check_noise(noise: NoiseWeighting) -> None:
-    """AssertionError, naming the problem, unless `noise` keeps the promises of `corefit.types.NoiseWeighting`."""
+    """AssertionError, naming the problem, unless `noise` keeps the promises of `corefit.types.NoiseWeighting`.
+
+    Sigmas [n] lie in (0, 1], are drawn from `rng` alone and a row at a time, and grow with the shift; weights are
+    finite, not negative and not all 0.
+    """
     with _named(noise):
         check_keys(type(noise), NoiseWeighting)
         sigma = _drawn(noise, 1.0, range(ROWS))
@@ -44,6 +48,8 @@ def check_reward(
     meta: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
     """AssertionError, naming the problem, unless `reward` keeps the promises of `corefit.types.Reward`.
+
+    One finite score a row, the same when asked again and whatever the neighbours are; the media are left as they were.
 
     media   [B, 3, H, W] in [0, 1], one a prompt; random pictures of 64 x 64 by default
     meta    one mapping a prompt: what the reward reads of the data, if anything
@@ -73,7 +79,11 @@ def check_reward(
 
 
 def check_source(source: Source) -> None:
-    """AssertionError, naming the problem, unless `source` keeps the promises of `corefit.types.Source`."""
+    """AssertionError, naming the problem, unless `source` keeps the promises of `corefit.types.Source`.
+
+    The same examples in the same order each time; all of them with media or none; prompts are text, `meta` is JSON,
+    and the media exist. The first 64 are looked at.
+    """
     with _named(source):
         check_keys(type(source), Source)
         once, again = (list(islice(source.examples(), READ)) for _ in range(2))

@@ -39,6 +39,10 @@ class State:
 def check_sampler(sampler: Sampler, *, density: bool = True, marginals: bool = True) -> None:
     """AssertionError, naming the problem, unless `sampler` is one that rollouts and objectives can use.
 
+    Mean and std are finite on a whole grid, and std is 0 where `stochastic` is False; time runs from 1 to 0; a row
+    steps as it does alone, in any layout, in float32 or float64; nothing is drawn, changed in place or read on the
+    host; log_prob has a gradient and its density integrates to 1.
+
     density    whether log_prob is the Gaussian's, mean over dimensions; False for one that documents another
     marginals  whether, for an exact velocity, a short step leads to signal 1 - sigma_next and noise sigma_next
     """
