@@ -188,18 +188,18 @@ class InMaking:
 
 @frozen
 class ByName:
-    gain: float = 1.0
+    tint: float = 1.0
 
     def score(self, media, prompts, meta):
-        return getattr(self, "gain") * media.flatten(1).mean(1)  # noqa: B009
+        return getattr(self, "tint") * media.flatten(1).mean(1)  # noqa: B009
 
 
 @frozen
 class AllOfThem:
-    gain: float = 1.0
+    brightness: float = 1.0
 
     def score(self, media, prompts, meta):
-        return attrs.asdict(self)["gain"] * media.flatten(1).mean(1)
+        return attrs.asdict(self)["brightness"] * media.flatten(1).mean(1)
 
 
 def scaled(reward, media):
@@ -230,10 +230,20 @@ class HandedOn:
 
 @frozen
 class HandedToAnotherPackage:
-    gain: float = 1.0
+    """What that does with it cannot be seen."""
+
+    sharpness: float = 1.0
 
     def scorer(self):
         return partial(scaled, self)
+
+
+@frozen
+class ByAnyName:
+    contrast: float = 1.0
+
+    def value(self, name):
+        return getattr(self, name)
 
 
 @frozen
@@ -256,6 +266,7 @@ class Declared(Objective):
         AllOfThem,
         HandedOn,
         HandedToAnotherPackage,
+        ByAnyName,
         Declared,
     ],
 )
