@@ -1,0 +1,164 @@
+"""Every error message of corefit and its plugins, read from the syntax trees, and the page that explains them.
+
+`python docs/generate.py` keeps what docs/errors.md explains, drops messages that are gone and adds new ones as MISSING.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "errors.md"
+MISSING = "(no cause written yet)"
+ENTRY = re.compile(r"^- (?P<ticks>`+) ?(?P<message>.+?) ?(?P=ticks)\\?\n(?P<cause>(?:^  .*\n?)*)", re.MULTILINE)
+"""A message as a list item in code, and its cause, indented."""
+HEADING = re.compile(r"^## .*`(?P<file>[\w./]+\.py)`$", re.MULTILINE)
+ERRORS = {
+    *("CorefitError", "PluginError", "ConfigError", "DataError", "ModelError", "TrainingError", "NonFinite"),
+    *("RankError", "ValueError"),
+}
+TELLERS = {"damaged", "_wrong", "_no_meta"}
+"""Functions that make an error from a text they are given."""
+SPEAKERS = re.compile(r"problems|^_unplaced$|too_many|^_mixed$|^_end$|^_wrong|^_damaged$")
+"""Functions that yield or return what is wrong as text."""
+SKIPPED = {"testing"}
+"""What checks of plugins say is said to their authors, with what to change."""
+
+
+def messages() -> Mapping[str, list[str]]:
+    """File -> the messages that it can give, fields as <name>, in the order of the file; files in order of path."""
+    files = [*sorted((ROOT / "corefit").rglob("*.py")), *sorted((ROOT / "plugins").rglob("*.py"))]
+    found: dict[str, list[str]] = {}
+    for path in files:
+        if path.relative_to(ROOT).parts[1] not in SKIPPED:
+            told = sorted(_messages(ast.parse(path.read_text())))
+            each = list(dict.fromkeys(text for _, text in told if _says_something(text)))
+            if each:
+                found[path.relative_to(ROOT).as_posix()] = each
+    return found
+
+
+def _says_something(message: str) -> bool:
+    return bool(re.search(r"[a-z]{2}", re.sub(r"<[^>]*>", "", message)))
+
+
+def _messages(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, message)"""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _called(node) in ERRORS | TELLERS:
+            yield from ((node.lineno, _text(arg)) for arg in node.args if _is_text(arg))
+        elif isinstance(node, ast.FunctionDef) and SPEAKERS.search(node.name):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Yield | ast.Return) and inner.value is not None:
+                    yield from ((inner.lineno, _text(value)) for value in _choices(inner.value) if _is_text(value))
+
+
+def _choices(node: ast.expr) -> list[ast.expr]:
+    """What an expression may be, where that is written in it."""
+    match node:
+        case ast.Tuple():
+            return node.elts
+        case ast.IfExp():
+            return [node.body, node.orelse]
+        case _:
+            return [node]
+
+
+def _called(node: ast.Call) -> str:
+    return getattr(node.func, "id", getattr(node.func, "attr", ""))
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def _text(node: ast.expr) -> str:
+    """The text on one line, its fields as <name>."""
+    if isinstance(node, ast.Constant):
+        return " ".join(str(node.value).split())
+    assert isinstance(node, ast.JoinedStr)
+    parts = [str(p.value) if isinstance(p, ast.Constant) else f"<{_name(p.value)}>" for p in node.values]
+    return " ".join("".join(parts).split())
+
+
+def _name(node: ast.AST) -> str:
+    """A short name for what a field shows."""
+    match node:
+        case ast.Name():
+            return node.id.strip("_").lower()
+        case ast.Attribute():
+            return node.attr.strip("_")
+        case ast.Subscript() | ast.Starred() | ast.Await():
+            return _name(node.value)
+        case ast.Call() if _called(node) in ("near", "type"):
+            return {"near": "did you mean", "type": "type"}[_called(node)]
+        case ast.Call() if node.args:
+            return _name(node.args[0])
+        case ast.Call():
+            return _name(node.func)
+        case ast.BoolOp():
+            return _name(node.values[0])
+        case ast.IfExp():
+            return _name(node.body)
+        case ast.BinOp():
+            return _name(node.left)
+        case ast.GeneratorExp() | ast.ListComp() | ast.SetComp():
+            return _name(node.generators[0].iter)
+        case ast.Constant(value=str()) if node.value.strip():
+            return node.value.strip()
+        case _:
+            return "..."
+
+
+def entry(message: str, cause: str = MISSING) -> str:
+    """As the page has it."""
+    longest = max((len(run) for run in re.findall(r"`+", message)), default=0)
+    ticks = "`" * (longest + 1)
+    pad = " " if message.startswith("`") or message.endswith("`") else ""
+    return f"- {ticks}{pad}{message}{pad}{ticks}\\\n  {cause}\n"
+
+
+def explained(page: str) -> Mapping[tuple[str, str], str]:
+    """(file, message) -> cause, of the page."""
+    causes: dict[tuple[str, str], str] = {}
+    for file, section in _sections(page):
+        for found in ENTRY.finditer(section):
+            causes[file, found["message"]] = " ".join(found["cause"].split())
+    return causes
+
+
+def _sections(page: str) -> Iterator[tuple[str, str]]:
+    heads = list(HEADING.finditer(page))
+    for head, after in zip(heads, [*heads[1:], None], strict=True):
+        yield head["file"], page[head.end() : after.start() if after else len(page)]
+
+
+def rendered(page: str) -> str:
+    """The page with a section for each file, and an entry for each message; what it explains is kept."""
+    causes = explained(page)
+    headings = {found["file"]: found[0] for found in HEADING.finditer(page)}
+    first = HEADING.search(page)
+    parts = [page[: first.start()] if first else page.rstrip() + "\n\n"]
+    known = messages()
+    order = [*(file for file in headings if file in known), *(file for file in known if file not in headings)]
+    for file in order:
+        entries = [entry(message, causes.get((file, message), MISSING)) for message in known[file]]
+        parts.append(headings.get(file, f"## `{file}`") + "\n\n" + "".join(entries) + "\n")
+    return "".join(parts).rstrip() + "\n"
+
+
+def differences(page: str) -> str:
+    """What to change on the page, ready to paste; nothing where it is right."""
+    causes = explained(page)
+    wanted = {(file, message) for file, each in messages().items() for message in each}
+    lines: list[str] = []
+    for file, message in sorted(wanted - causes.keys()):
+        lines.append(f"add to docs/errors.md, section `{file}`:\n{entry(message, '<why it comes, and what to do>')}")
+    for file, message in sorted(causes.keys() - wanted):
+        lines.append(f"remove from docs/errors.md, section `{file}`, no code says it now:\n  {message}")
+    lines += [f"write the cause in docs/errors.md: {m}" for (_, m), cause in sorted(causes.items()) if cause == MISSING]
+    hint = "`python docs/generate.py` adds and removes them; the causes are yours to write"
+    return "\n".join([*lines, hint]) if lines else ""
