@@ -31,8 +31,11 @@ class Eval:
     prompts: Path
     """A .txt with a prompt a line, or jsonl as of the source of that name, where `category` makes a table's column."""
     reward: tuple[Weighted, ...]
+    """Rewards that score what is generated."""
     guidance: float = field(default=4.5, validator=positive)
+    """Scale of classifier-free guidance; 1 is none."""
     steps: int = field(default=40, validator=positive)
+    """Sampling steps."""
     limit: int | None = field(default=None, validator=validators.optional(positive))
     """Use the first so many prompts; all by default."""
     batch: int = field(default=16, validator=positive)

@@ -30,6 +30,7 @@ class LogitNormal(NoiseWeighting):
     mean: float = 0.0
     """Above 0 favours noise, below 0 data."""
     std: float = field(default=1.0, validator=validators.gt(0))
+    """Spread before the sigmoid: more is nearer to both ends."""
 
     def sample(self, n: int, shift: float, rng: Rng) -> Tensor:
         return shifted(self.time(rng.randn((n,))), shift)
@@ -47,6 +48,7 @@ class Mode(NoiseWeighting):
     """t = 1 - r - scale (cos^2(pi r / 2) - 1 + r), r uniform: heavier in the middle, no level left out."""
 
     scale: float = field(default=1.29, validator=[validators.ge(-1), validators.le(2 / (math.pi - 2))])
+    """How much heavier the middle is; 0 is uniform."""
 
     def sample(self, n: int, shift: float, rng: Rng) -> Tensor:
         return shifted(self.time(rng.rand(n)), shift)

@@ -36,16 +36,21 @@ class Pipeline:
     name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_.-]*"))
     """The run's folder is runs/<name>."""
     backbone: Backbone
+    """The model: its family and where it lies."""
     data: Data
+    """What stages train on."""
     stage: tuple[Stage, ...] = field(converter=tuple)
+    """The stages, in order; each starts from the weights that the one before left."""
     train: Training = field(factory=Full, metadata={KEY: "backbone.train"})
     """In TOML a key of [backbone]: which weights train, in stages that do not say so themselves."""
     seed: int = 0
+    """Of all randomness: noise, order, captions, the new LoRA."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 on a GPU that has it."""
     shard: bool = False
     """Split weights, gradients and optimizer state over the processes (FSDP2); otherwise each has all (DDP)."""
     eval: Eval | None = None
+    """How the base and every stage are judged; nothing is judged without it."""
     plugins: tuple[str, ...] = ()
     """Local plugin files."""
     out: Path | None = None

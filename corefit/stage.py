@@ -23,9 +23,13 @@ class Optimizer:
     """AdamW, and how its learning rate moves."""
 
     lr: float = field(default=2e-5, validator=positive)
+    """Learning rate, after the warm-up."""
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=validators.deep_iterable(share))
+    """Decay of the running means of the gradient and of its square."""
     eps: float = field(default=1e-8, validator=positive)
+    """Added to the denominator."""
     weight_decay: float = field(default=1e-2, validator=validators.ge(0))
+    """Decoupled weight decay."""
     warmup: int = field(default=0, validator=validators.ge(0))
     """Steps over which the rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -50,6 +54,7 @@ class Lora:
     """Train a low-rank adapter (peft) on the transformer's projections."""
 
     rank: int = field(default=16, validator=positive)
+    """Rank of the two factors."""
     alpha: float | None = field(default=None, validator=some_positive)
     """Scale of the adapter times rank; the rank itself by default."""
     targets: tuple[str, ...] | None = None
@@ -64,9 +69,11 @@ class Stage:
     """One `[[stage]]`: what is learned, from what, for how long."""
 
     name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_-]*"))
+    """Of its folder, its row in the results, and in `--set` and `--from`."""
     steps: int = field(validator=positive)
     """Batches; an objective may take several optimiser steps on each."""
     objective: Objective[Any]
+    """What is learned."""
     batch: int | None = field(default=None, validator=some_positive)
     """Samples a step over all ranks, or rollouts where the objective rolls out; 32, or 48 groups, by default."""
     micro_batch: int | None = field(default=None, validator=some_positive)
@@ -74,15 +81,21 @@ class Stage:
     noise: NoiseWeighting | None = None
     """logit_normal where the objective reads one and none is given."""
     sampler: Sampler | None = None
+    """How a step is taken, where the objective takes stochastic ones."""
     reward: tuple[Weighted, ...] = ()
+    """Rewards to learn from, each with its weight; their weighted sum counts."""
     train: Training | None = None
     """Which weights train; those of [backbone] train by default."""
     optimizer: Optimizer = field(factory=Optimizer)
+    """AdamW and its learning rate."""
     max_grad_norm: float = field(default=1.0, validator=positive)
+    """The gradient is scaled down to this norm where it is larger."""
     ema: float | None = field(default=None, validator=validators.optional(share))
     """Decay of an average of the weights, which is what the stage then leaves."""
     log_every: int = field(default=10, validator=positive)
+    """Steps between lines of metrics.jsonl, each the means since the last."""
     checkpoint_every: int = field(default=500, validator=positive)
+    """Steps between checkpoints; one is also written when a signal stops the run."""
     keep: int = field(default=2, validator=positive)
     """Checkpoints kept."""
     sample_every: int | None = field(default=None, validator=some_positive)

@@ -29,6 +29,7 @@ class Chroma(Diffusers):
     vae_class: ClassVar[str] = "AutoencoderKL"
 
     max_sequence_length: int = field(default=512, validator=validators.gt(0))
+    """T5 tokens of a prompt, padded and cut to this number."""
     lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
 
     @cached_property

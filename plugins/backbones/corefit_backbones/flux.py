@@ -34,7 +34,9 @@ class Flux(Diffusers):
     vae_class: ClassVar[str] = "AutoencoderKL"
 
     max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(512)])
+    """T5 tokens of a prompt, padded and cut to this number."""
     guidance: float = field(default=1.0, validator=validators.ge(0))
+    """Scale that FLUX.1 dev is told where none is asked for."""
     lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
 
     @cached_property

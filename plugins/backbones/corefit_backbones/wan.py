@@ -37,6 +37,7 @@ class Wan(Diffusers):
     lora_names = staticmethod(names.wan)
 
     max_sequence_length: int = field(default=512, validator=validators.gt(0))
+    """UMT5 tokens of a prompt, padded and cut to this number."""
     lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
 
     @cached_property
