@@ -37,6 +37,7 @@ WORDS: Mapping[Any, str] = {
     Path: "path",
     ModelPath: "path or address",
 }
+WIDTH = 120
 PLURALS = {"number": "numbers", "whole number": "whole numbers", "text": "texts"}
 SECTIONS: Mapping[Any, str] = {Optimizer: "#stageoptimizer", Data: "#data", Eval: "#eval", Stage: "#stage"}
 """Where the reference describes the table of a class."""
@@ -66,26 +67,37 @@ def _class(name: str) -> str:
     module, _, cls = name.rpartition(".")
     node = _found(_tree(module), ast.ClassDef, cls)
     bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
-    members = [line for child in node.body for line in _member(child)]
-    return _python(f"class {cls}{bases}:", *(f"    {line}" for line in members))
+    attributes = [line for child in node.body for line in _attribute(child)]
+    methods = [line for child in node.body for line in _method(child)]
+    between = [""] if attributes and methods else []
+    members = (f"    {line}".rstrip() for line in [*attributes, *between, *methods])
+    return _python(f"class {cls}{bases}:", *members)
 
 
-def _member(node: ast.stmt) -> Iterator[str]:
+def _attribute(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, ast.AnnAssign) and not ast.unparse(node.target).startswith("_"):
         default = "" if node.value is None or "field(" in ast.unparse(node.value) else f" = {ast.unparse(node.value)}"
         yield f"{ast.unparse(node.target)}: {ast.unparse(node.annotation)}{default}"
-    elif isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name in ("__len__",)):
+
+
+def _method(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef) and (node.name == "__len__" or not node.name.startswith("_")):
         yield from (f"@{ast.unparse(decorator)}" for decorator in node.decorator_list)
-        yield _signature(node)
+        yield from _signature(node, indent=4)
 
 
 def _hook(name: str) -> str:
-    return _python("@hookimpl", _signature(_found(_tree("corefit.hookspecs"), ast.FunctionDef, name)))
+    return _python("@hookimpl", *_signature(_found(_tree("corefit.hookspecs"), ast.FunctionDef, name)))
 
 
-def _signature(node: ast.FunctionDef) -> str:
+def _signature(node: ast.FunctionDef, indent: int = 0) -> list[str]:
+    """As ruff formats it."""
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    return f"def {node.name}({ast.unparse(node.args)}){returns}: ..."
+    arguments = re.sub(r"(: [^=,]+)=", r"\1 = ", ast.unparse(node.args))
+    whole = f"def {node.name}({arguments}){returns}: ..."
+    if indent + len(whole) <= WIDTH:
+        return [whole]
+    return [f"def {node.name}(", f"    {arguments}", f"){returns}: ..."]
 
 
 def _python(*lines: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,7 @@ SKIPPED = {"testing"}
 """What checks of plugins say is said to their authors, with what to change."""
 
 
+@cache
 def messages() -> Mapping[str, list[str]]:
     """File -> the messages that it can give, fields as <name>, in the order of the file; files in order of path."""
     files = [*sorted((ROOT / "corefit").rglob("*.py")), *sorted((ROOT / "plugins").rglob("*.py"))]
