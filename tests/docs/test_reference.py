@@ -56,7 +56,7 @@ def test_messages_are_found_in_all_forms() -> None:
 
 
 def test_the_page_of_errors_keeps_its_causes_and_says_what_to_add() -> None:
-    page = messages.PAGE.read_text()
+    page = messages.rendered(messages.PAGE.read_text())
     assert messages.rendered(page) == page
     (file, message), cause = next(iter(messages.explained(page).items()))
     spoilt = page.replace(messages.entry(message, cause), messages.entry("old words", "Its cause."))
