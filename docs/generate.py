@@ -37,6 +37,8 @@ WORDS: Mapping[Any, str] = {
     Path: "path",
     ModelPath: "path or address",
 }
+LISTED = re.compile(r"^(\w+) {2,}(\S.*(?:\n {4,}\S.*)*)$", re.MULTILINE)
+"""A key and what it means, in the docstring of a class."""
 WIDTH = 120
 PLURALS = {"number": "numbers", "whole number": "whole numbers", "text": "texts"}
 SECTIONS: Mapping[Any, str] = {Optimizer: "#stageoptimizer", Data: "#data", Eval: "#eval", Stage: "#stage"}
@@ -174,15 +176,21 @@ def _table(cls: type) -> str:
 
 
 def meanings(cls: type) -> Mapping[str, str]:
-    """Key -> its attribute docstring, of the class or what it is derived from."""
+    """Key -> its attribute docstring, or its line in the class's, of the class or what it is derived from."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if base.__module__.startswith("corefit"):
-            body = _found(_tree(base.__module__), ast.ClassDef, base.__name__).body
-            for one, after in pairwise(body):
+            node = _found(_tree(base.__module__), ast.ClassDef, base.__name__)
+            found |= {key: _sentence(said) for key, said in LISTED.findall(ast.get_docstring(node) or "")}
+            for one, after in pairwise(node.body):
                 if isinstance(one, ast.AnnAssign) and isinstance(after, ast.Expr):
-                    found[ast.unparse(one.target)] = " ".join(str(ast.literal_eval(after.value)).split())
-    return found
+                    found[ast.unparse(one.target)] = ast.literal_eval(after.value)
+    return {key: " ".join(str(text).split()) for key, text in found.items()}
+
+
+def _sentence(text: str) -> str:
+    first = text.partition(" ")[0]
+    return (text.capitalize()[0] if first.isalpha() else text[0]) + text[1:] + ("" if text.endswith(".") else ".")
 
 
 def _type(kind: Any) -> str:
