@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "errors.md"
+WIDTH = 120
 MISSING = "(no cause written yet)"
 ENTRY = re.compile(r"^- (?P<ticks>`+) ?(?P<message>.+?) ?(?P=ticks)\\?\n(?P<cause>(?:^  .*\n?)*)", re.MULTILINE)
 """A message as a list item in code, and its cause, indented."""
@@ -120,7 +122,8 @@ def entry(message: str, cause: str = MISSING) -> str:
     longest = max((len(run) for run in re.findall(r"`+", message)), default=0)
     ticks = "`" * (longest + 1)
     pad = " " if message.startswith("`") or message.endswith("`") else ""
-    return f"- {ticks}{pad}{message}{pad}{ticks}\\\n  {cause}\n"
+    wrapped = textwrap.wrap(cause, WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+    return f"- {ticks}{pad}{message}{pad}{ticks}\\\n" + "".join(f"  {line}\n" for line in wrapped)
 
 
 def explained(page: str) -> Mapping[tuple[str, str], str]:
@@ -141,13 +144,16 @@ def _sections(page: str) -> Iterator[tuple[str, str]]:
 def rendered(page: str) -> str:
     """The page with a section for each file, and an entry for each message; what it explains is kept."""
     causes = explained(page)
+    elsewhere = {message: cause for (_, message), cause in causes.items()}  # where one has moved to another file
     headings = {found["file"]: found[0] for found in HEADING.finditer(page)}
     first = HEADING.search(page)
     parts = [page[: first.start()] if first else page.rstrip() + "\n\n"]
     known = messages()
     order = [*(file for file in headings if file in known), *(file for file in known if file not in headings)]
     for file in order:
-        entries = [entry(message, causes.get((file, message), MISSING)) for message in known[file]]
+        entries = [
+            entry(message, causes.get((file, message), elsewhere.get(message, MISSING))) for message in known[file]
+        ]
         parts.append(headings.get(file, f"## `{file}`") + "\n\n" + "".join(entries) + "\n")
     return "".join(parts).rstrip() + "\n"
 

@@ -62,7 +62,7 @@ def test_pipelines_pass_check(page: Path, block: Block, project: Project) -> Non
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_have_these_options(page: Path) -> None:
     lines = [line for block in blocks(page, "sh") for line in block.text.splitlines()]
-    quoted = re.findall(r"`((?:torchrun|accelerate launch|corefit) [^`\n]*)`", prose(page))
+    quoted = re.findall(r"`((?:torchrun|accelerate launch|corefit) [^`]*)`", prose(page))
     for line in [*lines, *quoted]:
         words = shlex.split(line, comments=True)
         if "corefit" not in words or words[0] in ("pip", "pytest"):

@@ -103,7 +103,7 @@ def test_every_key_of_every_offer_is_in_the_reference() -> None:
 @pytest.mark.parametrize("page", KINDS_OF_PAGES, ids=name)
 def test_every_argument_is_explained(page: Path) -> None:
     """Attributes, methods and arguments of what stands on a page, in words of its own."""
-    words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", prose(page)))))
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", prose(page)))))
     for block in GENERATED.finditer(page.read_text()):
         if block[1] in ("class", "hook"):
             code = re.search(r"```python\n(.*?)```", block[0], re.S)
