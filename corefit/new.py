@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import keyword
@@ -88,11 +89,23 @@ def _refuse_taken(kind: str, plain: str) -> None:
     if importlib.util.find_spec(module):
         raise PluginError(f"there is a Python module {module} already; choose another NAME, or uninstall it")
     taken = _class(plain)
-    if any(re.search(rf"\b{taken}\b", file.read_text(encoding="utf-8")) for file in (TEMPLATES / kind).rglob("*.py")):
+    if any(taken in _names(file) for file in (TEMPLATES / kind).rglob("*.py")):
         raise PluginError(
             f"NAME {plain!r} would make a class called {taken}, which the module itself uses; choose another, such as "
             f"{'my_' + plain!r}"
         )
+
+
+def _names(file: Path) -> set[str]:
+    """What a module's code calls by a plain name; words of its docstrings are none."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    imported = {
+        alias.asname or alias.name
+        for node in nodes
+        for alias in getattr(node, "names", ())
+        if isinstance(alias, ast.alias)
+    }
+    return imported | {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
 def _distribution(kind: str, plain: str) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from corefit.cli import cli
 from corefit.config import PLUGIN_TYPES
 from corefit.data import Data
+from corefit.objective import Summand
 from corefit.pipeline import CHOICES, MODES, TRAIN, Eval, Optimizer, Pipeline, Stage
 from corefit.plugins import KINDS, Host, Offer
 from corefit.types import ModelPath, Weighted
@@ -216,6 +217,8 @@ def _type(kind: Any) -> str:
 def _list(args: tuple[Any, ...]) -> str:
     if args[0] is Weighted:
         return "list of [rewards](plugins/reward.md)"
+    if args[0] is Summand:
+        return "list of [objectives](plugins/objective.md)"
     one = _type(args[0])
     return f"list of {PLURALS.get(one, one + 's')}" if args[-1] is Ellipsis else f"list of {len(args)} {PLURALS[one]}"
 

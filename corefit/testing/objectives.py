@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve
 
 from corefit.flow import mix
-from corefit.objective import Objective, Supervised
+from corefit.objective import Objective, Sum, Supervised
 from corefit.rng import Rng
 from corefit.testing.case import RANKS, Case, Outcome
 from corefit.testing.checks import LAYOUTS, expect, global_seed
@@ -46,6 +46,10 @@ def check_objective(
     learns   whether training must lower the flow-matching error, |v - (noise - x0)|^2; by default of `Supervised`
              objectives that use media, noise and sampler alone
     """
+    if isinstance(objective, Sum):  # what it adds up is what is run
+        for each in objective.of:
+            check_objective(each.objective, shape=shape, sampler=sampler, noise=noise, reward=reward, learns=learns)
+        return
     layouts = LAYOUTS if shape is None else {f"latents {['B', *shape]}": tuple(shape)}
     try:
         check_keys(type(objective), Objective)
