@@ -12,6 +12,7 @@ from attrs import frozen
 
 from corefit.testing.checks import close, expect, normal
 from corefit.testing.keys import check_keys
+from corefit.testing.timesteps import check_timesteps
 from corefit.types import Backbone, Condition
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def check_backbone(backbone: Backbone, *, prompts: Sequence[str], media: Tensor 
 
     Shapes agree between encode, decode and latent_shape; a row's velocity and condition do not depend on others;
     sigma and the prompt are read; guidance 1 is the plain call; the grid falls to 0; the gradient reaches the
-    transformer; what is saved loads to the same velocity.
+    transformer; what is saved loads to the same velocity, and its network is told the timesteps that diffusers' own
+    pipeline of that folder tells it, where there is one.
 
     backbone  loaded on the CPU in float32; saved to a temporary folder and read back
     prompts   at least two, different and not empty
@@ -58,7 +60,7 @@ def check_backbone(backbone: Backbone, *, prompts: Sequence[str], media: Tensor 
             _check_sigmas(backbone, shape)
             call = _check_velocity(backbone, cond, shape)
             _check_guidance(backbone, call)
-            _check_saved(backbone, call)
+            _check_saved(backbone, call, media, prompts[0])
         _check_gradient(backbone, call)
         _check_release(backbone)
     except AssertionError as error:
@@ -191,7 +193,7 @@ def _check_null(backbone: Backbone) -> None:
         expect(rows, f'null({n}) is not encode_text([""]) in every row: guidance would use another prompt')
 
 
-def _check_saved(backbone: Backbone, call: Call) -> None:
+def _check_saved(backbone: Backbone, call: Call, media: Tensor, prompt: str) -> None:
     """What `save` writes, `moved` and `load` read: the weights as they are now, not as they were loaded."""
     import torch
 
@@ -216,6 +218,7 @@ def _check_saved(backbone: Backbone, call: Call) -> None:
                 moved.weights_key() == backbone.moved(folder).weights_key() != backbone.weights_key(),
                 "weights_key() must be a hash of the weights' files: equal for equal files, another for others",
             )
+            check_timesteps(moved, folder, media, prompt, call.x[:1], call.cond[:1])
     finally:
         for parameter, value in zip(parameters, found, strict=True):
             parameter.copy_(value)

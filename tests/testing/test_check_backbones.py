@@ -188,6 +188,25 @@ def test_a_wrong_backbone_is_named(cls, problem):
         check_backbone(toy(kind=cls), prompts=PROMPTS, media=torch.rand(2, 3, 8, 8))
 
 
+class TurnedTime(Sd3):
+    def velocity(self, x, sigma, cond):
+        return super().velocity(x, 1 - sigma, cond)
+
+
+class SigmaForTimestep(Sd3):
+    def velocity(self, x, sigma, cond):
+        return super().velocity(x, sigma / 1000, cond)
+
+
+@pytest.mark.parametrize(("cls", "told"), [(TurnedTime, "0.0"), (SigmaForTimestep, "1.0")])
+def test_another_timestep_than_diffusers_is_named(cls, told, checkpoint):
+    backbone = cls(str(checkpoint), max_sequence_length=16)
+    backbone.load(torch.device("cpu"), torch.float32)
+    problem = f"at sigma 1 the network is told the timestep {told}, and StableDiffusion3Pipeline tells it 1000"
+    with pytest.raises(AssertionError, match=f"^{cls.__name__}: {problem}"):
+        check_backbone(backbone, prompts=PROMPTS)
+
+
 def test_what_check_backbone_needs():
     with pytest.raises(AssertionError, match="load the backbone first"):
         check_backbone(ToyBackbone(), prompts=PROMPTS)
