@@ -46,7 +46,7 @@ def test_another_process_writes_the_same_bytes(name, tmp_path):
     subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     here = hashes(getattr(checkpoints, name)(tmp_path / "here", words=WORDS))
     assert hashes(tmp_path / "there") == here
-    assert len(here) > 10
+    assert len(here) > 8  # transformers 5 writes fewer files of a tokenizer
 
 
 def test_the_seed_changes_the_weights_and_nothing_else(checkpoint, tmp_path):
