@@ -24,9 +24,6 @@ class Flux(Diffusers):
 
     dev was distilled with guidance: its scale is an input of the network, and guidance is one call. schnell has no
     such input; guidance is then two calls.
-
-    max_sequence_length  T5 tokens of a prompt; schnell was trained with 256
-    guidance             of dev: the scale that `velocity`, which most objectives train, and `guided` at 1 tell it
     """
 
     pipeline_class: ClassVar[str] = "FluxPipeline"
@@ -34,9 +31,9 @@ class Flux(Diffusers):
     vae_class: ClassVar[str] = "AutoencoderKL"
 
     max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(512)])
-    """T5 tokens of a prompt, padded and cut to this number."""
+    """T5 tokens of a prompt, padded and cut to this number; schnell was trained with 256."""
     guidance: float = field(default=1.0, validator=validators.ge(0))
-    """Scale that FLUX.1 dev is told where none is asked for."""
+    """Scale that FLUX.1 dev is told where none is asked for: in what most objectives train, and at a guidance of 1."""
     lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
 
     @cached_property
