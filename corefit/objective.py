@@ -196,3 +196,14 @@ class Sum(Objective[Any]):
 def summands(objective: Objective[Any]) -> tuple[Summand, ...]:
     """What the trainer runs for an objective: the parts of a sum, or the objective alone, without a name."""
     return objective.of if isinstance(objective, Sum) else (Summand("", objective),)
+
+
+def parts(objective: Objective[Any], batch: Batch, ctx: Context) -> Iterator[Part]:
+    """What a batch's experience yields, part by part; AssertionError unless they are `num_updates`."""
+    number, made = objective.num_updates, iter(objective.experience(batch, ctx))
+    name = type(objective).__name__
+    for index in range(number):
+        part = next(made, None)
+        assert part is not None, f"{name} yielded {index} parts, not num_updates = {number}"
+        yield part
+    assert next(made, None) is None, f"{name} yields more than num_updates = {number} parts"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from corefit.data import Dataset
 from corefit.errors import NonFinite, PluginError, Stopped, TrainingError
 from corefit.gradients import Gradients
 from corefit.meters import Fault, Means
-from corefit.objective import Context, Objective, Part, Summand, summands
+from corefit.objective import Context, Objective, Part, Summand, parts, summands
 from corefit.order import Order, Walk
 from corefit.ranks import Ranks
 from corefit.rng import Rng
@@ -203,8 +202,8 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = stage.optimizer.rate(self.step, stage.steps)
         try:
-            for update, parts in enumerate(self._experience(batch, ctx, drawn)):
-                self._update(update, parts, ctx, drawn)
+            for update, each in enumerate(self._experience(batch, ctx, drawn)):
+                self._update(update, each, ctx, drawn)
         except NonFinite:  # of an experience, which no weight has seen
             if self._too_many_skipped():
                 raise
@@ -231,10 +230,10 @@ class Loop:
         for index, each in enumerate(self.summands):
             every = whole.rows_per_prompt // each.objective.rows_per_prompt
             rows = batch[::every] if every > 1 else batch
-            made = iter(each.objective.experience(rows, ctx.at(self._rng("experience", 0, rows, drawn, index))))
-            once = self._several and each.objective.num_updates < whole.num_updates
-            streams.append(repeat(next(made)) if once else made)
-        return zip(*streams, strict=False)
+            made = parts(each.objective, rows, ctx.at(self._rng("experience", 0, rows, drawn, index)))
+            once = each.objective.num_updates < whole.num_updates
+            streams.append([*made] * whole.num_updates if once else made)
+        return zip(*streams, strict=True)
 
     @property
     def _several(self) -> bool:

@@ -15,6 +15,7 @@ from training import trained, worst
 from corefit import Batch, Context, Supervised, Term, ranks, train, weights
 from corefit.errors import NonFinite, TrainingError
 from corefit.flow import mix, per_sample
+from corefit.objective import Sum, Summand
 from corefit.stage import Lora, Optimizer
 from corefit_backbones.sd3 import Sd3
 from corefit_sft import Sft
@@ -189,6 +190,22 @@ class Miscounted(Supervised):
 def test_a_wrong_number_of_terms_is_named(job):
     with pytest.raises(AssertionError, match=r"Miscounted yielded 1 terms, not num_terms = 2"):
         train.train(job(Miscounted()), ranks.join("fp32"))
+
+
+@pytest.mark.parametrize(
+    ("made", "said"), [(0, "yielded 0 parts, not num_updates = 1"), (2, "yields more than num_up")]
+)
+def test_the_number_of_parts_must_be_as_declared(job, made, said):
+    """None would leave the weights as they are, in silence."""
+
+    @frozen
+    class Misdealt(Sft):
+        def experience(self, batch: Batch, ctx: Context) -> Iterator[Batch]:
+            yield from [batch] * made
+
+    for objective in (Misdealt(), Sum(of=(Summand("sft", Sft()), Summand("misdealt", Misdealt())))):
+        with pytest.raises(AssertionError, match=f"Misdealt {said}"):
+            trained(job(objective))
 
 
 @frozen
