@@ -46,8 +46,8 @@ PLUGIN_TYPES: Mapping[Any, str] = {
     Reward: "rewards",
     Source: "sources",
 }
-BESIDE: Mapping[str, Sequence[str]] = {"rewards": ("weight",), "backbones": ("train",)}
-"""Keys that the table of a plugin has beside those of the plugin's class."""
+BESIDE: Mapping[Any, Sequence[str]] = {Weighted: ("weight",), Summand: ("weight",), Backbone: ("train",)}
+"""Keys that a table of this type has beside those of the plugin's class."""
 KEY = "key"
 """Metadata of a field: where the file has it, if not under its name in its own table."""
 COMPARED = re.compile(r"'(?P<key>\w+)' (?P<rule>must .+)", re.DOTALL)
@@ -210,33 +210,35 @@ class Reader:
         local = self.folder / _strict(value, str)
         return ModelPath(str(local) if local.exists() or value.startswith((".", "/")) else value)
 
-    def _problems(self, error: BaseException, path: str, table: Any) -> Iterator[str]:
-        """One line for each problem in cattrs' tree of errors."""
+    def _problems(self, error: BaseException, path: str, table: Any, kind: Any = None) -> Iterator[str]:
+        """One line for each problem in cattrs' tree of errors; `kind` is the type that the table is read as."""
         if isinstance(error, IterableValidationError):
             noted, rest = error.group_exceptions()
             for inner, note in noted:
                 entry = _entry(table, note.index)
-                yield from self._problems(inner, f"{path}.{_label(entry, note.index)}", entry)
+                yield from self._problems(inner, f"{path}.{_label(entry, note.index)}", entry, note.type)
         elif isinstance(error, ClassValidationError):
             noted, rest = error.group_exceptions()
             for inner, note in noted:
-                yield from self._field_problems(inner, path, note.name, table)
+                yield from self._field_problems(inner, path, note, table)
         else:
             noted, rest = [], [error]
         for inner in rest:
-            yield from self._unplaced(inner, path, table)
+            yield from self._unplaced(inner, path, table, kind)
 
-    def _field_problems(self, error: BaseException, path: str, name: str, table: Any) -> Iterator[str]:
+    def _field_problems(self, error: BaseException, path: str, note: Any, table: Any) -> Iterator[str]:
+        name: str = note.name
         if isinstance(error, KeyError):
             yield f"{_dotted(path, name)} is missing; {_dotted(path, '') or 'the file'} needs it"
         else:
-            yield from self._problems(error, _dotted(path, name), _entry(table, name))
+            yield from self._problems(error, _dotted(path, name), _entry(table, name), note.type)
 
-    def _unplaced(self, error: BaseException, path: str, table: Any) -> Iterator[str]:
+    def _unplaced(self, error: BaseException, path: str, table: Any, kind: Any) -> Iterator[str]:
         if isinstance(error, cattrs.BaseValidationError):
-            yield from self._problems(error, path, table)
+            yield from self._problems(error, path, table, kind)
         elif isinstance(error, ForbiddenExtraKeysError):
-            known = self._known(error.cl)
+            own = (f.metadata.get(KEY, f.name) for f in attrs.fields(error.cl) if f.init)
+            known = [*own, *BESIDE.get(kind, ())]
             for extra in sorted(error.extra_fields):
                 listing = ", ".join(known) or "none"
                 yield f"{_dotted(path, extra)} is not a key{near(extra, known)}; known here: {listing}"
@@ -247,12 +249,6 @@ class Reader:
             if of_key := COMPARED.fullmatch(text):
                 path, text = _dotted(path, of_key["key"]), of_key["rule"]
             yield f"{_dotted(path, '') or 'the pipeline'}: {text}"
-
-    def _known(self, cls: type) -> list[str]:
-        """The keys that a table for `cls` may set."""
-        own = [f.metadata.get(KEY, f.name) for f in attrs.fields(cls) if f.init]
-        kinds = [kind for kind, offers in self.host.offers.items() if any(o.cls is cls for o in offers.values())]
-        return [*own, *(key for kind in kinds for key in BESIDE.get(kind, ()))]
 
 
 def _plain(target: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -140,7 +141,7 @@ class Summand:
 
     name: str
     objective: Objective[Any]
-    weight: float = field(default=1.0, validator=validators.gt(0))
+    weight: float = field(default=1.0, validator=[validators.gt(0), validators.lt(math.inf)])
 
 
 def _can_be_added(_: Any, __: Any, of: tuple[Summand, ...]) -> None:

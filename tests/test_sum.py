@@ -178,7 +178,13 @@ def test_grpo_with_an_anchor_on_real_data(project):
             "{use='sum', of=[{use='sft', dropuot=0.1}]}",
             "stage.grpo.objective.of.0.dropuot is not a key (did you mean 'dropout'?)",
         ),
+        (
+            "{use='sum', of=[{use='sft', wieght=0.1}]}",
+            "stage.grpo.objective.of.0.wieght is not a key (did you mean 'weight'?); known here: dropout, weight",
+        ),
+        ("{use='sft', weight=0.1}", "stage.grpo.objective.weight is not a key; known here: dropout\n"),
         ("{use='sum', of=[{use='sft', weight=0}]}", "stage.grpo.objective.of.0.weight: must be > 0: 0.0"),
+        ("{use='sum', of=[{use='sft', weight=inf}]}", "stage.grpo.objective.of.0.weight: must be < inf: inf"),
         ("{use='sum'}", "stage.grpo.objective.of is missing"),
         (
             "{use='sum', of=[{use='flow_grpo'}, {use='sft'}, {use='sft'}]}",
