@@ -153,20 +153,22 @@ def _schema() -> str:
 
 
 def _write(target: Path, files: Mapping[str, str]) -> None:
-    """All files or none: they are written beside `target`, which then takes their folder's place."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"{target} exists already; nothing was written: name another folder with --folder")
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise ConfigError(f"{parent} is no folder; nothing was written: make it first")
+    """All files or none: they are made beside `target`, or inside it where it is there, and then moved."""
     try:
-        with TemporaryDirectory(prefix=".corefit-new-", dir=parent) as place:
+        there = target.is_dir()
+        if target.exists() and not (there and not any(target.iterdir())):
+            raise ConfigError(f"{target} exists already; nothing was written: name another folder with --folder")
+        parent = target.absolute().parent
+        if not parent.is_dir():
+            raise ConfigError(f"{parent} is no folder; nothing was written: make it first")
+        with TemporaryDirectory(prefix=".corefit-new-", dir=target if there else parent) as place:
             made = Path(place) / "made"
             made.mkdir()
             for path, text in files.items():
                 (made / path).parent.mkdir(parents=True, exist_ok=True)
                 (made / path).write_text(text, encoding="utf-8")
-            os.replace(made, target)
+            for each in list(made.iterdir()) if there else [made]:
+                os.replace(each, target / each.name if there else target)
     except OSError as error:
         raise CorefitError(f"{target} cannot be written ({error.strerror or error}); nothing was written") from error
 

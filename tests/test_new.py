@@ -238,6 +238,23 @@ def test_nothing_is_overwritten(project: Project):
     assert "mine exists already" in refused(project, "reward", "mine", "--folder", "mine")
 
 
+@pytest.mark.parametrize("folder", [".", "link"])
+def test_an_empty_folder_may_be_the_current_one_or_behind_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / ("other" if folder == "." else "empty"))
+    new("reward", "mine", Path(folder))
+    made = {path.name for path in (tmp_path / "other").iterdir()}
+    assert made == {*(name.partition("/")[0] for name in COMMON), "corefit_mine.py", "tests"}
+
+
+def test_a_folder_that_cannot_be_is_refused(project: Project):
+    assert "cannot be written (File name too long)" in refused(project, "reward", "mine", "--folder", "a" * 300)
+
+
 def test_a_folder_goes_into_one_that_is_there(project: Project):
     assert "is no folder; nothing was written: make it first" in refused(project, "reward", "a", "--folder", "none/a")
 
