@@ -6,7 +6,8 @@ has keys without a default needs them: these are shown as skipped, with the call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +40,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
     """Nothing is collected from folders unless they are named: the checks are the tests."""
-    if session.config.getoption("--corefit") and not session.config.option.file_or_dir:
+    asked: list[str] = session.config.getoption("--corefit") or []
+    for plugin in asked:
+        _offers(plugin)  # here too where other processes collect, of which pytest-xdist passes no word on
+    if asked and not session.config.option.file_or_dir:
         session.config.args = []
 
 
 def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
     asked: list[str] = session.config.getoption("--corefit") or []
-    for name in asked:
-        items.extend(_items(session, name))
+    for offer in (offer for plugin in asked for offer in _offers(plugin)):
+        items.append(Check.from_parent(session, name=f"{offer.kind}.{offer.name}", offer=offer))
 
 
-def _items(session: pytest.Session, plugin: str) -> Iterator[pytest.Item]:
+@cache
+def _offers(plugin: str) -> Sequence[Any]:
+    """Everything that a plugin offers; UsageError where it cannot be read, or offers nothing."""
+    from corefit.errors import PluginError
     from corefit.plugins import Host
 
-    host = Host()
-    if plugin.endswith(".py"):
-        host.add_file(Path(plugin))
+    try:
+        host = Host()
+        if plugin.endswith(".py"):
+            host.add_file(Path(plugin))
+    except PluginError as error:
+        raise pytest.UsageError(f"--corefit {plugin}: {error}") from error
     found = [offer for offers in host.offers.values() for offer in offers.values() if _is_of(offer, plugin)]
     if not found:
         raise pytest.UsageError(f"--corefit {plugin}: no installed plugin of that name offers anything")
-    for offer in found:
-        yield Check.from_parent(session, name=f"{offer.kind}.{offer.name}", offer=offer)
+    return found
 
 
 def _is_of(offer: Any, plugin: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,21 @@ def corefit_sources():
 """
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_plugin_that_cannot_be_read_is_said_without_a_traceback(tmp_path, workers):
+    """Also by pytest-xdist, whose processes would keep it to themselves."""
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    for plugin, said in (
+        ("broken.py", "--corefit broken.py: plugin file broken.py:1 cannot be run (SyntaxError"),
+        ("none.py", "--corefit none.py: plugins: there is no file none.py"),
+        ("nobody", "--corefit nobody: no installed plugin of that name offers anything"),
+    ):
+        done = pytest_run(tmp_path, "-n", workers, "--corefit", plugin)
+        assert done.returncode == pytest.ExitCode.USAGE_ERROR
+        assert f"ERROR: {said}" in done.stderr
+        assert not re.search("Traceback|INTERNALERROR", done.stdout + done.stderr)
+
+
 def test_what_is_wrong_in_a_local_file_is_named(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     done = pytest_run(tmp_path, "--corefit", "mine.py", "-rs")
@@ -111,7 +127,3 @@ def test_what_is_wrong_in_a_local_file_is_named(tmp_path):
     assert "it refuses what the check gives it (KeyError: 'weight'): write a test that calls check_reward(" in said
     assert "3 failed, 2 skipped" in said
     assert "Traceback" not in done.stdout
-
-
-def test_a_plugin_that_offers_nothing_is_a_wrong_use(tmp_path):
-    assert pytest_run(tmp_path, "--corefit", "nobody").returncode == 4
