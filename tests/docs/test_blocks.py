@@ -23,8 +23,6 @@ from corefit.cli import cli
 TUTORIAL = DOCS / "tutorial.md"
 OTHERS = [page for page in PAGES if page != TUTORIAL]
 KNOWN_KINDS = {"python", "toml", "sh", "text", "mermaid"}
-COMING = {"new"} - set(cli.commands)
-"""Commands that pages name before they are there."""
 
 
 @pytest.mark.parametrize("page", [p for p in OTHERS if blocks(p, "python")], ids=name)
@@ -68,8 +66,6 @@ def test_commands_have_these_options(page: Path) -> None:
         if "corefit" not in words or words[0] in ("pip", "pytest"):
             continue
         command, *arguments = words[words.index("corefit") + 1 :]
-        if command in COMING:
-            continue
         assert command in cli.commands, f"{name(page)}: {line}"
         made, top = cli.commands[command], click.Context(cli, **cli.context_settings)
         try:
@@ -155,7 +151,6 @@ def test_what_the_tutorial_says_of_a_misspelling(workshop: Path, monkeypatch: py
         cli(["check", "pipeline.toml"], standalone_mode=False)
 
 
-@pytest.mark.skipif("new" in COMING, reason="corefit new is not there yet")
 def test_the_tutorials_package_has_the_files_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     block: Any = next(b for b in blocks(TUTORIAL, "sh") if "corefit new" in b.text)
