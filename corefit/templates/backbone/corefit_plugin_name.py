@@ -67,6 +67,15 @@ class PluginName(Backbone):
         )
         return Condition({"prompt_embeds": embeds.detach(), "pooled": pooled.detach()})
 
+    def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        # FAMILY: of one row of what encode_text gives; here CLIP's tokens and then those of T5
+        network, clip = self._config("transformer"), self._config("tokenizer", "tokenizer_config.json")
+        tokens = clip["model_max_length"] + self.max_sequence_length
+        return {
+            "prompt_embeds": (tokens, network["joint_attention_dim"]),
+            "pooled": (network["pooled_projection_dim"],),
+        }
+
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         # FAMILY: what the network is told; sigma stays float32, because bfloat16 would round it to another level
         v = self.transformer(
@@ -127,10 +136,18 @@ class PluginName(Backbone):
         _, kind, _ = self._classes()
         self.transformer = kind.from_pretrained(self.path / "transformer", torch_dtype=dtype).to(device)
 
-    def blank(self) -> Any:
-        """The network without weights: from it `corefit check` tells how much memory a stage takes."""
+    def load_blank(self, dtype: torch.dtype) -> None:
+        """What `load` does, without weights: from it `corefit check` tells how much memory a stage takes."""
+        import torch
+
+        self.place(torch.device("meta"), dtype)
         _, kind, _ = self._classes()
-        return kind.from_config(dict(self._config("transformer")))
+        with torch.device("meta"):
+            network = kind.from_config(dict(self._config("transformer")))
+        self.transformer = torch.nn.Module.to(network, dtype)  # diffusers' own warns, and is for weights
+
+    def routes(self) -> Sequence[Any]:
+        return [self.transformer]
 
     def moved(self, folder: Path) -> PluginName:
         return evolve(self, path=folder)

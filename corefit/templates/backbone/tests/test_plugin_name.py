@@ -11,6 +11,7 @@ import torch
 
 from corefit.errors import ConfigError, ModelError
 from corefit.testing import check_backbone, tiny_sd3
+from corefit.types import Sized
 from corefit_plugin_name import PluginName
 
 WORDS = ("a", "red", "blue", "circle")
@@ -67,6 +68,17 @@ def test_a_lora_is_saved_and_read_back(backbone: PluginName, folder: Path, tmp_p
     pipeline.load_lora_weights(tmp_path)
     again.transformer = pipeline.transformer
     torch.testing.assert_close(again.velocity(x, sigma, cond), expected)
+
+
+def test_its_need_of_memory_is_known_without_weights(backbone: PluginName, folder: Path):
+    blank = PluginName(folder, max_sequence_length=16)
+    assert isinstance(blank, Sized), "what `corefit check` asks"
+    blank.load_blank(torch.bfloat16)
+    shapes = {name: p.shape for name, p in backbone.transformer.named_parameters()}
+    assert {name: p.shape for name, p in blank.transformer.named_parameters()} == shapes
+    assert {(p.device.type, p.dtype) for p in blank.transformer.parameters()} == {("meta", torch.bfloat16)}
+    cond = backbone.encode_text(["a red circle"])
+    assert {name: tuple(t.shape[1:]) for name, t in cond.tensors.items()} == blank.condition_shapes()
 
 
 def test_sizes_that_would_be_cropped_are_refused(folder: Path):
