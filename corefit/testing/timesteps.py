@@ -85,7 +85,7 @@ def _noted(networks: Any) -> Generator[list[float]]:
     noted: list[float] = []
 
     def note(module: Any, args: tuple[Any, ...], keys: dict[str, Any]) -> None:
-        timestep = keys.get("timestep")
+        timestep = inspect.signature(module.forward).bind_partial(*args, **keys).arguments.get("timestep")
         if timestep is not None:
             noted.append(float(timestep.max()))
 
