@@ -84,7 +84,7 @@ def _attribute(node: ast.stmt) -> Iterator[str]:
 
 
 def _method(node: ast.stmt) -> Iterator[str]:
-    if isinstance(node, ast.FunctionDef) and (node.name == "__len__" or not node.name.startswith("_")):
+    if isinstance(node, ast.FunctionDef) and (node.name in {"__len__", "__getitem__"} or not node.name.startswith("_")):
         yield from (f"@{ast.unparse(decorator)}" for decorator in node.decorator_list)
         yield from _signature(node, indent=4)
 
