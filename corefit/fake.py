@@ -72,6 +72,9 @@ def _materialise(network: nn.Module) -> None:
             setattr(module, name, made)
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        for name, value in list(vars(module).items()):  # tables that are no buffers, as some networks of diffusers have
+            if isinstance(value, torch.Tensor):
+                setattr(module, name, torch.empty(value.shape, dtype=value.dtype))
 
 
 def _norm_like_a_gpu(norm: nn.Module) -> None:

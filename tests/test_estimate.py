@@ -16,6 +16,7 @@ from corefit.cli import memory_size
 from corefit.estimate import Device, Estimate, estimates
 from corefit.pipeline import Pipeline, read
 from corefit.testing import tiny_chroma, tiny_flux, tiny_sd3, tiny_wan
+from corefit_backbones.sd3 import Sd3
 
 MAKE: dict[str, Callable[..., Path]] = {
     "sd3": tiny_sd3,
@@ -135,6 +136,21 @@ def test_activations_that_depend_on_values_are_not_known(project: Project, monke
     monkeypatch.setattr("corefit_backbones.sd3.Sd3.velocity", velocity)
     assert of(read(project.file)).activations is None
     assert "not known" in project.main("check", "pipeline.toml").out
+
+
+def test_tensors_that_are_no_buffers_are_there_too(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tables of positions are in some networks."""
+    expected, plain = of(read(project.file)).activations, Sd3.load_blank
+
+    def load_blank(self: Sd3, dtype: torch.dtype) -> None:
+        plain(self, dtype)
+        self.transformer.table = torch.zeros(1, device="meta")
+        self.transformer.register_forward_pre_hook(
+            lambda net, args, keys: (args, {**keys, "timestep": keys["timestep"] + net.table}), with_kwargs=True
+        )
+
+    monkeypatch.setattr(Sd3, "load_blank", load_blank)
+    assert of(read(project.file)).activations == pytest.approx(expected, rel=0.01)
 
 
 def test_a_backbone_that_does_not_say_is_not_estimated(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
