@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
+from corefit import errors
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "errors.md"
 WIDTH = 120
@@ -20,8 +22,8 @@ ENTRY = re.compile(r"^- (?P<ticks>`+) ?(?P<message>.+?) ?(?P=ticks)\\?\n(?P<caus
 """A message as a list item in code, and its cause, indented."""
 HEADING = re.compile(r"^## .*`(?P<file>[\w./]+\.py)`$", re.MULTILINE)
 ERRORS = {
-    *("CorefitError", "PluginError", "ConfigError", "DataError", "ModelError", "TrainingError", "NonFinite"),
-    *("RankError", "ValueError", "BadParameter", "UsageError"),
+    *(name for name, it in vars(errors).items() if isinstance(it, type) and issubclass(it, errors.CorefitError)),
+    *("ValueError", "BadParameter", "UsageError"),
 }
 TELLERS = {"damaged", "_wrong", "_no_meta"}
 """Functions that make an error from a text they are given."""

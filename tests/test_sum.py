@@ -10,11 +10,13 @@ from attrs import evolve, frozen
 from training import trained, worst
 
 from corefit import Batch, Context, Supervised, Term, ranks
-from corefit.errors import ConfigError
+from corefit.errors import ConfigError, Stopped
 from corefit.flow import like, mix, per_sample
 from corefit.gradients import Gradients
 from corefit.objective import Sum, Summand
-from corefit.stage import Optimizer
+from corefit.samplers import FlowSde
+from corefit.stage import Lora, Optimizer
+from corefit.types import Weighted
 from corefit_flow_grpo import FlowGrpo
 from corefit_sft import Sft
 from corefit_soar import Soar
@@ -119,6 +121,39 @@ def test_gradients_are_held_and_merged():
     gradients.merge()
     told = {name: p.grad.tolist() for name, p in parameters.items()}
     assert told == {"a": [6.0, 0.0], "b": [1.0, 9.0], "c": [1.0, 1.0]}
+
+
+@frozen
+class Mean:
+    """A reward: how bright a picture is."""
+
+    def score(self, media, prompts, meta):
+        return media.flatten(1).mean(1)
+
+
+def test_a_stopped_sum_goes_on_to_the_same_weights_and_metrics(job, tmp_path):
+    """Between two logged steps, with means of each part's metrics in the checkpoint."""
+    sums = added(("flow_grpo", FlowGrpo(group=2, steps=3, updates=2), 1.0), ("soar", Soar(points=2, paths=1), 0.1))
+    keys = {"sampler": FlowSde(), "reward": (Weighted("mean", Mean()),), "steps": 5, "log_every": 3, "ema": 0.9}
+
+    def run(folder: str, told: dict[int, dict[str, float]], **more):
+        made = evolve(job(sums, Lora(rank=2), **keys), folder=tmp_path / folder, **more)
+        return trained(evolve(made, logged=lambda step, metrics: told.update({step: timeless(metrics)})))
+
+    one: dict[int, dict[str, float]] = {}
+    two: dict[int, dict[str, float]] = {}
+    whole = run("whole", one)
+    stops = iter([False, True])
+    with pytest.raises(Stopped):
+        run("parts", two, stop=lambda: next(stops))
+    assert worst(whole, run("parts", two)) == 0
+    assert one == two
+    assert one.keys() == {3, 5}
+    assert "grad_norm/soar" in one[3]
+
+
+def timeless(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if "seconds" not in name and "samples_per" not in name}
 
 
 @pytest.mark.parametrize(
