@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class Host:
                 name: {"stage": stage, "state": state, "metrics": metrics}[name] for name in implementation.argnames
             }
             added = implementation.function(**known)
-            if not isinstance(added, Mapping) or not all(_is_number(value) for value in added.values()):
+            if not isinstance(added, Mapping) or not all(map(_is_metric, added.items())):
                 raise PluginError(f"{who} returned {added!r}, not a mapping of names to numbers; mend it")
             for name, value in added.items():
                 if name in owners:
@@ -166,8 +167,10 @@ class Host:
             self.offers[kind][name] = Offer(kind, name, cls, found.owner)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_metric(item: tuple[object, object]) -> bool:
+    """A name, and a number of Python's or numpy's."""
+    name, value = item
+    return isinstance(name, str) and isinstance(value, (int, float, Real)) and not isinstance(value, bool)
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import attrs
+import numpy as np
 import pytest
 from attrs import frozen
 
@@ -383,10 +384,20 @@ def adding(**metrics):
     return Adder()
 
 
+class Numbered:
+    """Adds a metric without a name."""
+
+    @hookimpl
+    def corefit_step_metrics(self):
+        return {3: 1.0}
+
+
 def test_observers_add_metrics():
     host = Host(plugins=[adding(double=lambda metrics: 2 * metrics["loss"]), adding(other=1)])
     assert host.step_metrics("soar", 0, {"loss": 3.0}) == {"loss": 3.0, "double": 6.0, "other": 1.0}
     assert Host(plugins=[]).step_metrics("soar", 0, {"loss": 3.0}) == {"loss": 3.0}
+    (half,) = Host(plugins=[adding(half=np.float32(0.5))]).step_metrics("soar", 0, {}).values()
+    assert type(half) is float, "as metrics.jsonl writes it"
 
 
 @pytest.mark.parametrize(
@@ -396,6 +407,7 @@ def test_observers_add_metrics():
         ([adding(x=1.0), adding(x=2.0)], r"adds the metric 'x', which the object .*Adder.* has"),
         ([adding(x="high")], r"returned \{'x': 'high'\}, not a mapping of names to numbers"),
         ([adding(x=True)], "not a mapping of names to numbers"),
+        ([Numbered()], "not a mapping of names to numbers"),
     ],
 )
 def test_metrics_that_cannot_be_added_are_refused(plugins, problem):
