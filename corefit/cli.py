@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ SET = click.option(
     metavar="KEY=VALUE",
     help="Override a key, such as stage.soar.steps=100. May be given several times.",
 )
+TRACE = click.option("--trace", is_flag=True, help="Say each hook that is called, whose it is and what it gives.")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Where run folders go; runs/ beside PIPELINE.")
 PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
 NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "pipeline")
@@ -59,14 +59,15 @@ def cli() -> None:
     shell_complete=completion.stages,
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done and why, and do nothing.")
-def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str, dry_run: bool) -> None:
+@TRACE
+def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str, dry_run: bool, trace: bool) -> None:
     """Run PIPELINE, or continue it: every stage in order, judged before and after.
 
     On several GPUs: accelerate launch -m corefit run PIPELINE
     """
     from corefit.pipeline import read
 
-    checked = read(pipeline, _with_out(settings, out))
+    checked = read(pipeline, _with_out(settings, out), _host((), trace))
     from corefit import run as running
 
     if dry_run:
@@ -132,12 +133,12 @@ def show(pipeline: Path, settings: tuple[str, ...], out: Path | None, count: int
 
 @cli.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--trace", is_flag=True, help="Say each hook that is called, whose it is and what it gives.")
+@TRACE
 def plugins(files: tuple[Path, ...], trace: bool) -> None:
     """List who offers what, with its keys. FILES are local plugin files to include."""
     from corefit.listing import listing
 
-    click.echo(listing(_host(files, click.echo if trace else None)))
+    click.echo(listing(_host(files, trace)))
 
 
 @cli.command()
@@ -188,10 +189,10 @@ def completing(shell: str) -> None:
     click.echo(completion.script(cli, shell))
 
 
-def _host(files: tuple[Path, ...], trace: Callable[[str], None] | None = None) -> Host:
+def _host(files: tuple[Path, ...], trace: bool = False) -> Host:
     from corefit.plugins import Host
 
-    host = Host(trace=trace)
+    host = Host(trace=click.echo if trace else None)
     for file in files:
         host.add_file(file)
     return host

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attrs import define, field
@@ -71,23 +72,25 @@ class Means:
 class Fault:
     """Non-finite losses and gradients, noted on the device without waiting for it.
 
+    terms    what messages call the terms of a step
     limit    how many optimiser steps may be skipped for one; the next stops training
     skipped  how many were
     place    [step, term] of the last, term -1 for the gradient
     now      whether the optimiser step in progress has one
     """
 
+    terms: Sequence[str]
     limit: int
     skipped: Tensor
     place: Tensor
     now: Tensor
 
     @staticmethod
-    def none(device: torch.device, limit: int = 0) -> Fault:
+    def none(device: torch.device, terms: Sequence[str], limit: int = 0) -> Fault:
         import torch
 
         no = torch.zeros((), dtype=torch.bool, device=device)
-        return Fault(limit, torch.zeros((), dtype=torch.long, device=device), torch.zeros(2, device=device), no)
+        return Fault(terms, limit, torch.zeros((), dtype=torch.long, device=device), torch.zeros(2, device=device), no)
 
     def see(self, value: Tensor, step: int, term: int) -> None:
         """Note whether `value` is finite."""
@@ -117,7 +120,7 @@ class Fault:
         if not self.over:
             return
         step, term = max(place for place in ranks.collected([int(n) for n in self.place.tolist()]))
-        what = "the gradient" if term < 0 else f"the loss of term {term}"
+        what = "the gradient" if term < 0 else f"the loss of {self.terms[term]}"
         past = f" (max_skips = {self.limit} optimizer steps were skipped before)" if self.limit else ""
         raise NonFinite(
             f"stage {stage}, step {step}: {what} is not finite{past}; the weights are those of the step before. Lower "

@@ -199,6 +199,12 @@ def summands(objective: Objective[Any]) -> tuple[Summand, ...]:
     return objective.of if isinstance(objective, Sum) else (Summand("", objective),)
 
 
+def term_names(objective: Objective[Any]) -> list[str]:
+    """What messages call the terms of a step, in order."""
+    every = [(each.name, index) for each in summands(objective) for index in range(each.objective.num_terms)]
+    return [f"term {index}{f' of {name}' if name else ''}" for name, index in every]
+
+
 def parts(objective: Objective[Any], batch: Batch, ctx: Context) -> Iterator[Part]:
     """What a batch's experience yields, part by part; AssertionError unless they are `num_updates`."""
     number, made = objective.num_updates, iter(objective.experience(batch, ctx))

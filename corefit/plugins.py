@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from numbers import Real
@@ -74,6 +74,8 @@ class Host:
         """Told of every hook that is called: arguments, owner, result."""
         self._manager = pluggy.PluginManager(GROUP)
         self._manager.add_hookspecs(hookspecs)
+        if trace:
+            self._manager.add_hookcall_monitoring(lambda *_: None, self._traced)
         self.hook: Any = self._manager.hook
         """Calls a hook in every plugin: host.hook.corefit_stage_started(stage=..., state=...)."""
         self.offers: dict[str, dict[str, Offer]] = {kind: {} for kind in KINDS}
@@ -117,18 +119,31 @@ class Host:
         """The metrics of a logged step, with those that plugins add; PluginError where two have one name."""
         every, owners = dict(metrics), dict.fromkeys(metrics, "the stage")
         for implementation in self.hook.corefit_step_metrics.get_hookimpls():
-            who = f"corefit_step_metrics() of {self._owners[implementation.plugin_name]}"
-            known = {
-                name: {"stage": stage, "state": state, "metrics": metrics}[name] for name in implementation.argnames
-            }
+            plugin, given = implementation.plugin_name, {"stage": stage, "state": state, "metrics": metrics}
+            who, known = (
+                f"corefit_step_metrics() of {self._owners[plugin]}",
+                {n: given[n] for n in implementation.argnames},
+            )
             added = implementation.function(**known)
+            if self._trace:
+                self._trace(f"corefit_step_metrics({_shown(known)}) of {self._said(plugin)} -> {added}")
             if not isinstance(added, Mapping) or not all(map(_is_metric, added.items())):
                 raise PluginError(f"{who} returned {added!r}, not a mapping of names to numbers; mend it")
             for name, value in added.items():
                 if name in owners:
                     raise PluginError(f"{who} adds the metric {name!r}, which {owners[name]} has; give it another name")
-                every[name], owners[name] = float(value), self._owners[implementation.plugin_name]
+                every[name], owners[name] = float(value), self._owners[plugin]
         return every
+
+    def _traced(self, outcome: Any, hook: str, implementations: Sequence[Any], arguments: Mapping[str, Any]) -> None:
+        """Tell of one call of a hook; pluggy begins with the plugin that was registered last."""
+        names = ", ".join(self._said(each.plugin_name) for each in reversed(implementations)) or "nobody"
+        failed = f" -> {outcome.exception!r}" if outcome.exception else ""
+        if self._trace:
+            self._trace(f"{hook}({_shown(arguments)}) of {names}{failed}")
+
+    def _said(self, plugin: str) -> str:
+        return f"{plugin} ({self._owners[plugin]})"
 
     def _register(self, found: Found) -> None:
         _refuse_misspelt(found)
@@ -165,6 +180,12 @@ class Host:
                     f"rename one, or {found.remedy}"
                 )
             self.offers[kind][name] = Offer(kind, name, cls, found.owner)
+
+
+def _shown(arguments: Mapping[str, Any]) -> str:
+    """Arguments of an observer's hook: a stage by its name, a state by its step."""
+    words = {"stage": lambda stage: stage.name, "state": lambda state: f"step {state.step}"}
+    return ", ".join(f"{name}={words.get(name, str)(value)}" for name, value in arguments.items())
 
 
 def _is_metric(item: tuple[object, object]) -> bool:

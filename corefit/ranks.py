@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attrs import define
 
 from corefit import memory
-from corefit.errors import ConfigError, CorefitError, RankError
+from corefit.errors import ConfigError, CorefitError, PluginError, RankError
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +84,17 @@ class Ranks:
         if self.world > 1:
             dist.all_gather_object(every, value, group=self.host)
         return every
+
+    def refuse_same_noise(self, drawn: list[float], stage: str) -> None:
+        """PluginError, on all ranks, if two of them drew the same noise: it would make their batches one."""
+        every = self.collected(drawn)
+        for rank, mine in enumerate(every):
+            for other in range(rank):
+                if set(mine) & set(every[other]):
+                    raise PluginError(
+                        f"stage {stage}: ranks {other} and {rank} draw the same noise; an objective must draw for the "
+                        "rows of its part (ctx.rand, ctx.randn_like, ctx.rng), never for a row's place in the batch"
+                    )
 
     def told(self, value: T) -> T:
         """The first rank's value, on every rank."""

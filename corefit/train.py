@@ -18,10 +18,10 @@ from attrs import define, field, frozen
 
 from corefit import data, memory, state, weights
 from corefit.data import Dataset
-from corefit.errors import NonFinite, PluginError, Stopped, TrainingError
+from corefit.errors import NonFinite, Stopped, TrainingError
 from corefit.gradients import Gradients
 from corefit.meters import Fault, Means
-from corefit.objective import Context, Objective, Part, Summand, parts, summands
+from corefit.objective import Context, Objective, Part, Summand, parts, summands, term_names
 from corefit.order import Order, Walk
 from corefit.ranks import Ranks
 from corefit.rng import Rng
@@ -170,7 +170,7 @@ class Loop:
                 fused=True,
             ),
             ema=weights.Ema.of(named, stage.ema) if stage.ema is not None else None,
-            fault=Fault.none(device, stage.skips),
+            fault=Fault.none(device, term_names(stage.objective), stage.skips),
         )
 
     def batches(self) -> Generator[Batch, None, None]:
@@ -208,7 +208,7 @@ class Loop:
             if self._too_many_skipped():
                 raise
         if drawn is not None:
-            _check_own_noise(self.ranks.collected(drawn), stage.name)
+            self.ranks.refuse_same_noise(drawn, stage.name)
         self.step += 1
         if self.ranks.device.type == "cpu":
             self.fault.refuse(stage.name, self.ranks)
@@ -441,14 +441,3 @@ def _half(job: Job, ranks: Ranks) -> bool:
 def _fill(named: weights.Named, values: Mapping[str, Tensor]) -> None:
     for name, parameter in named.items():
         parameter.data.copy_(values[name])
-
-
-def _check_own_noise(drawn: list[list[float]], stage: str) -> None:
-    """PluginError if two ranks drew the same noise: it would make their batches one."""
-    for rank, mine in enumerate(drawn):
-        for other in range(rank):
-            if set(mine) & set(drawn[other]):
-                raise PluginError(
-                    f"stage {stage}: ranks {other} and {rank} draw the same noise; an objective must draw for the rows "
-                    "of its part (ctx.rand, ctx.randn_like, ctx.rng), never for a row's place in the batch"
-                )

@@ -526,3 +526,29 @@ def test_trace_says_what_is_called_and_whose_it_is():
     said: list[str] = []
     Host(trace=said.append)
     assert any(re.fullmatch(r"corefit_objectives\(\) of sft \(corefit \S+\) -> \{sft: Sft\}", line) for line in said)
+
+
+def test_trace_tells_of_observers_too():
+    said: list[str] = []
+
+    class Watcher:
+        @hookimpl
+        def corefit_step_finished(self, stage, state, metrics):
+            pass
+
+        @hookimpl
+        def corefit_step_metrics(self, state):
+            return {"twice": 2.0 * state.step}
+
+    host = Host(plugins=[Watcher()], trace=said.append)
+    stage, state = SimpleNamespace(name="soar"), SimpleNamespace(step=3)
+    metrics = host.step_metrics(stage, state, {"loss": 0.5})
+    host.hook.corefit_step_finished(stage=stage, state=state, metrics=metrics)
+    host.hook.corefit_stage_finished(stage=stage, state=state)
+    added, finished, nobody = said
+    assert re.fullmatch(
+        r"corefit_step_metrics\(state=step 3\) of Watcher.* \(the object 'Watcher'\) -> {'twice': 6.0}", added
+    )
+    told = "stage=soar, state=step 3, metrics={'loss': 0.5, 'twice': 6.0}"
+    assert re.fullmatch(rf"corefit_step_finished\({re.escape(told)}\) of Watcher.* \(the object 'Watcher'\)", finished)
+    assert nobody == "corefit_stage_finished(stage=soar, state=step 3) of nobody"

@@ -10,7 +10,7 @@ from attrs import evolve, frozen
 from training import trained, worst
 
 from corefit import Batch, Context, Supervised, Term, ranks
-from corefit.errors import ConfigError, Stopped
+from corefit.errors import ConfigError, NonFinite, Stopped
 from corefit.flow import like, mix, per_sample
 from corefit.gradients import Gradients
 from corefit.objective import Sum, Summand
@@ -182,6 +182,18 @@ def test_a_sum_declares_what_its_parts_declare():
     assert both.uses == {"media", "noise", "sampler", "reward", "reference"}
     assert (both.rows_per_prompt, both.num_updates) == (6, 2)
     assert both.num_terms == FlowGrpo(group=6, updates=2, beta=0.1).num_terms + Soar(points=3, paths=1).num_terms
+
+
+def test_a_fault_of_one_part_is_told_with_its_name(job):
+    @frozen
+    class Spoilt(Supervised):
+        def terms(self, part: Batch, ctx: Context, /):
+            sigma = torch.full((len(part),), 0.5)
+            yield Term.of(per_sample(ctx.backbone.velocity(part.clean, sigma, part.cond)) * float("nan"))
+
+    both = added(("soar", Soar(points=2, paths=1), 1.0), ("bad", Spoilt(), 1.0))
+    with pytest.raises(NonFinite, match="the loss of term 0 of bad is not finite"):
+        trained(job(both))
 
 
 # the command line
