@@ -134,7 +134,15 @@ class Term:
 
     @staticmethod
     def of(loss: Tensor, weight: float = 1.0, **metrics: Tensor) -> Term:
-        """A term from the losses of its items, [n]; `weight` multiplies the total, not the count."""
+        """A term from the losses of its items, [n]; `weight` multiplies the total, not the count.
+
+        Raises ValueError for losses that are not one an item.
+        """
+        if loss.ndim != 1:
+            raise ValueError(
+                f"Term.of takes losses [n], one an item, and was given {list(loss.shape)}: not their mean, and not one "
+                "for each element (corefit.flow.per_sample)"
+            )
         detached = {name: value.detach() for name, value in metrics.items()}
         return Term(loss.sum() * weight, float(len(loss)), {"loss": loss.detach(), **detached})
 

@@ -12,7 +12,7 @@ from corefit.noise import LogitNormal
 from corefit.objective import Context, Objective
 from corefit.rng import Rng
 from corefit.samplers import FlowSde
-from corefit.testing.checks import expect
+from corefit.testing.checks import expect, place
 from corefit.testing.toy import ToyBackbone, ToyReward, loaded, toy_batch
 from corefit.types import Batch, NoiseWeighting, Reward, Sampler, Term, Weighted
 
@@ -59,6 +59,14 @@ class Outcome:
         return "" if apart <= tolerance * norm else f"gradients apart by {apart:.3g} of {norm:.3g}"
 
 
+@frozen
+class Sloping(LogitNormal):
+    """Not as the default a weight of 1: a mean over rows that is weighted afterwards shows."""
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return 0.5 + sigma
+
+
 @frozen(eq=False)
 class Case:
     """An objective on a toy model of one layout, with what its `uses` names."""
@@ -83,7 +91,7 @@ class Case:
         ctx = Context(
             backbone=backbone,
             sampler=(sampler or FlowSde()) if "sampler" in uses else _undeclared("sampler"),
-            noise=(noise or LogitNormal()) if "noise" in uses else _undeclared("noise"),
+            noise=(noise or Sloping()) if "noise" in uses else _undeclared("noise"),
             rng=Rng((0,), []),
             rewards=[Weighted("toy", reward or ToyReward())] if "reward" in uses else [],
             reference=_frozen(shape) if "reference" in uses else None,
@@ -115,7 +123,8 @@ class Case:
         except (AssertionError, BrokenBarrierError):
             raise
         except Exception as error:
-            raise AssertionError(f"fails on {self.layout}: {type(error).__name__}: {error}") from error
+            what = f"{type(error).__name__}: {error}"
+            raise AssertionError(f"fails on {self.layout}, {place(error)}: {what}") from error
         expect(len(parts) == number, f"experience yields {len(parts)} parts, but num_updates is {number}")
         return _outcome(parts)
 
@@ -192,9 +201,10 @@ def _outcome(parts: Sequence[tuple[Sequence[Row], int]]) -> Outcome:
     return Outcome(totals, counts, grads, [length for _, length in parts])
 
 
-def _check_term(term: Term, index: int) -> None:
+def _check_term(term: Any, index: int) -> None:
     import torch
 
+    expect(isinstance(term, Term), f"terms() gives {type(term).__name__} and not Term: yield Term.of(losses)")
     total, where = term.total, f"term {index}: total"
     expect(total.ndim == 0, f"{where} has shape {list(total.shape)}; it is a scalar, the sum over items")
     expect(total.dtype == torch.float32, f"{where} is {total.dtype}; compute losses in float32")

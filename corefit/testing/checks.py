@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +26,17 @@ def expect(condition: bool, message: str) -> None:
     """AssertionError with `message` unless `condition`; unlike assert, also under python -O."""
     if not condition:
         raise AssertionError(message)
+
+
+def place(error: BaseException) -> str:
+    """file:line where an error came about, in a plugin's code if it passed through any."""
+    import torch
+
+    known = (Path(__file__).parents[1], Path(torch.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not any(folder in Path(f.filename).parents for folder in known)]
+    last = (theirs or frames)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
 
 
 def close(one: Tensor, other: Tensor, tolerance: float) -> bool:

@@ -114,6 +114,11 @@ class ToyBackbone(Backbone):
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """v [B, ...] in float32; ValueError where x, sigma and cond do not belong together."""
+        if bool(((sigma < 0) | (sigma > 1)).any()):
+            raise ValueError(
+                f"velocity at sigma {float(sigma.max()):.4g}: sigma is a noise level in [0, 1]; a backbone makes its "
+                "network's timestep of it"
+            )
         if x.ndim != 1 + len(self.shape) or not len(x) == len(cond) == sigma.numel():
             raise ValueError(
                 f"velocity of x {list(x.shape)} at sigma {list(sigma.shape)} for {len(cond)} rows of conditions: a row "
