@@ -89,6 +89,16 @@ def _method(node: ast.stmt) -> Iterator[str]:
         yield from _signature(node, indent=4)
 
 
+def _functions(module: str) -> str:
+    """The functions of a module, each with the first line of what it says of itself."""
+    nodes = [node for node in _tree(module).body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
+    calls = [f"{node.name}({', '.join(arg.arg for arg in node.args.args)})" for node in nodes]
+    said = [_cell((ast.get_docstring(node) or "").partition("\n")[0]) for node in nodes]
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| `{call}` | {text} |" for call, text in zip(calls, said, strict=True))]
+    )
+
+
 def _hook(name: str) -> str:
     return _python("@hookimpl", *_signature(_found(_tree("corefit.hookspecs"), ast.FunctionDef, name)))
 
@@ -254,6 +264,7 @@ def _help(name: str) -> str:
 
 BLOCKS: Mapping[str, Callable[[str], str]] = {
     "class": _class,
+    "functions": _functions,
     "hook": _hook,
     "offers": _offers,
     "configuration": _configuration,

@@ -70,7 +70,10 @@ def _offers(plugin: str) -> Sequence[Any]:
         raise pytest.UsageError(f"--corefit {plugin}: {error}") from error
     found = [offer for offers in host.offers.values() for offer in offers.values() if _is_of(offer, plugin)]
     if not found:
-        raise pytest.UsageError(f"--corefit {plugin}: no installed plugin of that name offers anything")
+        raise pytest.UsageError(
+            f"--corefit {plugin}: it offers nothing; a file needs a function marked @corefit.hookimpl, such as "
+            "corefit_objectives, and a package its entry point in the group corefit"
+        )
     return found
 
 

@@ -107,7 +107,7 @@ def test_a_plugin_that_cannot_be_read_is_said_without_a_traceback(tmp_path, work
     for plugin, said in (
         ("broken.py", "--corefit broken.py: plugin file broken.py:1 cannot be run (SyntaxError"),
         ("none.py", "--corefit none.py: plugins: there is no file none.py"),
-        ("nobody", "--corefit nobody: no installed plugin of that name offers anything"),
+        ("nobody", "--corefit nobody: it offers nothing; a file needs a function marked @corefit.hookimpl"),
     ):
         done = pytest_run(tmp_path, "-n", workers, "--corefit", plugin)
         assert done.returncode == pytest.ExitCode.USAGE_ERROR
