@@ -111,7 +111,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if origin := _origin_changes(was, now):
         return [origin]
     found = [text for name in new if name != "before" for text in _part_changes(name, old.get(name), new[name])]
-    return list(dict.fromkeys([*differences(was, now), *found])) or ["what determines it changed"]
+    return list(dict.fromkeys([*differences(was, now), *found])) or [_moved(old.get("code", {}), new.get("code", {}))]
 
 
 # parts
@@ -177,6 +177,12 @@ def _part_changes(name: str, old: Any, new: Any) -> Iterator[str]:
         yield from (f"code of {module} changed" for module in both if old[module] != new[module])
     else:
         yield from _changes("" if name == "stage" else name, old, new)
+
+
+def _moved(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Where all keys are the same: a plugin of the same name comes from another package or file."""
+    came, gone = (", ".join(sorted(one.keys() - other.keys())) for one, other in ((new, old), (old, new)))
+    return f"code of {came}, formerly of {gone}" if came and gone else "what determines it changed"
 
 
 def _changes(path: str, old: Any, new: Any) -> Iterator[str]:

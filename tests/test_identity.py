@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import corefit
 from corefit import identity
-from corefit.identity import Identity
+from corefit.identity import Identity, differences
 from corefit.pipeline import read
 
 
@@ -156,6 +156,23 @@ def test_a_stage_that_starts_from_another_one(project):
 def test_former_parts_that_say_nothing(project):
     now = identities(project.file)["soar"]
     assert now.since({}) == "what determined the former one is not known"
-    other = {**now.parts, "code": {"corefit_other": "0"}}
+    other = {**now.parts, "code": {}}
     assert now.since(other) == "what determines it changed"
     assert now.since(now.parts) == ""
+
+
+def test_a_plugin_that_moved_is_named():
+    """Its name and keys are the same; who offers it is not."""
+    was = {"stage": {"name": "a"}, "code": {"corefit_huber": "1", "corefit_sft": "3"}}
+    now = {"stage": {"name": "a"}, "code": {"huber.py": "2", "corefit_sft": "3"}}
+    assert differences(was, now) == ["code of huber.py, formerly of corefit_huber"]
+    assert differences(was, {**now, "stage": {"name": "a", "steps": 3}}) == ["steps none -> 3"]
+
+
+def test_code_of_a_part_of_a_sum(project, monkeypatch):
+    sums = "stage.soar.objective={use='sum', of=[{use='soar', points=2}, {use='sft', weight=0.1}]}"
+    was = identities(project.file, sums)
+    assert changes(was, identities(project.file, sums.replace("0.1", "0.2"))).keys() == {"soar", *LATER}
+    real = identity._source
+    monkeypatch.setattr(identity, "_source", lambda file: "new" if file.parent.name == "corefit_sft" else real(file))
+    assert changes(was, identities(project.file, sums)) == {"soar": "code of corefit_sft changed", **LATER}
