@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 @define(eq=False, slots=False)
 class Chroma(Diffusers):
-    """Latents [B, 16, H/8, W/8], packed inside; conditions {"prompt_embeds": [B, L, D], "mask": [B, L]}.
-
-    max_sequence_length  T5 tokens of a prompt
-    """
+    """Latents [B, 16, H/8, W/8], packed inside; conditions {"prompt_embeds": [B, L, D], "mask": [B, L]}."""
 
     pipeline_class: ClassVar[str] = "ChromaPipeline"
     transformer_class: ClassVar[str] = "ChromaTransformer2DModel"

@@ -20,17 +20,14 @@ if TYPE_CHECKING:
 
 @define(eq=False, slots=False)
 class Sd3(Diffusers):
-    """Latents [B, C, H/8, W/8]; conditions {"prompt_embeds": [B, L, D], "pooled": [B, P]}.
-
-    max_sequence_length  T5 tokens of a prompt; CLIP's number is its tokenizer's
-    """
+    """Latents [B, C, H/8, W/8]; conditions {"prompt_embeds": [B, L, D], "pooled": [B, P]}."""
 
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
     transformer_class: ClassVar[str] = "SD3Transformer2DModel"
     vae_class: ClassVar[str] = "AutoencoderKL"
 
     max_sequence_length: int = field(default=256, validator=validators.gt(0))
-    """T5 tokens of a prompt, padded and cut to this number."""
+    """T5 tokens of a prompt, padded and cut to this number; CLIP's number is its tokenizer's."""
     lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
 
     @cached_property

@@ -27,8 +27,6 @@ class Wan(Diffusers):
     """Latents [B, 16, 1 + (T-1)/4, H/8, W/8]; conditions {"prompt_embeds": [B, L, D]}, zero behind the prompt.
 
     Of 2.2's A14B both experts train; each sample goes through the one for its noise level, at one guidance scale.
-
-    max_sequence_length  UMT5 tokens of a prompt
     """
 
     pipeline_class: ClassVar[str] = "WanPipeline"
