@@ -63,6 +63,7 @@ class Estimate:
     weights, gradients, optimizer  bytes
     exchanged                      bytes of the gradients once more, as DDP hands them to other processes
     copies                         bytes of the average and the reference policy
+    gathered                       bytes of the largest weight, of which shards are made whole while they are saved
     activations                    bytes that a step holds at most besides, None where that is not known
     """
 
@@ -74,7 +75,18 @@ class Estimate:
     optimizer: float
     exchanged: float
     copies: float
+    gathered: float
     activations: int | None
+
+    @property
+    def read(self) -> float:
+        """Bytes once the weights are read, which is as much as reading them takes."""
+        return self.weights
+
+    @property
+    def saved(self) -> float:
+        """Bytes while the last checkpoint and the model are saved, when there are no gradients."""
+        return self.weights + self.optimizer + self.copies + self.gathered
 
     @property
     def certain(self) -> float:
@@ -101,18 +113,20 @@ def estimates(pipeline: Pipeline, device: Device, world: int = 1, *, graphs: boo
 def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world: int = 1) -> None:
     """ConfigError where a stage cannot fit, with what would help. Activations do not count: they are estimated."""
     for e, stage in zip(found, pipeline.stage, strict=False):
-        if e.certain > device.memory:
+        needed = max(e.certain, e.saved)
+        if needed > device.memory:
             parts = {
                 "weights": e.weights,
                 "gradients": e.gradients,
                 "optimizer": e.optimizer,
                 "gradients being exchanged": e.exchanged,
                 "copies": e.copies,
+                "the largest weight while it is saved": e.gathered if e.saved > e.certain else 0.0,
             }
             named = ", ".join(f"{name} {size(int(part))}" for name, part in parts.items() if part)
             helps = ", or ".join(_helps(pipeline, stage, e, device, world))
             raise ConfigError(
-                f"stage.{stage.name}: {named} are {size(int(e.certain))} for each process, and {device.name} has "
+                f"stage.{stage.name}: {named} are {size(int(needed))} for each process, and {device.name} has "
                 f"{size(int(device.memory))}; what would help: {helps}"
             )
 
@@ -151,7 +165,9 @@ def _table(found: Sequence[Estimate], device: Device) -> Table:
         "exchanged gradients": [size(int(e.exchanged)) for e in found],
         "average, reference": [size(int(e.copies)) for e in found],
         "activations, about": ["not known" if e.activations is None else size(int(e.activations)) for e in found],
-        "together": [size(int(e.total)) for e in found],
+        "while read": [size(int(e.read)) for e in found],
+        "while trained": [size(int(e.total)) for e in found],
+        "while saved": [size(int(e.saved)) for e in found],
         f"of {device.name}": [size(int(device.memory)) for _ in found],
     }
     made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
@@ -180,6 +196,7 @@ def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, grap
         optimizer=2 * trainable * MASTER / share,
         exchanged=trainable * MASTER if world > share else 0.0,
         copies=copies * trainable * MASTER / share,
+        gathered=max(p.numel() for p in parameters) * MASTER if share > 1 else 0.0,
         activations=_activations(pipeline, stage, backbone, device, world) if graphs else None,
     )
 
@@ -188,11 +205,10 @@ def _blank(pipeline: Pipeline, stage: Stage, device: Device) -> Any:
     """A copy of the backbone as training has it, without weights."""
     import torch
 
-    mode = pipeline.mode(stage)
-    small = device.half(pipeline.precision) and not isinstance(mode, Full)
+    small = device.half(pipeline.precision) and pipeline.freezes_in_half(stage)
     backbone: Any = evolve(cast(Any, pipeline.backbone))
     backbone.load_blank(torch.bfloat16 if small else torch.float32)
-    weights.trainable(backbone, mode)
+    weights.trainable(backbone, pipeline.mode(stage))
     return backbone
 
 

@@ -57,9 +57,10 @@ def load(
     if adapter:
         backbone.load_lora(adapter)
     if mode:
-        named = trainable(backbone, mode)
+        trainable(backbone, mode)
         if isinstance(mode, Lora) and not adapter:
-            seeded_adapter(named, seed)
+            _materialize_adapter(backbone.transformer)
+            seeded_adapter(named_trainable(backbone.transformer), seed)
     if ranks.sharded:
         shard(backbone.transformer, ranks.device)
         if streamed:
@@ -105,7 +106,6 @@ def _adapt(transformer: Any, mode: Lora, targets: tuple[str, ...]) -> None:
         )
     except ValueError as error:
         raise ConfigError(f"backbone.train.targets: {', '.join(targets)}: {error}") from error
-    _materialize_adapter(transformer)
 
 
 def _materialize_adapter(transformer: Any) -> None:

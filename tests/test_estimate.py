@@ -13,7 +13,8 @@ from conftest import WORDS, Project
 
 from corefit import Condition, memory, weights
 from corefit.cli import memory_size
-from corefit.estimate import Device, Estimate, estimates
+from corefit.errors import ConfigError
+from corefit.estimate import Device, Estimate, estimates, refuse
 from corefit.pipeline import Pipeline, read
 from corefit.testing import tiny_chroma, tiny_flux, tiny_sd3, tiny_wan
 from corefit_backbones.sd3 import Sd3
@@ -98,6 +99,28 @@ def test_ddp_has_the_gradients_twice(project: Project) -> None:
     assert of(read(project.file, ["shard=true"]), world=2).certain == alone.certain / 2
 
 
+def test_what_full_training_left_is_not_frozen_in_half(project: Project) -> None:
+    """A LoRA on it needs twice the memory of one on the base, unless it was saved in bfloat16."""
+    project.swap(('train = { use = "lora", rank = 2 }\n', ""))
+    keys = ["stage.grpo.train={use='lora', rank=2}", "precision='bf16'"]
+    of_base = read(project.file, ["backbone.train={use='lora', rank=2}", "precision='bf16'"])
+    half, exact, rounded = (
+        estimates(pipeline, Device.of(1e9), graphs=False)[1].weights
+        for pipeline in (of_base, read(project.file, keys), read(project.file, [*keys, "stage.soar.save_dtype='bf16'"]))
+    )
+    assert exact == pytest.approx(2 * half, rel=0.1)
+    assert rounded == half
+
+
+def test_the_end_of_a_sharded_stage_holds_one_whole_weight(project: Project) -> None:
+    keys = ["backbone.train={use='full'}", "shard=true"]
+    one = of(read(project.file, keys), world=64)
+    assert one.saved == one.weights + one.optimizer + one.gathered
+    assert one.gathered > one.certain, "of 64 processes, each holds less than the largest weight"
+    with pytest.raises(ConfigError, match="the largest weight while it is saved"):
+        refuse(read(project.file, keys), [one], Device.of((one.saved + one.certain) / 2), world=64)
+
+
 def test_more_rows_a_graph_take_more(project: Project) -> None:
     one, both = (of(read(project.file, [f"stage.soar.objective.chunk={n}", "data.size=[32,32]"])) for n in (1, 2))
     assert one.activations is not None
@@ -174,7 +197,16 @@ def test_check_says_it_and_reads_no_weights(project: Project) -> None:
     ended = project.main("check", "pipeline.toml", "--memory", "1GiB")
     assert ended.status == 0, ended.err
     assert re.search(r"each process +soar +grpo", ended.out)
-    for name in ("parameters", "that train", "weights", "gradients", "optimizer", "activations, about", "together"):
+    for name in (
+        "parameters",
+        "that train",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations, about",
+        "while read",
+        "while saved",
+    ):
         assert re.search(rf"^{name} +\S+.* +\S+", ended.out, re.MULTILINE), name
     assert re.search(r"of the GPU planned +1.0 GiB +1.0 GiB", ended.out)
     weightless = project.own("base") / "transformer" / "diffusion_pytorch_model.safetensors"
