@@ -82,7 +82,8 @@ steps = 4
 batch = 4
 samples = 2
 """
-LORA = 'train = { use = "lora", rank = 4 }'
+LORA = 'train = { use = "lora", rank = 4, alpha = 10 }'
+"""With alpha other than rank: what reads a LoRA must scale it."""
 
 
 @pytest.fixture
