@@ -331,6 +331,7 @@ def test_in_bf16_the_weights_that_train_stay_in_float32(job, join, mode):
     assert worst(trained(job(**keys), half), rounded) == 0
     shutil.rmtree(mine.folder)
     start = dict(train.loaded(job(**keys), torch.device("cpu"), half=False))
+    assert worst(trained(job(Empty(), **keys), half), start) == 0, "what trains is not rounded when it is read"
     exact = trained(job(**keys), join("fp32"))
     assert 0 < worst(rounded, exact) < 0.2 * worst(exact, start)
 
