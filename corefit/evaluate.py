@@ -16,7 +16,6 @@ from corefit.rng import Rng
 from corefit.rollout import generate
 from corefit.sources import prompts
 from corefit.types import Backbone, Batch, Weighted
-from corefit.weights import is_sharded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +98,7 @@ class Judge:
 
     def _keep_up(self, backbone: Backbone, done: int) -> None:
         """Generate as often as the rank with most rows: sharded weights are gathered on all ranks, or on none."""
-        if is_sharded(backbone.transformer):
+        if self.ranks.sharded:
             most = -(-self.count // self.ranks.world)
             for _ in range(-(-most // self.eval.batch) - -(-done // self.eval.batch)):
                 self.media(backbone, range(1))

@@ -33,6 +33,7 @@ def test_aspects_keep_the_area_in_steps_of_the_model() -> None:
     assert found == ((512, 512), (448, 592), (592, 448), (384, 688))
     assert all(abs(h * w / 512**2 - 1) < 0.05 for h, w in found)
     assert of([9, 512, 512], "4:3") == ((9, 448, 592),)
+    assert of([512, 1024], "1:1", "2:1", "1:2") == ((720, 720), (512, 1024), (1024, 512))
 
 
 @pytest.mark.parametrize(

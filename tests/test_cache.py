@@ -308,6 +308,26 @@ def test_a_change_makes_another_cache(data: Data, root: Path, change: Any, toy: 
     assert len(made(root)) == 2
 
 
+def test_the_rate_of_clips_is_part_of_the_key(root: Path) -> None:
+    clips = Memory((Example("a red sky", np.zeros((4, 16, 24, 3), np.uint8)),))
+    keys = {key(Data(clips, size=(4, 16, 24), fps=fps), Toy(), root, media=True) for fps in (None, 8, 16)}
+    assert len(keys) == 3
+
+
+def test_other_bytes_of_equal_size_and_time_are_seen(data: Data, root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """As `cp -p`, `rsync -t` and `touch -r` leave them: the time of change tells."""
+    monkeypatch.setattr(survey, "SETTLED", -1)
+    folder = prepare(data, Toy(), root, media=True)
+    file = tmp_path / "0.png"
+    was, whole = file.stat(), file.read_bytes()
+    while file.stat().st_ctime_ns == was.st_ctime_ns:  # a file system's clock has steps
+        time.sleep(0.01)
+        file.write_bytes(whole[:-20] + bytes(255 - byte for byte in whole[-20:]))
+        os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (was.st_size, was.st_mtime_ns)
+    assert key(data, Toy(), root, media=True) != Manifest.read(folder).key
+
+
 def test_what_determines_nothing_changes_nothing(data: Data, root: Path, tmp_path: Path) -> None:
     before = key(data, Toy(), root, media=True)
     (tmp_path / "moved").mkdir()

@@ -92,7 +92,10 @@ def test_rows_media_prompts_and_meta_belong_together(dataset: Dataset) -> None:
         assert [int(p) for p in batch.prompts] == [m["i"] for m in batch.meta] == wanted
         assert batch.clean.dtype == torch.float32
         assert batch.cond.tensors["text"].dtype == torch.bfloat16
-        assert (len(batch[2:4]), batch[2:4].rows) == (2, range(8 * step + 2, 8 * step + 4))
+        part, cut = batch[2:5], wanted[2:5]
+        assert (len(part), part.rows) == (3, range(8 * step + 2, 8 * step + 5))
+        assert part.clean[:, 0, 0, 0].tolist() == part.cond.tensors["text"][:, 0].tolist() == cut
+        assert [int(p) for p in part.prompts] == [m["i"] for m in part.meta] == cut
 
 
 @pytest.mark.parametrize("order", ["epochs", "independent"])

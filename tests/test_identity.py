@@ -83,6 +83,8 @@ def test_what_all_stages_share(project, monkeypatch):
 def test_of_scores_alone(project):
     was = identities(project.file)
     assert changes(was, identities(project.file, "eval.steps=9")) == {"scores": "eval.steps 2 -> 9"}
+    assert changes(was, identities(project.file, "eval.guidance=2")) == {"scores": "eval.guidance 4.5 -> 2.0"}
+    assert changes(was, identities(project.file, "eval.limit=3")) == {"scores": "eval.limit 4 -> 3"}
     assert changes(was, identities(project.file, "eval.reward.bright.gain=2")) == {
         "scores": "eval.reward.bright.gain 1.0 -> 2.0"
     }

@@ -40,6 +40,11 @@ def test_every_example_once_an_epoch(n: int, batch: int, group: int) -> None:
         assert sorted(walked[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
+def test_every_epoch_of_one_bucket_has_an_order_of_its_own() -> None:
+    ours = walk(30, batch=30, group=1)
+    assert len({tuple(ours.at(epoch)) for epoch in range(4)}) == 4
+
+
 @settings(max_examples=60, deadline=None)
 @given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=5), batch=st.integers(1, 12), seed=st.integers(0, 9))
 def test_every_bucket_has_its_turn(counts: Sequence[int], batch: int, seed: int) -> None:

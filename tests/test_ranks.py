@@ -115,15 +115,18 @@ def as_one(project: Project, keys: Sequence[str], done: Ended) -> None:
         assert np.allclose(metrics(one / stage), metrics(other / stage), atol=1e-4)
 
 
-def test_accelerate_is_asked_for_fsdp(project):
-    """`accelerate launch --use_fsdp --fsdp_version 2` sets these variables."""
-    keys = (*FULL, "stage.soar.checkpoint_every=1")
-    command = ("run", "pipeline.toml", *settings("name='two'", *keys))
+def test_accelerate_is_asked_for_fsdp(project, monkeypatch):
+    """`accelerate launch --use_fsdp --fsdp_version 2` sets these variables; then it is as with `shard = true`."""
+    project.write(project.text.rpartition("[[stage]]")[0])
+    command = ("run", "pipeline.toml", "--set", "precision='fp32'", "--set", "stage.soar.checkpoint_every=1")
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    as_one(project, keys, processes(project, *command, launcher=TORCHRUN, **fsdp))
-    written = project.folder / "runs" / "two" / "01-soar" / "checkpoints" / "step-000001"
+    done = processes(project, *command, launcher=TORCHRUN, **fsdp)
+    assert done.status == 0, done.err
+    written = project.folder / "runs" / "tiny" / "01-soar" / "checkpoints" / "step-000001"
     assert [p.name[:11] for p in sorted(written.glob("*.safetensors"))] == ["shard-00001", "shard-00002"]
-    done = processes(project, *command, launcher=(), ACCELERATE_USE_FSDP="true", FSDP_VERSION="1")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    done = project.main(*command)
     assert done.status == 2
     assert "error: accelerate is set to FSDP 1" in done.err
 
@@ -199,7 +202,7 @@ def going_on(project: Project, worlds: Sequence[int], keys: Sequence[str]) -> No
             assert done.status == 0, done.err
 
 
-@pytest.mark.parametrize("shard", ["false", "true"], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("shard", SHARD)
 def test_a_checkpoint_is_continued_by_any_number_of_processes(odd, shard):
     keys = (*FULL, *GRPO, *LONG, f"shard={shard}")
     assert odd.main("run", "pipeline.toml", *settings("name='one'", *keys)).status == 0

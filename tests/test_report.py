@@ -154,6 +154,11 @@ def test_gain_of_identical_scores_is_zero(stages: list[Scores]):
     assert (row["gain"], row["gain_low"], row["gain_high"]) == (0.0, 0.0, 0.0)
 
 
+def test_gain_is_over_the_stage_before_and_not_the_first():
+    rows = results([Scores(name, {"r": [value, value]}) for name, value in (("a", 1.0), ("b", 4.0), ("c", 4.5))])
+    assert [row.get("gain") for row in rows] == [None, 3.0, 0.5]
+
+
 def test_gain_is_paired():
     """A gain of exactly 0.1 for every prompt is certain, however much the prompts differ."""
     values = draws(5).normal(0, 10, 200)

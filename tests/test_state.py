@@ -101,6 +101,24 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
     assert state.latest(tmp_path)[0].step == 1
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("fails", [["safetensors.torch.save"], ["os.rename", "os.replace"]], ids=["write", "publish"])
+def test_none_is_pruned_before_the_new_one_is_whole(tmp_path, monkeypatch, fails, keep):
+    """Pruning first would leave one fewer to go back to, or none, if the new one never comes to be."""
+    for step in (1, 2):
+        state.save(tmp_path, step, tensors(step), {}, keep=2)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for name in fails:
+        monkeypatch.setattr(name, full)
+    with pytest.raises(TrainingError, match="step 3 could not be written"):
+        state.save(tmp_path, 3, tensors(3), {}, keep=keep)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+
+
 def test_nothing_is_pickled(tmp_path):
     path = state.save(tmp_path, 1, tensors(1), {"seconds": 1.0}, keep=1)
     assert sorted(p.suffix for p in path.rglob("*")) == [".json", ".safetensors"]

@@ -52,9 +52,9 @@ def job_of(
     )
 
 
-def trained(job: train.Job) -> dict[str, torch.Tensor]:
-    """The weights after training."""
-    train.train(job, ranks.join("fp32"))
+def trained(job: train.Job, on: ranks.Ranks | None = None) -> dict[str, torch.Tensor]:
+    """The weights after training, in fp32 unless `on` is in another precision."""
+    train.train(job, on or ranks.join("fp32"))
     return {name: p.detach().clone() for name, p in job.backbone.transformer.named_parameters() if p.requires_grad}
 
 

@@ -4,6 +4,7 @@ kl.flow_cps and kl.v_based, the unscaled squares of FlowCPS and Flow-Factory, ar
 per_sample, of which our two divergences are made.
 """
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -153,6 +154,18 @@ def test_clipping_stops_what_has_gone_far_enough(ratio, advantage, loss, slope):
     value = policy_loss(r, torch.tensor([advantage]), 0.1, 0.2)
     assert value.item() == pytest.approx(loss)
     assert float(torch.autograd.grad(value.sum(), r)[0]) == pytest.approx(slope)
+
+
+@pytest.mark.parametrize(("clip_high", "clipped"), [(None, 1.0), (0.2, 0.0), (0.1, 1.0)])
+def test_the_upper_clip_may_be_another(clip_high, clipped):
+    """Ratios of 1.15 with clip = 0.05."""
+    objective, batch, backbone = toy(clip=0.05, clip_high=clip_high), prompts_only(1), model()
+    (part,) = collect(objective, batch, backbone=backbone)
+    part = attrs.evolve(part, log_probs=part.log_probs - math.log(1.15), advantages=torch.ones(4))
+    for term in objective.terms(part, context(batch, backbone)):
+        assert term.metrics["clipped"].tolist() == [clipped] * 4
+        (slope,) = torch.autograd.grad(term.total, backbone.params)
+        assert bool((slope == 0).all()) == bool(clipped)
 
 
 # ---- a toy world
@@ -413,6 +426,28 @@ def test_groups_without_variance(rule, count):
     assert (part.advantages.reshape(-1, 4) != 0).any(1).sum() == 2
     for term in objective.terms(part, context(batch)):
         assert float(term.count) == count
+
+
+def test_a_row_at_the_mean_of_its_group_is_informative():
+    """A group of rewards 0, 1, 2, 1 has variance, and two advantages that are exactly 0."""
+    (part,) = collect(toy(), rewards=rewards(Broken(lambda n: torch.tensor([0.0, 1, 2, 1] * (n // 4)))))
+    assert part.metrics["informative"].tolist() == [1.0] * 12
+    assert part.informative.tolist() == [True] * 12
+    assert (part.advantages == 0).tolist() == [False, True, False, True] * 3
+
+
+def test_rewards_see_media_and_not_latents():
+    decoded = []
+
+    @attrs.define(eq=False)
+    class Painting(Analytic):
+        def decode(self, x0):
+            decoded.append(7 * x0[:, :1] + 3)
+            return decoded[-1]
+
+    (part,) = collect(toy(), backbone=Painting(model().params))
+    (media,) = decoded
+    assert torch.equal(part.metrics["reward"], media.flatten(1).mean(1).double())
 
 
 def test_kept_groups_only_change_the_divisor():

@@ -401,6 +401,16 @@ def test_chunks_do_not_change_the_gradient(chunk, paths):
     torch.testing.assert_close(one[2], many[2], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("paths", [1, 3])
+def test_each_point_of_a_chunk_has_its_own_bound(paths):
+    """A bound this low is below every gain, so that each item's weight depends on its own s, s* and s'."""
+    one, many = (
+        gradient(Soar(paths=paths, points=4, chunk=size, max_gain=1e-3), some(), noise=Uniform()) for size in (1, 4)
+    )
+    torch.testing.assert_close(one[0], many[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(one[2], many[2], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("cut", [1, 3])
 def test_micro_batches_add_up(cut):
     batch, soar, whole = some(), Soar(paths=2, dropout=0.4), gradient(Soar(paths=2, dropout=0.4), some())

@@ -200,6 +200,15 @@ def test_what_mends_prompts_is_part_of_the_key(folder: Path, monkeypatch: pytest
     assert {name for name in keys[0] if keys[0][name] != keys[1][name]} == {"text_mended"}
 
 
+def test_the_length_of_text_is_part_of_the_key(folder: Path) -> None:
+    keys = []
+    for length in (8, 16):
+        backbone = Wan(str(folder), max_sequence_length=length)
+        backbone.place(CPU, torch.float32)
+        keys.append(backbone.encoding_key())
+    assert {name for name in keys[0] if keys[0][name] != keys[1][name]} == {"text_length"}
+
+
 @pytest.mark.parametrize("size", [(), (16,), (1, 5, 16, 16)])
 def test_a_size_is_of_clips_or_of_pictures(folder: Path, size: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"it is \[frames, height, width\] of clips, or \[height, width\]"):
