@@ -234,7 +234,8 @@ def test_sample_grids_show_the_average_and_leave_training_as_it_is(spec, mode):
     def run(name: str, *settings: str) -> Path:
         return read(path, [f"name={name!r}", *settings]).run() / "01-soar"
 
-    sampled, plain, short = run("sampled", "stage.soar.sample_every=2"), run("plain"), run("short", "stage.soar.steps=2")
+    sampled, plain = run("sampled", "stage.soar.sample_every=2"), run("plain")
+    short = run("short", "stage.soar.steps=2")
     assert equal(weights(sampled), weights(plain))
     grids = [(folder / "samples" / "step-000002.png").read_bytes() for folder in (sampled, short)]
     assert grids == [(short / "samples" / "last.png").read_bytes()] * 2  # that of the model as it was saved
