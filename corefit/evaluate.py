@@ -35,7 +35,7 @@ class Eval:
     guidance: float = field(default=4.5, validator=positive)
     """Scale of classifier-free guidance; 1 is none."""
     steps: int = field(default=40, validator=positive)
-    """Sampling steps."""
+    """Sampling steps, of Euler's method on the checkpoint's own noise levels."""
     limit: int | None = field(default=None, validator=validators.optional(positive))
     """Use the first so many prompts; all by default."""
     batch: int = field(default=16, validator=positive)
