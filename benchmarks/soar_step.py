@@ -1,4 +1,4 @@
-"""One SOAR step of corefit against SFT's memory, the bare floor's time, and the published step's time."""
+"""One SOAR step of corefit against SFT's activations, the bare floor's time, and the published step's time."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from corefit.ranks import Ranks
 from corefit.rng import Rng
 from corefit.rollout import generate
 from corefit.sources import prompts
-from corefit.types import Backbone, Batch, Weighted
+from corefit.types import Backbone, Batch, Condition, Weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ class Eval:
     guidance: float = field(default=4.5, validator=positive)
     """Scale of classifier-free guidance; 1 is none."""
     steps: int = field(default=40, validator=positive)
-    """Sampling steps."""
+    """Sampling steps, of Euler's method on the checkpoint's own noise levels."""
     limit: int | None = field(default=None, validator=validators.optional(positive))
     """Use the first so many prompts; all by default."""
     batch: int = field(default=16, validator=positive)
@@ -67,10 +68,9 @@ class Judge:
         import torch
 
         device = self.ranks.device
-        backbone.empty = self.prompts.null.to(device)
         batch = self.prompts.batch(rows, rows)
         noise = Rng((self.seed, "eval"), rows).randn((len(rows), *batch.shape)).to(device)
-        with torch.no_grad():
+        with torch.no_grad(), _empty_prompt(backbone, self.prompts.null.to(device)):
             x0 = generate(backbone, noise, batch.cond.to(device), steps=self.eval.steps, guidance=self.eval.guidance)
             return backbone.decode(x0)
 
@@ -131,6 +131,16 @@ class Judge:
         shown = range(min(len(m) for m in media))
         prompts = self.prompts.batch(shown, shown).prompts
         report.comparison([(s, m[: len(shown)]) for s, m in zip(stages, media, strict=True)], prompts, png)
+
+
+@contextmanager
+def _empty_prompt(backbone: Backbone, empty: Condition) -> Generator[None]:
+    """Let the backbone have the prompts' own empty prompt; training goes on with that of its data, to the bit."""
+    former, backbone.empty = backbone.empty, empty
+    try:
+        yield
+    finally:
+        backbone.empty = former
 
 
 def _checked(entry: Weighted, made: Tensor, batch: Batch) -> list[float]:

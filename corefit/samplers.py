@@ -23,7 +23,7 @@ NEAR_ONE = 1 - 1e-4
 
 @frozen
 class Ode(Sampler):
-    """Euler step of the probability-flow ODE, x + (sigma_next - sigma) v; what diffusers samples with."""
+    """Euler step of the probability-flow ODE, x + (sigma_next - sigma) v: FlowMatchEulerDiscreteScheduler's."""
 
     @property
     def stochastic(self) -> bool:

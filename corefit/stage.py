@@ -31,12 +31,16 @@ class Optimizer:
     weight_decay: float = field(default=1e-2, validator=validators.ge(0))
     """Decoupled weight decay."""
     warmup: int = field(default=0, validator=validators.ge(0))
-    """Steps over which the rate rises linearly from 0."""
+    """Steps over which the rate rises linearly, from lr / warmup in the first to lr in the last of them."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the rate does after the warm-up: stay, or fall to 0 at the last step."""
+    """What the rate does after the warm-up: stay, or fall to what would be 0 after the last step."""
 
     def rate(self, step: int, steps: int) -> float:
-        """Learning rate of `step`, counted from 0, of `steps`."""
+        """Learning rate of `step`, counted from 0, of `steps`.
+
+        It falls as transformers' schedules of these names do, so `linear` takes the last step at
+        lr / (steps - warmup). Their warm-up is one step behind: its first step has the rate 0 and moves nothing.
+        """
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, steps - self.warmup)
@@ -102,7 +106,7 @@ class Stage:
     keep: int = field(default=2, validator=positive)
     """Checkpoints kept."""
     sample_every: int | None = field(default=None, validator=some_positive)
-    """Steps between sample grids of the [eval] prompts; one at the end in any case."""
+    """Steps between sample grids of the [eval] prompts, of the average if there is one; one at the end in any case."""
     on_nan: Literal["stop", "skip"] = "stop"
     """What a loss, gradient or reward that is not finite does: stop before weights change, or skip that step."""
     max_skips: int | None = field(default=None, validator=some_positive)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ class Job:
     started: Callable[[int], None] = lambda step: None
     logged: Callable[[int, Metrics], None] = lambda step, metrics: None
     saved: Callable[[int, Path], None] = lambda step, path: None
+    """These three are told while the network has the weights that the stage would leave now: see `Loop.shown`."""
 
 
 @frozen
@@ -85,14 +86,16 @@ def train(job: Job, ranks: Ranks) -> Cost:
     """
     loop = Loop.build(job, ranks)
     loop.resume()
-    job.started(loop.step)
+    with loop.shown():
+        job.started(loop.step)
     with closing(loop.batches()) as batches:
         for batch in batches if loop.step < job.stage.steps else ():
             loop.take_step(batch)
             metrics = loop.report() if job.stage.reports(loop.step) else {}
             job.stepped(loop.step, metrics)
             if metrics:
-                job.logged(loop.step, metrics)
+                with loop.shown():
+                    job.logged(loop.step, metrics)
             last = loop.step == job.stage.steps
             if ranks.any(job.stop()):
                 raise Stopped(loop.save())
@@ -334,6 +337,10 @@ class Loop:
             "seconds": self.seconds,
         }
 
+    def shown(self) -> AbstractContextManager[None]:
+        """Within it the network has the weights that the stage would leave now: the average, where there is one."""
+        return self.ema.shown(self.transformer, self.named) if self.ema else nullcontext()
+
     def finish(self) -> Cost:
         """Leave the final weights, averaged where the stage averages, in the unwrapped model, sharded as it was."""
         self._refuse_spoilt()
@@ -356,7 +363,8 @@ class Loop:
             info = {"seconds": self.seconds, "since": list(self._since)}
             holders = self.ranks if self.ranks.sharded else None
             path = state.save(self._checkpoints, self.step, tensors, info, self.job.stage.keep, holders)
-            self.job.saved(self.step, path)
+            with self.shown():
+                self.job.saved(self.step, path)
         self.ranks.wait()
         return self.step
 

@@ -385,7 +385,7 @@ class TrainState:
 
     step     steps finished
     folder   the stage's own, runs/<name>/01-soar for example; `model/` in it once the stage has finished
-    backbone with the weights as they are now
+    backbone with the weights that the stage would leave now: their average where the stage has `ema`
     sample   makes (prompts, media [n, 3, H, W], or clips, in [0, 1]): the first [eval] prompts, always from the same
              noise; None without [eval], and of sharded weights but for the steps where the stage's own samples are due
     """

@@ -290,6 +290,24 @@ class Ema:
         old, new = local(self.average.values()), local(named.values())
         torch._foreach_lerp_(old, new, [share] * len(old))  # pyright: ignore[reportPrivateUsage]
 
+    @contextmanager
+    def shown(self, transformer: torch.nn.Module, named: Named) -> Generator[None]:
+        """Let the network have the average for a while; the weights are then again what they were, to the bit."""
+        self._swap(transformer, named)
+        try:
+            yield
+        finally:
+            self._swap(transformer, named)
+
+    def _swap(self, transformer: Any, named: Named) -> None:
+        """Exchange average and weights, one tensor at a time, so that no copy of all of them is made."""
+        if is_sharded(transformer):
+            transformer.reshard()  # what is still gathered is of the weights before
+        for mine, other in zip(local(named.values()), local(self.average.values()), strict=True):
+            kept = mine.clone()
+            mine.copy_(other)
+            other.copy_(kept)
+
 
 def reference(backbone: Backbone, named: Named) -> Backbone:
     """The policy as it is now, frozen: the same network called with copies of the trained weights alone."""

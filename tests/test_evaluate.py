@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from corefit import ranks
 from corefit.evaluate import Eval, Judge
 from corefit.rng import Rng
 from corefit.rollout import generate
@@ -72,7 +73,7 @@ def test_scores_and_categories_are_of_their_own_prompts(monkeypatch, tmp_path, l
         return parts
 
     for rank in range(world):
-        ranks: Any = SimpleNamespace(world=world, rank=rank, collected=collected)
+        ranks: Any = SimpleNamespace(world=world, rank=rank, sharded=False, collected=collected)
         made = attrs.evolve(of, ranks=ranks).score(None)
     numbers = range(limit or 7)
     assert made == {"values": {"told": [*numbers]}, "categories": ["ab"[n % 2] for n in numbers]}
@@ -114,3 +115,17 @@ def test_kept_samples_are_compared_as_they_were_drawn(monkeypatch, tmp_path, sha
     assert {path.name for path in (tmp_path / "base").iterdir()} == names
     of.compare(["base", "soar"], [tmp_path / "base", tmp_path / "soar"], tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").exists()
+
+
+def test_drawing_leaves_training_its_own_empty_prompt(job, dataset, tmp_path):
+    """The prompts may have been encoded on another machine than the data; guidance must not change midway."""
+    backbone = job().backbone
+    backbone.load(torch.device("cpu"), torch.float32)
+    keys: Any = {"prompts": tmp_path / "p.txt", "reward": (), "steps": 2, "samples": 2}
+    judge = Judge(Eval(**keys), dataset, 0, ranks.join("fp32"))
+    backbone.empty = dataset.null
+    _, usual = judge.samples(backbone)
+    backbone.empty = own = Condition({name: t + 1 for name, t in dataset.null.tensors.items()})
+    _, media = judge.samples(backbone)
+    assert backbone.empty is own
+    assert torch.equal(media, usual)

@@ -84,6 +84,13 @@ def metrics(stage: Path) -> list[float]:
     return [line[k] for line in lines for k in sorted(line) if not k.startswith(("seconds", "samples_per"))]
 
 
+def grid(png: Path) -> np.ndarray:
+    """Its pixels, [H, W, 3]."""
+    from PIL import Image
+
+    return np.asarray(Image.open(png).convert("RGB")).astype(int)
+
+
 def worst(a: Path, b: Path) -> float:
     one, other = weights(a), weights(b)
     assert one.keys() == other.keys()
@@ -211,6 +218,8 @@ def test_a_checkpoint_is_continued_by_any_number_of_processes(odd, shard):
     for stage in ("01-soar", "02-grpo"):
         assert worst(one / stage, other / stage) < 1e-5
         assert np.allclose(metrics(one / stage), metrics(other / stage), atol=1e-4)
+    grids = [grid(folder / "01-soar" / "samples" / "step-000002.png") for folder in (one, other)]
+    assert np.abs(grids[0] - grids[1]).max() <= 1  # of the average, sharded or not
 
 
 @pytest.mark.parametrize("shard", SHARD)

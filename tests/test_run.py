@@ -224,6 +224,23 @@ def test_a_stopped_run_ends_in_the_same_bytes(spec, monkeypatch, mode, extra):
     assert (whole.run_folder / "results.json").read_text() == (parts.run_folder / "results.json").read_text()
 
 
+@pytest.mark.parametrize("mode", ["", LORA], ids=["full", "lora"])
+def test_sample_grids_show_the_average_and_leave_training_as_it_is(spec, mode):
+    path = spec(mode, "ema = 0.5")
+    text, _, rest = path.read_text().partition('[[stage]]\nname = "grpo"')
+    path.write_text(f"{text}[eval]{rest.partition('[eval]')[2]}")
+
+    def run(name: str, *settings: str) -> Path:
+        return read(path, [f"name={name!r}", *settings]).run() / "01-soar"
+
+    sampled, plain = run("sampled", "stage.soar.sample_every=2"), run("plain")
+    short = run("short", "stage.soar.steps=2")
+    assert equal(weights(sampled), weights(plain))
+    grids = [(folder / "samples" / "step-000002.png").read_bytes() for folder in (sampled, short)]
+    assert grids == [(short / "samples" / "last.png").read_bytes()] * 2  # that of the model as it was saved
+    assert (sampled / "samples" / "last.png").read_bytes() != grids[0]
+
+
 def test_finished_stages_are_used_as_they_are(spec, monkeypatch):
     path = unjudged(spec())
     folder = read(path).run()

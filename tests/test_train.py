@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -65,6 +66,41 @@ def test_the_average_is_what_the_stage_leaves(job):
     averaged = trained(job(steps=2, ema=0.5))
     expected = {n: 0.25 * start[n] + 0.25 * steps[0][n] + 0.5 * steps[1][n] for n in start}
     assert worst(averaged, {n: p.detach() for n, p in expected.items()}) < 1e-6
+
+
+@pytest.mark.parametrize("mode", [None, Lora(rank=4)], ids=["full", "lora"])
+def test_observers_see_the_average_and_leave_training_as_it_is(job, mode):
+    """They see what the stage would leave if it ended there, and weights and average are afterwards what they were."""
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    watched = job(mode=mode, steps=3, ema=0.5, log_every=1)
+
+    def look(step: int, _: object) -> None:
+        network = watched.backbone.transformer
+        seen[step] = {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
+
+    left = trained(attrs.evolve(watched, logged=look))
+    assert worst(left, trained(job(mode=mode, steps=3, ema=0.5))) == 0
+    assert [worst(seen[n], trained(job(mode=mode, steps=n, ema=0.5))) for n in (1, 2, 3)] == [0, 0, 0]
+    assert worst(seen[1], seen[2]) > 1e-6
+
+
+def test_the_average_goes_back_where_an_observer_raises(job):
+    loop = train.Loop.build(job(ema=0.5), ranks.join("fp32"))
+    assert loop.ema
+    for p in loop.named.values():
+        p.data.add_(1)
+    before = {n: p.detach().clone() for n, p in loop.named.items()}
+    moved = []
+
+    def observe() -> None:
+        with loop.shown():
+            moved.append(worst(dict(loop.named), before))
+            raise RuntimeError("the tracker is away")
+
+    with pytest.raises(RuntimeError, match="away"):
+        observe()
+    assert moved == pytest.approx([1], abs=1e-5)
+    assert worst(dict(loop.named), before) == 0
 
 
 @frozen
@@ -365,6 +401,28 @@ def test_alpha_over_rank_scales_an_adapter_also_when_it_is_read(job, tmp_path):
     read.load_lora(tmp_path / "lora")
     again = read.transformer.transformer_blocks[0].attn.to_q
     torch.testing.assert_close(again(x), adapted(x))
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules_are_those_of_transformers(schedule, warmup):
+    """From the end of the warm-up on; theirs begins with a step at rate 0, which ours leaves out."""
+    from transformers import get_scheduler
+
+    steps, name = 9, "constant_with_warmup" if schedule == "constant" else schedule
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    rates = [0.0] * steps
+    for step in range(steps):
+        rates[step] = theirs.get_last_lr()[0]
+        optimizer.step()
+        theirs.step()
+    ours = [Optimizer(lr=0.3, warmup=warmup, schedule=schedule).rate(step, steps) for step in range(steps)]
+    assert ours[warmup:] == pytest.approx(rates[warmup:])
+    assert ours[:warmup] == pytest.approx([0.3 * (step + 1) / warmup for step in range(warmup)])
+    assert rates[:warmup] == pytest.approx([0.3 * step / warmup for step in range(warmup)])
+    if schedule == "linear":
+        assert ours[-1] == pytest.approx(0.3 / (steps - warmup))
 
 
 def test_the_reference_stays_while_the_policy_moves(job):

@@ -10,6 +10,7 @@ import attrs
 import generate
 import messages
 import pytest
+import torch
 from reading import DOCS, GENERATED, KINDS_OF_PAGES, PAGES, ROOT, anchors, by_hand, name, prose
 
 import corefit
@@ -17,6 +18,8 @@ import corefit.testing
 from corefit.cli import cli
 from corefit.pipeline import Data, Eval, Full, Lora, Optimizer, Pipeline, Stage
 from corefit.plugins import HOOKS, KINDS
+from corefit.samplers import Cps, DanceSde, FlowSde
+from corefit_backbones import schedule
 
 PAGE_OF = {"noise_weightings": "noise", **{kind: word for kind, word in KINDS.items() if kind != "noise_weightings"}}
 TABLES = (Pipeline, Data, Stage, Optimizer, Full, Lora, Eval)
@@ -33,6 +36,24 @@ def test_generated_parts_are_as_the_code_is(page: Path) -> None:
 def test_every_error_message_has_its_cause() -> None:
     told = messages.differences(messages.PAGE.read_text())
     assert not told, told
+
+
+def test_the_noise_that_samplers_leave_is_as_the_page_says() -> None:
+    """Its std is that of the last step on each checkpoint's own grid; 512 and 1024 pixels are 1024 and 4096 patches."""
+    euler = {"_class_name": schedule.EULER, "num_train_timesteps": 1000, "shift": 3.0}
+    unipc = {"_class_name": schedule.UNIPC, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    flux = {**euler, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "max_image_seq_len": 4096}
+    wans = [({**unipc, "flow_shift": shift}, 0) for shift in (3.0, 5.0)]
+    columns = [(euler, 1024), (flux, 1024), (flux, 4096), *wans]
+    samplers = {"flow_sde": FlowSde, "dance_sde": DanceSde, "cps": Cps}
+    text = (DOCS / "plugins" / "sampler.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`, noise ([\d.]+) \| (\d+) \| (.*) \|$", text, re.MULTILINE)
+    assert {row[0] for row in rows} == set(samplers)
+    for use, noise, steps, told in rows:
+        ends = [schedule.grid(c, int(steps), n, linear=c is flux)[-2:] for c, n in columns]
+        zero = torch.zeros(1, 1)
+        stds = [float(samplers[use](noise=float(noise)).step(zero, zero, s[:1], s[1:]).std) for s in ends]
+        assert told.split(" | ") == [f"{std:.3f}" for std in stds]
 
 
 def test_messages_are_found_in_all_forms() -> None:

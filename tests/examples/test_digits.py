@@ -107,6 +107,22 @@ def test_both_ways_of_saying_it_are_held_out_together(one, other, monkeypatch):
         assert digits.Scene(*one).held_out == digits.Scene(*other).held_out
 
 
+def test_the_readmes_say_how_many_prompts_there_are_and_which_are_seen(held_out):
+    """2050 rows are fewer prompts, and intervals over rows say less than they seem to."""
+    distinct: dict[str, set[str]] = {category: set() for category in digits.CATEGORIES}
+    for row in held_out:
+        distinct[row["category"]].add(row["prompt"])
+    seen = {scene.prompt for category in digits.CATEGORIES for scene in digits.scenes(category, held_out=False)}
+    assert {category for category, prompts in distinct.items() if prompts & seen} == {"single"}
+    assert distinct["single"] <= seen
+    count = sum(map(len, distinct.values()))
+    for page in (HERE / "README.md", HERE.parent.parent / "README.md"):
+        text = " ".join(page.read_text().split())
+        assert f"draws of {count} distinct prompts" in text
+        assert f"The singles are not held out: training shows all {len(distinct['single'])}." in text
+        assert text.index("judged once") < text.index("equal compute") < text.index("digits_judge, 2050")
+
+
 def test_heldout_file_is_what_the_function_writes(held_out, tmp_path):
     digits.write_held_out(tmp_path / "heldout.jsonl")
     assert (tmp_path / "heldout.jsonl").read_bytes() == (HERE / "heldout.jsonl").read_bytes()

@@ -37,7 +37,7 @@ class Rollout:
 class Soar(Supervised):
     """SOAR, paper eq. 9 to 15. Reward-free: data as for SFT, 1 + paths x points supervised items a sample.
 
-    Costs about 1 + paths x points SFT steps and, with chunk = 1, SFT's memory.
+    A step costs about 1 + paths x points SFT steps and, with chunk = 1, keeps the activations of one.
     """
 
     points: int = field(default=6, validator=validators.gt(0))
@@ -53,7 +53,7 @@ class Soar(Supervised):
     normalize: Literal["items", "weighted"] = "items"
     """Divide by B + N_aux, as eq. 15 reads, or by B + lambda N_aux, as the published code does."""
     chunk: int = field(default=1, validator=validators.gt(0))
-    """Correction points a forward: more is up to 10 % faster and takes their memory."""
+    """Correction points a forward: more is up to 10 % faster and keeps the activations of as many."""
     dropout: float = field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
     """Share of samples whose prompt is replaced by the empty one; their rollout is unguided."""
     noise: Literal["shared", "fresh"] = "shared"
@@ -61,7 +61,7 @@ class Soar(Supervised):
     floor: float = field(default=0.003, validator=[validators.gt(0), validators.lt(1)])
     """Lowest sigma of a rollout's end and of its points: v_corr divides by it."""
     max_gain: float = field(default=1.0, validator=validators.gt(0))
-    """Points whose target amplifies a rollout error by more are weighted down to it, (max_gain / gain)^2."""
+    """Points whose target amplifies a rollout error by more count (max_gain / gain)^2; `bounded` is their share."""
     levels: Literal["continuous", "table"] = "continuous"
     """Exact sigmas, or the published code's 1000-entry table look-ups."""
 
@@ -140,9 +140,11 @@ class Soar(Supervised):
         v = ctx.backbone.velocity(z, self._told(level, roll.shift), cond)
         bound = (self.max_gain / gain(roll.s.repeat(count), roll.s_star.repeat(count), level)).clamp(max=1) ** 2
         loss = bound * ctx.noise.weight(level) * per_sample((v - target) ** 2)
-        loss = loss.where(live.repeat(count), 0)
+        counts = live.repeat(count)
+        loss = loss.where(counts, 0)
         items = live.sum() * count * (self.weight if self.normalize == "weighted" else 1.0)
-        return Term(loss.sum() * self.weight, items, {"correction": loss.detach(), "loss": loss.detach()})
+        metrics = {"correction": loss.detach(), "loss": loss.detach(), "bounded": ((bound < 1) & counts).float()}
+        return Term(loss.sum() * self.weight, items, metrics)
 
     def _levels(self, sigma: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
         """(s, s*, whether s* is above 0) of drawn noise levels sigma, each [B]."""
