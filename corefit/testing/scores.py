@@ -35,8 +35,8 @@ class Heard(Reward):
         expect(
             given.requires_grad or not wanted,
             f"the reward ({type(self.reward).__name__}) is given media with a graph in terms() and gives scores "
-            "without one, so its gradient does not reach the model: score() must stay in torch, without no_grad, detach, item "
-            "or numpy; if no gradient is wanted, give it detached media",
+            "without one, so its gradient does not reach the model: score() must stay in torch, without no_grad, "
+            "detach, item or numpy; if no gradient is wanted, give it detached media",
         )
         self._given.append(given)
         return scores
