@@ -15,8 +15,8 @@ from corefit.rng import Rng
 from corefit.samplers import FlowSde
 from corefit.testing.checks import expect, place
 from corefit.testing.scores import Heard, hearing, taken
-from corefit.testing.toy import Metas, ToyBackbone, ToyReward, loaded, toy_batch
-from corefit.types import Batch, NoiseWeighting, Reward, Sampler, Term, Weighted
+from corefit.testing.toy import Metas, ToyBackbone, ToyReward, loaded, prompt_code, toy_batch
+from corefit.types import Batch, Meta, NoiseWeighting, Reward, Sampler, Term, Weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +69,17 @@ class Sloping(LogitNormal):
         return 0.5 + sigma
 
 
+@frozen
+class Prompted(ToyReward):
+    """How bright media are, which counts up to three times as much for some prompts: prompts of other rows show."""
+
+    def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
+        import torch
+
+        bright = super().score(media, prompts, meta)
+        return bright * torch.tensor([2 + prompt_code(prompt) for prompt in prompts]).to(bright, non_blocking=True)
+
+
 @frozen(eq=False)
 class Case:
     """An objective on a toy model of one layout, with what its `uses` names."""
@@ -97,7 +108,7 @@ class Case:
             sampler=(sampler or FlowSde()) if "sampler" in uses else _undeclared("sampler"),
             noise=(noise or Sloping()) if "noise" in uses else _undeclared("noise"),
             rng=Rng((0,), []),
-            rewards=[Weighted("toy", reward or ToyReward())] if "reward" in uses else [],
+            rewards=[Weighted("toy", reward or Prompted())] if "reward" in uses else [],
             reference=_frozen(shape) if "reference" in uses else None,
             first=True,
         )

@@ -45,7 +45,7 @@ def check_objective(
     reward that terms() asks passes its gradient on, and training does not lower its score.
 
     shape     of one row's latents; images, packed tokens and video by default, which must then give equal numbers
-    sampler   where `uses` names it: FlowSde by default; `noise` LogitNormal, `reward` ToyReward
+    sampler   where `uses` names it: FlowSde by default; `noise` LogitNormal, `reward` brightness, by prompt
     learns    whether training must lower the flow-matching error, |v - (noise - x0)|^2, nearly as flow matching does;
               by default of `Supervised` objectives that use media, noise and sampler alone
     improves  what training must raise on each of five toy models that have learned a little: a function of the
@@ -159,7 +159,8 @@ def _expect_same(whole: Outcome, pieces: Outcome, what: str) -> None:
     expect(
         not difference,
         f"one batch and {what} of it give other sums ({difference}): `total` is a sum, not a mean; a row's loss must "
-        "not depend on its neighbours (no mean, maximum or norm over rows); noise is drawn with ctx, a row at a time",
+        "not depend on its neighbours (no mean, maximum or norm over rows, no prompt, metadata or reward of another "
+        "row); noise is drawn with ctx, a row at a time",
     )
 
 

@@ -245,6 +245,22 @@ def test_no_gradient_is_asked_of_a_reward_that_only_scores(reward):
     check_objective(ReflBlind(), reward=reward, shape=SHAPE)
 
 
+class OtherRowsPrompts(Refl):
+    def judged(self, media, batch, ctx):
+        return super().judged(media, evolve(batch, prompts=batch.prompts[::-1]), ctx)
+
+
+class OtherRowsMedia(Refl):
+    def judged(self, media, batch, ctx):
+        return super().judged(media.flip(0), batch, ctx)
+
+
+@pytest.mark.parametrize("cls", [OtherRowsPrompts, OtherRowsMedia])
+def test_a_reward_that_is_given_other_rows_is_named(cls):
+    with pytest.raises(AssertionError, match=rf"^{cls.__name__}: one batch and two .* reward of another row"):
+        check_objective(cls(), shape=SHAPE)
+
+
 def test_what_must_improve_is_a_finite_number():
     with pytest.raises(AssertionError, match=r"^Sft: what must improve is nan"):
         check_objective(Sft(), improves=lambda backbone, batch: float("nan"), shape=SHAPE)
