@@ -43,7 +43,7 @@ def rollout(
     randn_like  noise of the transitions; needed unless the sampler is deterministic
     stochastic  [steps, B] bool: rows take the ODE's step where it is false (SDE windows); None is everywhere
     """
-    grid = sigmas.to(x.device)
+    grid = sigmas.to(x.device, non_blocking=True)
     for i in range(len(grid) - 1):
         sigma, sigma_next = grid[i].expand(len(x)), grid[i + 1].expand(len(x))
         v = backbone.guided(x, sigma, cond, guidance)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from threading import BrokenBarrierError
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,8 +14,9 @@ from corefit.objective import Context, Objective
 from corefit.rng import Rng
 from corefit.samplers import FlowSde
 from corefit.testing.checks import expect, place
-from corefit.testing.toy import ToyBackbone, ToyReward, loaded, toy_batch
-from corefit.types import Batch, NoiseWeighting, Reward, Sampler, Term, Weighted
+from corefit.testing.scores import Heard, hearing, taken
+from corefit.testing.toy import Metas, ToyBackbone, ToyReward, loaded, prompt_code, toy_batch
+from corefit.types import Batch, Meta, NoiseWeighting, Reward, Sampler, Term, Weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +69,17 @@ class Sloping(LogitNormal):
         return 0.5 + sigma
 
 
+@frozen
+class Prompted(ToyReward):
+    """How bright media are, which counts up to three times as much for some prompts: prompts of other rows show."""
+
+    def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
+        import torch
+
+        bright = super().score(media, prompts, meta)
+        return bright * torch.tensor([2 + prompt_code(prompt) for prompt in prompts]).to(bright, non_blocking=True)
+
+
 @frozen(eq=False)
 class Case:
     """An objective on a toy model of one layout, with what its `uses` names."""
@@ -75,6 +88,7 @@ class Case:
     layout: str
     backbone: ToyBackbone
     ctx: Context
+    meta: Metas | None = None
 
     @staticmethod
     def of(
@@ -84,6 +98,7 @@ class Case:
         sampler: Sampler | None,
         noise: NoiseWeighting | None,
         reward: Reward | None,
+        meta: Metas | None = None,
     ) -> Case:
         uses, backbone = objective.uses, loaded(ToyBackbone(shape))
         known = {"media", "noise", "sampler", "reward", "reference"}
@@ -93,74 +108,103 @@ class Case:
             sampler=(sampler or FlowSde()) if "sampler" in uses else _undeclared("sampler"),
             noise=(noise or Sloping()) if "noise" in uses else _undeclared("noise"),
             rng=Rng((0,), []),
-            rewards=[Weighted("toy", reward or ToyReward())] if "reward" in uses else [],
+            rewards=[Weighted("toy", reward or Prompted())] if "reward" in uses else [],
             reference=_frozen(shape) if "reference" in uses else None,
             first=True,
         )
-        return Case(objective, layout, backbone, ctx)
+        return Case(objective, layout, backbone, ctx, meta)
 
-    def batch(self, number: int = 0) -> Batch:
-        """Batch `number` of an endless data set: an even number of whole groups, eight rows or more."""
+    def on(self, backbone: ToyBackbone) -> Case:
+        """The same objective on another toy."""
+        return evolve(self, backbone=backbone, ctx=evolve(self.ctx, backbone=backbone))
+
+    def batch(self, number: int = 0, *, least: int = 8, media: bool = False) -> Batch:
+        """Batch `number` of an endless data set: an even number of whole groups, `least` rows or more.
+
+        media  whether it has media although the objective reads none
+        """
         group = self.objective.rows_per_prompt
-        groups = max(RANKS, -(-8 // group))
+        groups = max(RANKS, -(-least // group))
         rows = (groups + groups % RANKS) * group
-        media = "media" in self.objective.uses
-        return toy_batch(self.backbone, rows, group=group, first=number * rows, media=media)
+        media = media or "media" in self.objective.uses
+        return toy_batch(self.backbone, rows, group=group, first=number * rows, media=media, meta=self.meta)
 
     def run(
-        self, batch: Batch, *, seed: int = 0, micro_batch: int | None = None, gather: Gather | None = None
+        self,
+        batch: Batch,
+        *,
+        step: int = 0,
+        first: bool = True,
+        micro_batch: int | None = None,
+        gather: Gather | None = None,
     ) -> Outcome:
         """One step of the trainer, without the optimiser: experience, parts, micro-batches, terms."""
         number = self.objective.num_updates
-        ctx = evolve(self.ctx, gather=gather or self.ctx.gather, micro_batch=micro_batch or len(batch))
+        ctx = evolve(self.ctx, gather=gather or self.ctx.gather, micro_batch=micro_batch or len(batch), first=first)
         parts: list[tuple[list[Row], int]] = []
-        try:
-            rng = Rng((seed, "experience", 0), batch.rows)
-            for update, part in enumerate(self.objective.experience(batch, ctx.at(rng))):
+        with self.placing():
+            for update, part in enumerate(self.objective.experience(batch, ctx.at(keyed("experience", batch, step)))):
                 expect(update < number, f"experience yields more than num_updates = {number} parts")
                 expect(len(part) > 0, f"part {update} has no rows: an optimiser step needs some on every rank")
-                parts.append((self._part(part, update, seed, ctx), len(part)))
-        except (AssertionError, BrokenBarrierError):
-            raise
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise AssertionError(f"fails on {self.layout}, {place(error)}: {what}") from error
+                parts.append((self._part(part, update, step, ctx), len(part)))
         expect(len(parts) == number, f"experience yields {len(parts)} parts, but num_updates is {number}")
         return _outcome(parts)
 
-    def _part(self, part: Any, update: int, seed: int, ctx: Context) -> list[Row]:
+    @contextmanager
+    def placing(self) -> Generator[None]:
+        """Turn an exception of the objective's into an AssertionError that says where it came about."""
+        try:
+            yield
+        except (AssertionError, BrokenBarrierError):
+            raise
+        except Exception as error:
+            what = f"fails on {self.layout}, {place(error)}: {type(error).__name__}: {error}"
+            missing = isinstance(error, LookupError) and self.meta is None
+            fix = " (if it reads metadata, pass meta=[{...}], which the rows then have)" if missing else ""
+            raise AssertionError(what + fix) from error
+
+    def _part(self, part: Any, update: int, step: int, ctx: Context) -> list[Row]:
         """Sums over micro-batches, one for each term."""
         pieces: list[list[Row]] = []
         for first in range(0, len(part), ctx.micro_batch):
             piece = part[first : first + ctx.micro_batch]
-            bound = ctx.at(Rng((seed, "terms", update), piece.rows))
+            bound = ctx.at(keyed("terms", piece, step, update))
             pieces.append(list(self._terms(piece, bound)))
         return [_sum(rows) for rows in zip(*pieces, strict=True)]
 
     def _terms(self, piece: Any, ctx: Context) -> Iterator[Row]:
+        ctx, rewards = hearing(ctx, in_terms=True)
         number, terms = self.objective.num_terms, iter(self.objective.terms(piece, ctx))
         for index in range(number):
             term = next(terms, None)
             if term is None:
                 raise AssertionError(f"yields {index} terms, but num_terms is {number}: every rank must yield as many")
-            yield self._row(term, index)
+            yield self._row(term, index, rewards)
         expect(next(terms, None) is None, f"yields more terms than num_terms = {number}; the trainer takes no more")
 
-    def _row(self, term: Term, index: int) -> Row:
+    def _row(self, term: Term, index: int, rewards: Sequence[Heard]) -> Row:
         """Check a term and run backward on it, which frees its graph."""
         import torch
 
         _check_term(term, index)
         parameters = list(self.backbone.transformer.parameters())
+        scores = [each for each in taken(rewards) if each.requires_grad]
         try:
-            grads = torch.autograd.grad(term.total, parameters, allow_unused=True, materialize_grads=True)
+            every = torch.autograd.grad(term.total, [*parameters, *scores], allow_unused=True, materialize_grads=True)
         except RuntimeError as error:
             raise AssertionError(
                 f"backward on term {index} fails ({str(error).split('.')[0]}): a term must not share a graph with an "
                 "earlier one, whose graph is gone; detach what later terms reuse"
             ) from error
+        grads = every[: len(parameters)]
+        _check_wants_reward(every[len(parameters) :], index)
         count = torch.as_tensor(term.count).detach()
         return term.total.detach().double(), count.double(), torch.cat([g.flatten() for g in grads]).double()
+
+
+def keyed(purpose: str, part: Any, step: int = 0, update: int = 0) -> Rng:
+    """Draws that are keyed as the trainer keys a stage's: seed, stage, step, purpose, update."""
+    return Rng((0, "check", step, purpose, update), part.rows)
 
 
 class _Undeclared:
@@ -224,6 +268,16 @@ def _check_term(term: Any, index: int) -> None:
         )
     if "ratio" in term.metrics:
         _check_ratio(term.metrics["ratio"], index)
+
+
+def _check_wants_reward(slopes: Sequence[Tensor], index: int) -> None:
+    """d total / d score is not positive for every row that has one: a higher score lowers the total."""
+    found = [float(each) for slope in slopes for each in slope.flatten() if float(each) != 0]
+    expect(
+        not found or min(found) < 0,
+        f"term {index}: total grows with the reward's score for every row, so training would lower the reward: the "
+        "total is minimised, hence a score that is to rise enters it with a minus sign",
+    )
 
 
 def _check_ratio(ratio: Tensor, index: int) -> None:

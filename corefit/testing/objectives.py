@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, BrokenBarrierError
 from typing import TYPE_CHECKING, Any
 
-from attrs import evolve, frozen
+from attrs import evolve
 
-from corefit.flow import mix, per_sample
-from corefit.objective import Context, Objective, Sum, Supervised
-from corefit.rng import Rng
-from corefit.testing.case import RANKS, Case, Outcome
+from corefit.objective import Objective, Sum, Supervised
+from corefit.testing.case import RANKS, Case, Outcome, keyed
 from corefit.testing.checks import LAYOUTS, expect, global_seed
 from corefit.testing.keys import check_keys
+from corefit.testing.learning import Improves, check_improvement, check_learning, check_state
+from corefit.testing.scores import hearing
 from corefit.testing.syncs import watched
-from corefit.testing.toy import ToyBackbone, loaded, toy_batch
-from corefit.types import Batch, NoiseWeighting, Reward, Sampler, Term
+from corefit.testing.toy import Metas
+from corefit.types import Batch, NoiseWeighting, Reward, Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,8 @@ def check_objective(
     noise: NoiseWeighting | None = None,
     reward: Reward | None = None,
     learns: bool | None = None,
+    improves: Improves | None = None,
+    meta: Metas | None = None,
 ) -> None:
     """AssertionError, naming the problem, unless `objective` trains right in any layout, batch size and rank count.
 
@@ -39,21 +41,30 @@ def check_objective(
     number of items, and there are `num_terms` terms, one graph each. The same numbers come out as images, tokens and
     video, in one batch and in two, on one rank and on two, whatever the global seeds; the batch is left as it was.
     Every key is read; terms() reads no tensor's value on the host; a metric called "ratio" is 1 while the policy is
-    still the one that rolled out.
+    still the one that rolled out. After some steps, an instance that was just made gives what the used one gives. A
+    reward that terms() asks passes its gradient on, and training does not lower its score.
 
-    shape    of one row's latents; images, packed tokens and video by default, which must then give equal numbers
-    sampler  where `uses` names it: FlowSde by default; `noise` LogitNormal, `reward` ToyReward
-    learns   whether training must lower the flow-matching error, |v - (noise - x0)|^2, nearly as flow matching does; by
-             default of `Supervised` objectives that use media, noise and sampler alone
+    shape     of one row's latents; images, packed tokens and video by default, which must then give equal numbers
+    sampler   where `uses` names it: FlowSde by default; `noise` LogitNormal, `reward` brightness, by prompt
+    learns    whether training must lower the flow-matching error, |v - (noise - x0)|^2, nearly as flow matching does;
+              by default of `Supervised` objectives that use media, noise and sampler alone
+    improves  what training must raise on each of five toy models that have learned a little: a function of the
+              backbone and a held-out batch that gives a number, or one for each row; or "reward", the mean score of
+              what the objective itself gives to its reward. Of no sum
+    meta      metadata of the rows' examples: mappings that take turns, or a function of the example's number
     """
     if isinstance(objective, Sum):  # what it adds up is what is run
+        expect(improves is None, "Sum: `improves` is of one objective; check each that is added up with its own")
         for each in objective.of:
-            check_objective(each.objective, shape=shape, sampler=sampler, noise=noise, reward=reward, learns=learns)
+            check_objective(
+                each.objective, shape=shape, sampler=sampler, noise=noise, reward=reward, learns=learns, meta=meta
+            )
         return
     layouts = LAYOUTS if shape is None else {f"latents {['B', *shape]}": tuple(shape)}
     try:
         check_keys(type(objective), Objective)
-        cases = [Case.of(objective, layout, s, sampler, noise, reward) for layout, s in layouts.items()]
+        cases = [Case.of(objective, layout, s, sampler, noise, reward, meta) for layout, s in layouts.items()]
+        check_state(cases[0])
         outcomes = [_check_layout(case) for case in cases]
         for case, outcome in zip(cases, outcomes, strict=True):
             difference = outcomes[0].difference(outcome)
@@ -65,7 +76,10 @@ def check_objective(
         _check_syncs(cases[0])
         plain = isinstance(objective, Supervised) and objective.uses <= {"media", "noise", "sampler"}
         if plain if learns is None else learns:
-            _check_learning(cases[0])
+            check_learning(cases[0])
+        if improves is not None:
+            with global_seed(1):
+                check_improvement(cases[0], improves)
     except AssertionError as error:
         raise AssertionError(f"{type(objective).__name__}: {error}") from error
 
@@ -120,7 +134,7 @@ def _check_randomness(case: Case, whole: Outcome) -> None:
         "ctx.rand(n) or ctx.rng alone, so that ranks differ and a resumed run does not",
     )
     if case.objective.uses & {"noise", "sampler"}:
-        other = case.run(case.batch(), seed=1)
+        other = case.run(case.batch(), step=1)
         expect(
             bool(whole.difference(other, 1e-6)),
             "the next step's key gives the same loss on the same batch: draw noise and sigma with ctx, not from a "
@@ -145,7 +159,8 @@ def _expect_same(whole: Outcome, pieces: Outcome, what: str) -> None:
     expect(
         not difference,
         f"one batch and {what} of it give other sums ({difference}): `total` is a sum, not a mean; a row's loss must "
-        "not depend on its neighbours (no mean, maximum or norm over rows); noise is drawn with ctx, a row at a time",
+        "not depend on its neighbours (no mean, maximum or norm over rows, no prompt, metadata or reward of another "
+        "row); noise is drawn with ctx, a row at a time",
     )
 
 
@@ -201,11 +216,11 @@ class _Ranks:
 def _check_syncs(case: Case) -> None:
     """`terms` reads no tensor's value on the host, but in the first step of a process."""
     batch = case.batch()
-    ctx = evolve(case.ctx, first=False, micro_batch=len(batch))
-    own = [ctx.backbone, ctx.reference, ctx.sampler, ctx.noise]
-    parts = case.objective.experience(batch, ctx.at(Rng((0, "experience", 0), batch.rows)))
+    ctx, rewards = hearing(evolve(case.ctx, first=False, micro_batch=len(batch)))
+    own = [ctx.backbone, ctx.reference, ctx.sampler, ctx.noise, *rewards]
+    parts = case.objective.experience(batch, ctx.at(keyed("experience", batch)))
     for update, part in enumerate(parts):
-        bound = ctx.at(Rng((0, "terms", update), part.rows))
+        bound = ctx.at(keyed("terms", part, update=update))
         with watched([part, list(case.backbone.transformer.parameters())], own) as reads:
             for _ in case.objective.terms(part, bound):
                 pass
@@ -213,70 +228,3 @@ def _check_syncs(case: Case) -> None:
             "Keep tensors in terms(): `count` may be one, torch.where(mask, x, 0) stands for `if` and for x[mask]; a "
             "check that must look at values does so where ctx.first is true"
         )
-
-
-@frozen
-class _FlowMatching(Supervised):
-    """What objectives of x0 and noise are measured against."""
-
-    def terms(self, part: Batch, ctx: Context, /) -> Iterator[Term]:
-        noise, sigma = ctx.randn_like(part.clean), ctx.sigma(part.clean)
-        v = ctx.backbone.velocity(mix(part.clean, noise, sigma), sigma, part.cond)
-        yield Term.of(per_sample((v - (noise - part.clean)) ** 2))
-
-
-def _check_learning(case: Case, steps: int = 120, most: float = 1.2) -> None:
-    """Adam, from a model that says 0, lowers the error against noise - x0 nearly as flow matching does.
-
-    A wrong sign raises it. States and levels, or targets, of another convention leave 1.3 times flow matching's error
-    or more; objectives that are right leave 1.1 times at most.
-    """
-    before, after = _errors(case, case.objective, steps)
-    teaches = "pass learns=False if this objective teaches something else"
-    expect(
-        after < before,
-        f"{steps} steps of Adam change the model's error |v - (noise - x0)|^2 from {before:.3g} to {after:.3g}: the "
-        "velocity is noise - x0 (dx/dsigma, x = (1 - sigma) x0 + sigma noise), so check the sign of the target and of "
-        f"the total, which is minimised; {teaches}",
-    )
-    if "noise" not in case.objective.uses:
-        return
-    known = _errors(case, _FlowMatching(), steps)[1]
-    expect(
-        after <= most * known,
-        f"{steps} steps of Adam bring the model's error |v - (noise - x0)|^2 from {before:.3g} to {after:.3g}, and "
-        f"plain flow matching brings it to {known:.3g}: check that x = mix(x0, noise, sigma) and velocity(x, sigma, "
-        f"cond) have the same sigma, in this order, that the target is noise - x0, that prompts are used; {teaches}",
-    )
-
-
-def _errors(case: Case, objective: Objective[Any], steps: int) -> tuple[float, float]:
-    """The model's error before and after training on an objective."""
-    import torch
-
-    backbone = loaded(evolve(case.backbone, seed=2))
-    for parameter in backbone.transformer.outer.parameters():
-        torch.nn.init.zeros_(parameter)
-    before = _flow_error(backbone)
-    optimizer = torch.optim.Adam(backbone.transformer.parameters(), lr=0.03)
-    for step in range(steps):
-        batch = case.batch(step)
-        ctx = evolve(case.ctx, backbone=backbone, rng=Rng((0, "terms", step), batch.rows), first=False)
-        for part in objective.experience(batch, ctx):
-            for term in objective.terms(part, ctx):
-                (term.total / len(batch)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return before, _flow_error(backbone)
-
-
-def _flow_error(backbone: ToyBackbone, rows: int = 32) -> float:
-    """Mean of |v - (noise - x0)|^2 over held-out rows and evenly spaced levels."""
-    import torch
-
-    batch = toy_batch(backbone, rows, first=1_000_000)
-    noise = Rng(("held out",), batch.rows).randn((rows, *batch.shape))
-    sigma = (torch.arange(rows) + 0.5) / rows
-    with torch.no_grad():
-        v = backbone.velocity(mix(batch.clean, noise, sigma), sigma, batch.cond)
-        return float(((v - (noise - batch.clean)) ** 2).mean())

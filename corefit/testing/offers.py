@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
 
 from corefit.rng import Rng
 from corefit.testing.checks import close, expect, global_seed, normal
@@ -49,33 +52,23 @@ def check_reward(
 ) -> None:
     """AssertionError, naming the problem, unless `reward` keeps the promises of `corefit.types.Reward`.
 
-    One finite score a row, the same when asked again and whatever the neighbours are; the media are left as they were.
+    One finite real number a row, in the rows' order, the same when asked again and whatever the neighbours are, also
+    where all rows share a prompt, as rollouts of a group do; media, prompts and metadata are left as they were. A
+    reward that says `differentiable = True` gives each row's medium a gradient, and the score rises along it.
 
     media   [B, 3, H, W] in [0, 1], one a prompt; random pictures of 64 x 64 by default
     meta    one mapping a prompt: what the reward reads of the data, if anything
     """
-    import torch
-
     made = _pictures(len(prompts)) if media is None else media
-    metas = list(meta or [{} for _ in prompts])
-    before = made.clone()
+    rows = _Rows(made, list(prompts), [dict(each) for each in meta or [{} for _ in prompts]])
     with _named(reward):
         check_keys(type(reward), Reward)
-        scores = torch.as_tensor(reward.score(made, list(prompts), metas))
-        number = len(prompts)
-        expect(tuple(scores.shape) == (number,), f"score of {number} media is {list(scores.shape)}; return one a row")
-        expect(scores.dtype.is_floating_point, f"score gives {scores.dtype}; return floats")
-        expect(bool(scores.isfinite().all()), "score gives NaN or infinity; raise an exception where scoring fails")
-        expect(torch.equal(made, before), "score changes the media in place; compute new tensors")
-        again = torch.as_tensor(reward.score(made, list(prompts), metas))
-        expect(close(again, scores, 1e-4), "score gives other values when called again; draw nothing, drop nothing out")
-        for row in range(number):
-            alone = torch.as_tensor(reward.score(made[row : row + 1], [prompts[row]], [metas[row]]))
-            expect(
-                close(alone, scores[row : row + 1], 1e-3),
-                f"row {row} scores {float(alone[0]):.4g} alone and {float(scores[row]):.4g} among others: a row must "
-                "not depend on its neighbours; no statistics over the batch",
-            )
+        scores = _scored(reward, rows)
+        _check_rows(reward, rows, scores)
+        group = rows.of([0] * len(rows))
+        _check_alone(reward, _Rows(rows.media, group.prompts, group.meta))
+        if getattr(reward, "differentiable", False):
+            _check_gradient(reward, rows)
 
 
 def check_source(source: Source) -> None:
@@ -97,6 +90,96 @@ def check_source(source: Source) -> None:
         expect(len(bare) == 1, "some examples have media and some have none; give all of them media, or none")
         for number, example in enumerate(once):
             _check_example(number, example)
+
+
+# rewards
+
+
+@frozen(eq=False)
+class _Rows:
+    """What a reward is asked of: media [B, 3, H, W], and as many prompts and mappings."""
+
+    media: Tensor
+    prompts: Sequence[str]
+    meta: Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def of(self, rows: Sequence[int]) -> _Rows:
+        return _Rows(self.media[list(rows)], [self.prompts[i] for i in rows], [self.meta[i] for i in rows])
+
+
+def _scored(reward: Reward, rows: _Rows) -> Tensor:
+    """The scores [B] of rows, which the reward must leave as they were."""
+    import torch
+
+    media, prompts, meta = rows.media.clone(), list(rows.prompts), copy.deepcopy(list(rows.meta))
+    given = reward.score(media, prompts, meta)
+    try:
+        scores = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"score gives {type(given).__name__}, which is no tensor of numbers"
+        raise AssertionError(f"{what} ({error}); return one float a row, [B]") from None
+    number = len(rows)
+    expect(tuple(scores.shape) == (number,), f"score of {number} media is {list(scores.shape)}; return one a row")
+    expect(scores.dtype.is_floating_point, f"score gives {scores.dtype}; return floats")
+    expect(bool(scores.isfinite().all()), "score gives NaN or infinity; raise an exception where scoring fails")
+    expect(torch.equal(media, rows.media), "score changes the media in place; compute new tensors")
+    expect(prompts == list(rows.prompts), "score changes the prompts in place; make a list of its own")
+    expect(meta == list(rows.meta), "score changes the metadata in place; make mappings of its own")
+    return scores.detach()
+
+
+def _check_rows(reward: Reward, rows: _Rows, scores: Tensor) -> None:
+    """A row's score is its own: when asked again, in the other order, alone."""
+    with global_seed(1):
+        again = _scored(reward, rows)
+    expect(close(again, scores, 1e-4), "score gives other values when called again; draw nothing, drop nothing out")
+    other = _scored(reward, rows.of(range(len(rows))[::-1])).flip(0)
+    expect(
+        close(other, scores, 1e-3) or not close(other.sort().values, scores.sort().values, 1e-3),
+        "the same rows in another order get each other's scores: a score stands where its row stands, so sort nothing, "
+        "or undo it",
+    )
+    _check_alone(reward, rows)
+
+
+def _check_alone(reward: Reward, rows: _Rows) -> None:
+    scores = _scored(reward, rows)
+    for row in range(len(rows)):
+        alone = _scored(reward, rows.of([row]))
+        expect(
+            close(alone, scores[row : row + 1], 1e-3),
+            f"row {row} scores {float(alone[0]):.4g} alone and {float(scores[row]):.4g} among others: a row must "
+            "not depend on its neighbours; no statistics over the batch, each row's own prompt and metadata",
+        )
+
+
+def _check_gradient(reward: Reward, rows: _Rows) -> None:
+    """What `differentiable` says: scores have a graph, which ends in their own rows, and rise along the gradient."""
+    import torch
+
+    says = "the reward says differentiable = True, but"
+    media = rows.media.clone().requires_grad_(True)
+    scores = torch.as_tensor(reward.score(media, list(rows.prompts), copy.deepcopy(list(rows.meta))))
+    expect(
+        scores.requires_grad,
+        f"{says} its scores have no graph: score() must stay in torch, without no_grad, detach, item or numpy",
+    )
+    grads = [torch.autograd.grad(each, media, retain_graph=True, materialize_grads=True)[0] for each in scores]
+    expect(all(bool(g.isfinite().all()) for g in grads), f"{says} its gradient is NaN or infinite for some row")
+    own = torch.stack([grad[row] for row, grad in enumerate(grads)])
+    expect(bool(own.any()), f"{says} its gradient is 0 in all media: rounding, argmax and comparisons have none")
+    others = sum(float(grad[:row].abs().sum() + grad[row + 1 :].abs().sum()) for row, grad in enumerate(grads))
+    expect(others <= 1e-3 * float(own.abs().sum()), f"{says} a row's score has a gradient in other rows' media")
+    step = 1e-2 * own / own.abs().max()
+    low, high = (_scored(reward, _Rows(rows.media + s, rows.prompts, rows.meta)).sum() for s in (-step, step))
+    rise, told = float(high - low), 2 * float((step * own).sum())
+    expect(
+        rise > -0.1 * told,
+        f"{says} its sum changes by {rise:.3g} along a gradient that says {told:.3g}: the gradient's sign is turned",
+    )
 
 
 # parts

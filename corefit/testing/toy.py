@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from attrs import define, evolve, field, frozen, validators
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+Metas = Callable[[int], Meta] | Sequence[Meta]
+"""Metadata of an endless data set: a function of an example's number, or mappings that take turns."""
 WEIGHTS = "toy.safetensors"
 NO_LORA = 'the toy backbone takes no LoRA; use train = { use = "full" }'
 
@@ -199,6 +202,8 @@ class ToyBackbone(Backbone):
 class ToyReward(Reward):
     """How bright the media are: their mean, in [0, 1]."""
 
+    differentiable: ClassVar[bool] = True
+
     def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
         return media.flatten(1).mean(1)
 
@@ -219,11 +224,14 @@ def loaded(backbone: ToyBackbone) -> ToyBackbone:
     return backbone
 
 
-def toy_batch(backbone: ToyBackbone, n: int, *, group: int = 1, first: int = 0, media: bool = True) -> Batch:
+def toy_batch(
+    backbone: ToyBackbone, n: int, *, group: int = 1, first: int = 0, media: bool = True, meta: Metas | None = None
+) -> Batch:
     """Rows first, first + 1, ... of an endless data set: x0 [n, *shape] = the prompt's code + 0.3 normal draws.
 
-    group  consecutive rows that share a prompt
+    group  consecutive rows that share an example: its prompt and its metadata
     media  False for prompts alone: x0 is None
+    meta   of the examples: a function of their number, or mappings that take turns; {"row": row} by default
     """
     import torch
 
@@ -235,7 +243,13 @@ def toy_batch(backbone: ToyBackbone, n: int, *, group: int = 1, first: int = 0, 
         draws = np.stack([generator("toy data", row).standard_normal(backbone.shape, np.float32) for row in rows])
         spread = 0.3 * torch.from_numpy(draws)
         x0 = spread + like(torch.tensor([prompt_code(prompt) for prompt in prompts]), spread)
-    return Batch(x0, cond, prompts, [{"row": row} for row in rows], rows, tuple(backbone.shape))
+    metas = [{"row": row} if meta is None else _meta(meta, row // group) for row in rows]
+    return Batch(x0, cond, prompts, metas, rows, tuple(backbone.shape))
+
+
+def _meta(meta: Metas, example: int) -> Meta:
+    """An example's own mapping, so that no batch sees what was done to another's."""
+    return copy.deepcopy(dict(meta(example) if callable(meta) else meta[example % len(meta)]))
 
 
 def toy_context(

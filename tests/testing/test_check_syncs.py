@@ -11,7 +11,7 @@ import pytest
 import torch
 from attrs import frozen
 
-from corefit import Sampler, Step, Supervised, Term
+from corefit import Objective, Reward, Sampler, Step, Supervised, Term
 from corefit.flow import mix, per_sample
 from corefit.noise import LogitNormal
 from corefit.samplers import FlowSde, Ode
@@ -149,6 +149,52 @@ def test_no_false_alarm():
     check_objective(InTheFirstStep(), shape=(3, 4, 4))
     check_objective(OnTheHost(), shape=(3, 4, 4))
     check_objective(Steps(), shape=(3, 4, 4), sampler=OfOthers(), noise=Levels(), learns=False)
+
+
+class Tokenizes(Reward):
+    """Puts tokens of its prompts on the media's device, and cuts them where the longest prompt ends."""
+
+    def score(reward, media, prompts, meta):
+        tokens = torch.tensor([[len(word) for word in prompt.split()] for prompt in prompts]).to(media.device)
+        longest = int((tokens + 0 * media.flatten(1)[:, :1] > 0).sum(1).max())
+        return media.flatten(1).mean(1) * tokens[:, :longest].sum(1)
+
+
+@frozen
+class Judged(Objective):
+    """The score of the clean sample that one step from noise implies, judged in terms or in its experience too."""
+
+    uses = frozenset({"reward"})
+    num_terms = 1
+
+    def experience(self, batch, ctx):
+        with torch.no_grad():
+            self.judged(batch, ctx)
+        yield batch
+
+    def judged(self, batch, ctx):
+        noise, ones = ctx.rng.randn((len(batch), *batch.shape)), torch.ones(len(batch))
+        media = ctx.backbone.decode(noise - ctx.backbone.velocity(noise, ones, batch.cond))
+        return ctx.rewards[0].reward.score(media, batch.prompts, batch.meta)
+
+    def terms(self, batch, ctx):
+        yield Term.of(-self.judged(batch, ctx))
+
+
+class JudgedOnHost(Judged):
+    """Waits for the score itself."""
+
+    def terms(self, batch, ctx):
+        score = self.judged(batch, ctx)
+        yield Term.of(-score if score.max().item() < 1e6 else score)
+
+
+def test_an_objective_is_not_blamed_for_its_reward():
+    check_objective(Judged(), reward=Tokenizes(), shape=(3, 4, 4))
+    with pytest.raises(
+        AssertionError, match=r"^JudgedOnHost: item\(\) at test_check_syncs\.py:\d+ makes the host wait"
+    ):
+        check_objective(JudgedOnHost(), reward=Tokenizes(), shape=(3, 4, 4))
 
 
 @frozen

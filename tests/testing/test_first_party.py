@@ -15,6 +15,7 @@ import torch
 from conftest import WORDS
 
 from corefit import testing
+from corefit.flow import mix, per_sample
 from corefit.objective import Summand
 from corefit.plugins import Host, Offer
 from corefit_sft import Sft
@@ -29,6 +30,15 @@ MEANT = {
     ("samplers", "flow_sde"): ({}, {"noise": 0.0}),
 }
 """Keys that offers are checked with, where not their defaults alone."""
+
+IMPROVES = {
+    "sft": ({}, lambda backbone, batch: fit(backbone, batch)),
+    "soar": ({"points": 2}, lambda backbone, batch: fit(backbone, batch)),
+    "reflexflow": ({}, lambda backbone, batch: fit(backbone, batch)),
+    # of few trained steps: on a toy, those that are not trained pull against them
+    "flow_grpo": ({"group": 4, "steps": 6, "window": 2, "guidance": 1.0}, "reward"),
+}
+"""Keys of objectives, and what training on them must raise."""
 
 
 def offered() -> list[Offer]:
@@ -50,6 +60,17 @@ def backbone(offer: Offer, pictures: Path, folder: Path) -> None:
 def objective(offer: Offer, pictures: Path, folder: Path) -> None:
     for keys in MEANT.get((offer.kind, offer.name), ({},)):
         testing.check_objective(offer.cls(**keys))
+    if offer.name in IMPROVES:
+        keys, improves = IMPROVES[offer.name]
+        testing.check_objective(offer.cls(**keys), improves=improves, shape=(3, 4, 4))
+
+
+def fit(backbone, batch):
+    """How little the model errs on held-out rows, [B]."""
+    ctx = testing.toy_context(backbone, batch.rows)
+    noise, sigma = ctx.randn_like(batch.clean), ctx.sigma(batch.clean)
+    v = backbone.velocity(mix(batch.clean, noise, sigma), sigma, batch.cond)
+    return -per_sample((v - (noise - batch.clean)) ** 2)
 
 
 def sampler(offer: Offer, pictures: Path, folder: Path) -> None:

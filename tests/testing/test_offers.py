@@ -11,7 +11,7 @@ import pytest
 import torch
 from attrs import frozen
 
-from corefit import Example
+from corefit import Example, Reward
 from corefit.noise import LogitNormal
 from corefit.plugins import Host
 from corefit.sources import Jsonl
@@ -64,6 +64,23 @@ def test_a_right_reward_passes():
     check_reward(ToyReward())
 
 
+@frozen
+class OnDevice(Reward):
+    """Reads prompts and metadata, on the media's device, and says so of its gradient."""
+
+    differentiable = True
+
+    def score(self, media, prompts, meta):
+        tokens = torch.tensor([[len(word) for word in prompt.split()[:2]] for prompt in prompts]).to(media.device)
+        wanted = torch.tensor([each.get("wanted", 0.5) for each in meta]).to(media.device)
+        return -((media.mean((1, 2, 3)) - wanted) ** 2) * tokens.sum(1)
+
+
+def test_a_reward_that_reads_prompts_and_metadata_passes():
+    check_reward(OnDevice())
+    check_reward(OnDevice(), meta=[{"wanted": 0.1}, {"wanted": 0.9}, {}])
+
+
 def reward(name: str, score: object) -> object:
     return type(name, (), {"score": score})()
 
@@ -71,6 +88,40 @@ def reward(name: str, score: object) -> object:
 def changed(self, media, prompts, meta):
     media.clamp_(0.2)
     return media.mean((1, 2, 3))
+
+
+def emptied(self, media, prompts, meta):
+    for each in meta:
+        each.setdefault("text", "")
+    return media.mean((1, 2, 3))
+
+
+def by_prompt(self, media, prompts, meta):
+    """Rows that share a prompt get the last one's score."""
+    scores = dict(zip(prompts, media.mean((1, 2, 3)), strict=True))
+    return torch.stack([scores[prompt] for prompt in prompts])
+
+
+def bright(media):
+    return media.mean((1, 2, 3))
+
+
+def differentiable(name: str, score: object) -> object:
+    """A reward that says so."""
+    return type(name, (), {"score": score, "differentiable": True})()
+
+
+class Turned(torch.autograd.Function):
+    """Brightness, whose gradient has its sign turned."""
+
+    @staticmethod
+    def forward(ctx, media):
+        ctx.shape = media.shape
+        return bright(media)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return -slope.reshape(-1, 1, 1, 1).expand(ctx.shape) / ctx.shape[1:].numel()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +132,21 @@ def changed(self, media, prompts, meta):
         (reward("Single", lambda s, m, p, meta: m.mean()), "one a row"),
         (reward("Failing", lambda s, m, p, meta: m.mean((1, 2, 3)) * float("nan")), "raise an exception"),
         (reward("Counting", lambda s, m, p, meta: torch.ones(len(m), dtype=torch.int64)), "return floats"),
-        (reward("Changing", changed), "in place"),
+        (reward("Changing", changed), "changes the media in place"),
+        (reward("Emptied", emptied), "changes the metadata in place"),
+        (reward("Shortened", lambda s, m, p, meta: bright(m) + 0 * len(p.pop())), "changes the prompts in place"),
+        (reward("Nothing", lambda s, m, p, meta: None), "score gives NoneType, which is no tensor of numbers"),
+        (reward("Words", lambda s, m, p, meta: ["good"] * len(p)), "score gives list, which is no tensor of numbers"),
+        (reward("Complex", lambda s, m, p, meta: torch.fft.fft(bright(m))), "score gives torch.complex64"),
+        (reward("Column", lambda s, m, p, meta: bright(m)[:, None]), r"score of 3 media is \[3, 1\]; return one a row"),
+        (reward("Sorted", lambda s, m, p, meta: bright(m).sort().values), "in another order get each other's scores"),
+        (reward("OnePrompt", lambda s, m, p, meta: bright(m) + len(p[0])), "each row's own prompt"),
+        (reward("ByPrompt", by_prompt), "row 0 scores .* alone and .* among others"),
+        (differentiable("Detached", lambda s, m, p, meta: bright(m.detach())), "its scores have no graph"),
+        (differentiable("Judged", torch.no_grad()(lambda s, m, p, meta: bright(m))), "its scores have no graph"),
+        (differentiable("Rounded", lambda s, m, p, meta: bright((9 * m).round())), "its gradient is 0 in all media"),
+        (differentiable("Rooted", lambda s, m, p, meta: bright((m - m).sqrt())), "its gradient is NaN"),
+        (differentiable("Reversed", lambda s, m, p, meta: Turned.apply(m)), "the gradient's sign is turned"),
     ],
     ids=lambda it: type(it).__name__ if not isinstance(it, str) else "",
 )

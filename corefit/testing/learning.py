@@ -1,0 +1,229 @@
+"""What some steps of training show of an objective: that it teaches, what it raises, and what it keeps to itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+from attrs import evolve, frozen
+
+from corefit.flow import mix, per_sample
+from corefit.noise import LogitNormal
+from corefit.objective import Context, Supervised
+from corefit.rng import Rng
+from corefit.testing.case import Case, keyed
+from corefit.testing.checks import expect, global_seed
+from corefit.testing.scores import hearing, taken
+from corefit.testing.toy import ToyBackbone, loaded, toy_batch
+from corefit.types import Backbone, Batch, Term
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Improves = Callable[[Backbone, Batch], "Tensor | float"] | Literal["reward"]
+"""What training must raise: a function of the backbone and a held-out batch, or the score of what is rolled out."""
+HELD_OUT = 1_000_000
+"""Rows from here on are never trained on."""
+USED = 8
+"""Steps after which an instance that was just made is compared with the one that took them."""
+TOYS = (2, 3, 4, 5, 6)
+"""Seeds of the toy models that must all improve: of numbers that drift at random, one in 32 rises on all of them."""
+BEFORE, STEPS, ROWS = 10, 60, 16
+"""Steps of flow matching that a toy has learned before; steps of an objective, and their rows, that must improve it."""
+
+
+@frozen
+class _FlowMatching(Supervised):
+    """What objectives of x0 and noise are measured against, and what a toy learns before an objective improves it."""
+
+    def terms(self, part: Batch, ctx: Context, /) -> Iterator[Term]:
+        noise, sigma = ctx.randn_like(part.clean), ctx.sigma(part.clean)
+        v = ctx.backbone.velocity(mix(part.clean, noise, sigma), sigma, part.cond)
+        yield Term.of(per_sample((v - (noise - part.clean)) ** 2))
+
+
+def _train(case: Case, steps: int, *, lr: float, least: int = 8) -> None:
+    """Take `steps` steps as the trainer does, with Adam."""
+    import torch
+
+    optimizer = torch.optim.Adam(case.backbone.transformer.parameters(), lr=lr)
+    for step in range(steps):
+        _take_step(case, case.batch(step, least=least), optimizer, step)
+
+
+def _take_step(case: Case, batch: Batch, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Experience, then an optimiser step on each of its parts: of its totals, over their count."""
+    parameters = list(case.backbone.transformer.parameters())
+    ctx = evolve(case.ctx, micro_batch=len(batch), first=step == 0)
+    with case.placing():
+        made = case.objective.experience(batch, ctx.at(keyed("experience", batch, step)))
+        for update, part in enumerate(made):
+            count = 0.0
+            for term in case.objective.terms(part, ctx.at(keyed("terms", part, step, update))):
+                term.total.backward()
+                count += float(term.count)
+            for parameter in parameters if count > 0 else ():
+                if parameter.grad is not None:
+                    parameter.grad /= count
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+# state
+
+
+def check_state(case: Case) -> None:
+    """An instance that was just made gives, after some steps, what the one that took them gives: as after a resume.
+
+    The batches' prompts come again, as they do in training; the model learns, as the used instance may have noted.
+    """
+    import torch
+
+    fresh, tried = (evolve(case, objective=_made_again(case.objective)) for _ in range(2))
+    tried.run(tried.batch())  # so that what is wrong with its terms is said first
+    used = case.on(loaded(evolve(case.backbone)))
+    optimizer = torch.optim.Adam(used.backbone.transformer.parameters(), lr=0.01)
+    for step in range(USED):
+        _take_step(used, used.batch(step % 2), optimizer, step)
+    with global_seed(1):
+        continued = used.run(used.batch(), step=USED, first=False)
+    with global_seed(1):
+        resumed = fresh.on(used.backbone).run(used.batch(), step=USED)
+    difference = continued.difference(resumed, 1e-6)
+    expect(
+        not difference,
+        f"keeps state of its own, which a resume loses: after {USED} steps, an instance that was just made gives "
+        f"another loss than the one that took them ({difference}). What lasts between steps is the weights alone: "
+        "compute the rest in each step from the batch, ctx and the keys",
+    )
+
+
+def _made_again(objective: Any) -> Any:
+    """A new instance with the same keys, as a pipeline that is run again makes it."""
+    cls = type(objective)
+    if not attrs.has(cls):
+        return copy.deepcopy(objective)
+    keys = {each.alias: getattr(objective, each.name) for each in attrs.fields(cls) if each.init}
+    return cls(**{key: copy.deepcopy(v) if isinstance(v, dict | list | set) else v for key, v in keys.items()})
+
+
+# flow matching
+
+
+def check_learning(case: Case, steps: int = 120, most: float = 1.2) -> None:
+    """Adam, from a model that says 0, lowers the error against noise - x0 nearly as flow matching does.
+
+    A wrong sign raises it. States and levels, or targets, of another convention leave 1.3 times flow matching's error
+    or more; objectives that are right leave 1.1 times at most.
+    """
+    before, after = _errors(case, steps)
+    teaches = "pass learns=False if this objective teaches something else"
+    expect(
+        after < before,
+        f"{steps} steps of Adam change the model's error |v - (noise - x0)|^2 from {before:.3g} to {after:.3g}: the "
+        "velocity is noise - x0 (dx/dsigma, x = (1 - sigma) x0 + sigma noise), so check the sign of the target and of "
+        f"the total, which is minimised; {teaches}",
+    )
+    if "noise" not in case.objective.uses:
+        return
+    known = _errors(evolve(case, objective=_FlowMatching()), steps)[1]
+    expect(
+        after <= most * known,
+        f"{steps} steps of Adam bring the model's error |v - (noise - x0)|^2 from {before:.3g} to {after:.3g}, and "
+        f"plain flow matching brings it to {known:.3g}: check that x = mix(x0, noise, sigma) and velocity(x, sigma, "
+        f"cond) have the same sigma, in this order, that the target is noise - x0, that prompts are used; {teaches}",
+    )
+
+
+def _errors(case: Case, steps: int) -> tuple[float, float]:
+    """The model's error before and after training on an objective."""
+    import torch
+
+    backbone = loaded(evolve(case.backbone, seed=2))
+    for parameter in backbone.transformer.outer.parameters():
+        torch.nn.init.zeros_(parameter)
+    before = _flow_error(backbone)
+    _train(case.on(backbone), steps, lr=0.03)
+    return before, _flow_error(backbone)
+
+
+def _flow_error(backbone: ToyBackbone, rows: int = 32) -> float:
+    """Mean of |v - (noise - x0)|^2 over held-out rows and evenly spaced levels."""
+    import torch
+
+    batch = toy_batch(backbone, rows, first=HELD_OUT)
+    noise = Rng(("held out",), batch.rows).randn((rows, *batch.shape))
+    sigma = (torch.arange(rows) + 0.5) / rows
+    with torch.no_grad():
+        v = backbone.velocity(mix(batch.clean, noise, sigma), sigma, batch.cond)
+        return float(((v - (noise - batch.clean)) ** 2).mean())
+
+
+# what is to rise
+
+
+def check_improvement(case: Case, improves: Improves) -> None:
+    """Training raises `improves` on every toy."""
+    rises = [_rise(case, improves, seed) for seed in TOYS]
+    what = "the mean score of its own samples" if improves == "reward" else "the number that `improves` gives"
+    told = f"{STEPS} steps change {what} by {', '.join(f'{rise:+.3g}' for rise in rises)} on {len(rises)} toy models"
+    expect(
+        max(rises) > 0 or min(rises) == 0,
+        f"training lowers what it must raise: {told}. A sign is turned or a pair is swapped: the total is minimised, "
+        "a score that is to rise enters it with a minus sign, and of a pair the chosen one's error is to fall",
+    )
+    expect(
+        min(rises) > 0,
+        f"training does not raise what it must raise: {told}. Check that its gradient arrives (no detach, no_grad or "
+        "rounding on the way from the model), and that advantages and pairs belong to the rows that they are used for",
+    )
+
+
+def _rise(case: Case, improves: Improves, seed: int) -> float:
+    """By how much training on an objective changes a number, on a toy that has learned a little before."""
+    backbone = loaded(evolve(case.backbone, seed=seed))
+    base = evolve(case, objective=_FlowMatching(), ctx=evolve(case.ctx, noise=LogitNormal()))
+    _train(base.on(backbone), BEFORE, lr=0.03)
+    taught = case.on(backbone)
+    if case.ctx.reference is not None:
+        taught = evolve(taught, ctx=evolve(taught.ctx, reference=_frozen_copy(backbone)))
+    before = _measured(taught, improves)
+    _train(taught, STEPS, lr=0.01, least=ROWS)
+    return _measured(taught, improves) - before
+
+
+def _frozen_copy(backbone: ToyBackbone) -> ToyBackbone:
+    reference = copy.deepcopy(backbone)
+    reference.transformer.requires_grad_(False)
+    return reference
+
+
+def _measured(case: Case, improves: Improves) -> float:
+    """The mean of what `improves` gives for held-out rows."""
+    import torch
+
+    batch = case.batch(HELD_OUT, least=2 * ROWS, media=improves != "reward")
+    with torch.no_grad(), global_seed(1):
+        values = _scores(case, batch) if improves == "reward" else improves(case.backbone, batch)
+    mean = float(torch.as_tensor(values, dtype=torch.float64).mean())
+    expect(mean - mean == 0, f"what must improve is {mean}, which is no number to compare")
+    return mean
+
+
+def _scores(case: Case, batch: Batch) -> Tensor:
+    """What an objective's rewards give in one step, without training."""
+    import torch
+
+    expect("reward" in case.objective.uses, "improves='reward' needs an objective whose `uses` names 'reward'")
+    ctx, rewards = hearing(evolve(case.ctx, micro_batch=len(batch)))
+    with case.placing():
+        made = case.objective.experience(batch, ctx.at(keyed("experience", batch)))
+        for update, part in enumerate(made):
+            for _ in case.objective.terms(part, ctx.at(keyed("terms", part, update=update))):
+                pass
+    scores = [each.flatten().double() for each in taken(rewards)]
+    expect(bool(scores), "improves='reward', but no reward was asked for scores in a step")
+    return torch.cat(scores)
