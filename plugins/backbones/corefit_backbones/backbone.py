@@ -12,7 +12,7 @@ from attrs import define, evolve, field
 
 from corefit import Condition
 from corefit.types import ModelPath
-from corefit_backbones import network, schedule
+from corefit_backbones import encoders, network, schedule
 from corefit_backbones.folder import Checkpoint, fingerprint, link
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class Diffusers(ABC):
         """The family's diffusers pipeline with tokenizers and frozen text encoders, read on first use."""
         assert self._device is not None, "place or load first"
         if self._text is None:
-            self._text = network.read_text(_class(self.pipeline_class), self.checkpoint, self._dtype)
+            self._text = encoders.read(_class(self.pipeline_class), self.checkpoint, self._dtype)
             for name, part in self._text.components.items():
                 if name.startswith("text_encoder") and part is not None:
                     part.to(self._device).requires_grad_(False)

@@ -19,6 +19,9 @@ from corefit.errors import ConfigError, ModelError
 READ = frozenset({".json", ".txt", ".model", ".safetensors"})
 """What models and tokenizers are read from; pickles never are."""
 
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+"""Beginnings of names in model_index.json that are no settings."""
+
 
 @frozen
 class Checkpoint:
@@ -38,11 +41,22 @@ class Checkpoint:
     @cached_property
     def index(self) -> Mapping[str, bool]:
         """Component -> whether there is one (False: left out, like SD3's T5); ModelError if its folder is missing."""
-        folder, index = _described(self.path, self.revision), self.settings
-        found = {name: value[0] is not None for name, value in index.items() if isinstance(value, list)}
+        folder = _described(self.path, self.revision)
+        found = {name: kind is not None for name, kind in self.classes.items()}
         missing = [name for name, there in found.items() if there and not (folder / name).is_dir()]
         if missing:
             raise ModelError(f"{folder}: model_index.json names {', '.join(missing)}: no such folder in it")
+        return found
+
+    @cached_property
+    def classes(self) -> Mapping[str, tuple[str, str] | None]:
+        """Component -> (library, class), None where it is left out; ModelError for what names neither."""
+        file, found = _described(self.path, self.revision) / "model_index.json", dict[str, tuple[str, str] | None]()
+        for name, value in self.settings.items():
+            if named := _named(value):
+                found[name] = None if None in named else named
+            elif name.startswith(COMPONENTS):
+                raise ModelError(f"{file}: {name} is {value!r}; [library, class] is expected, or [null, null] for none")
         return found
 
     @cached_property
@@ -159,6 +173,17 @@ class Settings(dict[str, Any]):
 
     def __missing__(self, key: str) -> Any:
         raise ModelError(f"{self.file}: it has no {key!r}; the folder is damaged, or of another version")
+
+
+def _named(value: Any) -> tuple[Any, Any] | None:
+    """(library, class) as model_index.json writes them, two texts or two nulls; None for anything else."""
+    match value:
+        case [str() as library, str() as name]:
+            return library, name
+        case [None, None]:
+            return None, None
+        case _:
+            return None
 
 
 def _json(file: Path, why: str) -> Settings:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError
+from corefit_backbones import parts
 from corefit_backbones.folder import Checkpoint
 
 if TYPE_CHECKING:
@@ -35,70 +34,8 @@ def lora_file(part: str) -> str:
 
 
 def read(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> Any:
-    """The model of class `kind` in the folder `part`, in `dtype` whatever its files hold, on the CPU.
-
-    ModelError, naming the file, if weights are missing, damaged or incomplete: nothing is left random.
-    """
-    folder = checkpoint.folder / part
-    with reading(folder):
-        model, info = kind.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            variant=checkpoint.variant,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    if info["missing_keys"]:
-        raise ModelError(f"{folder}: the weights lack {', '.join(sorted(info['missing_keys'])[:5])}")
-    return model
-
-
-def read_text(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """A pipeline of class `kind` that can encode prompts, without transformer and VAE; ModelError as in `read`."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()  # the run shows its own
-    folder, absent = (
-        checkpoint.folder,
-        {name: None for name, there in checkpoint.index.items() if not there or name.startswith("transformer")},
-    )
-    checkpoint.check_weights("text_encoder")
-    with reading(folder):
-        pipeline = kind.from_pretrained(
-            folder,
-            **absent,
-            vae=None,
-            torch_dtype=dtype,
-            variant=checkpoint.variant,
-            use_safetensors=True,
-        )
-    # where SD3 has no T5, encode_prompt asks the transformer how wide its zeros should be
-    pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**checkpoint.config("transformer")))
-    return pipeline
-
-
-@contextmanager
-def reading(folder: Path) -> Generator[None]:
-    """Turn what the libraries raise on bad files of `folder` into a ModelError that names the file."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as e:
-        raise ModelError(_damaged(folder) or f"{folder}: {e}") from e
-
-
-def _damaged(folder: Path) -> str | None:
-    """The first weights file under `folder` that is unreadable, and why."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as e:
-            return f"{file}: damaged or incomplete ({e}); fetch it again"
-    return None
+    """The model of class `kind` in the folder `part`, in `dtype` whatever its files hold; ModelError as parts.read."""
+    return parts.read(kind, checkpoint.folder / part, dtype, checkpoint.variant)
 
 
 def compile_blocks(transformer: Any) -> None:
@@ -244,7 +181,7 @@ def load_lora(pipeline: Any, transformer: Any, folder: Path, name: str = LORA_FI
     file = folder / name
     if not file.is_file():
         raise ModelError(f"{folder}: no {name}")
-    with reading(folder):
+    with parts.reading(folder):
         weights, settings = pipeline.lora_state_dict(
             folder, weight_name=name, use_safetensors=True, return_lora_metadata=True
         )
