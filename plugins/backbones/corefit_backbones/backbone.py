@@ -12,7 +12,7 @@ from attrs import define, evolve, field
 
 from corefit import Condition
 from corefit.types import ModelPath
-from corefit_backbones import encoders, network, schedule
+from corefit_backbones import encoders, network, parts, schedule
 from corefit_backbones.folder import Checkpoint, fingerprint, link
 
 if TYPE_CHECKING:
@@ -125,9 +125,14 @@ class Diffusers(ABC):
         torch.set_default_dtype(dtype)
         try:
             with torch.device("meta"):
-                return self.joined([kind.from_config(dict(self.checkpoint.config(name))) for name in self.networks])
+                return self.joined([self._described(kind, name) for name in self.networks])
         finally:
             torch.set_default_dtype(usual)
+
+    def _described(self, kind: Any, name: str) -> Any:
+        config = self.checkpoint.config(name)
+        with parts.described(kind, config.file):
+            return kind.from_config(dict(config))
 
     def _recompute(self) -> None:
         for _, part in self._parts():

@@ -75,10 +75,8 @@ def _damaged(folder: Path) -> str | None:
 
 def _wrong_model(kind: Any, folder: Path) -> str | None:
     """How config.json and weights do not fit together, or why no model can be made of the former."""
-    try:
+    with described(kind, folder / "config.json"):
         expected = {name: list(t.shape) for name, t in _blank(kind, folder).state_dict().items()}
-    except Exception as e:  # by a constructor that was given other types or numbers than it takes
-        return f"{folder / 'config.json'}: no {kind.__name__} can be made of it: {e}"
     for file, shapes in _shapes(folder):
         for name, shape in shapes.items():
             names = (name, f"{OUTER}{name}", name.removeprefix(OUTER))
@@ -86,6 +84,18 @@ def _wrong_model(kind: Any, folder: Path) -> str | None:
             if shape != wanted:
                 return f"{file}: {name} is of shape {shape}, and by config.json a {kind.__name__} has {wanted} there"
     return None
+
+
+@contextmanager
+def described(kind: Any, file: Path) -> Generator[None]:
+    """Turn what a class raises on settings of other types or numbers than it takes into a ModelError that names `file`.
+
+    None of them checks its arguments, so this may be anything.
+    """
+    try:
+        yield
+    except Exception as e:
+        raise ModelError(f"{file}: no {kind.__name__} can be made of it: {e}") from e
 
 
 def _blank(kind: Any, folder: Path) -> Any:
