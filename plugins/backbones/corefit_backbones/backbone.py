@@ -56,6 +56,11 @@ class Diffusers(ABC):
     _text: Any = field(init=False, default=None)
     _vae: Any = field(init=False, default=None)
 
+    @property
+    def distilled(self) -> bool:
+        """Whether guidance is an input of the network."""
+        return False
+
     @cached_property
     def schedule(self) -> Mapping[str, Any]:
         """The scheduler's config."""
@@ -185,7 +190,7 @@ class Diffusers(ABC):
         return Condition({name: t.expand(n, *t.shape[1:]) for name, t in empty.tensors.items()})
 
     def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
-        """v_u + scale (v_c - v_u) [B, ...]: one call of 2B rows, or of B where v_c is known or scale is 1."""
+        """`combine` of both velocities [B, ...]: one call of 2B rows, or of B where v_cond is known or scale is 1."""
         import torch
 
         if scale == 1:
@@ -196,6 +201,10 @@ class Diffusers(ABC):
             v_cond, v_null = both.chunk(2)
         else:
             v_null = self.velocity(x, sigma, null)
+        return self.combine(v_cond, v_null, scale)
+
+    def combine(self, v_cond: Tensor, v_null: Tensor, scale: float) -> Tensor:
+        """v_null + scale (v_cond - v_null) [B, ...]."""
         return v_null + scale * (v_cond - v_null)
 
     def save(self, folder: Path) -> None:

@@ -107,7 +107,10 @@ def unwrapped(transformer: Any) -> Any:
 
 
 def exact_time(transformer: Any) -> Any:
-    """`transformer`, which then embeds its timestep and guidance as given.
+    """`transformer`, which then embeds 1000 times the timestep and guidance that it is given, unrounded.
+
+    For networks that are told sigma in [0, 1] and multiply it by 1000 themselves; one that is told 1000 sigma, as SD3
+    and Wan are, would embed a level 1000 times too large. Their `time_text_embed` takes both first.
 
     The networks of FLUX and Chroma round both to the dtype they compute in first: in bfloat16 the timestep 997.1
     becomes 996, and the sample is denoised as if it were of another noise level.
