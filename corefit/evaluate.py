@@ -16,6 +16,7 @@ from corefit.rng import Rng
 from corefit.rollout import generate
 from corefit.sources import prompts
 from corefit.types import Backbone, Batch, Weighted
+from corefit.weights import is_sharded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,11 +90,19 @@ class Judge:
                 values[entry.name] += _checked(entry, made, batch)
             categories += [str(m.get("category", "")) for m in batch.meta]
             progress(len(categories), len(rows))
+        self._keep_up(backbone, len(rows))
         parts = self.ranks.collected((values, categories))
         return {
             "values": {name: [v for part, _ in parts for v in part[name]] for name in values},
             "categories": [c for _, part in parts for c in part],
         }
+
+    def _keep_up(self, backbone: Backbone, done: int) -> None:
+        """Generate as often as the rank with most rows: sharded weights are gathered on all ranks, or on none."""
+        if is_sharded(backbone.transformer):
+            most = -(-self.count // self.ranks.world)
+            for _ in range(-(-most // self.eval.batch) - -(-done // self.eval.batch)):
+                self.media(backbone, range(1))
 
     def samples(self, backbone: Backbone) -> tuple[Sequence[str], Tensor]:
         """The first prompts, and what the backbone makes of them, on the CPU."""
@@ -104,11 +113,11 @@ class Judge:
         made = [self.media(backbone, rows[first : first + self.eval.batch]).cpu() for first in firsts]
         return self.prompts.batch(rows, rows).prompts, torch.cat(made)
 
-    def keep_samples(self, backbone: Backbone, folder: Path) -> None:
+    def keep_samples(self, samples: tuple[Sequence[str], Tensor], folder: Path) -> None:
         """Write last.png, of clips last.webp too, and last.safetensors for `compare`: what last.png shows."""
         from safetensors.torch import save_file
 
-        prompts, media = self.samples(backbone)
+        prompts, media = samples
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"media": (report.shown(media) * 255).round().byte().contiguous()}, folder / KEPT)
         report.grid(media, prompts, folder / "last.png")

@@ -73,6 +73,16 @@ class Pipeline:
         """Which weights a stage trains."""
         return stage.train or self.train
 
+    def freezes_in_half(self, stage: Stage) -> bool:
+        """Whether, under precision bf16, the weights that `stage` does not train are held in bfloat16.
+
+        Those of the base are. What full training before it has left in float32 stays so: rounded, small updates
+        would be lost.
+        """
+        before = self.stage[: [each.name for each in self.stage].index(stage.name)]
+        exact = [each.save_dtype == "fp32" for each in before if isinstance(self.mode(each), Full)]
+        return isinstance(self.mode(stage), Lora) and not (exact and exact[-1])
+
     def run(self) -> Path:
         """Run, or continue, every stage; the run's folder."""
         from corefit.run import run
@@ -114,7 +124,10 @@ class Pipeline:
             yield f"out: {there} is a file, and the run's folder would be {self.run_folder}; name another"
 
     def _mode_problems(self) -> Iterator[str]:
-        """A LoRA that a stage leaves goes on in the next one."""
+        """A LoRA that a stage leaves goes on in the next one, and is always saved as it is."""
+        for stage in self.stage:
+            if stage.save_dtype != "fp32" and isinstance(self.mode(stage), Lora):
+                yield f"stage.{stage.name}.save_dtype: a LoRA is saved in float32; remove the key"
         for before, stage in pairwise(self.stage):
             was, now = self.mode(before), self.mode(stage)
             if isinstance(was, Lora) and was != now:

@@ -202,7 +202,7 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
     # without a GPU it takes a launcher's processes for one unless told
     bare = not torch.accelerator.is_available()
     made = Accelerator(cpu=bare, mixed_precision="bf16" if half else "no", kwargs_handlers=[ddp])
-    if made.device.type == "cpu":
+    if made.device.type == "cpu" and not shard:  # sharded weights come and go in all sizes, and would leave holes
         memory.keep_freed()
     if made.num_processes == 1:
         return Ranks(made)

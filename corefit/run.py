@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 import attrs
 from attrs import define, field, frozen
 
-from corefit import estimate, memory, plan, report, state, train
+from corefit import estimate, memory, plan, report, state, train, weights
 from corefit.data import Dataset
 from corefit.display import Display
 from corefit.errors import ConfigError
@@ -23,7 +23,6 @@ from corefit.prepare import encoded, precision, survey, text_dtype
 from corefit.ranks import Ranks, join
 from corefit.signals import ECHO, Signals
 from corefit.types import Backbone, Samples, TrainState
-from corefit.weights import is_sharded
 
 T = TypeVar("T")
 
@@ -60,6 +59,8 @@ class Weights:
 
     backbone: Backbone
     adapter: Path | None
+    half: bool
+    """Whether those of the folder are held in bfloat16, in training and so when they are judged."""
 
 
 @define(eq=False)
@@ -91,12 +92,12 @@ class Run:
         self._encode()
         prompts = self.judge and self.judge.prompts.manifest.key
         base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
-        weights = Weights(self.pipeline.backbone, None)
-        self._judge(base, weights, train.Cost(0, 0, 0))
+        start = Weights(self.pipeline.backbone, None, self._half(self.pipeline.stage[0]))
+        self._judge(base, start, train.Cost(0, 0, 0))
         if self.main:
             self.again.keep()
         for stage, target in zip(self.pipeline.stage, targets, strict=True):
-            weights = self._stage(stage, target, weights)
+            start = self._stage(stage, target, start)
         if self.main:
             self._report([base, *targets])
             self.again.end()
@@ -137,6 +138,10 @@ class Run:
         self._judge(target, after, cost)
         return after
 
+    def _half(self, stage: Stage) -> bool:
+        """Whether a stage holds the weights that it does not train in bfloat16."""
+        return precision(self.ranks) == "bf16" and self.pipeline.freezes_in_half(stage)
+
     def _decided(self, decide: Callable[[], T]) -> T:
         """What the first rank finds; the others must not look while it may be writing."""
         mine: Any = decide() if self.main else None
@@ -144,10 +149,10 @@ class Run:
 
     def _left(self, stage: Stage, model: Path, before: Weights) -> Weights:
         if isinstance(self.pipeline.mode(stage), Lora):
-            return Weights(before.backbone, model)
+            return Weights(before.backbone, model, self._half(stage))
         moved = before.backbone.moved(model)
         moved.place(self.ranks.device, text_dtype(self.ranks))
-        return Weights(moved, None)
+        return Weights(moved, None, half=False)
 
     def _claim(self, target: Target, choice: plan.Choice) -> None:
         """Make the stage's folder this stage's; what another one left there is moved aside, not overwritten.
@@ -182,6 +187,7 @@ class Run:
                 order=self.pipeline.data.order,
                 folder=folder,
                 adapter=before.adapter,
+                half=self._half(stage),
                 stop=lambda: self.signals.asked,
                 stepped=lambda step, metrics: progress(step, stage.steps, metrics),
                 started=lambda step: observed.tell(hook.corefit_stage_started, step),
@@ -189,50 +195,49 @@ class Run:
                 saved=lambda step, path: observed.tell(hook.corefit_checkpoint_saved, step, path=path),
             )
             cost = train.train(job, self.ranks)
+            survived = self._save(stage, folder, backbone)
         if self.main:
-            partial = folder / ".partial-model"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            backbone.save(partial)
-            state.publish(partial, folder / "model")
             observed.tell(hook.corefit_stage_finished, stage.steps)
         backbone.transformer = None
         self.ranks.wait()
-        return cost
+        return attrs.evolve(cost, survived=survived)
 
-    def _judge(self, target: Target, weights: Weights, cost: train.Cost) -> None:
+    def _save(self, stage: Stage, folder: Path, backbone: Backbone) -> float | None:
+        """Write the weights that a stage leaves, whole or not at all; what share of its update they still hold."""
+        partial = folder / ".partial-model"
+        if self.main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        half = stage.save_dtype == "bf16"
+        survived = weights.save(backbone, partial, self.ranks, self.pipeline.mode(stage), half=half)
+        if self.main:
+            state.publish(partial, folder / MODEL)
+        return survived
+
+    def _judge(self, target: Target, made: Weights, cost: train.Cost) -> None:
         """Held-out scores of weights as they were saved, unless they are known."""
         if self.judge is None:
             return
         choice = self._decided(lambda: plan.judging(target))
-        kept = choice.kept if choice.use else self._judged(self.judge, target, weights)
-        weights.backbone.release()
-        weights.backbone.transformer = None
-        self.scores.append(
-            report.Scores(
-                target.name, kept["values"], kept["categories"], cost.seconds, cost.samples_per_second, cost.peak_memory
-            )
-        )
+        kept = choice.kept if choice.use else self._judged(self.judge, target, made)
+        made.backbone.release()
+        made.backbone.transformer = None
+        self.scores.append(report.Scores(target.name, kept["values"], kept["categories"], **attrs.asdict(cost)))
 
-    def _judged(self, judge: Judge, target: Target, weights: Weights) -> dict[str, Any]:
-        self._load(weights)
+    def _judged(self, judge: Judge, target: Target, made: Weights) -> dict[str, Any]:
+        backbone, prepare = made.backbone, self.ranks.accelerator.prepare_model
+        weights.load(backbone, self.ranks, half=made.half, adapter=made.adapter)
+        backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # computes as training did
         with self.display.task(f"{target.name}: {judge.count} held-out prompts") as progress:
-            made = judge.score(weights.backbone, progress)
-        if self.main:
+            scored = judge.score(backbone, progress)
+        samples = judge.samples(backbone) if self.main or weights.is_sharded(backbone.transformer) else None
+        self.ranks.accelerator.free_memory()
+        if self.main and samples:
             assert target.scores is not None
             (target.folder / SCORES).unlink(missing_ok=True)  # they are not of the samples that come now
-            judge.keep_samples(weights.backbone, target.folder / "samples")
-            kept = {**made, "identity": target.scores.hash, "parts": target.scores.parts}
-            plan.write(target.folder / SCORES, kept)
-        return made
-
-    def _load(self, weights: Weights) -> None:
-        import torch
-
-        half = self.ranks.accelerator.mixed_precision == "bf16"
-        weights.backbone.load(self.ranks.device, torch.bfloat16 if half else torch.float32)
-        if weights.adapter:
-            weights.backbone.load_lora(weights.adapter)
+            judge.keep_samples(samples, target.folder / "samples")
+            plan.write(target.folder / SCORES, {**scored, "identity": target.scores.hash, "parts": target.scores.parts})
+        return scored
 
     def _report(self, targets: Sequence[Target]) -> None:
         """results.json, the table, the comparison and report.html."""
@@ -271,7 +276,7 @@ class _Observed:
 
     def _samples(self) -> Samples | None:
         judge = self.run.judge
-        if judge is None or is_sharded(self.backbone.transformer):
+        if judge is None or weights.is_sharded(self.backbone.transformer):
             return None
         return lambda: judge.samples(self.backbone)
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 FORMAT = 2
 PARTIAL = ".partial-"
+FILE = 1 << 28
+"""Bytes of one file of a rank's, or of one tensor: a rank writes that much at a time."""
 
 
 @frozen(eq=False)
@@ -91,7 +93,8 @@ def _written(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks | None) 
 
     if ranks is not None:
         ranks.wait()
-    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    files = _files(tensors, ranks.world if ranks else 1)
+    writer = dcp.HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=files, save_distributed=True)
     group = ranks.host if ranks else None
     values = {name: t.detach() for name, t in tensors.items()}
     with _quiet():
@@ -100,6 +103,18 @@ def _written(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks | None) 
     mine = {f.name: digest(f) for f in partial.glob(f"shard-{number:05d}-*.safetensors")}
     every = ranks.collected(mine) if ranks else [mine]
     return {name: digest for part in every for name, digest in part.items()}
+
+
+def _files(tensors: Mapping[str, Tensor], world: int) -> dict[str, int]:
+    """Name -> number of its file, from 1: a rank copies one file's tensors at a time before it writes them."""
+    found: dict[str, int] = {}
+    number, held = 1, 0.0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size() / world
+        if held and held + size > FILE:
+            number, held = number + 1, 0.0
+        found[name], held = number, held + size
+    return found
 
 
 def latest(folder: Path, ranks: Ranks | None = None) -> tuple[Checkpoint | None, list[str]]:

@@ -50,6 +50,8 @@ class Job:
     """The stage's own folder; checkpoints go to `checkpoints/` in it."""
     adapter: Path | None = None
     """The LoRA that the stage before left, if it left one."""
+    half: bool = False
+    """Whether weights that do not train are held in bfloat16."""
     stop: Callable[[], bool] = lambda: False
     """Asked after each step: whether to write a checkpoint and raise Stopped; one rank's yes is enough."""
     stepped: Callable[[int, Metrics], None] = lambda step, metrics: None
@@ -61,15 +63,23 @@ class Job:
 
 @frozen
 class Cost:
-    """What training took: seconds of steps, samples a second over all ranks, peak memory in bytes of one rank."""
+    """What training took.
+
+    seconds             of steps
+    samples_per_second  over all ranks
+    peak_memory         bytes of one rank
+    survived            share of the weights that training moved which differ from the start as they were saved; None
+                        where they were saved as they were trained
+    """
 
     seconds: float
     samples_per_second: float
     peak_memory: int
+    survived: float | None = None
 
 
 def train(job: Job, ranks: Ranks) -> Cost:
-    """Run a stage's steps from its newest checkpoint on; the first rank's backbone ends with the final weights.
+    """Run a stage's steps from its newest checkpoint on; the backbone ends with the final weights, sharded as it was.
 
     Raises NonFinite before a weight is touched by a non-finite loss or gradient, and Stopped.
     """
@@ -83,26 +93,14 @@ def train(job: Job, ranks: Ranks) -> Cost:
             job.stepped(loop.step, metrics)
             if metrics:
                 job.logged(loop.step, metrics)
+            last = loop.step == job.stage.steps
             if ranks.any(job.stop()):
                 raise Stopped(loop.save())
-            if loop.step == job.stage.steps:
-                break
-            if loop.step % job.stage.checkpoint_every == 0:
+            if last or loop.step % job.stage.checkpoint_every == 0:
                 loop.save()
+            if last:
+                break
     return loop.finish()
-
-
-def loaded(job: Job, device: torch.device, *, half: bool) -> weights.Named:
-    """Load the backbone as the stage finds it; the parameters that train."""
-    import torch
-
-    job.backbone.load(device, torch.bfloat16 if half else torch.float32)
-    if job.adapter:
-        job.backbone.load_lora(job.adapter)
-    named = weights.trainable(job.backbone, job.mode)
-    if isinstance(job.mode, Lora) and not job.adapter:
-        weights.seeded_adapter(named, job.seed)
-    return named
 
 
 @define(eq=False, kw_only=True)
@@ -133,11 +131,7 @@ class Loop:
         import torch
 
         stage, backbone, device = job.stage, job.backbone, ranks.device
-        named = loaded(job, torch.device("cpu") if ranks.sharded else device, half=_half(job, ranks))
-        if ranks.sharded:  # block by block from main memory, so that no device ever holds the whole
-            weights.shard(backbone.transformer, device)
-            backbone.place(device, next(iter(named.values())).dtype)
-            named = weights.named_trainable(backbone.transformer)
+        named = weights.load(backbone, ranks, half=job.half, adapter=job.adapter, mode=job.mode, seed=job.seed)
         backbone.empty = job.dataset.null.to(device)
         uses = stage.objective.uses
         ctx = Context(
@@ -341,18 +335,15 @@ class Loop:
         }
 
     def finish(self) -> Cost:
-        """The final weights, averaged where the stage averages, in the unwrapped model: the first rank's if sharded."""
+        """Leave the final weights, averaged where the stage averages, in the unwrapped model, sharded as it was."""
         self._refuse_spoilt()
-        final = self.ema.average if self.ema else self.named
         backbone, ranks = self.job.backbone, self.ranks
         backbone.transformer = ranks.accelerator.unwrap_model(self.transformer)
         ranks.accelerator.free_memory()
         if ranks.sharded:
-            full, backbone.transformer = weights.whole(final), None
-            if ranks.main:
-                _fill(loaded(self.job, ranks.device, half=_half(self.job, ranks)), full)
-        elif self.ema:
-            _fill(self.named, final)
+            backbone.transformer.reshard()  # after sampling, its own weights are whole
+        for name, average in self.ema.average.items() if self.ema else ():
+            self.named[name].data.copy_(average)
         rows = self.job.stage.rows * self.step
         return Cost(self.seconds, rows / max(self.seconds, 1e-9), memory.peak(ranks.device))
 
@@ -431,13 +422,3 @@ class Loop:
                 like = self.named[weight]
                 value = torch.zeros_like(like) if shape else torch.zeros((), device=like.device)
                 self.optimizer.state[like][key] = value.detach()
-
-
-def _half(job: Job, ranks: Ranks) -> bool:
-    """Whether weights that do not train are kept in bfloat16."""
-    return ranks.accelerator.mixed_precision == "bf16" and isinstance(job.mode, Lora)
-
-
-def _fill(named: weights.Named, values: Mapping[str, Tensor]) -> None:
-    for name, parameter in named.items():
-        parameter.data.copy_(values[name])

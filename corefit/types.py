@@ -7,7 +7,8 @@ sigma is in [0, 1]: 1 is pure noise, 0 is clean; x = (1 - sigma) x0 + sigma nois
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NewType, Protocol, runtime_checkable
 
@@ -265,6 +266,34 @@ class Sized(Protocol):
 
     def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of each tensor of a condition, of one row; empty where that is not known."""
+        ...
+
+
+StoredTensors = Mapping[str, Any]
+"""Name -> a tensor in a file, of which `stored[name][rows]` reads rows alone, and `stored[name][...]` all."""
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """What a Backbone may offer besides, so that sharded weights are read and saved a tensor at a time.
+
+    Without it every process reads the whole network into main memory before it is sharded, and the first one holds a
+    whole copy there while it saves.
+    """
+
+    def load_empty(self, dtype: torch.dtype) -> None:
+        """What `load` does, with parameters on the meta device and with real buffers."""
+        ...
+
+    def stored(self) -> AbstractContextManager[StoredTensors]:
+        """The files' tensors, by their names in `transformer.state_dict()`, a LoRA's left out.
+
+        CorefitError where they are not those that `load_empty` has made, in name and shape.
+        """
+        ...
+
+    def save_tensors(self, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """What `save` does, of tensors that come one at a time: of the LoRA alone where there is one."""
         ...
 
 

@@ -1,20 +1,24 @@
 """Which weights train, how they lie on the ranks, and copies of them: the average (EMA) and the reference policy.
 
-A weight is a plain tensor on every rank, or, sharded (FSDP2), a DTensor of which a rank holds a part.
+A weight is a plain tensor on every rank, or, sharded (FSDP2), a DTensor of which a rank holds a part. Sharded weights
+are read and written a tensor at a time: no device and no process ever holds a second copy of the whole.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define
 
 from corefit.errors import ConfigError
+from corefit.ranks import Ranks
 from corefit.stage import Full, Lora
-from corefit.types import Backbone
+from corefit.types import Backbone, StoredTensors, Streamed
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +26,46 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
 Named = Mapping[str, "Parameter"]
+
+
+def load(
+    backbone: Backbone,
+    ranks: Ranks,
+    *,
+    half: bool,
+    adapter: Path | None = None,
+    mode: Full | Lora | None = None,
+    seed: int = 0,
+) -> Named:
+    """Read the network onto this rank's device, whole or this rank's shards of it; the parameters that train.
+
+    Training and evaluation both read weights here, so what is judged is computed as it was trained.
+
+    half     hold weights that do not train in bfloat16
+    adapter  folder of a LoRA that is put on the network
+    mode     which weights train; None where none do
+    seed     of a new adapter's random half
+    """
+    import torch
+
+    dtype = torch.bfloat16 if half else torch.float32
+    streamed = backbone if ranks.sharded and isinstance(backbone, Streamed) else None
+    if streamed:
+        streamed.load_empty(dtype)
+    else:
+        backbone.load(torch.device("cpu") if ranks.sharded else ranks.device, dtype)
+    if adapter:
+        backbone.load_lora(adapter)
+    if mode:
+        named = trainable(backbone, mode)
+        if isinstance(mode, Lora) and not adapter:
+            seeded_adapter(named, seed)
+    if ranks.sharded:
+        shard(backbone.transformer, ranks.device)
+        if streamed:
+            fill(backbone.transformer, streamed, ranks.device)
+        backbone.place(ranks.device, dtype)
+    return named_trainable(backbone.transformer) if mode else {}
 
 
 def trainable(backbone: Backbone, mode: Full | Lora) -> Named:
@@ -62,6 +106,16 @@ def _adapt(transformer: Any, mode: Lora, targets: tuple[str, ...]) -> None:
         )
     except ValueError as error:
         raise ConfigError(f"backbone.train.targets: {', '.join(targets)}: {error}") from error
+    _materialize_adapter(transformer)
+
+
+def _materialize_adapter(transformer: Any) -> None:
+    """Give a new adapter memory where its network has none yet; peft puts it beside the weights that it adapts."""
+    import torch
+
+    blank = {name: p for name, p in named_trainable(transformer).items() if p.is_meta}
+    made = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in blank.items()}
+    transformer.load_state_dict(made, strict=False, assign=True)
 
 
 def _check_rank(transformer: torch.nn.Module, rank: int, targets: tuple[str, ...]) -> None:
@@ -120,10 +174,113 @@ def _part(t: Any) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor of sharded weights in full, on the CPU; every rank must call this."""
-    sharded: Mapping[str, Any] = tensors
-    return {name: t.detach().full_tensor().cpu() for name, t in sharded.items()}
+def fill(transformer: torch.nn.Module, backbone: Streamed, device: torch.device) -> None:
+    """Read this rank's part of every weight from the files; what has memory already, an adapter, stays as it is."""
+    import torch
+
+    transformer._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)  # pyright: ignore[reportPrivateUsage]
+    with torch.no_grad(), backbone.stored() as stored:
+        for name, tensor in transformer.state_dict().items():
+            if not is_adapter(name):
+                _part(tensor).copy_(stored[plain_name(name)][_rows(tensor)])
+
+
+def _rows(tensor: Any) -> slice:
+    """Which rows of a tensor this rank holds: all, or those that fully_shard gives it, which are torch.chunk's."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return slice(None)
+    size = -(-tensor.shape[0] // tensor.device_mesh.size())
+    start = min(size * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+    return slice(start, start + len(tensor.to_local()))
+
+
+def plain_name(name: str) -> str:
+    """A weight's name without what peft puts into it."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a weight of this name is a LoRA's."""
+    return ".lora_" in name
+
+
+def save(backbone: Backbone, folder: Path, ranks: Ranks, mode: Full | Lora, *, half: bool = False) -> float | None:
+    """Write what `mode` has trained to `folder`, which the first rank has made; every rank must call this.
+
+    Sharded weights are gathered one at a time, and the first rank writes them.
+
+    half  round the weights to bfloat16. Then the share of those that training has moved which still differ from the
+          start, as that would be rounded, is returned: None where the backbone cannot tell what it started from.
+    """
+    streamed = backbone if isinstance(backbone, Streamed) else None
+    with streamed.stored() if streamed and half and ranks.main else nullcontext({}) as start:
+        written = Written(whole(backbone.transformer), start, half=half)
+        if ranks.main and streamed:
+            streamed.save_tensors(folder, written)
+        elif ranks.main:
+            _save_whole(backbone, folder, written, mode)
+        deque(written, maxlen=0)  # the other ranks send what the first one writes
+    return written.survived
+
+
+@define(eq=False)
+class Written:
+    """(name, tensor) of each tensor that is saved, rounded where `half` says so, and what the rounding has left."""
+
+    tensors: Iterator[tuple[str, Tensor]]
+    start: StoredTensors
+    half: bool
+    moved: int = 0
+    kept: int = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.tensors:
+            yield name, self._rounded(name, tensor) if self.half and tensor.is_floating_point() else tensor
+
+    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
+        import torch
+
+        rounded = tensor.to(torch.bfloat16)
+        if name in self.start:
+            before = self.start[name][...].to(tensor)
+            self.moved += int((tensor != before).sum())
+            self.kept += int(((rounded != before.to(torch.bfloat16)) & (tensor != before)).sum())
+        return rounded
+
+    @property
+    def survived(self) -> float | None:
+        return self.kept / self.moved if self.moved else None
+
+
+def _save_whole(backbone: Backbone, folder: Path, tensors: Iterable[tuple[str, Tensor]], mode: Full | Lora) -> None:
+    """Save a backbone that is not Streamed; where it is sharded, through a second network in main memory."""
+    import torch
+
+    made = backbone
+    if is_sharded(backbone.transformer):
+        made = copy.copy(backbone)
+        made.load(torch.device("cpu"), torch.float32)
+        trainable(made, mode)
+    parameters = dict(made.transformer.named_parameters())
+    for name, tensor in tensors:
+        if name in parameters:
+            parameters[name].data = tensor.to(parameters[name].device)
+    made.save(folder)
+
+
+def whole(transformer: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, full tensor) of what is saved of a network, its LoRA's alone where it has one; one tensor at a time.
+
+    Every rank must take them all where they are sharded.
+    """
+    tensors = transformer.state_dict()
+    adapted = any(map(is_adapter, tensors))
+    for name, tensor in tensors.items():
+        if is_adapter(name) or not adapted:
+            full: Any = tensor.detach()
+            yield name, full.full_tensor() if is_sharded(transformer) and hasattr(full, "full_tensor") else full
 
 
 @define(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -101,10 +102,11 @@ def dataset(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def job(checkpoint: Path, dataset: Any, tmp_path: Path) -> Callable[..., Any]:
-    """Makes a stage's training, without a pipeline file: job(objective, mode, **keys of the stage)."""
+    """Makes a stage's training, each in a folder of its own: job(objective, mode, **keys of the stage)."""
     from training import job_of
 
-    return lambda *args, **keys: job_of(checkpoint, dataset, tmp_path / "stage", *args, **keys)
+    number = itertools.count(1)
+    return lambda *args, **keys: job_of(checkpoint, dataset, tmp_path / f"stage-{next(number)}", *args, **keys)
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def test_samples_are_made_a_batch_at_a_time(monkeypatch, tmp_path):
 def test_kept_samples_are_compared_as_they_were_drawn(monkeypatch, tmp_path, shape, kept):
     of, _ = judge(monkeypatch, tmp_path, shape, limit=3)
     for stage in ("base", "soar"):
-        of.keep_samples(None, tmp_path / stage)
+        of.keep_samples(of.samples(None), tmp_path / stage)
     media = load_file(tmp_path / "base" / "last.safetensors")["media"]
     assert (media.shape[1:], media.dtype) == (kept, torch.uint8)
     clips = len(shape) == 4

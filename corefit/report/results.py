@@ -31,6 +31,7 @@ class Scores:
     seconds             training time; 0 for base
     samples_per_second  while training; 0 where unknown
     peak_memory         bytes; 0 where unknown
+    survived            share of the update that rounding has left, None where nothing was rounded
     """
 
     stage: str
@@ -39,6 +40,7 @@ class Scores:
     seconds: float = 0.0
     samples_per_second: float = 0.0
     peak_memory: int = 0
+    survived: float | None = None
 
 
 class Row(TypedDict):

@@ -110,12 +110,20 @@ def _table(stages: Sequence[Scores], rows: Sequence[Row], columns: Sequence[str]
     table.add_column("stage", no_wrap=True)
     for column in columns:
         table.add_column(Text(column), justify="right", no_wrap=True)
+    rounded = costs and any(stage.survived is not None for stage in stages)
     for cost in ("paired\ngain", "time", "samples\n/ s", "peak\nmemory") if costs else ():
         table.add_column(cost, justify="right", no_wrap=True)
+    if rounded:
+        table.add_column("update kept\nin bf16", justify="right", no_wrap=True)
     for stage in stages:
         cells = [_cell(*numbers.value(lines[stage.stage, c])) for c in columns]
-        table.add_row(Text(stage.stage, "bold"), *cells, *(_costs(stage, lines, numbers) if costs else ()))
+        more = [*_costs(stage, lines, numbers), *([Text(_share(stage.survived))] if rounded else [])] if costs else []
+        table.add_row(Text(stage.stage, "bold"), *cells, *more)
     return table
+
+
+def _share(share: float | None) -> str:
+    return MISSING if share is None else f"{100 * share:.1f} %"
 
 
 def _costs(stage: Scores, lines: dict[tuple[str, str], Row], numbers: Numbers) -> list[Text]:

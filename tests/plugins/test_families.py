@@ -6,6 +6,7 @@ What sd3 alone has to show is in test_sd3.py.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -17,11 +18,13 @@ import torch
 from attrs import frozen
 from golden import golden as golden_file
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from corefit import weights
 from corefit.errors import ConfigError, ModelError
 from corefit.testing import check_backbone, tiny_chroma, tiny_flux, tiny_wan
-from corefit_backbones import patches, schedule
+from corefit_backbones import network, patches, schedule
 from corefit_backbones.chroma import Chroma
 from corefit_backbones.flux import Flux
 from corefit_backbones.wan import Wan
@@ -231,6 +234,71 @@ def test_each_row_goes_through_the_expert_for_its_noise(folders: dict[str, Path]
 # weights
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_network_filled_from_its_files_is_the_loaded_one(family: Family, folder: Path, dtype: Any) -> None:
+    """What sharded training reads slice by slice is what `load` reads whole, buffers and dtypes included."""
+    whole, empty = loaded(family, folder, dtype), family.kind(str(folder), max_sequence_length=LENGTH)
+    empty.load_empty(dtype)
+    assert all(p.is_meta for p in empty.transformer.parameters())
+    weights.fill(empty.transformer, empty, CPU)
+    expected = {**whole.transformer.state_dict(), **dict(whole.transformer.named_buffers())}
+    found = {**empty.transformer.state_dict(), **dict(empty.transformer.named_buffers())}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+    (x, sigma), cond = state(whole, family.size), whole.encode_text(PROMPTS)
+    empty.empty = whole.null(1)
+    v = whole.velocity(x, sigma, cond)  # its weights lie as they do in the file: kernels may end in other last bits
+    torch.testing.assert_close(empty.velocity(x, sigma, cond), v, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_are_saved_a_tensor_at_a_time(family: Family, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """In several files with an index, which diffusers reads, and so does a stage that starts from them."""
+    monkeypatch.setattr(network, "SHARD", 20_000)
+    backbone = loaded(family, folder)
+    with torch.no_grad():
+        for parameter in backbone.transformer.parameters():
+            parameter += 1
+    backbone.save(tmp_path / "model")
+    for name in backbone.networks:
+        files = list((tmp_path / "model" / name).glob("*.safetensors"))
+        assert len(files) > 3
+        assert all(file.stat().st_size < 40_000 or len(load_file(file)) == 1 for file in files)
+    expected = backbone.transformer.state_dict()
+    again = backbone.moved(tmp_path / "model")
+    again.load(CPU, torch.float32)
+    streamed = backbone.moved(tmp_path / "model")
+    streamed.load_empty(torch.float32)
+    weights.fill(streamed.transformer, streamed, CPU)
+    for read in (again, streamed):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in read.transformer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors, name: tensors.pop(name), "lack {name}"),
+        (lambda tensors, name: tensors.update(more=torch.zeros(1)), "have more too"),
+        (lambda tensors, name: tensors.update({name: torch.zeros(3)}), r"have {name} as \[3\], not"),
+    ],
+)
+def test_files_that_do_not_fit_a_sharded_network_are_named(
+    folders: dict[str, Path], tmp_path: Path, change: Any, said: str
+) -> None:
+    folder = Path(shutil.copytree(next(iter(folders.values())), tmp_path / "base"))
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    change(tensors, name)
+    save_file(tensors, file, {"format": "pt"})
+    backbone = next(iter(FAMILIES.values())).kind(str(folder))
+    backbone.load_empty(torch.float32)
+    expected = f"{re.escape(str(folder / 'transformer'))}: the weights {said.format(name=re.escape(name))}"
+    with pytest.raises(ModelError, match=expected):
+        weights.fill(backbone.transformer, backbone, CPU)
+
+
 def adapted(family: Family, folder: Path) -> Any:
     backbone = loaded(family, folder)
     backbone.transformer.requires_grad_(False)
@@ -303,8 +371,8 @@ def test_a_saved_pipeline_has_the_same_bits_here_and_in_diffusers(
     for key, value in moved.transformer.state_dict().items():
         assert torch.equal(value, backbone.transformer.state_dict()[key])
     experts = dict(moved._parts())
-    for part, network in experts.items():
-        assert all(torch.equal(v, parts[part].state_dict()[k]) for k, v in network.state_dict().items())
+    for part, expert in experts.items():
+        assert all(torch.equal(v, parts[part].state_dict()[k]) for k, v in expert.state_dict().items())
 
 
 # grids, packing

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -92,8 +94,21 @@ class Diffusers(ABC):
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read the transformer, cast to `dtype`; ModelError for a folder or file that cannot be used."""
         self.check_settings()
+        self._set_up(self.joined([self._read(name, dtype) for name in self.networks]).to(device), device, dtype)
+
+    def load_empty(self, dtype: torch.dtype) -> None:
+        """What `load` does, with parameters on the meta device and real buffers on the CPU."""
+        import torch
+
+        self.check_settings()
+        configs = [self.checkpoint.config(name) for name in self.networks]
+        empty = [network.empty(_class(self.transformer_class), config, dtype) for config in configs]
+        self._set_up(self.joined(empty), torch.device("cpu"), dtype)
+
+    def _set_up(self, transformer: Any, device: torch.device, dtype: torch.dtype) -> None:
+        """Take a network that was just made as `transformer`, with what the keys ask of it."""
         self.place(device, dtype)
-        self.transformer = self.joined([self._read(name, dtype) for name in self.networks]).to(device)
+        self.transformer = transformer
         if self.attention != "native":
             network.set_attention(self.transformer, self.attention)
         if self.gradient_checkpointing:
@@ -207,22 +222,52 @@ class Diffusers(ABC):
         """v_null + scale (v_cond - v_null) [B, ...]."""
         return v_null + scale * (v_cond - v_null)
 
+    @contextmanager
+    def stored(self) -> Generator[Mapping[str, Any]]:
+        """The tensors in the files of the networks under training, by their names in `transformer`."""
+        with ExitStack() as opened:
+            found: dict[str, Any] = {}
+            for name, part in self._parts():
+                tensors = opened.enter_context(network.stored(self.checkpoint, name))
+                network.check_stored(part, tensors, self.checkpoint.folder / name)
+                found |= {self._prefix(name) + each: tensor for each, tensor in tensors.items()}
+            yield found
+
     def save(self, folder: Path) -> None:
         """Write the LoRA alone where there is one, otherwise a whole pipeline under plain file names.
 
         `moved(folder)` reads the pipeline back, `load_lora(folder)` the LoRA. Untouched parts are hard links.
         """
-        parts, source = self._parts(), self.checkpoint
-        if network.has_lora(network.unwrapped(self.transformer)):
-            for name, part in parts:
-                network.save_lora(_class(self.pipeline_class), part, folder, network.lora_file(name), self.lora_names)
-            return
-        for name, part in parts:
-            part.save_pretrained(folder / name)
+        self.save_tensors(folder, network.unwrapped(self.transformer).state_dict().items())
+
+    def save_tensors(self, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """What `save` does, of tensors that come one at a time in the order of `transformer.state_dict()`."""
+        adapted, parts = network.has_lora(network.unwrapped(self.transformer)), dict(self._parts())
+        for name, group in groupby(tensors, self._owner):
+            own = ((each.removeprefix(self._prefix(name)), tensor) for each, tensor in group)
+            if adapted:
+                kept = {each: tensor for each, tensor in own if ".lora_" in each}
+                kind = _class(self.pipeline_class)
+                network.save_lora(kind, parts[name], kept, folder, network.lora_file(name), self.lora_names)
+            else:
+                network.save_weights(folder / name, own)
+        if not adapted:
+            self._link_others(folder)
+
+    def _link_others(self, folder: Path) -> None:
+        """Put everything that has not been trained into `folder`."""
+        source = self.checkpoint
         others = [name for name in source.parts if name not in self.networks]
-        # not the configs that diffusers has just written, which name this machine's path
         for name in ("model_index.json", *(f"{name}/config.json" for name in self.networks), *others):
             link(source.folder / name, folder / name, self.variant)
+
+    def _owner(self, named: tuple[str, Tensor]) -> str:
+        """The network, of those under training, that a tensor of `transformer` belongs to."""
+        return named[0].partition(".")[0] if len(self.networks) > 1 else self.networks[0]
+
+    def _prefix(self, name: str) -> str:
+        """What `transformer` puts before the names of one network's tensors."""
+        return f"{name}." if len(self.networks) > 1 else ""
 
     def _parts(self) -> list[tuple[str, Any]]:
         """(folder, network) of each under training."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError
 from corefit_backbones import parts
-from corefit_backbones.folder import Checkpoint
+from corefit_backbones.folder import Checkpoint, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,8 @@ ATTENTION = (
 MASK = "attention_mask"
 FORWARD_ONLY = re.compile("_?sage.*|_flash_3")
 """Attention backends of diffusers 0.39 without a backward; sage's cut the gradient in silence."""
+SHARD = 10**9
+"""Bytes of one weight file at most, and so of main memory while a model is saved from its shards."""
 
 
 def lora_file(part: str) -> str:
@@ -36,6 +39,110 @@ def lora_file(part: str) -> str:
 def read(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> Any:
     """The model of class `kind` in the folder `part`, in `dtype` whatever its files hold; ModelError as parts.read."""
     return parts.read(kind, checkpoint.folder / part, dtype, checkpoint.variant)
+
+
+def empty(kind: Any, config: Settings, dtype: torch.dtype) -> Any:
+    """A network of class `kind` with the dtypes that `read` gives, its parameters on the meta device, buffers real."""
+    import torch
+    from accelerate import init_empty_weights
+
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as from_pretrained does
+    try:
+        with init_empty_weights(), parts.described(kind, config.file):
+            network = kind.from_config(dict(config))
+    finally:
+        torch.set_default_dtype(usual)
+    exact = set(kind._keep_in_fp32_modules or ())
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if exact & set(name.split(".")) else dtype)
+    return network.eval()
+
+
+@contextmanager
+def stored(checkpoint: Checkpoint, part: str) -> Generator[Mapping[str, Any]]:
+    """Name -> a tensor in the weight files of `part`, of which slices are read; ModelError for damaged files."""
+    from safetensors import safe_open
+
+    folder = checkpoint.folder / part
+    with ExitStack() as opened:
+        with parts.reading(folder):
+            files = [opened.enter_context(safe_open(file, "pt")) for file in _weight_files(folder, checkpoint.variant)]
+        yield {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
+
+
+def _weight_files(folder: Path, variant: str | None) -> Sequence[Path]:
+    """The files that diffusers reads a model's weights from: one, or those that an index names."""
+    from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+
+    index, one = (folder / _of_variant(name, variant) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME))
+    if not index.is_file():
+        return [one]
+    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}" if variant else name
+
+
+def check_stored(network: Any, found: Mapping[str, Any], folder: Path) -> None:
+    """ModelError where the files of `folder` do not hold just the tensors of `network`, with their shapes."""
+    wanted = {name: list(t.shape) for name, t in network.state_dict().items() if ".lora_" not in name}
+    wanted = {name.replace(".base_layer.", "."): shape for name, shape in wanted.items()}
+    ignored = network._keys_to_ignore_on_load_unexpected or ()
+    wrong = [
+        *(f"lack {name}" for name in wanted if name not in found),
+        *(f"have {name} too" for name in found if name not in wanted and not any(re.search(i, name) for i in ignored)),
+        *(
+            f"have {name} as {found[name].get_shape()}, not {wanted[name]}"
+            for name in wanted
+            if name in found and found[name].get_shape() != wanted[name]
+        ),
+    ]
+    if wrong:
+        raise ModelError(f"{folder}: the weights {', '.join(wrong[:5])}; the folder is damaged, or of another model")
+
+
+def save_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write tensors as diffusers reads them: one file, or, of more than SHARD bytes, several with an index.
+
+    No more than SHARD bytes are held at a time, or one tensor.
+    """
+    from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = [_write(folder / f"{n}.part", piece) for n, piece in enumerate(_pieces(tensors, SHARD))]
+    if len(sizes) == 1:
+        (folder / "0.part").rename(folder / SAFETENSORS_WEIGHTS_NAME)
+        return
+    where: dict[str, str] = {}
+    for n, piece in enumerate(sizes):
+        name = SAFETENSORS_WEIGHTS_NAME.replace(".", f"-{n + 1:05d}-of-{len(sizes):05d}.")
+        (folder / f"{n}.part").rename(folder / name)
+        where |= dict.fromkeys(piece, name)
+    index = {"metadata": {"total_size": sum(sum(piece.values()) for piece in sizes)}, "weight_map": where}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _pieces(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors in main memory, some at a time: as many as `limit` bytes hold, or one."""
+    held: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > limit:
+            yield held
+            held = {}
+        held[name] = tensor.detach().cpu().contiguous()
+    yield held
+
+
+def _write(file: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, int]:
+    """Write one safetensors file; name -> bytes."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), file, {"format": "pt"})
+    return {name: t.nbytes for name, t in tensors.items()}
 
 
 def compile_blocks(transformer: Any) -> None:
@@ -141,13 +248,15 @@ def has_lora(transformer: Any) -> bool:
 def save_lora(
     pipeline: Any,
     transformer: Any,
+    weights: Mapping[str, Any],
     folder: Path,
     name: str = LORA_FILE,
     named: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> None:
     """Write the adapter "default" for `pipeline.load_lora_weights(folder)`, rank and alpha included.
 
-    named  diffusers' names -> those in the file
+    weights  its tensors, as `transformer.state_dict()` names them
+    named    diffusers' names -> those in the file
     """
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -157,7 +266,7 @@ def save_lora(
     metadata = {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
     pipeline.save_lora_weights(
         folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name="default"),
+        transformer_lora_layers=get_peft_model_state_dict(transformer, dict(weights), adapter_name="default"),
         weight_name=name,
         save_function=lambda weights, file: save_file(dict(named(weights)), file, metadata),
     )
@@ -200,6 +309,7 @@ def load_lora(pipeline: Any, transformer: Any, folder: Path, name: str = LORA_FI
 
 def _attach(transformer: Any, weights: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Add the adapter; what the file has and the model has not, or the reverse."""
+    import torch
     from peft import LoraConfig
     from peft.utils import set_peft_model_state_dict
 
@@ -207,6 +317,9 @@ def _attach(transformer: Any, weights: Mapping[str, Any], settings: Mapping[str,
     for parameter in transformer.parameters():
         if parameter.requires_grad:  # the adapter's; in the model's dtype, which would round the weights
             parameter.data = parameter.data.float()
+    adapter = {name: p for name, p in transformer.named_parameters() if p.requires_grad and p.is_meta}
+    room = {name: torch.zeros_like(p, device="cpu") for name, p in adapter.items()}  # peft put it beside empty weights
+    transformer.load_state_dict(room, strict=False, assign=True)
     result = set_peft_model_state_dict(transformer, dict(weights), adapter_name="default")
     return [*result.unexpected_keys, *(name for name in result.missing_keys if "lora_" in name)]
 
