@@ -207,8 +207,14 @@ class Reader:
         return items
 
     def _model(self, value: Any) -> ModelPath:
-        local = self.folder / _strict(value, str)
-        return ModelPath(str(local) if local.exists() or value.startswith((".", "/")) else value)
+        if not _strict(value, str):
+            raise ValueError("must name a folder, or a model on the hub, not ''")
+        local = self.folder / value
+        try:
+            exists = local.exists()
+        except OSError as error:  # thousands of characters
+            raise ValueError(f"{value[:80]!r}... cannot be a path: {error.strerror}") from error
+        return ModelPath(str(local) if exists or value.startswith((".", "/")) else value)
 
     def _problems(self, error: BaseException, path: str, table: Any, kind: Any = None) -> Iterator[str]:
         """One line for each problem in cattrs' tree of errors; `kind` is the type that the table is read as."""

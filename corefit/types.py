@@ -6,6 +6,7 @@ sigma is in [0, 1]: 1 is pure noise, 0 is clean; x = (1 - sigma) x0 + sigma nois
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -161,6 +162,12 @@ class Backbone(Protocol):
     lora_targets: Sequence[str]
     """Module names that a LoRA adapts by default."""
 
+    @property
+    @abstractmethod
+    def distilled(self) -> bool:
+        """Whether the scale of guidance is an input of the network: `guided` is one call then, and has no halves."""
+        ...
+
     def check(self) -> None:
         """CorefitError for what is wrong with the model's files and shows without reading weights."""
         ...
@@ -219,11 +226,18 @@ class Backbone(Protocol):
         ...
 
     def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
-        """Classifier-free guidance v_u + scale (v_c - v_u); scale 1 is `velocity`.
+        """Classifier-free guidance: `combine` of the velocities of `cond` and `null`; scale 1 is `velocity`.
 
-        A known v_cond = velocity(x, sigma, cond) saves one of the two calls.
+        A known v_cond = velocity(x, sigma, cond) saves one of the two calls. Distilled, one call with the scale.
         """
         ...
+
+    def combine(self, v_cond: Tensor, v_null: Tensor, scale: float) -> Tensor:
+        """How guidance joins its halves [B, ...], row by row: v_null + scale (v_cond - v_null), but for some families.
+
+        Qwen-Image, for one, gives the result the norm of v_cond. Differentiable in both; v_cond where scale is 1.
+        """
+        return v_null + scale * (v_cond - v_null)
 
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
         """The checkpoint's own inference grid, [steps + 1], falling from 1 (or near) to 0; float32, CPU."""

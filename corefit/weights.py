@@ -95,6 +95,7 @@ def named_trainable(transformer: torch.nn.Module) -> Named:
 def _adapt(transformer: Any, mode: Lora, targets: tuple[str, ...]) -> None:
     from peft import LoraConfig
 
+    _check_rank(transformer, mode.rank, targets)
     try:
         transformer.add_adapter(
             LoraConfig(
@@ -115,6 +116,17 @@ def _materialize_adapter(transformer: Any) -> None:
     blank = {name: p for name, p in named_trainable(transformer).items() if p.is_meta}
     made = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in blank.items()}
     transformer.load_state_dict(made, strict=False, assign=True)
+
+
+def _check_rank(transformer: torch.nn.Module, rank: int, targets: tuple[str, ...]) -> None:
+    """ConfigError for a rank that no module could have, before memory for it is asked for."""
+    named = ((name, getattr(module, "weight", None)) for name, module in transformer.named_modules())
+    found = [w for name, w in named if w is not None and f".{name}".endswith(tuple(f".{t}" for t in targets))]
+    widest = max((min(w.shape[0], w[0].numel()) for w in found if w.ndim > 1), default=None)
+    if widest is not None and rank > widest:
+        raise ConfigError(
+            f"backbone.train.rank = {rank}: the widest module that it adapts has rank {widest}; give that or less"
+        )
 
 
 def seeded_adapter(named: Named, seed: int) -> None:

@@ -105,6 +105,7 @@ class Analytic:
     calls: list[int] = field(factory=list)
     asked: list[Tensor] = field(factory=list)
     """The sigmas of each forward."""
+    distilled = False
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         a, b, k = self.params
@@ -119,7 +120,9 @@ class Analytic:
         v_cond = self.velocity(x, sigma, cond) if v_cond is None else v_cond
         if scale == 1:
             return v_cond
-        v_null = self.velocity(x, sigma, self.null(len(x)))
+        return self.combine(v_cond, self.velocity(x, sigma, self.null(len(x))), scale)
+
+    def combine(self, v_cond: Tensor, v_null: Tensor, scale: float) -> Tensor:
         return v_null + scale * (v_cond - v_null)
 
     def shift(self, shape: Sequence[int]) -> float:

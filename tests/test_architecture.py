@@ -50,7 +50,7 @@ OFFERED = {
 ONLY = {
     "streaming": {"mds"},
     "accelerate": {"ranks"},
-    "peft": {"weights"},
+    "peft": {"weights", "testing"},
     "diffusers": {"testing"},
     "transformers": {"testing"},
 }

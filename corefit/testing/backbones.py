@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from corefit.testing.checks import close, expect, normal
+from corefit.testing.forms import check_half, check_lora
 from corefit.testing.keys import check_keys
 from corefit.testing.timesteps import check_timesteps
 from corefit.types import Backbone, Condition
@@ -36,9 +37,10 @@ def check_backbone(backbone: Backbone, *, prompts: Sequence[str], media: Tensor 
     """AssertionError, naming the problem, unless `backbone` keeps the promises of `corefit.types.Backbone`.
 
     Shapes agree between encode, decode and latent_shape; a row's velocity and condition do not depend on others;
-    sigma and the prompt are read; guidance 1 is the plain call; the grid falls to 0; the gradient reaches the
-    transformer; what is saved loads to the same velocity, and its network is told the timesteps that diffusers' own
-    pipeline of that folder tells it, where there is one.
+    sigma and the prompt are read; guidance 1 is the plain call, and any other is `combine` of two, or of none; the grid
+    falls to 0; the gradient reaches the transformer; what is saved loads to the same velocity, nearly so in bfloat16,
+    and with a LoRA. Where diffusers has a pipeline of the saved folder, the network is told its timesteps and gives
+    what its network gives.
 
     backbone  loaded on the CPU in float32; saved to a temporary folder and read back
     prompts   at least two, different and not empty
@@ -162,8 +164,30 @@ def _check_guidance(backbone: Backbone, call: Call) -> None:
     guided = backbone.guided(x, sigma, cond, 3.0)
     expect(guided.shape == x.shape, f"guided is {list(guided.shape)} for x {list(x.shape)}; the shape stays")
     _check_tensor("guided", guided)
+    _check_halves(backbone, call, guided)
     known = backbone.guided(x, sigma, cond, 3.0, v_cond=v)
     _expect_equal(known, guided, "guided with v_cond = velocity(x, sigma, cond) differs from guided without it")
+
+
+def _check_halves(backbone: Backbone, call: Call, guided: Tensor) -> None:
+    """`distilled` and `combine` are as `guided` does: what lets gradients through one half alone relies on them."""
+    expect(
+        type(getattr(backbone, "distilled", None)) is bool,
+        "distilled is not declared: True where the scale of guidance is an input of the network, otherwise False",
+    )
+    v, v_null = call.v, backbone.velocity(call.x, call.sigma, backbone.null(len(call.x)))
+    joined = backbone.combine(v, v_null, 3.0)
+    if backbone.distilled:
+        expect(
+            not close(guided, joined, TOLERANCE),
+            "distilled is True, and guided joins two velocities: its network does not take the scale",
+        )
+        return
+    _expect_equal(joined, guided, "guided is not combine(velocity of cond, velocity of null, scale)")
+    _expect_equal(backbone.combine(v, v_null, 1.0), v, "combine with scale 1 is not v_cond")
+    _expect_equal(
+        backbone.combine(v[:1], v_null[:1], 3.0), joined[:1], "combine of a row alone differs: rows are mixed"
+    )
 
 
 def _check_sigmas(backbone: Backbone, shape: tuple[int, ...]) -> None:
@@ -219,6 +243,8 @@ def _check_saved(backbone: Backbone, call: Call, media: Tensor, prompt: str) -> 
                 "weights_key() must be a hash of the weights' files: equal for equal files, another for others",
             )
             check_timesteps(moved, folder, media, prompt, call.x[:1], call.cond[:1])
+            check_half(backbone.moved(folder), call.x, call.cond, call.sigma, v)
+            check_lora(lambda: backbone.moved(folder), Path(name) / "lora", call.x, call.cond, call.sigma)
     finally:
         for parameter, value in zip(parameters, found, strict=True):
             parameter.copy_(value)

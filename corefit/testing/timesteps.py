@@ -8,13 +8,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corefit.testing.checks import expect
+from corefit.testing.checks import close, expect
 from corefit.types import Backbone, Condition
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STEPS = 3
+SAME = 1e-4
+"""Of float32 arithmetic."""
 TOLERANCE = 2e-3
 """Of the largest timestep: some schedulers round to whole ones of 1000."""
 
@@ -41,6 +43,28 @@ def check_timesteps(backbone: Backbone, folder: Path, media: Tensor, prompt: str
             f"at sigma {sigma:.4g} the network is told the timestep {ours[0] if ours else 'none'}, and "
             f"{type(pipeline).__name__} tells it {expected:.4g}: some networks take sigma, others 1000 sigma, and "
             "sigma 1 is pure noise",
+        )
+        _check_network(backbone, pipeline, network, sigma, x, cond)
+
+
+def _check_network(backbone: Backbone, pipeline: Any, name: str, sigma: float, x: Tensor, cond: Condition) -> None:
+    """The networks of class `name` give what the pipeline's give for the same arguments: what embeds time is theirs."""
+    import torch
+
+    theirs: list[Any] = [pipeline.transformer, getattr(pipeline, "transformer_2", None)]
+    ours = [m for m in backbone.transformer.modules() if type(m).__name__ == name]
+    heard: list[tuple[Any, Any, Any, Any]] = []
+    with ExitStack() as hooks:
+        for mine in ours:
+            hooks.callback(mine.register_forward_hook(lambda *call: heard.append(call), with_kwargs=True).remove)
+        backbone.velocity(x, torch.tensor([sigma]), cond)
+    for mine, args, keys, out in heard:
+        other = theirs[ours.index(mine)]
+        expect(
+            close(other(*args, **keys)[0], out[0], SAME),
+            f"at sigma {sigma:.4g} the {name} of the backbone gives other values than diffusers' own, which was given "
+            "the same arguments: hooks, or what embeds the timestep, change it (network.exact_time is for networks "
+            "that are told sigma, not 1000 sigma)",
         )
 
 

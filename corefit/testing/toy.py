@@ -131,14 +131,17 @@ class ToyBackbone(Backbone):
         dtype = self._dtype
         return self.transformer(x.to(dtype), sigma.to(dtype), cond.tensors["code"].to(dtype)).float()
 
+    @property
+    def distilled(self) -> bool:
+        return False
+
     def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
-        """v_u + scale (v_c - v_u), a call for each of the two that is not known."""
+        """`combine` of two velocities, a call for each that is not known."""
         if v_cond is None:
             v_cond = self.velocity(x, sigma, cond)
         if scale == 1:
             return v_cond
-        v_null = self.velocity(x, sigma, self.null(len(x)))
-        return v_null + scale * (v_cond - v_null)
+        return self.combine(v_cond, self.velocity(x, sigma, self.null(len(x))), scale)
 
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
         """[steps + 1], evenly spaced from 1 to 0, then shifted."""

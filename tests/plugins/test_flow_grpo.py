@@ -16,7 +16,7 @@ from golden import Analytic, golden
 
 from corefit import Batch, Condition, Context, Step
 from corefit.errors import TrainingError
-from corefit.flow import per_sample
+from corefit.flow import like, per_sample
 from corefit.noise import LogitNormal
 from corefit.rng import Rng, generator
 from corefit.samplers import Cps, DanceSde, FlowSde
@@ -642,6 +642,48 @@ def test_detaching_the_unconditional_half_changes_the_gradient_only():
     assert both[0] == pytest.approx(one[0], abs=1e-5)
     assert not torch.allclose(both[1], one[1], rtol=1e-2)
     assert float(both[1][2]) == pytest.approx(float(one[1][2]), rel=1e-4)  # k acts on the conditional half alone
+
+
+class Rescaled(Analytic):
+    """Gives guidance the norm of the conditional half, as Qwen-Image does."""
+
+    def combine(self, v_cond, v_null, scale):
+        joined = super().combine(v_cond, v_null, scale)
+        size = [v.flatten(1).norm(dim=1) for v in (v_cond, joined)]
+        return joined * like(size[0] / size[1], joined)
+
+
+def test_a_detached_half_is_joined_as_the_backbone_joins_it():
+    """The gradient is that of `combine` with the unconditional half held fixed, whatever `combine` is."""
+    (part,) = collect(toy(detach_unconditional=True), backbone=Rescaled(model().params))
+
+    class Held(Rescaled):
+        def guided(self, x, sigma, cond, scale, v_cond=None):
+            v_null = self.velocity(x, sigma, self.null(len(x))).detach()
+            return self.combine(self.velocity(x, sigma, cond), v_null, scale)
+
+    found = of_terms(toy(detach_unconditional=True), part, Rescaled(model().params.detach().requires_grad_()))
+    expected = of_terms(toy(), part, Held(model().params.detach().requires_grad_()))
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    torch.testing.assert_close(found[1], expected[1])
+
+
+class Distilled(Analytic):
+    """Its scale is an input: there are no halves."""
+
+    distilled = True
+
+    def guided(self, x, sigma, cond, scale, v_cond=None):
+        return scale * self.velocity(x, sigma, cond)
+
+    def null(self, n):
+        raise AssertionError("a distilled model has no unconditional half")
+
+
+def test_distilled_guidance_has_nothing_to_detach():
+    (part,) = collect(toy(detach_unconditional=True), backbone=Distilled(model().params))
+    both, one = (of_terms(toy(detach_unconditional=d), part, Distilled(model().params)) for d in (False, True))
+    assert both[0] == one[0]
 
 
 def test_without_guidance_there_is_nothing_to_detach():

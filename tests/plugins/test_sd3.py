@@ -444,9 +444,12 @@ def truncate(file):
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def change_weights(file, change):
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
 def drop_weight(file):
-    weights = load_file(file)
-    save_file({name: t for name, t in weights.items() if name != "proj_out.bias"}, file, {"format": "pt"})
+    change_weights(file, lambda weights: {name: t for name, t in weights.items() if name != "proj_out.bias"})
 
 
 BAD_FOLDERS = {
@@ -474,7 +477,22 @@ BAD_FOLDERS = {
     ),
     "no weights": (lambda f: (f / "transformer" / WEIGHTS).unlink(), WEIGHTS),
     "truncated weights": (lambda f: truncate(f / "transformer" / WEIGHTS), f"transformer.*{WEIGHTS}: damaged"),
-    "a weight is missing": (lambda f: drop_weight(f / "transformer" / WEIGHTS), "the weights lack proj_out.bias"),
+    "a weight is missing": (
+        lambda f: drop_weight(f / "transformer" / WEIGHTS),
+        f"{WEIGHTS}: the weights of transformer lack proj_out.bias",
+    ),
+    "a weight too many": (
+        lambda f: change_weights(f / "transformer" / WEIGHTS, lambda w: w | {"x.bias": torch.ones(1)}),
+        f"{WEIGHTS}: a SD3Transformer2DModel, as transformer is to be, has no place for x.bias",
+    ),
+    "a weight of another shape": (
+        lambda f: change_weights(f / "transformer" / WEIGHTS, lambda w: w | {"proj_out.bias": torch.ones(3)}),
+        rf"{WEIGHTS}: proj_out.bias is of shape \[3\], and by config.json a SD3Transformer2DModel has \[16\] there",
+    ),
+    "text for a number": (
+        lambda f: rewrite(f / "transformer" / "config.json", num_layers="four"),
+        "transformer/config.json: no SD3Transformer2DModel can be made of it",
+    ),
 }
 
 

@@ -7,6 +7,7 @@ from attrs import define, field
 from corefit import Condition
 from corefit.testing import ToyBackbone, check_backbone
 from corefit.testing.toy import loaded
+from corefit_backbones import network
 from corefit_backbones.sd3 import Sd3
 
 PROMPTS = ["a red sky", "a blue sea"]
@@ -45,6 +46,52 @@ class GuidanceOffByOne(ToyBackbone):
 class ForgetsKnown(ToyBackbone):
     def guided(self, x, sigma, cond, scale, v_cond=None):
         return super().guided(x, sigma, cond, scale, None if v_cond is None else 0 * v_cond)
+
+
+class Rescaled(ToyBackbone):
+    """Guides as Qwen-Image does, and says it by `guided` alone."""
+
+    def guided(self, x, sigma, cond, scale, v_cond=None):
+        v = self.velocity(x, sigma, cond) if v_cond is None else v_cond
+        joined = super().guided(x, sigma, cond, scale, v)
+        return joined * v.norm() / joined.norm()
+
+
+class RescaledAcrossRows(ToyBackbone):
+    def combine(self, v_cond, v_null, scale):
+        joined = super().combine(v_cond, v_null, scale)
+        return joined * v_cond.norm() / joined.norm()
+
+
+class CombineOffByOne(ToyBackbone):
+    def guided(self, x, sigma, cond, scale, v_cond=None):
+        return super().guided(x, sigma, cond, scale, v_cond) if scale != 1 else self.velocity(x, sigma, cond)
+
+    def combine(self, v_cond, v_null, scale):
+        return super().combine(v_cond, v_null, scale + 1)
+
+
+class NotDistilled(ToyBackbone):
+    distilled = True
+
+
+class SaysNothingOfDistillation(ToyBackbone):
+    distilled = None
+
+
+class HalfInHalf(ToyBackbone):
+    def velocity(self, x, sigma, cond):
+        return super().velocity(x, sigma, cond).to(self._dtype)
+
+
+class OtherInHalf(ToyBackbone):
+    def velocity(self, x, sigma, cond):
+        return super().velocity(x, sigma if self._dtype == torch.float32 else 0.9 * sigma, cond)
+
+
+class StaysWhole(ToyBackbone):
+    def load(self, device, dtype):
+        super().load(device, torch.float32)
 
 
 class NoFinalZero(ToyBackbone):
@@ -159,6 +206,14 @@ class NeedsEncoders(ToyBackbone):
 WRONG_BACKBONES = [
     (GuidanceOffByOne, "guided with scale 1 is not velocity .they differ by up to"),
     (ForgetsKnown, "guided with v_cond"),
+    (Rescaled, r"guided is not combine\(velocity of cond"),
+    (RescaledAcrossRows, "combine of a row alone differs"),
+    (CombineOffByOne, "combine with scale 1 is not v_cond"),
+    (NotDistilled, "distilled is True, and guided joins two velocities"),
+    (SaysNothingOfDistillation, "distilled is not declared"),
+    (HalfInHalf, "velocity of a network in bfloat16 is torch.bfloat16"),
+    (OtherInHalf, "in bfloat16 differs from float32's by"),
+    (StaysWhole, "load in bfloat16 leaves no parameter"),
     (NoFinalZero, "not at 0: append the 0"),
     (Rising, "does not fall strictly"),
     (Timesteps, r"starts at 1000; pure noise is sigma 1"),
@@ -204,6 +259,57 @@ def test_another_timestep_than_diffusers_is_named(cls, told, checkpoint):
     backbone.load(torch.device("cpu"), torch.float32)
     problem = f"at sigma 1 the network is told the timestep {told}, and StableDiffusion3Pipeline tells it 1000"
     with pytest.raises(AssertionError, match=f"^{cls.__name__}: {problem}"):
+        check_backbone(backbone, prompts=PROMPTS)
+
+
+class ExactTime(Sd3):
+    """Embeds 1000 times the timestep that it is told, which is 1000 sigma."""
+
+    def joined(self, networks):
+        return network.exact_time(super().joined(networks))
+
+
+class LosesLora(Sd3):
+    def load_lora(self, folder):
+        super().load_lora(folder)
+        for name, parameter in self.transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.detach().zero_()
+
+
+class LosesAlpha(Sd3):
+    def load_lora(self, folder):
+        super().load_lora(folder)
+        for module in self.transformer.modules():
+            if hasattr(module, "set_scale"):
+                module.set_scale("default", 0.5)
+
+
+class FreezesLora(Sd3):
+    def load_lora(self, folder):
+        super().load_lora(folder)
+        self.transformer.requires_grad_(False)
+
+
+@define(eq=False, slots=False)
+class AdaptsNothing(Sd3):
+    lora_targets = field(init=False, default=("to_nothing",))
+
+
+WRONG_FAMILIES = [
+    (ExactTime, "the SD3Transformer2DModel of the backbone gives other values than diffusers' own"),
+    (LosesLora, "velocity after load_lora is not that of the LoRA saved"),
+    (LosesAlpha, "velocity after load_lora is not that of the LoRA saved"),
+    (FreezesLora, "after load_lora 0 parameters require a gradient"),
+    (AdaptsNothing, r"lora_targets \['to_nothing'\] name no module"),
+]
+
+
+@pytest.mark.parametrize(("cls", "problem"), WRONG_FAMILIES, ids=lambda each: getattr(each, "__name__", ""))
+def test_a_wrong_family_is_named(cls, problem, checkpoint):
+    backbone = cls(str(checkpoint), max_sequence_length=16)
+    backbone.load(torch.device("cpu"), torch.float32)
+    with pytest.raises(AssertionError, match=f"^{cls.__name__}: .*{problem}"):
         check_backbone(backbone, prompts=PROMPTS)
 
 

@@ -117,6 +117,10 @@ class PluginName(Backbone):
     def shift(self, shape: Sequence[int]) -> float:
         return float(self._config("scheduler", "scheduler_config.json")["shift"])
 
+    @property
+    def distilled(self) -> bool:
+        return False  # FAMILY: whether the network takes the scale of guidance as an input
+
     # any family
 
     def check(self) -> None:
@@ -163,8 +167,7 @@ class PluginName(Backbone):
         v = self.velocity(x, sigma, cond) if v_cond is None else v_cond
         if scale == 1:
             return v
-        v_null = self.velocity(x, sigma, self.null(len(x)))
-        return v_null + scale * (v - v_null)
+        return self.combine(v, self.velocity(x, sigma, self.null(len(x))), scale)  # FAMILY: some join them otherwise
 
     def weights_key(self) -> str:
         return _digest(self.path / "transformer")

@@ -14,7 +14,7 @@ from attrs import define, evolve, field
 
 from corefit import Condition
 from corefit.types import ModelPath
-from corefit_backbones import network, schedule
+from corefit_backbones import encoders, network, parts, schedule
 from corefit_backbones.folder import Checkpoint, fingerprint, link
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ class Diffusers(ABC):
     _dtype: Any = field(init=False, default=None)
     _text: Any = field(init=False, default=None)
     _vae: Any = field(init=False, default=None)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether guidance is an input of the network."""
+        return False
 
     @cached_property
     def schedule(self) -> Mapping[str, Any]:
@@ -140,9 +145,14 @@ class Diffusers(ABC):
         torch.set_default_dtype(dtype)
         try:
             with torch.device("meta"):
-                return self.joined([kind.from_config(dict(self.checkpoint.config(name))) for name in self.networks])
+                return self.joined([self._described(kind, name) for name in self.networks])
         finally:
             torch.set_default_dtype(usual)
+
+    def _described(self, kind: Any, name: str) -> Any:
+        config = self.checkpoint.config(name)
+        with parts.described(kind, config.file):
+            return kind.from_config(dict(config))
 
     def _recompute(self) -> None:
         for _, part in self._parts():
@@ -195,7 +205,7 @@ class Diffusers(ABC):
         return Condition({name: t.expand(n, *t.shape[1:]) for name, t in empty.tensors.items()})
 
     def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
-        """v_u + scale (v_c - v_u) [B, ...]: one call of 2B rows, or of B where v_c is known or scale is 1."""
+        """`combine` of both velocities [B, ...]: one call of 2B rows, or of B where v_cond is known or scale is 1."""
         import torch
 
         if scale == 1:
@@ -206,6 +216,10 @@ class Diffusers(ABC):
             v_cond, v_null = both.chunk(2)
         else:
             v_null = self.velocity(x, sigma, null)
+        return self.combine(v_cond, v_null, scale)
+
+    def combine(self, v_cond: Tensor, v_null: Tensor, scale: float) -> Tensor:
+        """v_null + scale (v_cond - v_null) [B, ...]."""
         return v_null + scale * (v_cond - v_null)
 
     @contextmanager
@@ -264,7 +278,7 @@ class Diffusers(ABC):
         """The family's diffusers pipeline with tokenizers and frozen text encoders, read on first use."""
         assert self._device is not None, "place or load first"
         if self._text is None:
-            self._text = network.read_text(_class(self.pipeline_class), self.checkpoint, self._dtype)
+            self._text = encoders.read(_class(self.pipeline_class), self.checkpoint, self._dtype)
             for name, part in self._text.components.items():
                 if name.startswith("text_encoder") and part is not None:
                     part.to(self._device).requires_grad_(False)

@@ -41,7 +41,7 @@ class Flux(Diffusers):
         """Latent channels, pixels a latent."""
         return patches.geometry(self.checkpoint)
 
-    @cached_property
+    @property
     def distilled(self) -> bool:
         """Whether guidance is an input of the network."""
         return bool(self.checkpoint.config("transformer").get("guidance_embeds", False))

@@ -19,6 +19,11 @@ from corefit.errors import ConfigError, ModelError
 READ = frozenset({".json", ".txt", ".model", ".safetensors"})
 """What models and tokenizers are read from; pickles never are."""
 
+NAMED = 80
+"""Characters of a path that a message repeats."""
+COMPONENT = re.compile(r"(transformer|vae|text_encoder|tokenizer|scheduler)(_\d+)?")
+"""Names in model_index.json that are no settings."""
+
 
 @frozen
 class Checkpoint:
@@ -38,11 +43,22 @@ class Checkpoint:
     @cached_property
     def index(self) -> Mapping[str, bool]:
         """Component -> whether there is one (False: left out, like SD3's T5); ModelError if its folder is missing."""
-        folder, index = _described(self.path, self.revision), self.settings
-        found = {name: value[0] is not None for name, value in index.items() if isinstance(value, list)}
+        folder = _described(self.path, self.revision)
+        found = {name: kind is not None for name, kind in self.classes.items()}
         missing = [name for name, there in found.items() if there and not (folder / name).is_dir()]
         if missing:
             raise ModelError(f"{folder}: model_index.json names {', '.join(missing)}: no such folder in it")
+        return found
+
+    @cached_property
+    def classes(self) -> Mapping[str, tuple[str, str] | None]:
+        """Component -> (library, class), None where it is left out; ModelError for what names neither."""
+        file, found = _described(self.path, self.revision) / "model_index.json", dict[str, tuple[str, str] | None]()
+        for name, value in self.settings.items():
+            if named := _named(value):
+                found[name] = None if None in named else named
+            elif COMPONENT.fullmatch(name):
+                raise ModelError(f"{file}: {name} is {value!r}; [library, class] is expected, or [null, null] for none")
         return found
 
     @cached_property
@@ -70,7 +86,7 @@ class Checkpoint:
             if part.startswith(kinds) and not any((here / part).glob("*.safetensors")):
                 raise ModelError(f"{here / part}: no .safetensors file; copy the weights there")
 
-    def config(self, part: str, file: str = "config.json") -> Mapping[str, Any]:
+    def config(self, part: str, file: str = "config.json") -> Settings:
         """The settings of one component."""
         if part not in self.parts:
             raise ModelError(f"{self.path}: its model_index.json has no {part}; it has {', '.join(self.parts)}")
@@ -150,15 +166,59 @@ def _check_family(path: str, found: str, expected: str) -> None:
     raise ModelError(f"{path} is a {found}; {reads} reads a {expected}: {hint}")
 
 
+SIZES = frozenset(
+    {
+        *("in_channels", "latent_channels", "z_dim", "patch_size", "block_out_channels", "pos_embed_max_size"),
+        *("joint_attention_dim", "pooled_projection_dim", "text_dim", "model_max_length"),
+        *("scale_factor_temporal", "scale_factor_spatial"),
+    }
+)
+"""Keys of config.json that are calculated with before a class has read the file: positive whole numbers, or several."""
+LEVELS = frozenset(
+    {"shift", "flow_shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "boundary_ratio"}
+)
+"""Keys that are numbers."""
+
+
 class Settings(dict[str, Any]):
-    """A JSON object of a checkpoint; a key that is not there is a ModelError that names the file."""
+    """A JSON object of a checkpoint.
+
+    A key that is not there, and one of SIZES or LEVELS that is no such number, is a ModelError that names the file.
+    """
 
     def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
         super().__init__(values)
         self.file = file
 
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if (key in SIZES and not _sized(value)) or (key in LEVELS and type(value) not in (int, float)):
+            raise ModelError(f"{self.file}: {key} is {value!r}; a number is expected there: fetch the file again")
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, or `default` where there is none, or null."""
+        return default if super().get(key) is None else self[key]
+
     def __missing__(self, key: str) -> Any:
         raise ModelError(f"{self.file}: it has no {key!r}; the folder is damaged, or of another version")
+
+
+def _named(value: Any) -> tuple[Any, Any] | None:
+    """(library, class) as model_index.json writes them, two texts or two nulls; None for anything else."""
+    match value:
+        case [str() as library, str() as name]:
+            return library, name
+        case [None, None]:
+            return None, None
+        case _:
+            return None
+
+
+def _sized(value: Any) -> bool:
+    """Whether it is a positive whole number, or a list of some."""
+    each: Sequence[Any] = value if isinstance(value, list) else [value]
+    return bool(each) and all(type(n) is int and n > 0 for n in each)
 
 
 def _json(file: Path, why: str) -> Settings:
@@ -175,12 +235,18 @@ def _json(file: Path, why: str) -> Settings:
 
 def _local(path: str, revision: str | None) -> Path | None:
     """The folder, or None for a name on the hub."""
-    if Path(path).is_dir():
+    try:
+        is_folder, is_file = Path(path).is_dir(), Path(path).is_file()
+    except OSError as e:
+        raise ModelError(f"path = {path[:NAMED]!r}...: no such folder: {e.strerror}") from e
+    if is_file:
+        raise ModelError(f"{path} is a file; name the folder of diffusers' layout, in which model_index.json is")
+    if is_folder:
         if revision is not None:
             raise ModelError(f'revision = "{revision}" is for a name on the hub, and {path} is a folder')
         return Path(path)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
-        raise ModelError(f"{path}: no such folder, and no name on the hub, which is organisation/model")
+        raise ModelError(f"{path!r}: no such folder, and no name on the hub, which is organisation/model")
     return None
 
 

@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError
-from corefit_backbones.folder import Checkpoint
+from corefit_backbones import parts
+from corefit_backbones.folder import Checkpoint, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -37,49 +37,11 @@ def lora_file(part: str) -> str:
 
 
 def read(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> Any:
-    """The model of class `kind` in the folder `part`, in `dtype` whatever its files hold, on the CPU.
-
-    ModelError, naming the file, if weights are missing, damaged or incomplete: nothing is left random.
-    """
-    folder = checkpoint.folder / part
-    with reading(folder):
-        model, info = kind.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            variant=checkpoint.variant,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    if info["missing_keys"]:
-        raise ModelError(f"{folder}: the weights lack {', '.join(sorted(info['missing_keys'])[:5])}")
-    return model
+    """The model of class `kind` in the folder `part`, in `dtype` whatever its files hold; ModelError as parts.read."""
+    return parts.read(kind, checkpoint.folder / part, dtype, checkpoint.variant)
 
 
-def read_text(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """A pipeline of class `kind` that can encode prompts, without transformer and VAE; ModelError as in `read`."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()  # the run shows its own
-    folder, absent = (
-        checkpoint.folder,
-        {name: None for name, there in checkpoint.index.items() if not there or name.startswith("transformer")},
-    )
-    checkpoint.check_weights("text_encoder")
-    with reading(folder):
-        pipeline = kind.from_pretrained(
-            folder,
-            **absent,
-            vae=None,
-            torch_dtype=dtype,
-            variant=checkpoint.variant,
-            use_safetensors=True,
-        )
-    # where SD3 has no T5, encode_prompt asks the transformer how wide its zeros should be
-    pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**checkpoint.config("transformer")))
-    return pipeline
-
-
-def empty(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def empty(kind: Any, config: Settings, dtype: torch.dtype) -> Any:
     """A network of class `kind` with the dtypes that `read` gives, its parameters on the meta device, buffers real."""
     import torch
     from accelerate import init_empty_weights
@@ -87,7 +49,7 @@ def empty(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # as from_pretrained does
     try:
-        with init_empty_weights():
+        with init_empty_weights(), parts.described(kind, config.file):
             network = kind.from_config(dict(config))
     finally:
         torch.set_default_dtype(usual)
@@ -105,7 +67,7 @@ def stored(checkpoint: Checkpoint, part: str) -> Generator[Mapping[str, Any]]:
 
     folder = checkpoint.folder / part
     with ExitStack() as opened:
-        with reading(folder):
+        with parts.reading(folder):
             files = [opened.enter_context(safe_open(file, "pt")) for file in _weight_files(folder, checkpoint.variant)]
         yield {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
 
@@ -183,30 +145,6 @@ def _write(file: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, int]
     return {name: t.nbytes for name, t in tensors.items()}
 
 
-@contextmanager
-def reading(folder: Path) -> Generator[None]:
-    """Turn what the libraries raise on bad files of `folder` into a ModelError that names the file."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as e:
-        raise ModelError(_damaged(folder) or f"{folder}: {e}") from e
-
-
-def _damaged(folder: Path) -> str | None:
-    """The first weights file under `folder` that is unreadable, and why."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as e:
-            return f"{file}: damaged or incomplete ({e}); fetch it again"
-    return None
-
-
 def compile_blocks(transformer: Any) -> None:
     """torch.compile for each item of the outermost lists of modules: names and wrappers stay as they are."""
     from torch import nn
@@ -276,7 +214,10 @@ def unwrapped(transformer: Any) -> Any:
 
 
 def exact_time(transformer: Any) -> Any:
-    """`transformer`, which then embeds its timestep and guidance as given.
+    """`transformer`, which then embeds 1000 times the timestep and guidance that it is given, unrounded.
+
+    For networks that are told sigma in [0, 1] and multiply it by 1000 themselves; one that is told 1000 sigma, as SD3
+    and Wan are, would embed a level 1000 times too large. Their `time_text_embed` takes both first.
 
     The networks of FLUX and Chroma round both to the dtype they compute in first: in bfloat16 the timestep 997.1
     becomes 996, and the sample is denoised as if it were of another noise level.
@@ -352,7 +293,7 @@ def load_lora(pipeline: Any, transformer: Any, folder: Path, name: str = LORA_FI
     file = folder / name
     if not file.is_file():
         raise ModelError(f"{folder}: no {name}")
-    with reading(folder):
+    with parts.reading(folder):
         weights, settings = pipeline.lora_state_dict(
             folder, weight_name=name, use_safetensors=True, return_lora_metadata=True
         )

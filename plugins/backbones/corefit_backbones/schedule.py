@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError
+from corefit_backbones.folder import LEVELS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,8 @@ def check(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     """`config` if it is of a scheduler with flow-matching noise levels; ModelError otherwise."""
     name = config.get("_class_name")
     if name == EULER or (name == UNIPC and config.get("use_flow_sigmas")):
+        for key in LEVELS & config.keys():  # a number that is none is told now, and not when images are made
+            config.get(key)
         return config
     raise ModelError(f"{path}: its scheduler is {name}; {EULER}, and {UNIPC} with use_flow_sigmas, are understood")
 

@@ -234,13 +234,14 @@ class FlowGrpo(Objective[Rollouts]):
     def _velocity(self, x: Tensor, sigma: Tensor, part: Rollouts, ctx: Context) -> Tensor:
         import torch
 
+        backbone = ctx.backbone
         # a distilled model has no unconditional half: its guidance is an input
-        if not self.detach_unconditional or getattr(ctx.backbone, "distilled", False):
-            return ctx.backbone.guided(x, sigma, part.cond, self.guidance)
-        v = ctx.backbone.velocity(x, sigma, part.cond)
+        if not self.detach_unconditional or backbone.distilled or self.guidance == 1:
+            return backbone.guided(x, sigma, part.cond, self.guidance)
+        v = backbone.velocity(x, sigma, part.cond)
         with torch.no_grad():
-            guided = ctx.backbone.guided(x, sigma, part.cond, self.guidance, v_cond=v.detach())
-        return guided + self.guidance * (v - v.detach())
+            v_null = backbone.velocity(x, sigma, backbone.null(len(x)))
+        return backbone.combine(v, v_null, self.guidance)
 
     def _reference(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, part: Rollouts, ctx: Context) -> Step | None:
         import torch

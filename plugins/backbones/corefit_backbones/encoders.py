@@ -1,0 +1,104 @@
+"""What encodes prompts: a family's diffusers pipeline with text encoders and tokenizers alone, each read whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from corefit.errors import ModelError
+from corefit_backbones import parts
+from corefit_backbones.folder import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """A pipeline of class `kind` that can encode prompts, without transformer and VAE.
+
+    ModelError as in `parts.read` for each part, and for tokenizers whose files are missing or damaged.
+    """
+    checkpoint.check_weights("text_encoder")
+    needed = [name for name in checkpoint.parts if not name.startswith(("transformer", "vae"))]
+    made = {name: _part(checkpoint, name, dtype) for name in needed}
+    settings = {name: value for name, value in checkpoint.settings.items() if name not in checkpoint.index}
+    taken = signature(kind).parameters
+    absent = {name: None for name, parameter in taken.items() if parameter.default is parameter.empty}
+    pipeline = kind(**{name: value for name, value in {**absent, **settings, **made}.items() if name in taken})
+    # where SD3 has no T5, encode_prompt asks the transformer how wide its zeros should be
+    pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**checkpoint.config("transformer")))
+    return pipeline
+
+
+def _part(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
+    from torch.nn import Module
+    from transformers import PreTrainedTokenizerBase
+
+    folder, kind = checkpoint.folder / name, _class(checkpoint, name)
+    if issubclass(kind, Module):
+        # a part without files of the variant is read from the plain ones, as diffusers does
+        has = checkpoint.variant and any(folder.glob(f"*.{checkpoint.variant}.*"))
+        return parts.read(kind, folder, dtype, checkpoint.variant if has else None)
+    if issubclass(kind, PreTrainedTokenizerBase):
+        return _tokenizer(kind, folder, checkpoint.config(name, "tokenizer_config.json"))
+    with parts.reading(folder):
+        made = kind.from_pretrained(folder)
+    if isinstance(made, Module):
+        raise ModelError(
+            f"{checkpoint.folder}: model_index.json names {kind.__name__} for {name}: name the model's class"
+        )
+    return made
+
+
+def _class(checkpoint: Checkpoint, part: str) -> Any:
+    """The class that model_index.json names for a part: of diffusers or transformers, and of nothing else."""
+    library, name = checkpoint.classes[part] or ("", "")
+    module: Any = None
+    if library in ("diffusers", "transformers"):
+        module = import_module(library)
+    elif library.isidentifier():  # such as ["ltx2", "LTX2TextConnectors"]
+        module = getattr(import_module("diffusers.pipelines"), library, None)
+    kind = getattr(module, name, None)
+    if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
+        raise ModelError(
+            f"{checkpoint.folder}: model_index.json names {name} of {library} for {part}, which the installed "
+            "diffusers and transformers do not have"
+        )
+    return kind
+
+
+def _tokenizer(kind: Any, folder: Path, config: Mapping[str, Any]) -> Any:
+    """A tokenizer, whichever version of transformers wrote it."""
+    import transformers
+
+    kind = _readable(kind, folder)
+    special, more = config.get("extra_special_tokens"), dict[str, Any]()
+    if isinstance(special, list) and int(transformers.__version__.split(".")[0]) < 5:
+        more = {"extra_special_tokens": {}, "additional_special_tokens": list(special)}  # as 4 calls what 5 has there
+    try:
+        return kind.from_pretrained(folder, **more)
+    except Exception as e:  # the tokenizers library raises Exception itself
+        raise ModelError(
+            f"{folder}: the tokenizer is damaged, or of another version: {e}; fetch its files again"
+        ) from e
+
+
+def _readable(kind: Any, folder: Path) -> Any:
+    """`kind`, or its fast form where the folder has the latter's file alone; ModelError where files are missing.
+
+    transformers 5 writes tokenizer.json for a T5Tokenizer, which in 4 is the name of the one that reads spiece.model.
+    """
+    import transformers
+
+    one, fast = "tokenizer.json", getattr(transformers, f"{kind.__name__}Fast", kind)
+    others = {str(name) for name in kind.vocab_files_names.values()} - {one}
+    missing = sorted(name for name in others if not (folder / name).is_file())
+    if not missing:
+        return kind
+    if one in fast.vocab_files_names.values() and (folder / one).is_file():
+        return fast
+    raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; copy its files there")
