@@ -15,6 +15,9 @@ from corefit import __version__, completion
 from corefit.errors import CorefitError, Stopped
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from corefit.pipeline import Pipeline
     from corefit.plugins import Host
 
 SET = click.option(
@@ -65,9 +68,7 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
 
     On several GPUs: accelerate launch -m corefit run PIPELINE
     """
-    from corefit.pipeline import read
-
-    checked = read(pipeline, _with_out(settings, out), _host((), trace))
+    checked = _read(pipeline, _with_out(settings, out), trace)
     from corefit import run as running
 
     if dry_run:
@@ -107,9 +108,7 @@ def prepare(pipeline: Path, settings: tuple[str, ...]) -> None:
 
     A run does so too. On several GPUs: accelerate launch -m corefit prepare PIPELINE
     """
-    from corefit.pipeline import read
-
-    checked = read(pipeline, list(settings))
+    checked = _read(pipeline, settings)
     from corefit.prepare import prepare as preparing
 
     preparing(checked)
@@ -187,6 +186,14 @@ def completing(shell: str) -> None:
     fish:       corefit completion fish > ~/.config/fish/completions/corefit.fish
     """
     click.echo(completion.script(cli, shell))
+
+
+def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:
+    """The checked pipeline, where all processes of a launch could read theirs."""
+    from corefit.pipeline import read
+    from corefit.ranks import attempted
+
+    return attempted(lambda: read(pipeline, settings, _host((), trace)))
 
 
 def _host(files: tuple[Path, ...], trace: bool = False) -> Host:

@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 import attrs
 from attrs import define, field, frozen
 
-from corefit import estimate, memory, plan, report, state, train
+from corefit import agreement, estimate, memory, plan, report, state, train
 from corefit.data import Dataset
 from corefit.display import Display
 from corefit.errors import ConfigError
@@ -33,13 +33,15 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
 
     again  a stage that is run anew with those after it, also where they are finished
     """
-    plan.check_stage(pipeline, again)
     ranks = join(pipeline.precision, shard=pipeline.shard)
+    ranks.attempted(lambda: plan.check_stage(pipeline, again))
     shown = display or Display.on(ranks.main)
     signals = Signals(shown.say, ECHO if ranks.world > 1 else 0.0)
     folder = pipeline.run_folder
-    with _locked(folder, ranks), shown, ranks.watched(folder), signals.handled():
-        Run(pipeline, ranks, shown, signals, Again.of(pipeline, again)).all()
+    with signals.handled():
+        agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
+        with _locked(folder, ranks), shown, ranks.watched(folder):
+            Run(pipeline, ranks, shown, signals, Again.of(pipeline, again)).all()
     return pipeline.run_folder
 
 
@@ -91,6 +93,7 @@ class Run:
         self._encode()
         prompts = self.judge and self.judge.prompts.manifest.key
         base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
+        agreement.refuse_unlike(self.ranks, {"weights of the base": base.weights.hash[:12]})
         weights = Weights(self.pipeline.backbone, None)
         self._judge(base, weights, train.Cost(0, 0, 0))
         if self.main:

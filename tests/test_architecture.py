@@ -27,7 +27,7 @@ LAYERS = (
     {"encode", "survey"},
     {"evaluate", "cache", "weights", "observers", "meters"},
     {"gradients"},
-    {"train", "pipeline", "fake"},
+    {"train", "pipeline", "fake", "agreement"},
     {"identity", "prepare", "estimate", "schema"},
     {"plan", "show", "new"},
     {"run"},

@@ -293,15 +293,21 @@ def test_an_interrupt_of_the_launcher_writes_a_checkpoint(odd):
     assert (checkpoint / "manifest.json").exists()
 
 
-def by_hand(project: Project, keys: Sequence[str]) -> list[subprocess.Popen[str]]:
-    """Two processes without a launcher that would end one when the other is gone, as a cluster starts them."""
+def by_hand(
+    project: Project, keys: Sequence[str], *own: Sequence[str], command: str = "run"
+) -> list[subprocess.Popen[str]]:
+    """Two processes without a launcher that would end one when the other is gone, as a cluster starts them.
+
+    own  keys that only the first, only the second process is given
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    keys = ("name='hand'", *keys)
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "corefit", "run", "pipeline.toml", *settings("name='hand'", *keys)],
+            [sys.executable, "-m", "corefit", command, "pipeline.toml", *settings(*keys, *(own[rank] if own else ()))],
             cwd=project.folder,
             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **where),
             stdout=subprocess.DEVNULL,
@@ -310,6 +316,24 @@ def by_hand(project: Project, keys: Sequence[str]) -> list[subprocess.Popen[str]
         )
         for rank in range(2)
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "said"),
+    [
+        ("run", "stage.soar.steps=9", "rank 1 has stage.soar.steps = 9, rank 0 has 2: all processes"),
+        ("prepare", "data.size=[8, 8]", "rank 1 has data.size = [8, 8], rank 0 has [16, 16]: all processes"),
+        ("run", "stage.soar.stepz=9", "stage.soar.stepz is not a key (did you mean 'steps'?)"),
+    ],
+    ids=["other steps", "other size", "an error on reading"],
+)
+def test_ranks_that_differ_are_refused_before_anything_is_done(project, command, key, said):
+    before = project.tree()
+    ranks = by_hand(project, (), (), (key,), command=command)
+    ends = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], ends
+    assert all(said in end and "Traceback" not in end for end in ends), ends
+    assert project.tree() == before
 
 
 def test_two_processes_share_the_encoding(odd):
