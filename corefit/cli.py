@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from corefit import __version__, completion
+from corefit import __version__, completion, signals
 from corefit.errors import CorefitError, Stopped
 
 if TYPE_CHECKING:
@@ -225,6 +225,8 @@ def _status() -> int:
     except click.ClickException as error:
         error.show()
     except (KeyboardInterrupt, click.Abort) as error:
+        if _several():
+            signals.ignore()  # a launcher may pass on to all what one of them has heard
         click.echo("stopped; the same command continues", err=True)
         if isinstance(error, Stopped):
             _part()

@@ -293,6 +293,70 @@ def test_an_interrupt_of_the_launcher_writes_a_checkpoint(odd):
     assert (checkpoint / "manifest.json").exists()
 
 
+STOPPABLE = '''\
+"""The command line, with a run that only steps: until it is stopped, or its second rank has a fault."""
+
+import sys
+import time
+from pathlib import Path
+
+import corefit.cli
+from corefit.errors import DataError, Stopped
+from corefit.ranks import join
+from corefit.signals import ECHO, Signals
+
+folder, where = Path(sys.argv[1]), sys.argv[2]
+
+
+def run(standalone_mode):
+    ranks = join("fp32")
+    signals = Signals(print, ECHO)
+    with signals.handled(), ranks.watched(folder):
+        (folder / f"here-{ranks.rank}").touch()
+        if where == "waiting" and ranks.main:
+            time.sleep(2)
+        if where == "fault" and not ranks.main:
+            raise DataError("mine alone")
+        with signals.training():
+            while not ranks.any(signals.asked):
+                time.sleep(0.01)
+            raise Stopped(3)
+
+
+corefit.cli.cli = run
+corefit.cli.main()
+'''
+
+
+def stoppable(folder: Path, where: str, *asked: int, number: int = signal.SIGTERM) -> tuple[list[int], list[str]]:
+    """Two processes of STOPPABLE, of which `asked` get a signal when both are there; status and stderr of each."""
+    (folder / "steps.py").write_text(STOPPABLE)
+    ranks = started(*[(str(folder / "steps.py"), str(folder), where)] * 2, folder=folder)
+    while not all((folder / f"here-{rank}").exists() for rank in range(2)):
+        assert all(rank.poll() in (None, 2) for rank in ranks)
+        time.sleep(0.01)
+    for rank in asked:
+        ranks[rank].send_signal(number)
+    ends = [rank.communicate(timeout=100)[1] for rank in ranks]
+    return [rank.returncode for rank in ranks], ends
+
+
+@pytest.mark.parametrize(
+    ("where", "asked"),
+    [("training", (0, 1)), ("training", (1,)), ("waiting", (1,))],
+)
+def test_a_stop_is_one_of_all_and_no_fault(tmp_path, where, asked):
+    statuses, ends = stoppable(tmp_path, where, *asked)
+    assert statuses == [130, 130], ends
+    assert all("stopped; the same command continues" in end and "error" not in end for end in ends), ends
+
+
+def test_a_fault_of_a_rank_is_none_of_a_stop(tmp_path):
+    statuses, ends = stoppable(tmp_path, "fault")
+    assert statuses == [2, 2], ends
+    assert "error: rank 1 stopped: mine alone" in ends[0]
+
+
 def by_hand(
     project: Project, keys: Sequence[str], *own: Sequence[str], command: str = "run"
 ) -> list[subprocess.Popen[str]]:
@@ -300,21 +364,27 @@ def by_hand(
 
     own  keys that only the first, only the second process is given
     """
+    keys = ("name='hand'", *keys)
+    each = [("-m", "corefit", command, "pipeline.toml", *settings(*keys, *more)) for more in own or ((), ())]
+    return started(*each, folder=project.folder)
+
+
+def started(*commands: Sequence[str], folder: Path) -> list[subprocess.Popen[str]]:
+    """A Python process of each command, a rank each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    keys = ("name='hand'", *keys)
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "corefit", command, "pipeline.toml", *settings(*keys, *(own[rank] if own else ()))],
-            cwd=project.folder,
+            [sys.executable, *command],
+            cwd=folder,
             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **where),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank, command in enumerate(commands)
     ]
 
 
