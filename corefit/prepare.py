@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from corefit import agreement, cache
+from corefit import agreement, cache, disk
 from corefit.data import Data, Dataset, kept_key
 from corefit.display import Display
 from corefit.pipeline import Pipeline
@@ -20,7 +20,7 @@ def prepare(pipeline: Pipeline, display: Display | None = None) -> Dataset:
     shown = display or Display.on(ranks.main)
     with Signals(shown.say, ECHO).handled():
         agreement.check(ranks, pipeline, "prepare")
-        with shown, ranks.watched(root(pipeline)):
+        with shown, ranks.watched(root(pipeline)), disk.written(root(pipeline)):
             dataset, _ = encoded(pipeline, ranks, shown)
     for line in summary(dataset):
         shown.say(line)

@@ -17,7 +17,7 @@ FIRST_PARTY = {path.name for path in (ROOT / "plugins").glob("*/corefit_*")}
 
 LAYERS = (
     {"flow", "errors", "rng", "memory", "display", "signals", "completion"},
-    {"ranks"},
+    {"ranks", "disk"},
     {"types", "mds", "state", "report", "order", "curate"},
     {"objective"},
     {"hookspecs"},
@@ -50,6 +50,7 @@ OFFERED = {
 ONLY = {
     "streaming": {"mds"},
     "accelerate": {"ranks"},
+    "filelock": {"disk"},
     "peft": {"weights"},
     "diffusers": {"testing"},
     "transformers": {"testing"},

@@ -21,6 +21,7 @@ import torch
 from conftest import Ended, Project
 from safetensors.torch import load_file
 
+from corefit import ranks as ranks_of_corefit
 from corefit.ranks import NOTES
 
 EPS = tuple(f"stage.{name}.optimizer.eps=1e-3" for name in ("soar", "grpo"))
@@ -126,6 +127,16 @@ def test_accelerate_is_asked_for_fsdp(project):
     done = processes(project, *command, launcher=(), ACCELERATE_USE_FSDP="true", FSDP_VERSION="1")
     assert done.status == 2
     assert "error: accelerate is set to FSDP 1" in done.err
+
+
+@pytest.mark.parametrize("name", sorted(ranks_of_corefit.ENGINES))
+def test_other_engines_are_refused(project, monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    ended = project.main("run", "pipeline.toml")
+    assert ended.status == 2
+    assert re.match(
+        rf"error: accelerate is set to .* \({name}\), which corefit does not use; launch without", ended.err
+    )
 
 
 ODD = '''\
