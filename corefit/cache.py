@@ -7,7 +7,6 @@ again. What a part holds depends on its examples alone, not on how many processe
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import inspect
 import json
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 from attrs import define, field, frozen
 
-from corefit import buckets, mds
+from corefit import buckets, disk, mds
 from corefit.data import COND, DONE, NULL, ROWS, X0, Data, Dataset, Manifest, Spec, part_name, sha256
 from corefit.encode import Encoder, chunks
 from corefit.errors import DataError
@@ -125,7 +124,7 @@ def prepare(
             if not tell(lambda: _complete(folder, digest)):  # another run may have been at it until now
                 _make(work, progress, ranks)
     if main:
-        _sweep_locks(root)
+        disk.sweep(root)
         hashes.save()
         _within_budget(data, folder)
     if ranks:
@@ -357,36 +356,13 @@ def _alone(root: Path, parts: Path, main: bool) -> Generator[None]:
         if stale != parts:
             shutil.rmtree(stale, ignore_errors=True)
     try:
-        with _held(parts.with_suffix(".lock")):
+        with disk.held(parts.with_suffix(".lock")):
             yield
     finally:
         with suppress(OSError):  # nothing in it: a run that could not start leaves nothing
             parts.rmdir()
         with suppress(OSError):
             root.rmdir()
-
-
-@contextmanager
-def _held(lock: Path) -> Generator[None]:
-    """The lock file, which is gone afterwards; one that a former holder has removed meanwhile is none."""
-    while True:
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _sweep_locks(root: Path) -> None:
-    """Remove those of killed processes: nobody holds them."""
-    for lock in root.glob("*.lock"):
-        with suppress(OSError), lock.open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.unlink(missing_ok=True)
 
 
 def _abandoned(folder: Path) -> bool:

@@ -6,15 +6,19 @@ import os
 import re
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from corefit import __version__, completion
+from corefit import __version__, completion, disk, signals
 from corefit.errors import CorefitError, Stopped
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from corefit.pipeline import Pipeline
     from corefit.plugins import Host
 
 SET = click.option(
@@ -65,9 +69,7 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
 
     On several GPUs: accelerate launch -m corefit run PIPELINE
     """
-    from corefit.pipeline import read
-
-    checked = read(pipeline, _with_out(settings, out), _host((), trace))
+    checked = _read(pipeline, _with_out(settings, out), trace)
     from corefit import run as running
 
     if dry_run:
@@ -107,9 +109,7 @@ def prepare(pipeline: Path, settings: tuple[str, ...]) -> None:
 
     A run does so too. On several GPUs: accelerate launch -m corefit prepare PIPELINE
     """
-    from corefit.pipeline import read
-
-    checked = read(pipeline, list(settings))
+    checked = _read(pipeline, settings)
     from corefit.prepare import prepare as preparing
 
     preparing(checked)
@@ -189,6 +189,14 @@ def completing(shell: str) -> None:
     click.echo(completion.script(cli, shell))
 
 
+def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:
+    """The checked pipeline, where all processes of a launch could read theirs."""
+    from corefit.pipeline import read
+    from corefit.ranks import attempted
+
+    return attempted(lambda: read(pipeline, settings, _host((), trace)))
+
+
 def _host(files: tuple[Path, ...], trace: bool = False) -> Host:
     from corefit.plugins import Host
 
@@ -206,26 +214,48 @@ def main() -> None:
     """Entry point: exit status 0 done, 2 something to mend, 130 stopped."""
     status = _status()
     if _several():  # one that is gone cannot be waited for, nor what is still owed to a GPU
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
+            with suppress(BrokenPipeError):
+                stream.flush()
         os._exit(status)
     sys.exit(status)
 
 
+def _say(text: str) -> None:
+    """One line to stderr; where nobody reads it any more, the status still says how it ended."""
+    try:
+        click.echo(text, err=True)
+    except BrokenPipeError:
+        _leave_pipe()
+
+
+def _leave_pipe() -> None:
+    """Let nothing more go to a pipe that nobody reads: Python would complain of it on its way out."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
 def _status() -> int:
     try:
-        status = cli(standalone_mode=False)
+        with disk.written(Path(".")):
+            status = cli(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        try:
+            error.show()
+        except BrokenPipeError:
+            _leave_pipe()
     except (KeyboardInterrupt, click.Abort) as error:
-        click.echo("stopped; the same command continues", err=True)
+        if _several():
+            signals.ignore()  # a launcher may pass on to all what one of them has heard
+        _say("stopped; the same command continues")
         if isinstance(error, Stopped):
             _part()
         return 130
     except CorefitError as error:
-        click.echo(f"error: {error}", err=True)
+        _say(f"error: {error}")
     except PermissionError as error:
-        click.echo(f"error: {error.filename}: permission denied; change its mode, or name another", err=True)
+        _say(f"error: {error.filename}: permission denied; change its mode, or name another")
     except Exception:
         if not _several():
             raise

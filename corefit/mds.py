@@ -7,7 +7,6 @@ remote cache (s3://, gs://, hf://, what streaming knows) are first fetched into 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
+from corefit import disk
 from corefit.errors import DataError
 
 if TYPE_CHECKING:
@@ -173,8 +173,7 @@ def fetch(url: str, file: Path) -> Path:
 def locked(folder: Path) -> Generator[None]:
     """One process of the machine at a time fetches into `folder`, which is made; a killed one holds nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with disk.locked(folder / ".lock"):
         for stale in folder.rglob(f".*.{socket.gethostname()}-*"):
             stale.unlink()
         yield

@@ -110,6 +110,10 @@ class Host:
                 return name
         return type(value).__name__
 
+    def registered(self) -> list[object]:
+        """Every plugin: a module, or the object that was given."""
+        return [plugin for _, plugin in self._manager.list_name_plugin()]
+
     def owner_of(self, kind: str, value: object) -> str:
         """Who offers the class of `value`: distribution and version, or file."""
         offer = self.offers[kind].get(self.name_of(kind, value))

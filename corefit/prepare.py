@@ -6,19 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from corefit import cache
+from corefit import agreement, cache, disk
 from corefit.data import Data, Dataset, kept_key
 from corefit.display import Display
 from corefit.pipeline import Pipeline
 from corefit.ranks import Ranks, join
+from corefit.signals import ECHO, Signals
 
 
 def prepare(pipeline: Pipeline, display: Display | None = None) -> Dataset:
     """What `corefit prepare` does: encode what is not encoded, and say what there is. Every rank takes its share."""
     ranks = join(pipeline.precision, shard=pipeline.shard)
     shown = display or Display.on(ranks.main)
-    with shown, ranks.watched(root(pipeline)):
-        dataset, _ = encoded(pipeline, ranks, shown)
+    with Signals(shown.say, ECHO).handled():
+        agreement.check(ranks, pipeline, "prepare")
+        with shown, ranks.watched(root(pipeline)), disk.written(root(pipeline)):
+            dataset, _ = encoded(pipeline, ranks, shown)
     for line in summary(dataset):
         shown.say(line)
     return dataset

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 from attrs import define, field, frozen
 
-from corefit import estimate, memory, plan, report, state, train, weights
+from corefit import agreement, disk, estimate, memory, plan, report, state, train, weights
 from corefit.data import Dataset
 from corefit.display import Display
 from corefit.errors import ConfigError
@@ -32,13 +31,15 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
 
     again  a stage that is run anew with those after it, also where they are finished
     """
-    plan.check_stage(pipeline, again)
     ranks = join(pipeline.precision, shard=pipeline.shard)
+    ranks.attempted(lambda: plan.check_stage(pipeline, again))
     shown = display or Display.on(ranks.main)
     signals = Signals(shown.say, ECHO if ranks.world > 1 else 0.0)
     folder = pipeline.run_folder
-    with _locked(folder, ranks), shown, ranks.watched(folder), signals.handled():
-        Run(pipeline, ranks, shown, signals, Again.of(pipeline, again)).all()
+    with signals.handled():
+        agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
+        with _locked(folder, ranks), shown, ranks.watched(folder), disk.written(folder):
+            Run(pipeline, ranks, shown, signals, Again.of(pipeline, again)).all()
     return pipeline.run_folder
 
 
@@ -92,6 +93,7 @@ class Run:
         self._encode()
         prompts = self.judge and self.judge.prompts.manifest.key
         base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
+        agreement.refuse_unlike(self.ranks, {"weights of the base": base.weights.hash[:12]})
         start = Weights(self.pipeline.backbone, None, self._half(self.pipeline.stage[0]))
         self._judge(base, start, train.Cost(0, 0, 0))
         if self.main:
@@ -303,23 +305,19 @@ def _foreseen(pipeline: Pipeline, ranks: Ranks, again: Again) -> Iterator[tuple[
 def _locked(folder: Path, ranks: Ranks) -> Generator[None]:
     """Two runs must not share a folder; the lock goes with the process, however it ends."""
     with contextlib.ExitStack() as held:
-        free = True
-        if ranks.main:
-            folder.mkdir(parents=True, exist_ok=True)
-            free = _lock(held.enter_context((folder / ".lock").open("w")))
-        if not ranks.told(free):
+
+        def lock() -> bool:
+            if not ranks.main:
+                return True
+            with disk.written(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            return held.enter_context(disk.locked(folder / ".lock", wait=False))
+
+        if not ranks.told(ranks.attempted(lock)):
             raise ConfigError(
                 f"another process is running in {folder}; wait for it, or give this run another name or --out"
             )
         yield
-
-
-def _lock(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ FIRST_PARTY = {path.name for path in (ROOT / "plugins").glob("*/corefit_*")}
 
 LAYERS = (
     {"flow", "errors", "rng", "memory", "display", "signals", "completion"},
-    {"ranks"},
+    {"ranks", "disk"},
     {"types", "mds", "state", "report", "order", "curate"},
     {"objective"},
     {"hookspecs"},
@@ -27,7 +27,7 @@ LAYERS = (
     {"encode", "survey"},
     {"evaluate", "cache", "weights", "observers", "meters"},
     {"gradients"},
-    {"train", "pipeline", "fake"},
+    {"train", "pipeline", "fake", "agreement"},
     {"identity", "prepare", "estimate", "schema"},
     {"plan", "show", "new"},
     {"run"},
@@ -50,6 +50,7 @@ OFFERED = {
 ONLY = {
     "streaming": {"mds"},
     "accelerate": {"ranks"},
+    "filelock": {"disk"},
     "peft": {"weights", "testing"},
     "diffusers": {"testing"},
     "transformers": {"testing"},

@@ -234,3 +234,13 @@ def test_what_is_no_fault_of_the_user_keeps_its_traceback(project, monkeypatch):
 
 def test_the_installed_command_is_this_one():
     assert Path(sys.executable).with_name("corefit").is_file()
+
+
+@pytest.mark.parametrize(("command", "status"), [(["plugins"], 1), (["plugins", "absent.py"], 2), (["bogus"], 2)])
+def test_a_reader_that_goes_ends_it_quietly(command, status):
+    """As in `corefit plugins 2>&1 | head -1`: no traceback, and what went wrong before is still the status."""
+    said, heard = os.pipe()
+    os.close(said)
+    process = subprocess.run([sys.executable, "-m", "corefit", *command], stdout=heard, stderr=heard)
+    os.close(heard)
+    assert process.returncode == status

@@ -21,6 +21,7 @@ import torch
 from conftest import Ended, Project
 from safetensors.torch import load_file
 
+from corefit import ranks as ranks_of_corefit
 from corefit.ranks import NOTES
 
 EPS = tuple(f"stage.{name}.optimizer.eps=1e-3" for name in ("soar", "grpo"))
@@ -136,6 +137,16 @@ def test_accelerate_is_asked_for_fsdp(project, monkeypatch):
     done = project.main(*command)
     assert done.status == 2
     assert "error: accelerate is set to FSDP 1" in done.err
+
+
+@pytest.mark.parametrize("name", sorted(ranks_of_corefit.ENGINES))
+def test_other_engines_are_refused(project, monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    ended = project.main("run", "pipeline.toml")
+    assert ended.status == 2
+    assert re.match(
+        rf"error: accelerate is set to .* \({name}\), which corefit does not use; launch without", ended.err
+    )
 
 
 ODD = '''\
@@ -305,23 +316,117 @@ def test_an_interrupt_of_the_launcher_writes_a_checkpoint(odd):
     assert (checkpoint / "manifest.json").exists()
 
 
-def by_hand(project: Project, keys: Sequence[str]) -> list[subprocess.Popen[str]]:
-    """Two processes without a launcher that would end one when the other is gone, as a cluster starts them."""
+STOPPABLE = '''\
+"""The command line, with a run that only steps: until it is stopped, or its second rank has a fault."""
+
+import sys
+import time
+from pathlib import Path
+
+import corefit.cli
+from corefit.errors import DataError, Stopped
+from corefit.ranks import join
+from corefit.signals import ECHO, Signals
+
+folder, where = Path(sys.argv[1]), sys.argv[2]
+
+
+def run(standalone_mode):
+    ranks = join("fp32")
+    signals = Signals(print, ECHO)
+    with signals.handled(), ranks.watched(folder):
+        (folder / f"here-{ranks.rank}").touch()
+        if where == "waiting" and ranks.main:
+            time.sleep(2)
+        if where == "fault" and not ranks.main:
+            raise DataError("mine alone")
+        with signals.training():
+            while not ranks.any(signals.asked):
+                time.sleep(0.01)
+            raise Stopped(3)
+
+
+corefit.cli.cli = run
+corefit.cli.main()
+'''
+
+
+def stoppable(folder: Path, where: str, *asked: int, number: int = signal.SIGTERM) -> tuple[list[int], list[str]]:
+    """Two processes of STOPPABLE, of which `asked` get a signal when both are there; status and stderr of each."""
+    (folder / "steps.py").write_text(STOPPABLE)
+    ranks = started(*[(str(folder / "steps.py"), str(folder), where)] * 2, folder=folder)
+    while not all((folder / f"here-{rank}").exists() for rank in range(2)):
+        assert all(rank.poll() in (None, 2) for rank in ranks)
+        time.sleep(0.01)
+    for rank in asked:
+        ranks[rank].send_signal(number)
+    ends = [rank.communicate(timeout=100)[1] for rank in ranks]
+    return [rank.returncode for rank in ranks], ends
+
+
+@pytest.mark.parametrize(
+    ("where", "asked"),
+    [("training", (0, 1)), ("training", (1,)), ("waiting", (1,))],
+)
+def test_a_stop_is_one_of_all_and_no_fault(tmp_path, where, asked):
+    statuses, ends = stoppable(tmp_path, where, *asked)
+    assert statuses == [130, 130], ends
+    assert all("stopped; the same command continues" in end and "error" not in end for end in ends), ends
+
+
+def test_a_fault_of_a_rank_is_none_of_a_stop(tmp_path):
+    statuses, ends = stoppable(tmp_path, "fault")
+    assert statuses == [2, 2], ends
+    assert "error: rank 1 stopped: mine alone" in ends[0]
+
+
+def by_hand(
+    project: Project, keys: Sequence[str], *own: Sequence[str], command: str = "run"
+) -> list[subprocess.Popen[str]]:
+    """Two processes without a launcher that would end one when the other is gone, as a cluster starts them.
+
+    own  keys that only the first, only the second process is given
+    """
+    keys = ("name='hand'", *keys)
+    each = [("-m", "corefit", command, "pipeline.toml", *settings(*keys, *more)) for more in own or ((), ())]
+    return started(*each, folder=project.folder)
+
+
+def started(*commands: Sequence[str], folder: Path) -> list[subprocess.Popen[str]]:
+    """A Python process of each command, a rank each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "corefit", "run", "pipeline.toml", *settings("name='hand'", *keys)],
-            cwd=project.folder,
+            [sys.executable, *command],
+            cwd=folder,
             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **where),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank, command in enumerate(commands)
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "said"),
+    [
+        ("run", "stage.soar.steps=9", "rank 1 has stage.soar.steps = 9, rank 0 has 2: all processes"),
+        ("prepare", "data.size=[8, 8]", "rank 1 has data.size = [8, 8], rank 0 has [16, 16]: all processes"),
+        ("run", "stage.soar.stepz=9", "stage.soar.stepz is not a key (did you mean 'steps'?)"),
+    ],
+    ids=["other steps", "other size", "an error on reading"],
+)
+def test_ranks_that_differ_are_refused_before_anything_is_done(project, command, key, said):
+    before = project.tree()
+    ranks = by_hand(project, (), (), (key,), command=command)
+    ends = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], ends
+    assert all(said in end and "Traceback" not in end for end in ends), ends
+    assert project.tree() == before
 
 
 def test_two_processes_share_the_encoding(odd):

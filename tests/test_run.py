@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from corefit import ranks, signals, train
+from corefit import ranks, signals, state, train
 from corefit.cli import main
 from corefit.pipeline import Pipeline, read
 from corefit.plugins import Host
@@ -335,6 +338,40 @@ def test_two_runs_do_not_share_a_folder(spec):
             pipeline.run()
 
 
+def test_a_full_disk_costs_a_sentence_and_what_was_being_written(project, monkeypatch):
+    """At each kind of file in turn: the same command goes on, and ends as if nothing had been."""
+    command = ("run", "pipeline.toml", "--set", "precision='fp32'")
+    opened, synced = Path.open, state.sync
+    for full in ("pipeline.toml", "metrics.jsonl", "model", "done.json", "scores.json", "results.json", "report.html"):
+
+        def refuse(path: Path, full: str = full) -> None:
+            if path.name in (full, f".{full}.part", f".partial-{full}"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def open_(path: Path, mode: str = "r", *args: Any, full: str = full, **keys: Any) -> Any:
+            if mode[0] in "wa":
+                refuse(path, full)
+            return opened(path, mode, *args, **keys)
+
+        def sync(path: Path, full: str = full) -> None:
+            refuse(path, full)
+            synced(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "open", open_)
+            patched.setattr(state, "sync", sync)
+            ended = project.main(*command)
+        assert ended.status == 2, full
+        assert re.fullmatch(
+            r"error: .*runs/tiny.* cannot be written: No space left.*; make room there, .*", ended.err.strip()
+        )
+    ended = project.main(*command)
+    assert ended.status == 0, ended.err
+    folder = project.folder / "runs" / "tiny"
+    assert not (folder / "superseded").exists()
+    assert (folder / "report.html").exists()
+    lines = (folder / "02-grpo" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1]
 SIGNAL = """
 import os
 from corefit import hookimpl
