@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from corefit import __version__, completion
+from corefit import __version__, blame, completion
 from corefit.errors import CorefitError, Stopped
 
 if TYPE_CHECKING:
@@ -214,7 +214,8 @@ def main() -> None:
 
 def _status() -> int:
     try:
-        status = cli(standalone_mode=False)
+        with blame.no_exit():
+            status = cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()
     except (KeyboardInterrupt, click.Abort) as error:

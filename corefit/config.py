@@ -6,6 +6,7 @@ and the known keys; all problems of a file are told at once.
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,29 +24,15 @@ from cattrs.errors import (
     IterableValidationNote,
 )
 
+from corefit import blame, contract
 from corefit.errors import ConfigError
 from corefit.objective import Objective, Summand
 from corefit.plugins import KINDS, Host, near
-from corefit.types import (
-    Backbone,
-    ModelPath,
-    NoiseWeighting,
-    Reward,
-    Sampler,
-    Source,
-    Weighted,
-)
+from corefit.types import Backbone, ModelPath, Reward, Weighted
 
 T = TypeVar("T")
 Table = dict[str, Any]
-PLUGIN_TYPES: Mapping[Any, str] = {
-    Backbone: "backbones",
-    Sampler: "samplers",
-    NoiseWeighting: "noise_weightings",
-    Objective: "objectives",
-    Reward: "rewards",
-    Source: "sources",
-}
+PLUGIN_TYPES: Mapping[Any, str] = {protocol: kind for kind, protocol in contract.PROTOCOLS.items()}
 BESIDE: Mapping[Any, Sequence[str]] = {Weighted: ("weight",), Summand: ("weight",), Backbone: ("train",)}
 """Keys that a table of this type has beside those of the plugin's class."""
 KEY = "key"
@@ -133,7 +120,8 @@ class Reader:
     def read(self, table: Table, cls: type[T]) -> T:
         """`table` as a `cls`; ConfigError with every problem found."""
         try:
-            return self._converter.structure(table, cls)
+            with blame.no_exit():
+                return self._converter.structure(table, cls)
         except cattrs.BaseValidationError as error:
             problems = list(dict.fromkeys(self._problems(error, "", table)))
             raise ConfigError("\n".join(problems)) from error
@@ -165,7 +153,9 @@ class Reader:
     def _plugin(self, value: Any, target: Any) -> Any:
         kind = PLUGIN_TYPES[_plain(target)]
         name, rest = _used(value, KINDS[kind], self.host.offers[kind])
-        return self._converter.structure(rest, self.host.get(kind, name))
+        made = self._converter.structure(rest, self.host.get(kind, name))
+        contract.declared(made, kind)
+        return made
 
     def _choice(self, value: Any, target: Any) -> Any:
         classes = self.choices[target]
@@ -267,10 +257,10 @@ def _used(value: Any, what: str, known: Mapping[str, Any]) -> tuple[str, Table]:
 
 
 def _strict(value: Any, target: type[T], key: str = "") -> T:
-    """A value of exactly the type that is asked for; integers also pass as floats, nan as nothing."""
+    """A value of exactly the type that is asked for; integers also pass as floats, nan and inf as nothing."""
     if target is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)  # pyright: ignore[reportReturnType]
-    if type(value) is not target or value != value:
+    if type(value) is not target or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(f"{key}must be {_TYPE_WORDS[target]}, not {value!r}")
     return value
 

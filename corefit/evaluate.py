@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen, validators
 
-from corefit import report
+from corefit import report, rewards
 from corefit.data import Data, Dataset
-from corefit.errors import TrainingError
 from corefit.ranks import Ranks
 from corefit.rng import Rng
 from corefit.rollout import generate
 from corefit.sources import prompts
-from corefit.types import Backbone, Batch, Weighted
+from corefit.types import Backbone, Weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,8 +84,10 @@ class Judge:
         for first in range(0, len(rows), self.eval.batch):
             chunk = rows[first : first + self.eval.batch]
             batch, made = self.prompts.batch(chunk, chunk), self.media(backbone, chunk)
-            for entry in self.eval.reward:
-                values[entry.name] += _checked(entry, made, batch)
+            scores = {e.name: rewards.score(e, made, batch.prompts, batch.meta) for e in self.eval.reward}
+            rewards.refuse_non_finite(scores, batch.prompts)
+            for name, scored in scores.items():
+                values[name] += scored.tolist()
             categories += [str(m.get("category", "")) for m in batch.meta]
             progress(len(categories), len(rows))
         parts = self.ranks.collected((values, categories))
@@ -123,15 +124,3 @@ class Judge:
         shown = range(min(len(m) for m in media))
         prompts = self.prompts.batch(shown, shown).prompts
         report.comparison([(s, m[: len(shown)]) for s, m in zip(stages, media, strict=True)], prompts, png)
-
-
-def _checked(entry: Weighted, made: Tensor, batch: Batch) -> list[float]:
-    import torch
-
-    scores = torch.as_tensor(entry.reward.score(made, batch.prompts, batch.meta)).double().cpu()
-    if scores.shape != (len(batch),) or not scores.isfinite().all():
-        raise TrainingError(
-            f"eval.reward: {entry.name!r} gave {tuple(scores.shape)} scores for {len(batch)} prompts, or one that is "
-            "not finite; score() must return one finite number a sample, or raise"
-        )
-    return scores.tolist()

@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 import attrs
 from attrs import define, field, frozen
 
-from corefit import estimate, memory, plan, report, state, train
+from corefit import blame, estimate, memory, plan, report, state, train
 from corefit.data import Dataset
 from corefit.display import Display
 from corefit.errors import ConfigError
@@ -38,7 +38,7 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     shown = display or Display.on(ranks.main)
     signals = Signals(shown.say, ECHO if ranks.world > 1 else 0.0)
     folder = pipeline.run_folder
-    with _locked(folder, ranks), shown, ranks.watched(folder), signals.handled():
+    with _locked(folder, ranks), shown, ranks.watched(folder), blame.no_exit(), signals.handled():
         Run(pipeline, ranks, shown, signals, Again.of(pipeline, again)).all()
     return pipeline.run_folder
 

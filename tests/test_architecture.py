@@ -17,10 +17,11 @@ FIRST_PARTY = {path.name for path in (ROOT / "plugins").glob("*/corefit_*")}
 
 LAYERS = (
     {"flow", "errors", "rng", "memory", "display", "signals", "completion"},
-    {"ranks"},
+    {"ranks", "blame"},
     {"types", "mds", "state", "report", "order", "curate"},
     {"objective"},
-    {"hookspecs"},
+    {"hookspecs", "contract"},
+    {"rewards"},
     {"corefit"},  # the package itself: the names that plugins import
     {"samplers", "noise", "sources", "plugins", "buckets"},
     {"builtin", "rollout", "stage", "config", "listing", "testing", "data"},
@@ -40,6 +41,7 @@ UPWARD = {("pipeline", "run")}
 OFFERED = {
     "corefit",
     "corefit.errors",
+    "corefit.rewards",
     "corefit.flow",
     "corefit.rng",
     "corefit.rollout",

@@ -68,6 +68,8 @@ SOURCE = 'source = { use = "jsonl", path = "train.jsonl" }'
 LORA = 'train = { use = "lora", rank = 2 }'
 BATCH = 'batch = 4\nobjective = { use = "flow'
 
+SFT = '[[stage]]\nname = "one"\nsteps = 1\nbatch = 2\nobjective = { use = "sft" }\n'
+
 FILES = [
     Case("missing file", lambda p: p.file.unlink(), ("no pipeline file", "pipeline.toml")),
     Case(
@@ -283,6 +285,75 @@ PLUGINS = [
         "rename one",
     ),
 ]
+BARE = """
+import sys
+from attrs import field, frozen
+from corefit import Reward, Source, Supervised, hookimpl
+
+@frozen
+class Bare{base}:
+    {body}
+
+@hookimpl
+def corefit_{kind}():
+    return {{"{name}": Bare}}
+"""
+
+
+def bare(kind: str, name: str, body: str, base: str = "") -> str:
+    """bright.py with another class, of which `body` is all."""
+    return BARE.format(kind=kind, name=name, body=body, base=base)
+
+
+def objective(name: str, body: str, *said: str) -> Case:
+    """The first stage with an objective of bright.py's, and no other."""
+
+    def spoil(project: Project) -> None:
+        text = bare("objectives", "bare", f"def terms(self, part, ctx): ...\n    {body}", "(Supervised)")
+        (project.folder / "bright.py").write_text(text)
+        project.write(project.text.partition("[[stage]]")[0] + SFT.replace("sft", "bare"))
+
+    return Case(name, spoil, said)
+
+
+OFFERED = [
+    plugin(
+        "reward without score",
+        bare("rewards", "bright", "weight: float = 1.0", "(Reward)"),
+        "bright.py",
+        "offers 'bright'",
+        "which is no reward: it has no score(media, prompts, meta)",
+    ),
+    plugin(
+        "reward that looks like none",
+        bare("rewards", "bright", "weight: float = 1.0"),
+        "offers 'bright'",
+        "it has no score(media, prompts, meta)",
+    ),
+    plugin(
+        "reward of one argument",
+        bare("rewards", "bright", "def score(self, media): return media"),
+        "bright.py",
+        "its score does not take what it is given, score(media, prompts, meta)",
+    ),
+    plugin(
+        "reward that exits",
+        bare("rewards", "bright", "score = lambda *_: 0\n    def __attrs_post_init__(self): sys.exit(0)"),
+        "bright.py:9 called sys.exit(0)",
+        "raise an error there instead",
+    ),
+    swap(
+        "infinite weight", "weight = 1.0", "weight = inf", "stage.grpo.reward.0", "weight", "must be a number, not inf"
+    ),
+    swap("infinite rate", "1e-3", "inf", "stage.soar.optimizer.lr", "must be a number, not inf"),
+    objective(
+        "objective that uses nothing", "uses = 'media'", "stage.one.objective", "uses of Bare", "bright.py", "not a set"
+    ),
+    objective(
+        "objective that fails", "uses = property(lambda self: 1 / 0)", "stage.one.objective", "ZeroDivisionError"
+    ),
+    objective("objective of complex terms", "num_terms = 1j", "num_terms of Bare", "is 1j, not a whole number"),
+]
 CHECKPOINTS = [
     swap("no folder", '"base"', '"bass"', "backbone: bass: no such folder", "organisation/model"),
     swap("no checkpoint", 'path = "base"', 'path = "media"', "media: no model_index.json", "diffusers folder"),
@@ -349,7 +420,7 @@ DATA = [
     swap("no eval rewards", '[{ use = "bright" }]', "[]", "eval.reward: name at least one", "remove [eval]"),
     swap("eval reward left out", 'reward = [{ use = "bright" }]\n', "", "eval.reward is missing", "needs it"),
 ]
-CASES = [*FILES, *KEYS, *TYPES, *VALUES, *NAMES, *CONTRADICTIONS, *PLUGINS, *CHECKPOINTS, *DATA]
+CASES = [*FILES, *KEYS, *TYPES, *VALUES, *NAMES, *CONTRADICTIONS, *PLUGINS, *OFFERED, *CHECKPOINTS, *DATA]
 TYPED = (
     "missing file",
     "no toml",
@@ -435,6 +506,27 @@ def test_a_file_that_may_not_be_read_is_named(project, monkeypatch):
         2,
         "error: /data/train.jsonl: permission denied; change its mode, or name another\n",
     )
+
+
+# plugins that end the process
+
+
+@pytest.mark.parametrize("where", ["reward", "source"])
+def test_a_plugin_that_exits_does_not_end_a_run_as_if_it_were_done(project, where):
+    plugin = project.folder / "bright.py"
+    if where == "reward":
+        plugin.write_text(plugin.read_text().replace("        return", "        raise SystemExit\n        return", 1))
+        verbs = ("run",)
+    else:
+        plugin.write_text(bare("sources", "mine", "def examples(self): sys.exit(0)", "(Source)"))
+        project.swap((SOURCE, 'source = { use = "mine" }'))
+        project.write(project.text.partition("[[stage]]")[0] + SFT)
+        verbs = ("check", "run")
+    for verb in verbs:
+        ended = project.main(verb, "pipeline.toml")
+        assert ended.status == 2, ended.err
+        assert "bright.py:" in ended.err
+        assert "called sys.exit(" in ended.err
 
 
 # what only opening a picture shows

@@ -9,8 +9,9 @@ from attrs import field, frozen, validators
 
 from corefit import Batch, Context, Objective, Step, Term
 from corefit.errors import TrainingError
+from corefit.rewards import refuse_non_finite
 from corefit_flow_grpo.advantage import advantages
-from corefit_flow_grpo.experience import Recording, Rollouts, for_update, joined, record, refuse_non_finite, score
+from corefit_flow_grpo.experience import Recording, Rollouts, for_update, joined, record, score
 from corefit_flow_grpo.loss import divergence, policy_loss
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class FlowGrpo(Objective[Rollouts]):
             recordings.append(self._roll(batch[rows], ctx.at(ctx.rng[rows])))
             scores.append(score(recordings[-1].x0, batch[rows], ctx))
         values = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
-        refuse_non_finite(values, batch, ctx)
+        refuse_non_finite(values, batch.prompts, ctx.gather)
         reward = torch.stack([values[entry.name] * entry.weight for entry in ctx.rewards]).sum(0)
         whole, advantage = joined(recordings), self._advantages(reward, batch.rows, ctx)
         live = (advantage.reshape(-1, self.group) != 0).any(1).repeat_interleave(self.group)
