@@ -10,14 +10,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from corefit.errors import PluginError
+from corefit.text import shown
 
 GROUP = "corefit"
 """The entry points of plugins."""
 LOCAL = "corefit_local_"
 """Begins the module names of local plugin files."""
-
-SHOWN = 80
-"""Characters of a value in a message."""
 
 
 def returned(value: Any, fine: Callable[[Any], bool], of: Any, member: str, wanted: str) -> None:
@@ -32,12 +30,6 @@ def place(cls: type) -> str:
         return f"{cls.__name__} ({inspect.getfile(cls)})"
     except (OSError, TypeError):  # of a session, or written in C
         return f"{cls.__module__}.{cls.__name__}"
-
-
-def shown(value: object) -> str:
-    """A value as Python writes it, cut short."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 @contextmanager

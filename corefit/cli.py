@@ -13,6 +13,7 @@ import click
 
 from corefit import __version__, blame, completion
 from corefit.errors import CorefitError, Stopped
+from corefit.text import plain
 
 if TYPE_CHECKING:
     from corefit.plugins import Host
@@ -75,7 +76,7 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
         return
     where = running.run(checked, again=again)
     if os.environ.get("RANK", "0") == "0":
-        click.echo(f"all of it is in {where}")
+        click.echo(plain(f"all of it is in {where}"))
 
 
 @cli.command()
@@ -95,7 +96,7 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
     device = estimate.Device.here() if memory is None else estimate.Device.of(memory)
     found = estimate.estimates(checked, device, ranks)
     estimate.refuse(checked, found, device, ranks)
-    click.echo(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}")
+    click.echo(plain(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}"))
     estimate.show(found, device)
 
 
@@ -138,7 +139,7 @@ def plugins(files: tuple[Path, ...], trace: bool) -> None:
     """List who offers what, with its keys. FILES are local plugin files to include."""
     from corefit.listing import listing
 
-    click.echo(listing(_host(files, trace)))
+    click.echo(plain(listing(_host(files, trace))))
 
 
 @cli.command()
@@ -192,10 +193,14 @@ def completing(shell: str) -> None:
 def _host(files: tuple[Path, ...], trace: bool = False) -> Host:
     from corefit.plugins import Host
 
-    host = Host(trace=click.echo if trace else None)
+    host = Host(trace=_traced if trace else None)
     for file in files:
         host.add_file(file)
     return host
+
+
+def _traced(line: str) -> None:
+    click.echo(plain(line))
 
 
 def _with_out(settings: tuple[str, ...], out: Path | None) -> list[str]:
@@ -224,9 +229,9 @@ def _status() -> int:
             _part()
         return 130
     except CorefitError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(plain(f"error: {error}"), err=True)
     except PermissionError as error:
-        click.echo(f"error: {error.filename}: permission denied; change its mode, or name another", err=True)
+        click.echo(plain(f"error: {error.filename}: permission denied; change its mode, or name another"), err=True)
     except Exception:
         if not _several():
             raise

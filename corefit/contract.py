@@ -15,6 +15,8 @@ from corefit.types import Backbone, NoiseWeighting, Reward, Sampler, Source, Ter
 
 TAKEN = frozenset({"step", "lr", "seconds", "samples_per_second", "skipped"})
 """Names that the trainer logs under."""
+MOST = 1_000_000
+"""Of anything that is counted for a step: rows, terms, updates."""
 PROTOCOLS: Mapping[str, type] = {
     "backbones": Backbone,
     "samplers": Sampler,
@@ -51,7 +53,7 @@ def declared(value: Any, kind: str) -> None:
 
 
 def term(value: Any, objective: Objective[Any]) -> Term:
-    """A term that an objective yielded; PluginError for anything else, or for a metric that has a name of the trainer's."""
+    """A term that an objective yielded; PluginError for anything else, or for a metric with a name of the trainer's."""
     returned(value, _is_term, objective, "a term", "a corefit.Term of a scalar tensor and a count")
     if taken := sorted(TAKEN & value.metrics.keys()):
         raise PluginError(f"{place(type(objective))} logs {taken[0]!r}, which is the trainer's; give it another name")
@@ -91,7 +93,8 @@ def _takes(cls: type, name: str, found: Any, wanted: Any) -> bool:
 
 
 def _is_term(value: Any) -> bool:
-    fine = isinstance(value, Term) and _is_scalar(value.total) and isinstance(value.metrics, Mapping)
+    metrics: Any = value.metrics if isinstance(value, Term) else None
+    fine = isinstance(value, Term) and _is_scalar(value.total) and isinstance(metrics, Mapping)
     return fine and (isinstance(value.count, (int, float)) or _is_scalar(value.count))
 
 
@@ -106,10 +109,10 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST
 
 
-COUNT = "a whole number of 1 or more"
+COUNT = f"a whole number from 1 to {MOST}"
 DECLARED: Mapping[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
     "objectives": (
         ("uses", _is_names, 'a set of names such as {"media", "noise"}'),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KEPT = "last.safetensors"
 positive: Any = validators.gt(0)
+countable: Any = [positive, validators.le(10_000)]
 
 
 @frozen(kw_only=True)
@@ -33,13 +34,13 @@ class Eval:
     """Rewards that score what is generated."""
     guidance: float = field(default=4.5, validator=positive)
     """Scale of classifier-free guidance; 1 is none."""
-    steps: int = field(default=40, validator=positive)
+    steps: int = field(default=40, validator=countable)
     """Sampling steps."""
     limit: int | None = field(default=None, validator=validators.optional(positive))
     """Use the first so many prompts; all by default."""
-    batch: int = field(default=16, validator=positive)
+    batch: int = field(default=16, validator=countable)
     """Samples a forward."""
-    samples: int = field(default=16, validator=positive)
+    samples: int = field(default=16, validator=countable)
     """How many of them the sample grids show."""
 
     def data(self, size: tuple[int, ...]) -> Data:

@@ -248,7 +248,7 @@ def _loaded(point: EntryPoint, owner: str) -> Found:
 
 def _local(path: Path) -> Found:
     """Import a file under a name of its own, so that its classes resolve their annotations."""
-    if not path.is_file():
+    if not _is_file(path):
         raise PluginError(f"plugins: there is no file {path}; paths are relative to the pipeline file")
     name = f"{blame.LOCAL}{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     loader = _Uncached(name, str(path))
@@ -265,6 +265,13 @@ def _local(path: Path) -> Found:
             f"plugin file {where} cannot be run ({type(error).__name__}: {error}); mend it, or remove it from `plugins`"
         ) from error
     return Found(name, str(path), module, "remove it from `plugins`")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # of a name that is too long
+        return False
 
 
 class _Uncached(SourceFileLoader):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from corefit.blame import place, shown
+from corefit.blame import place
 from corefit.errors import NonFinite, PluginError
+from corefit.text import shown
 from corefit.types import Meta, Weighted
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 FIRST_PARTY = {path.name for path in (ROOT / "plugins").glob("*/corefit_*")}
 
 LAYERS = (
+    {"text"},
     {"flow", "errors", "rng", "memory", "display", "signals", "completion"},
     {"ranks", "blame"},
     {"types", "mds", "state", "report", "order", "curate"},

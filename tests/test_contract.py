@@ -94,8 +94,8 @@ def test_methods_take_what_they_are_given(score, fine):
 
 def test_an_offer_that_lacks_a_member_is_refused_by_name(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from attrs import frozen\nfrom corefit import hookimpl\n\n@frozen\nclass Dim:\n    def score(self, media): ...\n"
-        "\n@hookimpl\ndef corefit_rewards():\n    return {'dim': Dim}\n"
+        "from attrs import frozen\nfrom corefit import hookimpl\n\n@frozen\nclass Dim:\n"
+        "    def score(self, media): ...\n\n@hookimpl\ndef corefit_rewards():\n    return {'dim': Dim}\n"
     )
     with pytest.raises(PluginError, match=r"offers 'dim', Dim \(.*mine.py\), which is no reward: its score does not"):
         Host(plugins=[]).add_file(tmp_path / "mine.py")
@@ -107,7 +107,8 @@ def test_an_offer_that_lacks_a_member_is_refused_by_name(tmp_path):
         ("uses", None, "uses of Says"),
         ("uses", "media", "is 'media', not a set of names"),
         ("uses", {1}, "not a set of names"),
-        ("num_terms", 0, "is 0, not a whole number of 1 or more"),
+        ("num_terms", 0, "is 0, not a whole number from 1 to 1000000"),
+        ("rows_per_prompt", 10**12, "is 1000000000000, not a whole number from 1"),
         ("num_terms", 1.0, "is 1.0, not a whole number"),
         ("num_updates", None, "num_updates of Says"),
         ("rows_per_prompt", 1j, "is 1j, not a whole number"),

@@ -145,9 +145,9 @@ def test_what_ends_the_process_is_refused(install, file):
     install("corefit-ends", "ends", "import sys\nsys.exit(0)\n")
     with pytest.raises(PluginError, match=r"'ends' of corefit-ends 1.2 cannot be imported \(SystemExit: 0\)"):
         Host()
+    ends = OFFER.format(field="pass", name="x").replace("return", "raise SystemExit(0)\n    return")
     with pytest.raises(PluginError, match=r"corefit_samplers\(\) failed \(SystemExit: 0\)"):
-        refuse = OFFER.format(field="pass", name="x").replace("return", "raise SystemExit(0)\n    return")
-        file(refuse)
+        file(ends)
 
 
 def test_an_offer_of_no_text_is_refused():

@@ -17,16 +17,16 @@ from corefit_flow_grpo.loss import divergence, policy_loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-at_least_one = validators.ge(1)
+at_least_one, at_most = validators.ge(1), validators.le(10_000)
 
 
 @frozen
 class FlowGrpo(Objective[Rollouts]):
     """Flow-GRPO, paper eq. 4 to 9. Needs a stochastic `sampler`, at least one `reward`, prompts; no media."""
 
-    group: int = field(default=24, validator=validators.ge(2))
+    group: int = field(default=24, validator=[validators.ge(2), at_most])
     """Rollouts of one prompt, K; they stay on one rank."""
-    steps: int = field(default=10, validator=validators.ge(2))
+    steps: int = field(default=10, validator=[validators.ge(2), at_most])
     """Sampling steps of a rollout."""
     guidance: float = field(default=4.5, validator=validators.gt(0))
     """Scale of classifier-free guidance; the policy is the guided velocity, in rollout and in training."""
@@ -50,7 +50,7 @@ class FlowGrpo(Objective[Rollouts]):
     """Train this many consecutive steps, and be stochastic only there (Flow-GRPO-Fast)."""
     window_range: tuple[int, int] | None = None
     """The window lies in [low, high) steps, drawn for each group; the first half of the steps by default."""
-    epochs: int = field(default=1, validator=at_least_one)
+    epochs: int = field(default=1, validator=[at_least_one, at_most])
     """Passes over each batch of rollouts."""
     updates: int = field(default=1, validator=at_least_one)
     """Optimiser steps a pass; each takes an equal share of every group."""
