@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from corefit.types import Backbone
 
 LARGEST_UNIT = 256
+PART = re.compile(r"\d{1,5}")
+"""Of an aspect."""
 Size = tuple[int, ...]
 
 
@@ -28,7 +31,7 @@ class Aspect:
     def of(text: str) -> Aspect:
         """ValueError for anything but two positive whole numbers with a colon between."""
         parts = text.split(":")
-        if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        if len(parts) != 2 or not all(PART.fullmatch(part.strip()) and int(part) for part in parts):
             raise ValueError(f"{text!r} is no aspect; write width:height, such as '4:3'")
         return Aspect(int(parts[0]), int(parts[1]))
 

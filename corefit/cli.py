@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from corefit import __version__, completion, disk, signals
+from corefit import __version__, blame, completion, disk, signals
 from corefit.errors import CorefitError, Stopped
+from corefit.text import plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +78,7 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
         return
     where = running.run(checked, again=again)
     if os.environ.get("RANK", "0") == "0":
-        click.echo(f"all of it is in {where}")
+        click.echo(plain(f"all of it is in {where}"))
 
 
 @cli.command()
@@ -97,7 +98,7 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
     device = estimate.Device.here() if memory is None else estimate.Device.of(memory)
     found = estimate.estimates(checked, device, ranks)
     estimate.refuse(checked, found, device, ranks)
-    click.echo(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}")
+    click.echo(plain(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}"))
     estimate.show(found, device)
 
 
@@ -138,7 +139,7 @@ def plugins(files: tuple[Path, ...], trace: bool) -> None:
     """List who offers what, with its keys. FILES are local plugin files to include."""
     from corefit.listing import listing
 
-    click.echo(listing(_host(files, trace)))
+    click.echo(plain(listing(_host(files, trace))))
 
 
 @cli.command()
@@ -200,10 +201,14 @@ def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipel
 def _host(files: tuple[Path, ...], trace: bool = False) -> Host:
     from corefit.plugins import Host
 
-    host = Host(trace=click.echo if trace else None)
+    host = Host(trace=_traced if trace else None)
     for file in files:
         host.add_file(file)
     return host
+
+
+def _traced(line: str) -> None:
+    click.echo(plain(line))
 
 
 def _with_out(settings: tuple[str, ...], out: Path | None) -> list[str]:
@@ -224,7 +229,7 @@ def main() -> None:
 def _say(text: str) -> None:
     """One line to stderr; where nobody reads it any more, the status still says how it ended."""
     try:
-        click.echo(text, err=True)
+        click.echo(plain(text), err=True)
     except BrokenPipeError:
         _leave_pipe()
 
@@ -238,7 +243,7 @@ def _leave_pipe() -> None:
 
 def _status() -> int:
     try:
-        with disk.written(Path(".")):
+        with blame.no_exit(), disk.written(Path(".")):
             status = cli(standalone_mode=False)
     except click.ClickException as error:
         try:

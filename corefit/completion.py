@@ -50,8 +50,8 @@ def _tomls(folder: Path, start: str) -> Iterator[Path]:
 
 def _stages(pipeline: Any) -> Iterator[str]:
     try:
-        tables = tomllib.loads(Path(pipeline).read_text(encoding="utf-8"))
-    except (OSError, TypeError, ValueError):
+        tables = tomllib.loads(Path(pipeline).read_text(encoding="utf-8-sig"))
+    except (OSError, TypeError, ValueError, RecursionError):
         return
     listed: Any = tables.get("stage")
     for stage in cast("list[Any]", listed) if isinstance(listed, list) else []:

@@ -6,6 +6,8 @@ and the known keys; all problems of a file are told at once.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,31 +25,24 @@ from cattrs.errors import (
     IterableValidationNote,
 )
 
+from corefit import blame, contract
 from corefit.errors import ConfigError
 from corefit.objective import Objective, Summand
 from corefit.plugins import KINDS, Host, near
-from corefit.types import (
-    Backbone,
-    ModelPath,
-    NoiseWeighting,
-    Reward,
-    Sampler,
-    Source,
-    Weighted,
-)
+from corefit.text import is_unicode, shown
+from corefit.types import Backbone, ModelPath, Reward, Weighted
 
 T = TypeVar("T")
 Table = dict[str, Any]
-PLUGIN_TYPES: Mapping[Any, str] = {
-    Backbone: "backbones",
-    Sampler: "samplers",
-    NoiseWeighting: "noise_weightings",
-    Objective: "objectives",
-    Reward: "rewards",
-    Source: "sources",
-}
+PLUGIN_TYPES: Mapping[Any, str] = {protocol: kind for kind, protocol in contract.PROTOCOLS.items()}
 BESIDE: Mapping[Any, Sequence[str]] = {Weighted: ("weight",), Summand: ("weight",), Backbone: ("train",)}
 """Keys that a table of this type has beside those of the plugin's class."""
+LARGEST = 16 << 20
+"""Bytes of a pipeline file; more is read for minutes before it is found to be something else."""
+LONGEST_NAME, LONGEST_PATH = 255, 4000
+"""Bytes of a file's name and of a path, as file systems have them."""
+WHOLE = 1 << 63
+"""TOML's whole numbers are smaller, and those of arrays."""
 KEY = "key"
 """Metadata of a field: where the file has it, if not under its name in its own table."""
 COMPARED = re.compile(r"'(?P<key>\w+)' (?P<rule>must .+)", re.DOTALL)
@@ -57,12 +52,16 @@ COMPARED = re.compile(r"'(?P<key>\w+)' (?P<rule>must .+)", re.DOTALL)
 def load(path: Path) -> Table:
     """The tables of a TOML file; ConfigError with the line where it is none."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LARGEST:
+            raise ConfigError(f"{path} has more than {LARGEST >> 20} MiB and is no pipeline file; name another")
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"there is no pipeline file {path}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; name the pipeline file in it") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid TOML: lists or tables are inside each other too deeply") from None
+    except ValueError as error:  # of the grammar, of UTF-8, and of numbers with thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
@@ -76,7 +75,7 @@ def override(tables: Table, settings: Sequence[str]) -> None:
             raise ConfigError(f"--set {setting}: write KEY=VALUE, such as stage.soar.steps=100")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = text.strip()
         *parents, last = key.strip().split(".")
         _table(tables, parents, setting)[last] = value
@@ -95,7 +94,7 @@ def _table(tables: Table, keys: Sequence[str], setting: str) -> Table:
         else:
             here = here.setdefault(key, {})
         if not isinstance(here, (dict, list)):
-            raise ConfigError(f"--set {setting}: {key!r} is {here!r}, not a table; set the whole of it")
+            raise ConfigError(f"--set {setting}: {key!r} is {shown(here)}, not a table; set the whole of it")
     if isinstance(here, list):
         known = ", ".join(_named(here))
         raise ConfigError(f"--set {setting}: say which {keys[-1]} ({known}), as in {'.'.join(keys)}.NAME.KEY=VALUE")
@@ -121,7 +120,7 @@ class Reader:
         self._converter = c = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
         for kind in (bool, int, float, str):
             c.register_structure_hook(kind, _strict)
-        c.register_structure_hook(Path, lambda value, _: self.folder / _strict(value, str))
+        c.register_structure_hook(Path, lambda value, _: self.folder / checked_path(value))
         c.register_structure_hook_func(lambda t: t is ModelPath, lambda value, _: self._model(value))
         c.register_structure_hook_func(lambda t: get_origin(t) is Literal, _one_of)
         c.register_structure_hook_func(lambda t: _plain(t) in PLUGIN_TYPES, self._plugin)
@@ -133,7 +132,8 @@ class Reader:
     def read(self, table: Table, cls: type[T]) -> T:
         """`table` as a `cls`; ConfigError with every problem found."""
         try:
-            return self._converter.structure(table, cls)
+            with blame.no_exit():
+                return self._converter.structure(table, cls)
         except cattrs.BaseValidationError as error:
             problems = list(dict.fromkeys(self._problems(error, "", table)))
             raise ConfigError("\n".join(problems)) from error
@@ -165,7 +165,9 @@ class Reader:
     def _plugin(self, value: Any, target: Any) -> Any:
         kind = PLUGIN_TYPES[_plain(target)]
         name, rest = _used(value, KINDS[kind], self.host.offers[kind])
-        return self._converter.structure(rest, self.host.get(kind, name))
+        made = self._converter.structure(rest, self.host.get(kind, name))
+        contract.declared(made, kind)
+        return made
 
     def _choice(self, value: Any, target: Any) -> Any:
         classes = self.choices[target]
@@ -186,10 +188,12 @@ class Reader:
         kinds = get_args(target)
         many = get_origin(target) is not tuple or kinds[-1:] == (...,)
         if not isinstance(value, (list, tuple)):
-            found = "a table: write [[...]] or [{ ... }]" if isinstance(value, Mapping) else f"{value!r}: write [...]"
+            found = (
+                "a table: write [[...]] or [{ ... }]" if isinstance(value, Mapping) else f"{shown(value)}: write [...]"
+            )
             raise ConfigError(f"must be a list, not {found}")
         if not many and len(value) != len(kinds):
-            raise ConfigError(f"must be a list of {len(kinds)}, not {value!r}")
+            raise ConfigError(f"must be a list of {len(kinds)}, not {shown(value)}")
         items = self._items(value, repeat(kinds[0]) if many else kinds, target)
         return items if get_origin(target) is list else tuple(items)
 
@@ -207,14 +211,8 @@ class Reader:
         return items
 
     def _model(self, value: Any) -> ModelPath:
-        if not _strict(value, str):
-            raise ValueError("must name a folder, or a model on the hub, not ''")
-        local = self.folder / value
-        try:
-            exists = local.exists()
-        except OSError as error:  # thousands of characters
-            raise ValueError(f"{value[:80]!r}... cannot be a path: {error.strerror}") from error
-        return ModelPath(str(local) if exists or value.startswith((".", "/")) else value)
+        local = self.folder / checked_path(value)
+        return ModelPath(str(local) if local.exists() or value.startswith((".", "/")) else value)
 
     def _problems(self, error: BaseException, path: str, table: Any, kind: Any = None) -> Iterator[str]:
         """One line for each problem in cattrs' tree of errors; `kind` is the type that the table is read as."""
@@ -249,7 +247,7 @@ class Reader:
                 listing = ", ".join(known) or "none"
                 yield f"{_dotted(path, extra)} is not a key{near(extra, known)}; known here: {listing}"
         elif isinstance(error, (TypeError, AttributeError)) and not isinstance(table, Mapping):
-            yield f"{_dotted(path, '')}: must be a table, not {table!r}"
+            yield f"{_dotted(path, '')}: must be a table, not {shown(table)}"
         else:
             text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
             if of_key := COMPARED.fullmatch(text):
@@ -264,7 +262,7 @@ def _plain(target: Any) -> Any:
 def _used(value: Any, what: str, known: Mapping[str, Any]) -> tuple[str, Table]:
     """The `use` of a table and its other keys."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f'must be a table such as {{ use = "{next(iter(known), "name")}" }}, not {value!r}')
+        raise ConfigError(f'must be a table such as {{ use = "{next(iter(known), "name")}" }}, not {shown(value)}')
     rest = dict(value)
     name = rest.pop("use", None)
     if not isinstance(name, str):
@@ -273,12 +271,27 @@ def _used(value: Any, what: str, known: Mapping[str, Any]) -> tuple[str, Table]:
 
 
 def _strict(value: Any, target: type[T], key: str = "") -> T:
-    """A value of exactly the type that is asked for; integers also pass as floats, nan as nothing."""
-    if target is float and isinstance(value, int) and not isinstance(value, bool):
+    """A value of exactly the type that is asked for; integers also pass as floats, nan and inf as nothing."""
+    if target is float and isinstance(value, int) and not isinstance(value, bool) and _sound(value):
         return float(value)  # pyright: ignore[reportReturnType]
-    if type(value) is not target or value != value:
-        raise ConfigError(f"{key}must be {_TYPE_WORDS[target]}, not {value!r}")
+    if type(value) is not target or not _sound(value):
+        raise ConfigError(f"{key}must be {_TYPE_WORDS[target]}, not {shown(value)}")
     return value
+
+
+def checked_path(value: Any) -> str:
+    """A path that a file system can be asked for."""
+    text = _strict(value, str)
+    if len(os.fsencode(text)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(text).parts):
+        raise ConfigError(f"must be a path of at most {LONGEST_NAME} bytes a name, not {shown(text)}")
+    return text
+
+
+def _sound(value: Any) -> bool:
+    """Whether a number is finite and not beyond all others, and a text can be written to a file."""
+    if isinstance(value, str):
+        return "\0" not in value and is_unicode(value)
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < WHOLE
 
 
 _TYPE_WORDS: Mapping[Any, str] = {
@@ -293,7 +306,7 @@ def _one_of(value: Any, target: Any) -> Any:
     choices = get_args(target)
     if value not in choices or isinstance(value, bool):
         hint = near(value, choices) if isinstance(value, str) else ""
-        raise ConfigError(f"must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
+        raise ConfigError(f"must be one of {', '.join(map(repr, choices))}, not {shown(value)}{hint}")
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from attrs import field, frozen
 
 from corefit.errors import DataError
+from corefit.text import shown
 
 COMPARED: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -23,6 +25,8 @@ COMPARED: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.NotIn: lambda one, other: one not in other,
 }
 BINS, BAR = 16, 40
+WIDEST = 1e300
+"""Larger values are in no bin: the width of all bins together must be a number."""
 WRITTEN = 'write comparisons of metadata with values, such as aesthetic >= 6.8 and category != "logo"'
 
 
@@ -41,9 +45,11 @@ class Keep:
         """`text`, understood."""
         try:
             tree = ast.parse(text, mode="eval").body
+            _check(tree, text)
         except SyntaxError as error:
-            raise ValueError(f"{text!r} is no condition ({error.msg}); {WRITTEN}") from None
-        _check(tree, text)
+            raise ValueError(f"{shown(text)} is no condition ({error.msg}); {WRITTEN}") from None
+        except (RecursionError, MemoryError):
+            raise ValueError(f"{shown(text)} is too deep to be understood; {WRITTEN}") from None
         return Keep(text, tree)
 
     @property
@@ -64,16 +70,39 @@ class Column:
     values: Sequence[Any]
     kept: Sequence[bool]
 
+    def span(self) -> str:
+        """From the least value to the greatest where they can be compared, the first few elsewhere."""
+        try:
+            return f"{self.name} is {shown(min(self.values))} to {shown(max(self.values))}" if self.values else ""
+        except TypeError:
+            few = dict.fromkeys(shown(value) for value in self.values)
+            return f"{self.name} is {', '.join(list(few)[:5])}{', ...' if len(few) > 5 else ''}"
+
     def histogram(self) -> Iterator[str]:
-        """A line a bin: its bounds, a bar whose full part is kept, counts. Nothing where values are no numbers."""
+        """A line a bin: its bounds, a bar whose full part is kept, counts. Nothing where values are no numbers.
+
+        Infinite values, and those above WIDEST, are in no bin.
+        """
         if not all(isinstance(value, (int, float)) for value in self.values):
             return
-        values, kept = np.array(self.values, float), np.array(self.kept, bool)
-        counts, edges = np.histogram(values, BINS)
-        left, _ = np.histogram(values[kept], edges)
+        values, kept = np.array([_real(value) for value in self.values]), np.array(self.kept, bool)
+        finite = np.isfinite(values) & (np.abs(values) < WIDEST)
+        try:
+            counts, edges = np.histogram(values[finite], BINS)
+        except ValueError:  # of values that are too near each other for bins between them
+            return
+        left, _ = np.histogram(values[finite & kept], edges)
         for low, high, count, held in zip(edges, edges[1:], counts, left, strict=False):
             full, whole = (-(-int(n) * BAR // max(1, int(counts.max()))) for n in (held, count))
             yield f"{low:10.4g} .. {high:<10.4g} {'█' * full + '░' * (whole - full):{BAR}} {held} of {count}"
+
+
+def _real(value: float) -> float:
+    """A number as a float, infinity where it is beyond all of them."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def kept(keep: Keep, rows: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -82,6 +111,11 @@ def kept(keep: Keep, rows: Sequence[Mapping[str, Any]]) -> list[bool]:
 
 
 def _asked(keep: Keep, number: int, row: Mapping[str, Any]) -> bool:
+    if unknown := [name for name in keep.names if row.get(name) != row.get(name)]:
+        raise DataError(
+            f"keep = {keep.text!r}: example {number + 1}: {unknown[0]!r} is NaN, which is neither more nor less than "
+            "anything; give it a value, or leave the example out"
+        )
     try:
         return keep.holds(row)
     except LookupError as error:
@@ -113,7 +147,7 @@ def _check(node: ast.expr, text: str) -> None:
 def _constant(node: ast.expr, text: str) -> None:
     try:
         ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         raise ValueError(f"{text!r}: {ast.unparse(node)!r} is no name and no value; {WRITTEN}") from None
 
 

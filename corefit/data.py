@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+LARGEST = 1 << 16
+"""Pixels a side, and frames: no format of pictures has more."""
 DONE = "done.json"
 NULL = "null.safetensors"
 ROWS = "rows.jsonl"
@@ -34,10 +36,10 @@ COND = "cond."
 
 
 def _positive(_: object, attribute: attrs.Attribute[Any], value: Sequence[int]) -> None:
-    if len(value) not in (2, 3) or min(value) < 1:
+    if len(value) not in (2, 3) or min(value) < 1 or max(value) > LARGEST:
         raise ValueError(
             f"{attribute.name} is {list(value)}, expected [height, width] in pixels, "
-            "or [frames, height, width] for clips"
+            f"or [frames, height, width] for clips, each at most {LARGEST}"
         )
 
 
@@ -76,7 +78,7 @@ class Data:
     """Missing or unreadable media that may be left out (and are counted) before a run stops."""
     order: Order = "epochs"
     """epochs: every example once, shuffled, then again; independent: each step draws prompts anew (Flow-GRPO)."""
-    encode_batch: int = field(default=16, validator=validators.ge(1))
+    encode_batch: int = field(default=16, validator=[validators.ge(1), validators.le(10_000)])
     """Prompts or pictures that the text encoders or the VAE see at once."""
 
     def __attrs_post_init__(self) -> None:
@@ -281,8 +283,8 @@ def _kept(rows: Sequence[Mapping[str, Any]], keep: Keep | None) -> tuple[dict[in
     )
     bucket = np.array([row["bucket"] for row in rows])[held]
     if keep and not len(bucket):
-        spans = [f"{c.name} is {min(c.values)} to {max(c.values)}" for c in columns if c.values]
-        raise DataError(f"keep = {keep.text!r} keeps none of {len(rows)} examples: {', '.join(spans)}")
+        spans = ", ".join(span for column in columns if (span := column.span()))
+        raise DataError(f"keep = {keep.text!r} keeps none of {len(rows)} examples: {spans}")
     numbers = np.flatnonzero(held)
     return {int(n): numbers[bucket == n] for n in np.unique(bucket)}, columns
 

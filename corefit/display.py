@@ -12,6 +12,8 @@ from attrs import define, field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from corefit.text import plain
+
 PAUSE = 10.0
 """Seconds between lines where there is no terminal."""
 
@@ -34,13 +36,13 @@ class Display:
     def on(shown: bool = True) -> Display:
         console = Console(quiet=not shown, highlight=False)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         live = console.is_terminal and shown
         return Display(console, Progress(*columns, console=console, disable=not live), live)
@@ -54,16 +56,16 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(plain(text), markup=False, soft_wrap=True)
 
     @contextmanager
     def task(self, title: str) -> Generator[Advance]:
         """A bar, or lines, for as long as the block runs."""
-        task = self._progress.add_task(title, total=None, note="")
+        task = self._progress.add_task(plain(title), total=None, note="")
         lines = _Lines(title, self.say if not self._live else lambda text: None)
 
         def advance(done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
-            note = _note(metrics or {})
+            note = plain(_note(metrics or {}))
             self._progress.update(task, completed=done, total=total)
             if note:
                 self._progress.update(task, note=note)

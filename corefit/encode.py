@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import define, field, frozen
 
+from corefit import rewards
 from corefit.buckets import Size, nearest
 from corefit.data import COND, X0, Data, Spec, pack
 from corefit.errors import DataError
@@ -142,13 +143,9 @@ class Encoder:
         return [({X0: row}, dict(scored)) for row, *scored in zip(x0.numpy(), *scores, strict=True)]
 
     def _scores(self, entry: Weighted, media: Tensor, examples: Sequence[Example]) -> list[tuple[str, float]]:
-        import torch
-
         prompts, metas = [example.prompts[0] for example in examples], [example.meta for example in examples]
-        scores = torch.as_tensor(entry.reward.score(media, prompts, metas)).double().cpu()
-        if scores.shape != (len(examples),):
-            raise DataError(f"score: {entry.name!r} gave {tuple(scores.shape)} scores for {len(examples)} media")
-        _finite(scores, f"score: {entry.name!r}", list(map(name_of, examples)))
+        scores = rewards.score(entry, media, prompts, metas)
+        rewards.refuse_non_finite({entry.name: scores}, list(map(name_of, examples)))
         for example in examples:
             if entry.name in example.meta:
                 raise DataError(

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen, validators
 
-from corefit import report
+from corefit import report, rewards
 from corefit.data import Data, Dataset
-from corefit.errors import TrainingError
 from corefit.ranks import Ranks
 from corefit.rng import Rng
 from corefit.rollout import generate
 from corefit.sources import prompts
-from corefit.types import Backbone, Batch, Condition, Weighted
+from corefit.types import Backbone, Condition, Weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KEPT = "last.safetensors"
 positive: Any = validators.gt(0)
+countable: Any = [positive, validators.le(10_000)]
 
 
 @frozen(kw_only=True)
@@ -35,13 +35,13 @@ class Eval:
     """Rewards that score what is generated."""
     guidance: float = field(default=4.5, validator=positive)
     """Scale of classifier-free guidance; 1 is none."""
-    steps: int = field(default=40, validator=positive)
+    steps: int = field(default=40, validator=countable)
     """Sampling steps, of Euler's method on the checkpoint's own noise levels."""
     limit: int | None = field(default=None, validator=validators.optional(positive))
     """Use the first so many prompts; all by default."""
-    batch: int = field(default=16, validator=positive)
+    batch: int = field(default=16, validator=countable)
     """Samples a forward."""
-    samples: int = field(default=16, validator=positive)
+    samples: int = field(default=16, validator=countable)
     """How many of them the sample grids show."""
 
     def data(self, size: tuple[int, ...]) -> Data:
@@ -85,8 +85,10 @@ class Judge:
         for first in range(0, len(rows), self.eval.batch):
             chunk = rows[first : first + self.eval.batch]
             batch, made = self.prompts.batch(chunk, chunk), self.media(backbone, chunk)
-            for entry in self.eval.reward:
-                values[entry.name] += _checked(entry, made, batch)
+            scores = {e.name: rewards.score(e, made, batch.prompts, batch.meta) for e in self.eval.reward}
+            rewards.refuse_non_finite(scores, batch.prompts)
+            for name, scored in scores.items():
+                values[name] += scored.tolist()
             categories += [str(m.get("category", "")) for m in batch.meta]
             progress(len(categories), len(rows))
         self._keep_up(backbone, len(rows))
@@ -141,15 +143,3 @@ def _empty_prompt(backbone: Backbone, empty: Condition) -> Generator[None]:
         yield
     finally:
         backbone.empty = former
-
-
-def _checked(entry: Weighted, made: Tensor, batch: Batch) -> list[float]:
-    import torch
-
-    scores = torch.as_tensor(entry.reward.score(made, batch.prompts, batch.meta)).double().cpu()
-    if scores.shape != (len(batch),) or not scores.isfinite().all():
-        raise TrainingError(
-            f"eval.reward: {entry.name!r} gave {tuple(scores.shape)} scores for {len(batch)} prompts, or one that is "
-            "not finite; score() must return one finite number a sample, or raise"
-        )
-    return scores.tolist()

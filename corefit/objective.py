@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from attrs import evolve, field, frozen, validators
 
+from corefit.blame import returned
 from corefit.errors import ConfigError
 from corefit.types import Backbone, Batch, Condition, NoiseWeighting, Sampler, Term, Weighted
 
@@ -94,9 +96,11 @@ class Objective(Protocol, Generic[P]):
     """
 
     @property
+    @abstractmethod
     def uses(self) -> frozenset[str]: ...
 
     @property
+    @abstractmethod
     def num_terms(self) -> int: ...
 
     @property
@@ -111,10 +115,12 @@ class Objective(Protocol, Generic[P]):
     def rows_per_graph(self) -> int:
         return 1
 
+    @abstractmethod
     def experience(self, batch: Batch, ctx: Context, /) -> Iterable[P]:
         """Turn a batch into `num_updates` parts; no gradient."""
         ...
 
+    @abstractmethod
     def terms(self, part: P, ctx: Context, /) -> Iterator[Term]:
         """Yield `num_terms` terms; each is backpropagated and freed before the next is computed."""
         ...
@@ -193,6 +199,14 @@ class Sum(Objective[Any]):
     def rows_per_graph(self) -> int:
         return max(each.objective.rows_per_graph for each in self.of)
 
+    def experience(self, batch: Batch, ctx: Context, /) -> Iterable[Any]:
+        """The trainer asks the summands (`summands`), so it never comes here."""
+        raise AssertionError("a sum has no experience of its own")
+
+    def terms(self, part: Any, ctx: Context, /) -> Iterator[Term]:
+        """The trainer asks the summands (`summands`), so it never comes here."""
+        raise AssertionError("a sum has no terms of its own")
+
 
 def summands(objective: Objective[Any]) -> tuple[Summand, ...]:
     """What the trainer runs for an objective: the parts of a sum, or the objective alone, without a name."""
@@ -205,12 +219,18 @@ def term_names(objective: Objective[Any]) -> list[str]:
     return [f"term {index}{f' of {name}' if name else ''}" for name, index in every]
 
 
+def _is_part(value: Any) -> bool:
+    return all(hasattr(value, name) for name in ("rows", "metrics", "__len__", "__getitem__"))
+
+
 def parts(objective: Objective[Any], batch: Batch, ctx: Context) -> Iterator[Part]:
     """What a batch's experience yields, part by part; AssertionError unless they are `num_updates`."""
-    number, made = objective.num_updates, iter(objective.experience(batch, ctx))
-    name = type(objective).__name__
+    number, every = objective.num_updates, objective.experience(batch, ctx)
+    returned(every, lambda it: isinstance(it, Iterable), objective, "experience()", "an iterable of parts")
+    made, name = iter(every), type(objective).__name__
     for index in range(number):
         part = next(made, None)
         assert part is not None, f"{name} yielded {index} parts, not num_updates = {number}"
+        returned(part, _is_part, objective, "a part", "rows with metrics that can be counted and sliced")
         yield part
     assert next(made, None) is None, f"{name} yields more than num_updates = {number} parts"

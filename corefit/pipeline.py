@@ -13,7 +13,7 @@ from typing import Any, Literal
 from attrs import define, field, validators
 
 from corefit import buckets, cache
-from corefit.config import KEY, Reader, Table, load, override
+from corefit.config import KEY, Reader, Table, checked_path, load, override
 from corefit.data import Data
 from corefit.errors import ConfigError, CorefitError
 from corefit.evaluate import Eval
@@ -33,7 +33,7 @@ TRAIN = "train"
 class Pipeline:
     """One run: a backbone, data, stages in order, and how they are judged."""
 
-    name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_.-]*"))
+    name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"))
     """The run's folder is runs/<name>."""
     backbone: Backbone
     """The model: its family and where it lies."""
@@ -178,7 +178,7 @@ def _plugin_files(tables: Table) -> Sequence[str]:
     files = tables.get("plugins", [])
     if not isinstance(files, list) or not all(isinstance(f, str) for f in files):
         raise ConfigError(f'plugins: must be a list of files, such as ["my_objective.py"], not {files!r}')
-    return files
+    return [checked_path(file) for file in files]
 
 
 def _structured(tables: Table, reader: Reader) -> Pipeline:

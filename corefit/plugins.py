@@ -22,10 +22,10 @@ import attrs
 import pluggy
 from attrs import frozen
 
-from corefit import hookspecs
+from corefit import blame, contract, hookspecs
 from corefit.errors import PluginError
 
-GROUP = "corefit"
+GROUP = blame.GROUP
 API = "COREFIT_API"
 """What a plugin module may set: the version of the API that it is written for."""
 DISABLE = "COREFIT_DISABLE"
@@ -121,7 +121,7 @@ class Host:
 
     def step_metrics(self, stage: Any, state: Any, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics of a logged step, with those that plugins add; PluginError where two have one name."""
-        every, owners = dict(metrics), dict.fromkeys(metrics, "the stage")
+        every, owners = dict(metrics), dict.fromkeys(["step", *metrics], "the stage")
         for implementation in self.hook.corefit_step_metrics.get_hookimpls():
             plugin, given = implementation.plugin_name, {"stage": stage, "state": state, "metrics": metrics}
             who, known = (
@@ -172,11 +172,7 @@ class Host:
             names = ", ".join(f"{name}: {getattr(cls, '__qualname__', cls)}" for name, cls in offers.items())
             self._trace(f"corefit_{kind}() of {found.name} ({found.owner}) -> {{{names}}}")
         for name, cls in offers.items():
-            if not (isinstance(cls, type) and attrs.has(cls)):
-                raise PluginError(
-                    f"{where} offers {name!r}, which is {cls!r} and no attrs class; decorate the class with "
-                    f"@attrs.frozen, its fields are its configuration. Until then, {found.remedy}"
-                )
+            _check_offer(name, cls, kind, where, found)
             other = self.offers[kind].get(name)
             if other is not None:
                 raise PluginError(
@@ -184,6 +180,22 @@ class Host:
                     f"rename one, or {found.remedy}"
                 )
             self.offers[kind][name] = Offer(kind, name, cls, found.owner)
+
+
+def _check_offer(name: Any, cls: Any, kind: str, where: str, found: Found) -> None:
+    """PluginError unless it is an attrs class that has all members of its kind."""
+    if not isinstance(name, str):
+        raise PluginError(f"{where} offers the name {name!r}, which is no text; mend it. Until then, {found.remedy}")
+    if not (isinstance(cls, type) and attrs.has(cls)):
+        raise PluginError(
+            f"{where} offers {name!r}, which is {cls!r} and no attrs class; decorate the class with "
+            f"@attrs.frozen, its fields are its configuration. Until then, {found.remedy}"
+        )
+    if wrong := "; ".join(contract.problems(cls, kind)):
+        raise PluginError(
+            f"{where} offers {name!r}, {blame.place(cls)}, which is no {KINDS[kind]}: {wrong}. Write what "
+            f"corefit.{contract.PROTOCOLS[kind].__name__} says; until then, {found.remedy}"
+        )
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:
@@ -231,7 +243,7 @@ def _loaded(point: EntryPoint, owner: str) -> Found:
     remedy = f"set {DISABLE}={point.name} to run without it"
     try:
         return Found(point.name, owner, point.load(), remedy)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"plugin {point.name!r} of {owner} cannot be imported ({type(error).__name__}: {error}); "
             f"reinstall or update {owner.split()[0]}, or {remedy}"
@@ -240,9 +252,9 @@ def _loaded(point: EntryPoint, owner: str) -> Found:
 
 def _local(path: Path) -> Found:
     """Import a file under a name of its own, so that its classes resolve their annotations."""
-    if not path.is_file():
+    if not _is_file(path):
         raise PluginError(f"plugins: there is no file {path}; paths are relative to the pipeline file")
-    name = f"corefit_local_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    name = f"{blame.LOCAL}{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     loader = _Uncached(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None, "a loader of a file has a spec"
@@ -257,6 +269,13 @@ def _local(path: Path) -> Found:
             f"plugin file {where} cannot be run ({type(error).__name__}: {error}); mend it, or remove it from `plugins`"
         ) from error
     return Found(name, str(path), module, "remove it from `plugins`")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # of a name that is too long
+        return False
 
 
 class _Uncached(SourceFileLoader):
@@ -321,7 +340,7 @@ def _refuse_other_api(found: Found) -> None:
 def _called(offer_hook: Any, where: str, found: Found) -> Mapping[str, Any]:
     try:
         offers = offer_hook()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"{where} failed ({type(error).__name__}: {error}); {found.remedy}") from error
     if not isinstance(offers, Mapping):
         raise PluginError(f"{where} returned {offers!r}, not a mapping of names to classes; {found.remedy}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+from corefit.blame import returned
 from corefit.flow import like
 from corefit.samplers import Ode
 from corefit.types import Backbone, Condition, Sampler, Step
@@ -48,6 +49,7 @@ def rollout(
         sigma, sigma_next = grid[i].expand(len(x)), grid[i + 1].expand(len(x))
         v = backbone.guided(x, sigma, cond, guidance)
         step = sampler.step(x, v, sigma, sigma_next)
+        returned(step, lambda it: isinstance(it, Step), sampler, "step()", "a corefit.Step of mean and std")
         if stochastic is not None:
             step = _select(stochastic[i], step, Ode().step(x, v, sigma, sigma_next))
         x_next = step.mean

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import attrs
 from attrs import define, field, frozen
 
-from corefit import agreement, disk, estimate, memory, plan, report, state, train, weights
+from corefit import agreement, blame, disk, estimate, memory, plan, report, state, train, weights
 from corefit.data import Dataset
 from corefit.display import Display
 from corefit.errors import ConfigError
@@ -38,7 +38,7 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     folder = pipeline.run_folder
     with signals.handled():
         agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
-        with _locked(folder, ranks), shown, ranks.watched(folder), disk.written(folder):
+        with _locked(folder, ranks), shown, ranks.watched(folder), blame.no_exit(), disk.written(folder):
             Run(pipeline, ranks, shown, signals, Again.of(pipeline, again)).all()
     return pipeline.run_folder
 

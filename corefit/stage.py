@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from attrs import field, frozen, validators
 
+from corefit.contract import MOST
 from corefit.noise import LogitNormal
 from corefit.objective import Objective
 from corefit.samplers import Ode
@@ -15,6 +16,7 @@ from corefit.types import NoiseWeighting, Sampler, Weighted
 
 positive: Any = validators.gt(0)
 some_positive: Any = validators.optional(positive)
+some_rows: Any = validators.optional([positive, validators.le(MOST)])
 share: Any = [validators.ge(0), validators.lt(1)]
 
 
@@ -72,15 +74,15 @@ Training = Full | Lora
 class Stage:
     """One `[[stage]]`: what is learned, from what, for how long."""
 
-    name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_-]*"))
+    name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"))
     """Of its folder, its row in the results, and in `--set` and `--from`."""
-    steps: int = field(validator=positive)
+    steps: int = field(validator=[positive, validators.le(1_000_000_000)])
     """Batches; an objective may take several optimiser steps on each."""
     objective: Objective[Any]
     """What is learned."""
-    batch: int | None = field(default=None, validator=some_positive)
+    batch: int | None = field(default=None, validator=some_rows)
     """Samples a step over all ranks, or rollouts where the objective rolls out; 32, or 48 groups, by default."""
-    micro_batch: int | None = field(default=None, validator=some_positive)
+    micro_batch: int | None = field(default=None, validator=some_rows)
     """Samples a forward and rank; the whole share of a rank by default. Changes memory, not results."""
     noise: NoiseWeighting | None = None
     """logit_normal where the objective reads one and none is given."""
@@ -160,6 +162,8 @@ class Stage:
 
     def _batch_problems(self) -> Iterator[str]:
         group = self.objective.rows_per_prompt
+        if self.rows > MOST:
+            yield f"batch: {self.rows} rollouts a step, 48 groups of {group}, are more than {MOST}; set it lower"
         if self.rows % group:
             nearest = max(1, round(self.rows / group)) * group
             yield f"batch: {self.rows} rollouts are not whole groups of {group}; use a multiple, such as {nearest}"

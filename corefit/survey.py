@@ -6,21 +6,20 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from attrs import define, field
 
+from corefit.blame import returned
 from corefit.data import Data, sha256
 from corefit.errors import DataError
 from corefit.ranks import alive
 from corefit.sources import listed
-from corefit.types import Stored
-
-if TYPE_CHECKING:
-    from corefit.types import Example
+from corefit.text import is_unicode
+from corefit.types import Example, Source, Stored
 
 SETTLED = 2_000_000_000
 """Nanoseconds after which a file's time stamps tell it from any later version."""
@@ -31,10 +30,10 @@ def survey(data: Data, media: bool, digest: Callable[[Any], str]) -> tuple[int, 
     total, number = hashlib.sha256(), 0
     bare: list[str] = []
     missing: list[str] = []
-    for number, example in enumerate(data.raw.examples(), 1):
+    for number, example in enumerate(_examples(data.raw), 1):
         if media and example.media is None:
             bare.append(f"example {number}: {example.prompts[0]!r}")
-        if media and isinstance(example.media, Path) and not example.media.exists():
+        if media and isinstance(example.media, Path) and not _exists(example.media):
             missing.append(f"{example.media}: no such file")
         content = ""
         if media and not bare and len(missing) <= data.skip:
@@ -49,6 +48,31 @@ def survey(data: Data, media: bool, digest: Callable[[Any], str]) -> tuple[int, 
         raise DataError(f"the source {type(data.raw).__name__} has no examples")
     check_readable(missing, number, data.skip)
     return number, total.hexdigest()
+
+
+def _examples(source: Source) -> Iterator[Example]:
+    """What a source gives; PluginError where that is no example, or one whose prompt is no text."""
+    given = source.examples()
+    returned(given, lambda it: isinstance(it, Iterable), source, "examples()", "an iterable of corefit.Example")
+    for example in given:
+        returned(example, _is_example, source, "an example", "a corefit.Example with a prompt, or several")
+        yield example
+
+
+def _is_example(value: Any) -> bool:
+    if not isinstance(value, Example):
+        return False
+    prompts: Any = (value.prompt,) if isinstance(value.prompt, str) else value.prompt
+    meta: Any = value.meta
+    fine = isinstance(prompts, Sequence) and len(cast(Any, prompts)) > 0 and isinstance(meta, Mapping)
+    return fine and all(isinstance(text, str) and is_unicode(text) for text in cast(Any, prompts))
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except (OSError, ValueError):  # of a name that is too long or holds NUL
+        return False
 
 
 def _line(number: int, example: Example, content: str) -> bytes:
@@ -90,10 +114,10 @@ class Hashes:
             return self._known(media.name, media.file, lambda: hashlib.sha256(media.read()).hexdigest())
         if not isinstance(media, Path):
             return hashlib.sha256(f"{media.dtype} {media.shape} ".encode() + media.tobytes()).hexdigest()
-        if media.is_dir():
+        if _exists(media) and media.is_dir():
             files = sorted(file for file in media.iterdir() if file.is_file())
             return hashlib.sha256("".join(f"{file.name} {self._file(file)}\n" for file in files).encode()).hexdigest()
-        return self._file(media) if media.is_file() else "missing"
+        return self._file(media) if _exists(media) and media.is_file() else "missing"
 
     def _file(self, file: Path) -> str:
         return self._known(str(file), file, lambda: sha256(file))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import define, field, frozen
 
-from corefit import data, memory, state, weights
+from corefit import blame, contract, data, memory, state, weights
 from corefit.data import Dataset
 from corefit.errors import NonFinite, Stopped, TrainingError
 from corefit.gradients import Gradients
@@ -272,12 +272,13 @@ class Loop:
         """
         count: float | Tensor = 0.0
         terms = objective.terms(part, ctx)
+        blame.returned(terms, lambda it: isinstance(it, Iterator), objective, "terms()", "a generator of terms")
         number = objective.num_terms
         for index in range(number):
             with self._exchange(last and index == number - 1):
                 term = next(terms, None)
                 assert term is not None, f"{type(objective).__name__} yielded {index} terms, not num_terms = {number}"
-                self.ranks.accelerator.backward(term.total)
+                self.ranks.accelerator.backward(contract.term(term, objective).total)
             self.fault.see(term.total.detach(), self.step, before + index)
             for name, values in term.metrics.items():
                 self.means.add(label + name, values)

@@ -6,6 +6,7 @@ sigma is in [0, 1]: 1 is pure noise, 0 is clean; x = (1 - sigma) x0 + sigma nois
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -163,57 +164,69 @@ class Backbone(Protocol):
     """Module names that a LoRA adapts by default."""
 
     @property
-    @abstractmethod
     def distilled(self) -> bool:
         """Whether the scale of guidance is an input of the network: `guided` is one call then, and has no halves."""
-        ...
+        return False
 
+    @abstractmethod
     def check(self) -> None:
         """CorefitError for what is wrong with the model's files and shows without reading weights."""
         ...
 
+    @abstractmethod
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Say where text encoders and VAE go, and in which precision prompts are encoded; reads nothing."""
         ...
 
+    @abstractmethod
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read the transformer and put it on `device` in `dtype`."""
         ...
 
+    @abstractmethod
     def moved(self, folder: Path) -> Backbone:
         """The same backbone, unloaded, with the weights that `save` wrote to `folder`."""
         ...
 
+    @abstractmethod
     def weights_key(self) -> str:
         """Hash of the transformer's files."""
         ...
 
+    @abstractmethod
     def load_lora(self, folder: Path) -> None:
         """Add the adapter saved in `folder` to the loaded transformer, trainable."""
         ...
 
+    @abstractmethod
     def release(self) -> None:
         """Drop the text encoders and the VAE."""
         ...
 
+    @abstractmethod
     def encoding_key(self) -> Mapping[str, str]:
         """What determines `encode_text` and `encode`, each as a short text or hash: the cache's key."""
         ...
 
+    @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Condition: ...
 
+    @abstractmethod
     def null(self, n: int) -> Condition:
         """The condition of n empty prompts: what guidance and condition dropout use."""
         ...
 
+    @abstractmethod
     def encode(self, media: Tensor) -> Tensor:
         """Media [B, 3, H, W] (video [B, 3, T, H, W]) in [0, 1] -> x0 [B, ...], float32."""
         ...
 
+    @abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
         """x0 [B, ...] -> media in [0, 1], float32."""
         ...
 
+    @abstractmethod
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
         """Shape of one row's latents for media of `size`; ConfigError, a ValueError, for sizes it does not take.
 
@@ -221,10 +234,12 @@ class Backbone(Protocol):
         """
         ...
 
+    @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """v(x, sigma, cond) [B, ...] in float32; sigma [B] in float32."""
         ...
 
+    @abstractmethod
     def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
         """Classifier-free guidance: `combine` of the velocities of `cond` and `null`; scale 1 is `velocity`.
 
@@ -239,14 +254,17 @@ class Backbone(Protocol):
         """
         return v_null + scale * (v_cond - v_null)
 
+    @abstractmethod
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
         """The checkpoint's own inference grid, [steps + 1], falling from 1 (or near) to 0; float32, CPU."""
         ...
 
+    @abstractmethod
     def shift(self, shape: Sequence[int]) -> float:
         """The timestep shift that training noise uses for latents of `shape`."""
         ...
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write what diffusers loads: a whole pipeline, or the LoRA alone where one is trained."""
         ...
@@ -305,6 +323,7 @@ class Sampler(Protocol):
         """Whether `step` may return std > 0: what policy gradients need."""
         return True
 
+    @abstractmethod
     def step(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Step:
         """The transition from sigma [B] to sigma_next [B] < sigma, given v = velocity at (x, sigma)."""
         ...
@@ -319,10 +338,12 @@ class Sampler(Protocol):
 class NoiseWeighting(Protocol):
     """At which noise levels a model is supervised, and how much each counts."""
 
+    @abstractmethod
     def sample(self, n: int, shift: float, rng: Rng) -> Tensor:
         """sigma [n] in (0, 1], already shifted; draws come from `rng` only."""
         ...
 
+    @abstractmethod
     def weight(self, sigma: Tensor) -> Tensor:
         """Loss weight [n] at sigma [n]."""
         ...
@@ -331,6 +352,7 @@ class NoiseWeighting(Protocol):
 class Reward(Protocol):
     """Scores media. An attrs class. Failing is an exception, never a 0."""
 
+    @abstractmethod
     def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
         """Rewards [B] for media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1].
 
@@ -375,9 +397,15 @@ class Example:
 class Source(Protocol):
     """Raw examples from somewhere; the cache turns them into MDS."""
 
+    @abstractmethod
     def examples(self) -> Iterator[Example]:
         """All examples, in a fixed order."""
         ...
+
+
+def _finite(_: object, __: object, weight: float) -> None:
+    if not math.isfinite(weight):
+        raise ValueError(f"'weight' must be a number, not {weight}")
 
 
 @frozen(eq=False)
@@ -386,7 +414,7 @@ class Weighted:
 
     name: str
     reward: Reward
-    weight: float = 1.0
+    weight: float = field(default=1.0, validator=_finite)
 
 
 Samples = Callable[[], tuple[Sequence[str], "Tensor"]]

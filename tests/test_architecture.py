@@ -16,11 +16,13 @@ PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 FIRST_PARTY = {path.name for path in (ROOT / "plugins").glob("*/corefit_*")}
 
 LAYERS = (
+    {"text"},
     {"flow", "errors", "rng", "memory", "display", "signals", "completion"},
-    {"ranks", "disk"},
+    {"ranks", "blame", "disk"},
     {"types", "mds", "state", "report", "order", "curate"},
     {"objective"},
-    {"hookspecs"},
+    {"hookspecs", "contract"},
+    {"rewards"},
     {"corefit"},  # the package itself: the names that plugins import
     {"samplers", "noise", "sources", "plugins", "buckets"},
     {"builtin", "rollout", "stage", "config", "listing", "testing", "data"},
@@ -40,6 +42,7 @@ UPWARD = {("pipeline", "run")}
 OFFERED = {
     "corefit",
     "corefit.errors",
+    "corefit.rewards",
     "corefit.flow",
     "corefit.rng",
     "corefit.rollout",

@@ -48,6 +48,32 @@ def test_examples_that_cannot_be_asked_are_named() -> None:
         kept(Keep.of("a > 1"), [{"a": "x"}])
 
 
+def test_nan_is_named() -> None:
+    with pytest.raises(DataError, match="example 2: 'a' is NaN, which is neither more nor less than anything"):
+        kept(Keep.of("a > 1"), [{"a": 2.0}, {"a": float("nan")}])
+    assert kept(Keep.of("a > 1"), [{"a": 2.0, "b": float("nan")}]) == [True], "of what is not asked for"
+
+
+def test_infinite_and_huge_numbers_are_compared() -> None:
+    values = [float("inf"), float("-inf"), 10**400, 2.0, 0.0]
+    held = kept(Keep.of("a > 1"), [{"a": value} for value in values])
+    assert held == [True, False, True, True, False]
+    lines = list(Column("a", values, held).histogram())
+    assert (lines[0][-6:], lines[-1][-6:]) == ("0 of 1", "1 of 1")
+
+
+@pytest.mark.parametrize("values", [[float("inf")] * 2, [10**400, 3.0], [1e308, -1e308], [0.0, 5e-324]])
+def test_values_without_bins_have_no_histogram_or_one_bin(values: list[float]) -> None:
+    assert len(list(Column("a", values, [True, True]).histogram())) in (0, 16)
+
+
+def test_spans() -> None:
+    assert Column("a", [3, 1, 2], [False] * 3).span() == "a is 1 to 3"
+    assert Column("a", [3, "x", None, 3], [False] * 4).span() == "a is 3, 'x', None"
+    assert Column("a", [*map(str, range(9)), 1], [False] * 10).span() == "a is '0', '1', '2', '3', '4', ..."
+    assert Column("a", [], []).span() == ""
+
+
 def test_a_histogram_counts_everything_and_what_is_kept() -> None:
     column = Column("a", [0.0] * 10 + [1.0] * 30, [False] * 20 + [True] * 20)
     lines = list(column.histogram())

@@ -5,6 +5,7 @@ Every case is a good pipeline with one thing spoilt, given to `corefit check` an
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -67,6 +68,8 @@ REWARD = 'reward = [{ use = "bright", weight = 1.0 }]'
 SOURCE = 'source = { use = "jsonl", path = "train.jsonl" }'
 LORA = 'train = { use = "lora", rank = 2 }'
 BATCH = 'batch = 4\nobjective = { use = "flow'
+
+SFT = '[[stage]]\nname = "one"\nsteps = 1\nbatch = 2\nobjective = { use = "sft" }\n'
 
 FILES = [
     Case("missing file", lambda p: p.file.unlink(), ("no pipeline file", "pipeline.toml")),
@@ -283,6 +286,75 @@ PLUGINS = [
         "rename one",
     ),
 ]
+BARE = """
+import sys
+from attrs import field, frozen
+from corefit import Reward, Source, Supervised, hookimpl
+
+@frozen
+class Bare{base}:
+    {body}
+
+@hookimpl
+def corefit_{kind}():
+    return {{"{name}": Bare}}
+"""
+
+
+def bare(kind: str, name: str, body: str, base: str = "") -> str:
+    """bright.py with another class, of which `body` is all."""
+    return BARE.format(kind=kind, name=name, body=body, base=base)
+
+
+def objective(name: str, body: str, *said: str) -> Case:
+    """The first stage with an objective of bright.py's, and no other."""
+
+    def spoil(project: Project) -> None:
+        text = bare("objectives", "bare", f"def terms(self, part, ctx): ...\n    {body}", "(Supervised)")
+        (project.folder / "bright.py").write_text(text)
+        project.write(project.text.partition("[[stage]]")[0] + SFT.replace("sft", "bare"))
+
+    return Case(name, spoil, said)
+
+
+OFFERED = [
+    plugin(
+        "reward without score",
+        bare("rewards", "bright", "weight: float = 1.0", "(Reward)"),
+        "bright.py",
+        "offers 'bright'",
+        "which is no reward: it has no score(media, prompts, meta)",
+    ),
+    plugin(
+        "reward that looks like none",
+        bare("rewards", "bright", "weight: float = 1.0"),
+        "offers 'bright'",
+        "it has no score(media, prompts, meta)",
+    ),
+    plugin(
+        "reward of one argument",
+        bare("rewards", "bright", "def score(self, media): return media"),
+        "bright.py",
+        "its score does not take what it is given, score(media, prompts, meta)",
+    ),
+    plugin(
+        "reward that exits",
+        bare("rewards", "bright", "score = lambda *_: 0\n    def __attrs_post_init__(self): sys.exit(0)"),
+        "bright.py:9 called sys.exit(0)",
+        "raise an error there instead",
+    ),
+    swap(
+        "infinite weight", "weight = 1.0", "weight = inf", "stage.grpo.reward.0", "weight", "must be a number, not inf"
+    ),
+    swap("infinite rate", "1e-3", "inf", "stage.soar.optimizer.lr", "must be a number, not inf"),
+    objective(
+        "objective that uses nothing", "uses = 'media'", "stage.one.objective", "uses of Bare", "bright.py", "not a set"
+    ),
+    objective(
+        "objective that fails", "uses = property(lambda self: 1 / 0)", "stage.one.objective", "ZeroDivisionError"
+    ),
+    objective("objective of complex terms", "num_terms = 1j", "num_terms of Bare", "is 1j, not a whole number"),
+]
 CHECKPOINTS = [
     swap("no folder", '"base"', '"bass"', "backbone: bass: no such folder", "organisation/model"),
     swap("no checkpoint", 'path = "base"', 'path = "media"', "media: no model_index.json", "diffusers folder"),
@@ -349,7 +421,80 @@ DATA = [
     swap("no eval rewards", '[{ use = "bright" }]', "[]", "eval.reward: name at least one", "remove [eval]"),
     swap("eval reward left out", 'reward = [{ use = "bright" }]\n', "", "eval.reward is missing", "needs it"),
 ]
-CASES = [*FILES, *KEYS, *TYPES, *VALUES, *NAMES, *CONTRADICTIONS, *PLUGINS, *CHECKPOINTS, *DATA]
+DEEP = "[" * 5000 + "]" * 5000
+LONG = "a" * 5000
+INPUT = [
+    swap("deep lists", "steps = 2\n", f"steps = {DEEP}\n", "pipeline.toml is not valid TOML", "too deeply"),
+    swap("deep tables", "steps = 2\n", f"steps.{'a.' * 3000}a = 1\n", "stage.soar.steps: must be a whole number"),
+    Case("huge file", lambda p: os.truncate(p.file, 1 << 30), ("pipeline.toml has more than 16 MiB", "name another")),
+    swap("endless number", "steps = 2\n", f"steps = {'9' * 5000}\n", "pipeline.toml is not valid TOML", "digits"),
+    swap("huge number", "steps = 2\n", f"steps = {10**30}\n", "stage.soar.steps: must be a whole number, not 1000"),
+    swap("huge number for a fraction", "1e-3", str(10**400), "stage.soar.optimizer.lr: must be a number, not 1000"),
+    swap("long name", '"tiny"', f'"{LONG}"', "name: must match"),
+    swap("long stage", 'name = "soar"', f'name = "{LONG}"', "name: must match"),
+    swap("long key", "steps = 2", f"{LONG} = 2", "is not a key"),
+    swap("long path", '"train.jsonl"', f'"{LONG}"', "data.source.path: must be a path of at most 255 bytes"),
+    swap("long folder", '"base"', f'"{LONG}"', "backbone.path: must be a path of at most 255 bytes"),
+    swap("long plugin", '"bright.py"', f'"{LONG}"', "must be a path of at most 255 bytes"),
+    swap("long out", 'name = "tiny"', f'name = "tiny"\nout = "{LONG}"', "out: must be a path of at most 255 bytes"),
+    swap("NUL in a path", '"train.jsonl"', '"train\\u0000.jsonl"', "data.source.path: must be text", "train\\x00"),
+    swap("NUL in a model", '"base"', '"ba\\u0000se"', "backbone.path: must be text", "ba\\x00se"),
+    swap("NUL in a plugin", '"bright.py"', '"bright\\u0000.py"', "must be text", "bright\\x00"),
+    swap("NUL in keep", "[data]", '[data]\nkeep = "a\\u0000 > 1"', "data.keep: must be text"),
+    swap("deep keep", "[data]", f'[data]\nkeep = "{"not " * 3000}a"', "data: keep", "too deep", "write comparisons"),
+    rows(
+        "half a character",
+        {"prompt": "a \ud800 sky", "media": "media/0.png"},
+        said=("train.jsonl:1: 'prompt' is", "lone surrogate", "write it anew"),
+    ),
+    rows(
+        "half a character in captions",
+        {"prompt": ["a sky", "\udfff"], "media": "media/0.png"},
+        said=("train.jsonl:1", "lone surrogate"),
+    ),
+    rows(
+        "NUL in media",
+        {"prompt": "a sky", "media": "0\0.png"},
+        said=("1 of 1 media are missing", "0\\x00.png: no such file"),
+    ),
+    rows("long media", {"prompt": "a sky", "media": LONG}, said=("1 of 1 media are missing", "no such file")),
+    rows(
+        "escapes in media",
+        {"prompt": "a sky", "media": "\x1b[31mred\x9b.png"},
+        said=("\\x1b[31mred\\x9b.png: no such file",),
+    ),
+    swap("infinite batch", "batch = 4", f"batch = {10**12}", "stage.soar.batch: must be <= 1000000"),
+    swap("infinite micro_batch", "batch = 4", f"micro_batch = {10**12}", "stage.soar.micro_batch: must be <= 1000000"),
+    swap("infinite steps", "steps = 2", f"steps = {10**12}", "stage.soar.steps: must be <= 1000000000"),
+    swap("infinite points", "points = 2", f"points = {10**12}", "stage.soar.objective.points: must be <= 10000"),
+    swap(
+        "infinite paths",
+        "points = 2",
+        "points = 10000, paths = 10000",
+        "stage.soar.objective: num_terms of Soar",
+        "not a whole number from 1 to",
+    ),
+    swap("infinite group", "group = 2", f"group = {10**12}", "stage.grpo.objective.group: must be <= 10000"),
+    swap(
+        "infinite rollout",
+        "group = 2, steps = 4",
+        f"group = 2, steps = {10**12}",
+        "stage.grpo.objective.steps: must be <= 10000",
+    ),
+    swap("infinite size", "[16, 16]", f"[16, {10**12}]", "expected [height, width]", "each at most 65536"),
+    swap("infinite samples", "limit = 4", f"samples = {10**12}", "eval.samples: must be <= 10000"),
+    swap("infinite eval batch", "limit = 4", f"batch = {10**12}", "eval.batch: must be <= 10000"),
+    swap("infinite encode_batch", "[data]", f"[data]\nencode_batch = {10**12}", "data.encode_batch: must be <= 10000"),
+    swap("infinite aspect", "[data]", f'[data]\naspects = ["1:{10**400}"]', "data: aspects", "write width:height"),
+    swap(
+        "infinite shards",
+        SOURCE,
+        'source = { use = "webdataset", path = "{0..999999999999}.tar" }',
+        "data: ",
+        "names more than 1000000 tar files",
+    ),
+]
+CASES = [*FILES, *KEYS, *TYPES, *VALUES, *NAMES, *CONTRADICTIONS, *PLUGINS, *OFFERED, *CHECKPOINTS, *DATA, *INPUT]
 TYPED = (
     "missing file",
     "no toml",
@@ -435,6 +580,68 @@ def test_a_file_that_may_not_be_read_is_named(project, monkeypatch):
         2,
         "error: /data/train.jsonl: permission denied; change its mode, or name another\n",
     )
+
+
+def test_a_byte_order_mark_is_read(project):
+    project.own("train.jsonl")
+    project.own("heldout.jsonl")
+    for name in ("pipeline.toml", "train.jsonl", "heldout.jsonl"):
+        file = project.folder / name
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    ended = project.main("check", "pipeline.toml")
+    assert (ended.status, ended.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "examples = lambda self: None",
+        "examples = lambda self: ['a']",
+        "examples = lambda self: [Example('')] + [Example([])]",
+        "examples = lambda self: [Example(3)]",
+        "examples = lambda self: [Example(['a', None])]",
+        "examples = lambda self: [Example('a', meta=None)]",
+        "examples = lambda self: [Example('\\ud800')]",
+    ],
+)
+def test_a_source_that_gives_no_examples_is_named(project, body):
+    text = bare("sources", "mine", body, "(Source)").replace("import Reward,", "import Example, Reward,")
+    (project.folder / "bright.py").write_text(text)
+    project.swap((SOURCE, 'source = { use = "mine" }'))
+    project.write(project.text.partition("[[stage]]")[0] + SFT)
+    ended = project.main("check", "pipeline.toml")
+    assert ended.status == 2
+    assert "bright.py)" in ended.err
+    assert "example" in ended.err
+
+
+def test_what_is_fine_is_told_without_escapes(project):
+    (project.folder / "\x1b[2Jruns").mkdir()
+    ended = project.main("check", "pipeline.toml", "--out", "\x1b[2Jruns")
+    assert ended.status == 0, ended.err
+    assert "\x1b" not in ended.out
+    assert "\\x1b[2Jruns" in ended.out
+
+
+# plugins that end the process
+
+
+@pytest.mark.parametrize("where", ["reward", "source"])
+def test_a_plugin_that_exits_does_not_end_a_run_as_if_it_were_done(project, where):
+    plugin = project.folder / "bright.py"
+    if where == "reward":
+        plugin.write_text(plugin.read_text().replace("        return", "        raise SystemExit\n        return", 1))
+        verbs = ("run",)
+    else:
+        plugin.write_text(bare("sources", "mine", "def examples(self): sys.exit(0)", "(Source)"))
+        project.swap((SOURCE, 'source = { use = "mine" }'))
+        project.write(project.text.partition("[[stage]]")[0] + SFT)
+        verbs = ("check", "run")
+    for verb in verbs:
+        ended = project.main(verb, "pipeline.toml")
+        assert ended.status == 2, ended.err
+        assert "bright.py:" in ended.err
+        assert "called sys.exit(" in ended.err
 
 
 # what only opening a picture shows

@@ -14,7 +14,7 @@ import pytest
 from attrs import frozen
 
 import corefit
-from corefit import hookimpl
+from corefit import Sampler, hookimpl
 from corefit.errors import PluginError
 from corefit.listing import listing
 from corefit.plugins import HOOKS, KINDS, Host, near
@@ -23,11 +23,13 @@ from corefit.samplers import FlowSde, Ode
 OURS = f"corefit {version('corefit')}"
 OFFER = """
 from attrs import frozen
-from corefit import hookimpl
+from corefit import Sampler, hookimpl
 
 @frozen
-class Mine:
+class Mine(Sampler):
     {field}
+
+    def step(self, x, v, sigma, sigma_next): ...
 
 @hookimpl
 def corefit_samplers():
@@ -36,12 +38,14 @@ def corefit_samplers():
 
 
 @frozen
-class Toy:
+class Toy(Sampler):
     noise: float = 0.5
+
+    def step(self, x, v, sigma, sigma_next): ...
 
 
 @frozen
-class Other:
+class Other(Toy):
     pass
 
 
@@ -135,6 +139,19 @@ def test_objects_take_the_place_of_installed_plugins():
 
 def test_a_module_is_an_object_too():
     assert "ode" in Host(plugins=[corefit.builtin]).offers["samplers"]
+
+
+def test_what_ends_the_process_is_refused(install, file):
+    install("corefit-ends", "ends", "import sys\nsys.exit(0)\n")
+    with pytest.raises(PluginError, match=r"'ends' of corefit-ends 1.2 cannot be imported \(SystemExit: 0\)"):
+        Host()
+    ends = OFFER.format(field="pass", name="x").replace("return", "raise SystemExit(0)\n    return")
+    with pytest.raises(PluginError, match=r"corefit_samplers\(\) failed \(SystemExit: 0\)"):
+        file(ends)
+
+
+def test_an_offer_of_no_text_is_refused():
+    assert "offers the name 3, which is no text" in refused(offering("samplers", {3: Toy}))
 
 
 def test_a_name_that_nobody_offers():
@@ -405,6 +422,7 @@ def test_observers_add_metrics():
     [
         ([adding(loss=1.0)], r"corefit_step_metrics\(\) of .*Adder.* adds the metric 'loss', which the stage has"),
         ([adding(x=1.0), adding(x=2.0)], r"adds the metric 'x', which the object .*Adder.* has"),
+        ([adding(step=1.0)], r"adds the metric 'step', which the stage has"),
         ([adding(x="high")], r"returned \{'x': 'high'\}, not a mapping of names to numbers"),
         ([adding(x=True)], "not a mapping of names to numbers"),
         ([Numbered()], "not a mapping of names to numbers"),
@@ -439,7 +457,7 @@ def test_listing_shows_owner_keys_types_and_defaults():
 
 def test_listing_of_computed_and_made_defaults():
     @attrs.define
-    class Made:
+    class Made(Ode):
         """A title.
 
         More.

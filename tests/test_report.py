@@ -264,6 +264,12 @@ def test_names_are_not_markup():
     assert all(name in text for name in ("[red]a[/]", "r[0]", "[b]x"))
 
 
+def test_names_with_escapes_are_written_out():
+    text = printed([Scores("a", {"r\x1b[2J": [0.0, 1.0]}, ["b\x9b5m", "b\x9b5m"])])
+    assert all(name in text for name in ("r\\x1b[2J", "b\\x9b5m"))
+    assert not {"\x1b", "\x9b"} & set(text)
+
+
 def test_the_table_is_ascii_where_the_terminal_is(stages: list[Scores]):
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")

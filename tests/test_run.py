@@ -372,6 +372,8 @@ def test_a_full_disk_costs_a_sentence_and_what_was_being_written(project, monkey
     assert (folder / "report.html").exists()
     lines = (folder / "02-grpo" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1]
+
+
 SIGNAL = """
 import os
 from corefit import hookimpl

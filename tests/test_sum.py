@@ -231,7 +231,7 @@ def test_grpo_with_an_anchor_on_real_data(project):
         ),
         ("{use='sft', weight=0.1}", "stage.grpo.objective.weight is not a key; known here: dropout\n"),
         ("{use='sum', of=[{use='sft', weight=0}]}", "stage.grpo.objective.of.0.weight: must be > 0: 0.0"),
-        ("{use='sum', of=[{use='sft', weight=inf}]}", "stage.grpo.objective.of.0.weight: must be < inf: inf"),
+        ("{use='sum', of=[{use='sft', weight=inf}]}", "stage.grpo.objective.of.0.weight: must be a number, not inf"),
         ("{use='sum'}", "stage.grpo.objective.of is missing"),
         (
             "{use='sum', of=[{use='flow_grpo'}, {use='sft'}, {use='sft'}]}",

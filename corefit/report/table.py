@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import frozen
 
+from corefit.text import plain
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -72,7 +74,7 @@ def print_table(stages: Sequence[Scores], rows: Sequence[Row], console: Console)
     for metric in names(rows, "metric"):
         of_metric = [row for row in rows if row["metric"] == metric]
         title = f"{metric}, {of_metric[0]['n']} held-out prompts, 95 % intervals"
-        console.print(Text(f"\n{title}\n", "bold"))
+        console.print(Text(plain(f"\n{title}\n"), "bold"))
         for table in _fitting(stages, of_metric, console):
             console.print(table)
             console.print()
@@ -109,7 +111,7 @@ def _table(stages: Sequence[Scores], rows: Sequence[Row], columns: Sequence[str]
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     table.add_column("stage", no_wrap=True)
     for column in columns:
-        table.add_column(Text(column), justify="right", no_wrap=True)
+        table.add_column(Text(plain(column)), justify="right", no_wrap=True)
     rounded = costs and any(stage.survived is not None for stage in stages)
     for cost in ("paired\ngain", "time", "samples\n/ s", "peak\nmemory") if costs else ():
         table.add_column(cost, justify="right", no_wrap=True)

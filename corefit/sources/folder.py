@@ -60,6 +60,8 @@ class ImageFolder(Source):
             return None if self.class_prompt is None else self.class_prompt.replace("{folder}", file.parent.name)
         except UnicodeDecodeError as error:
             raise DataError(f"{text} is not UTF-8 text ({error})") from None
+        except IsADirectoryError:
+            raise DataError(f"{text} is a folder, where the prompt of {file.name} is looked for; rename one") from None
         if self.captions == "whole":
             return said
         if not said:

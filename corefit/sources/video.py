@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 VIDEOS = frozenset({".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif"})
 ROUNDING = 0.001
 """Seconds by which a frame may be late and still count: mkv and webm write times in whole milliseconds."""
+ALONE: Mapping[str, str] = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf",
+}
+"""FFmpeg opens this file and nothing else: a playlist under a video's name could fetch other files and addresses."""
 BT601, FULL = 5, 2
 """FFmpeg's numbers of a colour matrix and a range."""
 
@@ -134,7 +139,8 @@ def _stream(media: Path | Stored) -> Generator[Any]:
     except ModuleNotFoundError:
         raise DataError("video files are read with PyAV: pip install 'corefit[video]'") from None
     opened = pictures.opened(media)
-    with av.open(str(opened) if isinstance(opened, Path) else opened) as container:
+    place = f"file:{opened.absolute()}" if isinstance(opened, Path) else opened
+    with av.open(place, options=dict(ALONE)) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
         yield container.streams.video[0]

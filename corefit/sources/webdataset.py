@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +18,10 @@ from corefit.sources.captions import captions
 from corefit.sources.media import MEDIA
 from corefit.types import Example, Source, Stored
 
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 CHUNK = 1 << 20
+MOST = 1_000_000
+"""Shards that one pattern may name."""
 
 
 @frozen
@@ -166,13 +169,13 @@ def _split(name: str) -> tuple[str, str]:
 def _counted(pattern: str) -> Iterator[str]:
     """{000..127} written out."""
     pieces = RANGE.split(pattern)
-    spans = [
-        [f"{n:0{len(low)}d}" for n in range(int(low), int(high) + 1)]
-        for low, high in zip(pieces[1::3], pieces[2::3], strict=True)
-    ]
+    spans = [range(int(low), int(high) + 1) for low, high in zip(pieces[1::3], pieces[2::3], strict=True)]
+    if math.prod(map(len, spans)) > MOST:
+        raise DataError(f"{pattern} names more than {MOST} tar files; name those that there are")
+    widths = [len(low) for low in pieces[1::3]]
     for numbers in product(*spans):
-        texts = pieces[0::3]
-        yield "".join(a + b for a, b in zip(texts, (*numbers, ""), strict=True))
+        written = [f"{n:0{width}d}" for n, width in zip(numbers, widths, strict=True)]
+        yield "".join(a + b for a, b in zip(pieces[0::3], (*written, ""), strict=True))
 
 
 def _matching(path: Path) -> list[Path]:

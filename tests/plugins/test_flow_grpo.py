@@ -15,7 +15,7 @@ import torch
 from golden import Analytic, golden
 
 from corefit import Batch, Condition, Context, Step
-from corefit.errors import TrainingError
+from corefit.errors import NonFinite, PluginError, TrainingError
 from corefit.flow import like, per_sample
 from corefit.noise import LogitNormal
 from corefit.rng import Rng, generator
@@ -756,13 +756,16 @@ def test_rollouts_have_no_graph():
         lambda n: torch.zeros(n, 1),
         lambda n: torch.zeros(n + 1),
         lambda n: 0.5,
+        lambda n: None,
+        lambda n: ["high"] * n,
+        lambda n: torch.ones(n, dtype=torch.complex64),
         lambda n: torch.full((n,), float("nan")),
         lambda n: torch.tensor([0.0] * (n - 1) + [float("inf")]),
     ],
-    ids=["[B, 1]", "one too many", "a number", "nan", "infinity"],
+    ids=["[B, 1]", "one too many", "a number", "nothing", "words", "complex", "nan", "infinity"],
 )
 def test_a_bad_reward_stops_training(value):
-    with pytest.raises(TrainingError, match="'reward 1'"):
+    with pytest.raises((PluginError, NonFinite), match="'reward 1'"):
         collect(toy(), rewards=rewards(Bright(), Broken(value)))
 
 

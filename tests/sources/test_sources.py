@@ -120,6 +120,13 @@ def test_imagefolder_missing_empty_and_not_text(folder: Path, tmp_path_factory: 
         all_of(ImageFolder(folder))
 
 
+def test_imagefolder_where_a_folder_is_in_place_of_a_prompt(folder: Path) -> None:
+    (folder / "c.txt").unlink()
+    (folder / "c.txt").mkdir()
+    with pytest.raises(DataError, match=r"c\.txt is a folder, where the prompt of c.bmp is looked for; rename one"):
+        all_of(ImageFolder(folder))
+
+
 def test_lists_are_cut() -> None:
     assert listed(["a", "b", "c"], 2) == "  a\n  b\n  ... and 1 more"
 

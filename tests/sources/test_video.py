@@ -13,6 +13,7 @@ from PIL import Image
 
 from corefit.errors import DataError
 from corefit.sources import dimensions, pictures, view
+from corefit.types import Stored
 
 SHADES = [20 * n for n in range(12)]
 
@@ -48,6 +49,33 @@ def encoded(path: Path, frames: np.ndarray, rate: int = 12, start: int = 0, code
 
 def shades(pixels: np.ndarray) -> list[int]:
     return pixels.reshape(len(pixels), -1).mean(1).round().astype(int).tolist()
+
+
+PLAYLISTS = {
+    "ffconcat": "ffconcat version 1.0\nfile other.mp4\n",
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nother.mp4\n#EXT-X-ENDLIST\n",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\n",
+}
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_playlist_under_the_name_of_a_clip_opens_no_other_file(kind: str, stored: bool, tmp_path: Path) -> None:
+    frames = np.zeros((4, 32, 32, 3), np.uint8)
+    assert dimensions(encoded(tmp_path / "other.mp4", frames)) == (32, 32)
+    (tmp_path / "list.mp4").write_text(PLAYLISTS[kind])
+    media: object = tmp_path / "list.mp4"
+    if stored:
+        media = Stored("list.mp4", (tmp_path / "list.mp4").read_bytes, tmp_path / "list.mp4")
+    with pytest.raises((ValueError, OSError), match="Invalid"):
+        dimensions(media)
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "concat:a|b.mp4", "%d?#é.mp4"])
+def test_a_name_is_no_address(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded(tmp_path / "clip.mp4", np.zeros((4, 32, 32, 3), np.uint8)).rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert dimensions(Path(name)) == (32, 32)
 
 
 def test_the_first_frames_of_the_size_asked_for(clip: object) -> None:

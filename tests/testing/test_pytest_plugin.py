@@ -70,7 +70,7 @@ class Endless:
 
 
 @frozen
-class Contradicting:
+class Contradicting(Mine):
     low: int = field(default=0)
 
     def __attrs_post_init__(self):

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve, frozen
 
-from corefit import Batch, Condition, Context
-from corefit.errors import NonFinite, TrainingError
+from corefit import Batch, Condition, Context, rewards
 from corefit.rollout import rollout
 
 if TYPE_CHECKING:
@@ -110,32 +109,8 @@ def record(
 
 def score(x0: Tensor, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
     """Each reward's scores of clean latents [B, ...], [B] float64 on the CPU."""
-    import torch
-
     media = ctx.backbone.decode(x0)
-    scores: dict[str, Tensor] = {}
-    for entry in ctx.rewards:
-        values = torch.as_tensor(entry.reward.score(media, batch.prompts, batch.meta)).detach().cpu().double()
-        if values.shape != (len(batch),):
-            raise TrainingError(
-                f"reward {entry.name!r} returned shape {tuple(values.shape)} for {len(batch)} samples; "
-                "score() must return one number a sample, [B]"
-            )
-        scores[entry.name] = values
-    return scores
-
-
-def refuse_non_finite(values: Mapping[str, Tensor], batch: Batch, ctx: Context) -> None:
-    """NonFinite on every rank if a reward [B] of any rank is not finite."""
-    import torch
-
-    fine = torch.stack([v.isfinite() for v in values.values()])
-    if ctx.gather(fine.all(0)).all():
-        return
-    names = ", ".join(repr(name) for name, row in zip(values, fine, strict=True) if not row.all())
-    prompts = [batch.prompts[i] for i in (~fine.all(0)).nonzero().flatten().tolist()]
-    what = f"reward {names} is not finite for {prompts[:3]}" if prompts else "a reward on another rank is not finite"
-    raise NonFinite(f"{what}; raise an error in score() instead")
+    return {entry.name: rewards.score(entry, media, batch.prompts, batch.meta) for entry in ctx.rewards}
 
 
 def _window(start: Tensor, length: int, steps: int) -> Tensor:

@@ -9,23 +9,24 @@ from attrs import field, frozen, validators
 
 from corefit import Batch, Context, Objective, Step, Term
 from corefit.errors import TrainingError
+from corefit.rewards import refuse_non_finite
 from corefit_flow_grpo.advantage import advantages
-from corefit_flow_grpo.experience import Recording, Rollouts, for_update, joined, record, refuse_non_finite, score
+from corefit_flow_grpo.experience import Recording, Rollouts, for_update, joined, record, score
 from corefit_flow_grpo.loss import divergence, policy_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-at_least_one = validators.ge(1)
+at_least_one, at_most = validators.ge(1), validators.le(10_000)
 
 
 @frozen
 class FlowGrpo(Objective[Rollouts]):
     """Flow-GRPO, paper eq. 4 to 9. Needs a stochastic `sampler`, at least one `reward`, prompts; no media."""
 
-    group: int = field(default=24, validator=validators.ge(2))
+    group: int = field(default=24, validator=[validators.ge(2), at_most])
     """Rollouts of one prompt, K; they stay on one rank."""
-    steps: int = field(default=10, validator=validators.ge(2))
+    steps: int = field(default=10, validator=[validators.ge(2), at_most])
     """Sampling steps of a rollout."""
     guidance: float = field(default=4.5, validator=validators.gt(0))
     """Scale of classifier-free guidance; the policy is the guided velocity, in rollout and in training."""
@@ -49,7 +50,7 @@ class FlowGrpo(Objective[Rollouts]):
     """Train this many consecutive steps, and be stochastic only there (Flow-GRPO-Fast)."""
     window_range: tuple[int, int] | None = None
     """The window lies in [low, high) steps, drawn for each group; the first half of the steps by default."""
-    epochs: int = field(default=1, validator=at_least_one)
+    epochs: int = field(default=1, validator=[at_least_one, at_most])
     """Passes over each batch of rollouts."""
     updates: int = field(default=1, validator=at_least_one)
     """Optimiser steps a pass; each takes an equal share of every group."""
@@ -132,7 +133,7 @@ class FlowGrpo(Objective[Rollouts]):
             recordings.append(self._roll(batch[rows], ctx.at(ctx.rng[rows])))
             scores.append(score(recordings[-1].x0, batch[rows], ctx))
         values = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
-        refuse_non_finite(values, batch, ctx)
+        refuse_non_finite(values, batch.prompts, ctx.gather)
         reward = torch.stack([values[entry.name] * entry.weight for entry in ctx.rewards]).sum(0)
         whole, advantage = joined(recordings), self._advantages(reward, batch.rows, ctx)
         live = (advantage.reshape(-1, self.group) != 0).any(1).repeat_interleave(self.group)

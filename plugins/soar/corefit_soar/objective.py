@@ -33,6 +33,9 @@ class Rollout:
     """The guided velocity at (z_s, s)."""
 
 
+at_most = validators.le(10_000)
+
+
 @frozen
 class Soar(Supervised):
     """SOAR, paper eq. 9 to 15. Reward-free: data as for SFT, 1 + paths x points supervised items a sample.
@@ -40,19 +43,19 @@ class Soar(Supervised):
     A step costs about 1 + paths x points SFT steps and, with chunk = 1, keeps the activations of one.
     """
 
-    points: int = field(default=6, validator=validators.gt(0))
+    points: int = field(default=6, validator=[validators.gt(0), at_most])
     """Correction points a path, N."""
-    paths: int = field(default=1, validator=validators.gt(0))
+    paths: int = field(default=1, validator=[validators.gt(0), at_most])
     """Off-trajectory states a sample, M: the ODE step, then M - 1 steps of the stage's `sampler`."""
     guidance: float = field(default=4.5, validator=validators.gt(0))
     """Scale of classifier-free guidance in the rollout; 1 is none."""
-    steps: int = field(default=40, validator=validators.gt(1))
+    steps: int = field(default=40, validator=[validators.gt(1), at_most])
     """Sampling steps K whose length the rollout step has (1/K in unshifted time)."""
     weight: float = field(default=1.0, validator=validators.ge(0))
     """lambda: weight of the correction points."""
     normalize: Literal["items", "weighted"] = "items"
     """Divide by B + N_aux, as eq. 15 reads, or by B + lambda N_aux, as the published code does."""
-    chunk: int = field(default=1, validator=validators.gt(0))
+    chunk: int = field(default=1, validator=[validators.gt(0), at_most])
     """Correction points a forward: more is up to 10 % faster and keeps the activations of as many."""
     dropout: float = field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
     """Share of samples whose prompt is replaced by the empty one; their rollout is unguided."""
