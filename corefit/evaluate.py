@@ -15,7 +15,7 @@ from corefit.ranks import Ranks
 from corefit.rng import Rng
 from corefit.rollout import generate
 from corefit.sources import prompts
-from corefit.types import Backbone, Batch, Weighted
+from corefit.types import ROUNDING, Backbone, Batch, Weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ class Eval:
     """Sampling steps."""
     limit: int | None = field(default=None, validator=validators.optional(positive))
     """Use the first so many prompts; all by default."""
-    batch: int = field(default=16, validator=positive)
+    batch: int = field(default=16, validator=positive, metadata=ROUNDING)
     """Samples a forward."""
     samples: int = field(default=16, validator=positive)
     """How many of them the sample grids show."""
@@ -106,11 +106,11 @@ class Judge:
 
     def keep_samples(self, backbone: Backbone, folder: Path) -> None:
         """Write last.png, of clips last.webp too, and last.safetensors for `compare`: what last.png shows."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         prompts, media = self.samples(backbone)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"media": (report.shown(media) * 255).round().byte().contiguous()}, folder / KEPT)
+        kept = save({"media": (report.shown(media) * 255).round().byte().contiguous()})
+        report.write_whole(folder / KEPT, kept)  # save_file would write for the owner alone
         report.grid(media, prompts, folder / "last.png")
         if media.ndim == 5:
             report.animation(media, prompts, folder / "last.webp")

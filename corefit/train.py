@@ -48,6 +48,8 @@ class Job:
     order: Order
     folder: Path
     """The stage's own folder; checkpoints go to `checkpoints/` in it."""
+    identity: str = ""
+    """Hash of what determines the stage's weights; its checkpoints carry it."""
     adapter: Path | None = None
     """The LoRA that the stage before left, if it left one."""
     stop: Callable[[], bool] = lambda: False
@@ -362,7 +364,7 @@ class Loop:
         means = self.means.by_rank(self.ranks)
         if self.ranks.main or self.ranks.sharded:
             tensors = {**self._tensors(), **{f"means/{name}": t for name, t in means.items()}}
-            info = {"seconds": self.seconds, "since": list(self._since)}
+            info = {"seconds": self.seconds, "since": list(self._since), "identity": self.job.identity}
             holders = self.ranks if self.ranks.sharded else None
             path = state.save(self._checkpoints, self.step, tensors, info, self.job.stage.keep, holders)
             self.job.saved(self.step, path)

@@ -18,7 +18,9 @@ FIRST_PARTY = {path.name for path in (ROOT / "plugins").glob("*/corefit_*")}
 LAYERS = (
     {"flow", "errors", "rng", "memory", "display", "signals", "completion"},
     {"ranks"},
-    {"types", "mds", "state", "report", "order", "curate"},
+    {"types", "mds", "report", "order", "curate"},
+    {"digests"},
+    {"state"},
     {"objective"},
     {"hookspecs"},
     {"corefit"},  # the package itself: the names that plugins import
