@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 from attrs import define, field, frozen
 
-from corefit import buckets, digests, mds
+from corefit import buckets, digests, exhausted, mds
 from corefit.data import COND, DONE, NULL, ROWS, X0, Data, Dataset, Manifest, Spec, part_name, sha256
 from corefit.encode import Encoder, chunks
 from corefit.errors import DataError
@@ -136,8 +136,11 @@ def prepare(
 
 
 def _make(work: Work, progress: Progress, ranks: Ranks | None) -> None:
+    size = work.data.encode_batch
+    helps = [f"encode_batch = {size // 2} (now {size})"] if size > 1 else []
     try:
-        work.encode(progress, *((ranks.rank, ranks.world) if ranks else (0, 1)))
+        with exhausted.told("encoding", helps, "Parts that are encoded are kept; the same command goes on"):
+            work.encode(progress, *((ranks.rank, ranks.world) if ranks else (0, 1)))
         if ranks:
             ranks.wait()
         if ranks is None or ranks.main:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen, validators
 
-from corefit import report
+from corefit import exhausted, report
 from corefit.data import Data, Dataset
 from corefit.errors import TrainingError
 from corefit.ranks import Ranks
@@ -84,9 +84,10 @@ class Judge:
         categories: list[str] = []
         for first in range(0, len(rows), self.eval.batch):
             chunk = rows[first : first + self.eval.batch]
-            batch, made = self.prompts.batch(chunk, chunk), self.media(backbone, chunk)
-            for entry in self.eval.reward:
-                values[entry.name] += _checked(entry, made, batch)
+            with exhausted.told(f"evaluation, prompts {chunk[0] + 1} to {chunk[-1] + 1}", self._helps()):
+                batch, made = self.prompts.batch(chunk, chunk), self.media(backbone, chunk)
+                for entry in self.eval.reward:
+                    values[entry.name] += _checked(entry, made, batch)
             categories += [str(m.get("category", "")) for m in batch.meta]
             progress(len(categories), len(rows))
         parts = self.ranks.collected((values, categories))
@@ -94,6 +95,9 @@ class Judge:
             "values": {name: [v for part, _ in parts for v in part[name]] for name in values},
             "categories": [c for _, part in parts for c in part],
         }
+
+    def _helps(self) -> list[str]:
+        return [f"eval.batch = {self.eval.batch // 2} (now {self.eval.batch})"] if self.eval.batch > 1 else []
 
     def samples(self, backbone: Backbone) -> tuple[Sequence[str], Tensor]:
         """The first prompts, and what the backbone makes of them, on the CPU."""

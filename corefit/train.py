@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import define, field, frozen
 
-from corefit import data, memory, state, weights
+from corefit import data, exhausted, memory, state, weights
 from corefit.data import Dataset
 from corefit.errors import NonFinite, Stopped, TrainingError
 from corefit.gradients import Gradients
@@ -75,8 +75,10 @@ def train(job: Job, ranks: Ranks) -> Cost:
 
     Raises NonFinite before a weight is touched by a non-finite loss or gradient, and Stopped.
     """
-    loop = Loop.build(job, ranks)
-    loop.resume()
+    helps = exhausted.weights_helps(job.mode, ranks.world, sharded=ranks.sharded)
+    with exhausted.told(f"stage {job.stage.name}, loading the weights", helps):
+        loop = Loop.build(job, ranks)
+        loop.resume()
     job.started(loop.step)
     with closing(loop.batches()) as batches:
         for batch in batches if loop.step < job.stage.steps else ():
@@ -204,8 +206,12 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = stage.optimizer.rate(self.step, stage.steps)
         try:
-            for update, each in enumerate(self._experience(batch, ctx, drawn)):
+            made = self._experience(batch, ctx, drawn)
+            for update in range(stage.objective.num_updates):
+                with self._memory("the experience"):
+                    each = next(made)
                 self._update(update, each, ctx, drawn)
+            assert next(made, None) is None, "parts yields as many as the objective says"
         except NonFinite:  # of an experience, which no weight has seen
             if self._too_many_skipped():
                 raise
@@ -218,6 +224,15 @@ class Loop:
         self.seconds += elapsed
         self._since = (self._since[0] + stage.rows, self._since[1] + elapsed)
         self._first = False
+
+    def _memory(self, what: str) -> AbstractContextManager[None]:
+        """Say in which stage and step memory ran out, while `what` was computed."""
+        stage, kept = (
+            self.job.stage,
+            f"Checkpoints in {self._checkpoints} are whole; the same command goes on from them",
+        )
+        where = f"stage {stage.name}, step {self.step + 1}, {what}"
+        return exhausted.told(where, _helps(self.job, self.ranks), kept)
 
     def _too_many_skipped(self) -> bool:
         """Count a skipped step, and whether it was one too many."""
@@ -264,8 +279,9 @@ class Loop:
             if self._several:
                 self.means.add(f"grad_norm/{each.name}", self.gradients.hold(scale))
                 scale = ones
-        self.gradients.merge()
-        self._apply(scale, idle)
+        with self._memory("the optimizer's step"):
+            self.gradients.merge()
+            self._apply(scale, idle)
 
     def _backward(
         self, objective: Objective[Any], part: Part, ctx: Context, label: str, before: int, *, last: bool
@@ -279,7 +295,8 @@ class Loop:
         terms = objective.terms(part, ctx)
         number = objective.num_terms
         for index in range(number):
-            with self._exchange(last and index == number - 1):
+            named = f"term {index}{f' of {label[:-1]}' if label else ''}"
+            with self._memory(named), self._exchange(last and index == number - 1):
                 term = next(terms, None)
                 assert term is not None, f"{type(objective).__name__} yielded {index} terms, not num_terms = {number}"
                 self.ranks.accelerator.backward(term.total)
@@ -433,6 +450,10 @@ class Loop:
                 like = self.named[weight]
                 value = torch.zeros_like(like) if shape else torch.zeros((), device=like.device)
                 self.optimizer.state[like][key] = value.detach()
+
+
+def _helps(job: Job, ranks: Ranks) -> list[str]:
+    return exhausted.step_helps(job.stage, job.mode, job.backbone, ranks.world, sharded=ranks.sharded)
 
 
 def _half(job: Job, ranks: Ranks) -> bool:

@@ -27,6 +27,7 @@ LAYERS = (
     {"samplers", "noise", "sources", "plugins", "buckets"},
     {"builtin", "rollout", "stage", "config", "listing", "testing", "data"},
     {"encode", "survey"},
+    {"exhausted"},
     {"evaluate", "cache", "weights", "observers", "meters"},
     {"gradients"},
     {"train", "pipeline", "fake"},
