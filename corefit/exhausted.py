@@ -18,6 +18,8 @@ ASKED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
 """In the messages of both of torch's allocators: of CUDA's "2.50 GiB", of the CPU's "2684354560 bytes"."""
 CPU = "DefaultCPUAllocator: can't allocate memory"
 
+KEPT = "Checkpoints are whole, and the same command goes on from the newest"
+
 
 @contextmanager
 def told(where: str, helps: Sequence[str], kept: str = "") -> Generator[None]:

@@ -48,8 +48,7 @@ class Job:
     order: Order
     folder: Path
     """The stage's own folder; checkpoints go to `checkpoints/` in it."""
-    identity: str = ""
-    """Hash of what determines the stage's weights; its checkpoints carry it."""
+    identity: str = ""  # hash of what determines the stage's weights; its checkpoints carry it
     adapter: Path | None = None
     """The LoRA that the stage before left, if it left one."""
     stop: Callable[[], bool] = lambda: False
@@ -206,12 +205,8 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = stage.optimizer.rate(self.step, stage.steps)
         try:
-            made = self._experience(batch, ctx, drawn)
-            for update in range(stage.objective.num_updates):
-                with self._memory("the experience"):
-                    each = next(made)
+            for update, each in enumerate(self._experience(batch, ctx, drawn)):
                 self._update(update, each, ctx, drawn)
-            assert next(made, None) is None, "parts yields as many as the objective says"
         except NonFinite:  # of an experience, which no weight has seen
             if self._too_many_skipped():
                 raise
@@ -227,12 +222,9 @@ class Loop:
 
     def _memory(self, what: str) -> AbstractContextManager[None]:
         """Say in which stage and step memory ran out, while `what` was computed."""
-        stage, kept = (
-            self.job.stage,
-            f"Checkpoints in {self._checkpoints} are whole; the same command goes on from them",
-        )
-        where = f"stage {stage.name}, step {self.step + 1}, {what}"
-        return exhausted.told(where, _helps(self.job, self.ranks), kept)
+        job, ranks = self.job, self.ranks
+        helps = exhausted.step_helps(job.stage, job.mode, job.backbone, ranks.world, sharded=ranks.sharded)
+        return exhausted.told(f"stage {job.stage.name}, step {self.step + 1}, {what}", helps, exhausted.KEPT)
 
     def _too_many_skipped(self) -> bool:
         """Count a skipped step, and whether it was one too many."""
@@ -250,7 +242,8 @@ class Loop:
             made = parts(each.objective, rows, ctx.at(self._rng("experience", 0, rows, drawn, index)))
             once = each.objective.num_updates < whole.num_updates
             streams.append([*made] * whole.num_updates if once else made)
-        return zip(*streams, strict=True)
+        with self._memory("the experience"):
+            yield from zip(*streams, strict=True)
 
     @property
     def _several(self) -> bool:
@@ -295,8 +288,7 @@ class Loop:
         terms = objective.terms(part, ctx)
         number = objective.num_terms
         for index in range(number):
-            named = f"term {index}{f' of {label[:-1]}' if label else ''}"
-            with self._memory(named), self._exchange(last and index == number - 1):
+            with self._memory(f"{label}term {index}"), self._exchange(last and index == number - 1):
                 term = next(terms, None)
                 assert term is not None, f"{type(objective).__name__} yielded {index} terms, not num_terms = {number}"
                 self.ranks.accelerator.backward(term.total)
@@ -450,10 +442,6 @@ class Loop:
                 like = self.named[weight]
                 value = torch.zeros_like(like) if shape else torch.zeros((), device=like.device)
                 self.optimizer.state[like][key] = value.detach()
-
-
-def _helps(job: Job, ranks: Ranks) -> list[str]:
-    return exhausted.step_helps(job.stage, job.mode, job.backbone, ranks.world, sharded=ranks.sharded)
 
 
 def _half(job: Job, ranks: Ranks) -> bool:

@@ -93,12 +93,15 @@ def test_a_stage_names_step_and_term_and_goes_on(job, monkeypatch):
     assert started == [1]
 
 
-@pytest.mark.parametrize(("name", "where"), [("_experience", "the experience"), ("_apply", "the optimizer's step")])
-def test_what_it_happened_in_is_named(job, monkeypatch, name, where):
+@pytest.mark.parametrize("where", ["the experience", "the optimizer's step"])
+def test_what_it_happened_in_is_named(job, monkeypatch, where):
     def full(*args):
         cuda()
         yield
 
-    monkeypatch.setattr(train.Loop, name, full if name == "_experience" else lambda *args: cuda())
+    if where == "the experience":
+        monkeypatch.setattr(train, "parts", full)
+    else:
+        monkeypatch.setattr(train.Loop, "_apply", lambda *args: cuda())
     with pytest.raises(TrainingError, match=f"stage s, step 1, {where}: out of memory; 2.50 GiB"):
         train.train(job(), ranks.join("fp32"))
