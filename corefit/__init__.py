@@ -3,6 +3,7 @@
 from corefit.hookspecs import Offers, hookimpl
 from corefit.objective import Context, Objective, Supervised
 from corefit.types import (
+    ROUNDING,
     Backbone,
     Batch,
     Condition,
@@ -20,6 +21,7 @@ API_VERSION = "1.0"
 """Of what plugins are written against: hooks, protocols, the names below. The first number changes when one goes."""
 __all__ = [
     "API_VERSION",
+    "ROUNDING",
     "Backbone",
     "Batch",
     "Condition",

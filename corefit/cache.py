@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 from attrs import define, field, frozen
 
-from corefit import buckets, disk, mds
+from corefit import buckets, digests, disk, exhausted, mds
 from corefit.data import COND, DONE, NULL, ROWS, X0, Data, Dataset, Manifest, Spec, part_name, sha256
 from corefit.encode import Encoder, chunks
 from corefit.errors import DataError
@@ -39,6 +39,8 @@ PART = 512
 """Examples of a part: what a kill costs at most, a process."""
 SKIPPED = "skipped.json"
 ACCOUNT = "part.json"
+UNDIGESTED = {"seen", "count", "failed", "enlarged", "cond"}
+"""Keys of part.json as version 0.1 wrote it, without a digest."""
 HASHES = "media.json"
 ABANDONED = 7 * 86400
 """Seconds after which unfinished parts that nobody goes on with are removed."""
@@ -133,8 +135,11 @@ def prepare(
 
 
 def _make(work: Work, progress: Progress, ranks: Ranks | None) -> None:
+    size = work.data.encode_batch
+    helps = [f"encode_batch = {size // 2} (now {size})"] if size > 1 else []
     try:
-        work.encode(progress, *((ranks.rank, ranks.world) if ranks else (0, 1)))
+        with exhausted.told("encoding", helps, "Parts that are encoded are kept; the same command goes on"):
+            work.encode(progress, *((ranks.rank, ranks.world) if ranks else (0, 1)))
         if ranks:
             ranks.wait()
         if ranks is None or ranks.main:
@@ -162,14 +167,14 @@ def _folder(root: Path, digest: str) -> Path:
 def _complete(folder: Path, digest: str) -> bool:
     if not (folder / DONE).exists():
         return False
-    if Manifest.read(folder).key != digest:
-        raise mds.damaged(folder / DONE, "its key is not the folder's")
+    if Manifest.read(folder, remade=True).key != digest:
+        raise mds.damaged(folder / DONE, "its key is not the folder's", remade=True)
     return True
 
 
 def _within_budget(data: Data, folder: Path) -> None:
     """A cache that was written under a larger budget is no way around a smaller one."""
-    if (manifest := Manifest.read(folder)).skipped > data.skip:
+    if (manifest := Manifest.read(folder, remade=True)).skipped > data.skip:
         total = manifest.skipped + manifest.count
         raise DataError(too_many(json.loads((folder / SKIPPED).read_bytes()), total, data.skip))
 
@@ -242,17 +247,20 @@ class Work:
 
     def _part(self, number: int, examples: Sequence[Example], progress: Callable[[int], None]) -> None:
         final, temporary = self.parts / part_name(number), self.parts / f".{part_name(number)}"
-        if final.exists():
-            self.encoder.failed += Account.read(final / ACCOUNT).failed
+        if final.exists() and (account := Account.found(final)):
+            self.encoder.failed += account.failed
             return
+        shutil.rmtree(final, ignore_errors=True)  # its small files are damaged: it is encoded again, and it alone
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         encoder, failed, enlarged = self.encoder, len(self.encoder.failed), self.encoder.enlarged
         encoder.texts.clear()  # what is encoded together changes the last bits: a part must not depend on others
         try:
             count = _write_rows(encoder, temporary, _counted(encoder.rows(examples), progress))
-            account = Account(len(examples), count, encoder.failed[failed:], encoder.enlarged - enlarged, encoder.cond)
-            (temporary / ACCOUNT).write_text(json.dumps(attrs.asdict(account)))
+            files = {file.name: sha256(file) for file in temporary.iterdir() if file.name in (ROWS, mds.INDEX)}
+            enlarged = encoder.enlarged - enlarged
+            account = Account(len(examples), count, encoder.failed[failed:], enlarged, encoder.cond, files)
+            digests.write(temporary / ACCOUNT, attrs.asdict(account))
             if len(encoder.failed) <= self.data.skip:
                 _publish(temporary, final)
         finally:
@@ -273,17 +281,19 @@ class Work:
 
     def _accounts(self) -> Iterator[Account]:
         number = 0
-        while (file := self.parts / part_name(number) / ACCOUNT).exists():
-            yield Account.read(file)
+        while (folder := self.parts / part_name(number)).exists():
+            if (account := Account.found(folder)) is None:
+                raise mds.damaged(folder / ACCOUNT, "it was whole when its part was encoded", remade=True)
+            yield account
             number += 1
 
     def _write_small(self, accounts: Sequence[Account], failed: Sequence[str]) -> None:
         """What is of all parts: null, index, skipped.json, the manifest last."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         encoder, names = self.encoder, [part_name(number) for number in range(len(accounts))]
         encoder.cond = next(dict(account.cond) for account in accounts if account.cond)
-        save_file(encoder.null(), self.parts / NULL)
+        (self.parts / NULL).write_bytes(save(encoder.null()))  # save_file would write for the owner alone
         mds.join(self.parts, [name for name, account in zip(names, accounts, strict=True) if account.count])
         (self.parts / SKIPPED).write_text(json.dumps(failed, indent=1))
         small = [mds.INDEX, NULL, SKIPPED, *(f"{name}/{ROWS}" for name in names)]
@@ -304,19 +314,29 @@ class Work:
 
 @frozen
 class Account:
-    """part.json: examples of a part, those of them that are in it, why others are not, and what is in it."""
+    """part.json: examples of a part, those of them that are in it, why others are not, what is in it, and its hashes.
+
+    files  sha256 of the small files beside it, by name; none in what version 0.1 wrote
+    """
 
     seen: int
     count: int
     failed: Sequence[str]
     enlarged: int
     cond: Mapping[str, Spec]
+    files: Mapping[str, str] = field(factory=dict[str, str])
 
     @staticmethod
-    def read(file: Path) -> Account:
-        raw: dict[str, Any] = json.loads(file.read_bytes())
+    def found(folder: Path) -> Account | None:
+        """Of the part in `folder`; None where one of its small files is missing or damaged."""
+        try:
+            raw = digests.read(folder / ACCOUNT, lambda content: set(content) == UNDIGESTED)
+        except (FileNotFoundError, digests.Damaged):
+            return None
         cond = {name: Spec(s["dtype"], tuple(s["shape"])) for name, s in raw["cond"].items()}
-        return attrs.evolve(Account(**raw), cond=cond)
+        account = attrs.evolve(Account(**raw), cond=cond)
+        there = {file.name: sha256(file) for file in folder.iterdir() if file.name in account.files}
+        return account if there == account.files else None
 
 
 def _counted(rows: Iterator[mds.Row], progress: Callable[[int], None]) -> Iterator[mds.Row]:

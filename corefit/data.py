@@ -14,12 +14,12 @@ import attrs
 import numpy as np
 from attrs import define, field, frozen, validators
 
-from corefit import mds
+from corefit import digests, mds
 from corefit.buckets import Aspect
 from corefit.curate import Column, Keep, kept
 from corefit.errors import DataError
 from corefit.order import Order, Walk, check_batch
-from corefit.types import Batch, Condition, ModelPath, Source, Weighted
+from corefit.types import ROUNDING, Batch, Condition, ModelPath, Source, Weighted
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ class Data:
     """Missing or unreadable media that may be left out (and are counted) before a run stops."""
     order: Order = "epochs"
     """epochs: every example once, shuffled, then again; independent: each step draws prompts anew (Flow-GRPO)."""
-    encode_batch: int = field(default=16, validator=[validators.ge(1), validators.le(10_000)])
+    encode_batch: int = field(default=16, validator=[validators.ge(1), validators.le(10_000)], metadata=ROUNDING)
     """Prompts or pictures that the text encoders or the VAE see at once."""
 
     def __attrs_post_init__(self) -> None:
@@ -141,26 +141,31 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Declare the cache in `folder` complete."""
-        body = attrs.asdict(self)
-        (folder / DONE).write_text(json.dumps({"sha256": _digest(body), "manifest": body}, indent=1))
+        digests.write(folder / DONE, attrs.asdict(self))
 
     @staticmethod
-    def read(folder: Path) -> Manifest:
-        """DataError where the cache is incomplete, or one of its small files is not as written."""
+    def read(folder: Path, *, remade: bool = False) -> Manifest:
+        """Of the cache in `folder`; `remade` where corefit has made it and has its source.
+
+        DataError where the folder holds none, or one of its small files is not as written.
+        """
+        if not remade and not (folder / DONE).exists():
+            raise DataError(
+                f"{folder} holds no encoded data: there is no {DONE} in it. Name a folder that `corefit prepare` has "
+                "made, or give the source instead ([data] source)"
+            )
         try:
-            done = json.loads((folder / DONE).read_bytes())
-            raw: dict[str, Any] = done["manifest"]
-            if _digest(raw) != done["sha256"]:
-                raise ValueError("its sha256 is not the one in it")
+            raw = _said(folder / DONE)
             cond = {name: Spec(s["dtype"], tuple(s["shape"])) for name, s in raw["cond"].items()}
             sizes, shapes = (tuple(map(tuple, raw[name])) for name in ("sizes", "shapes"))
             manifest = attrs.evolve(Manifest(**raw), sizes=sizes, shapes=shapes, cond=cond)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise mds.damaged(folder / DONE, f"{type(error).__name__}: {error}") from None
+            what = str(error) if isinstance(error, digests.Damaged) else f"{type(error).__name__}: {error}"
+            raise mds.damaged(folder / DONE, what, remade=remade) from None
         for name, digest in manifest.files.items():
             file = folder / name
             if not file.is_file() or sha256(file) != digest:
-                raise mds.damaged(file, f"it is missing, or its sha256 is not the one in {DONE}")
+                raise mds.damaged(file, f"it is missing, or its sha256 is not the one in {DONE}", remade=remade)
         return manifest
 
 
@@ -181,19 +186,21 @@ class Dataset:
     columns: Sequence[Column] = ()
 
     @staticmethod
-    def open(folder: Path, remote: str | None = None, keep: Keep | None = None) -> Dataset:
+    def open(folder: Path, remote: str | None = None, keep: Keep | None = None, *, remade: bool = False) -> Dataset:
         """DataError names what is missing or damaged; shards are hashed when first read.
 
         remote  URL of the cache of which `folder` holds copies: small files now, shards when first read
+        remade  whether corefit has made `folder`, and has the source to make it again
         """
         from safetensors.torch import load_file
 
         if remote:
             _fetch_small(folder, remote)
-        manifest = Manifest.read(folder)
-        shards = mds.Shards(folder, remote)
+        manifest = Manifest.read(folder, remade=remade)
+        shards = mds.Shards(folder, remote, remade)
         if len(shards) != manifest.count:
-            raise mds.damaged(folder / DONE, f"it counts {manifest.count} examples, the shards {len(shards)}")
+            wrong = f"it counts {manifest.count} examples, the shards {len(shards)}"
+            raise mds.damaged(folder / DONE, wrong, remade=remade)
         null, buckets, columns = Condition(load_file(folder / NULL)), {0: np.arange(manifest.count)}, list[Column]()
         if keep or len(manifest.sizes) > 1:
             buckets, columns = _kept(_rows(folder, manifest), keep)
@@ -294,7 +301,7 @@ def _fetch_small(folder: Path, remote: str) -> None:
     with mds.locked(folder):
         fresh = mds.fetch(f"{remote}/{DONE}", folder / f"{DONE}.new")
         try:
-            files: Mapping[str, str] = json.loads(fresh.read_bytes())["manifest"]["files"]
+            files: Mapping[str, str] = _said(fresh)["files"]
             for name, digest in files.items():
                 if not (folder / name).is_file() or sha256(folder / name) != digest:
                     (folder / name).parent.mkdir(exist_ok=True)
@@ -320,8 +327,14 @@ def unpack(rows: Sequence[bytes], spec: Spec) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(rows)), dtype=dtype).reshape(len(rows), *spec.shape)
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _said(file: Path) -> Mapping[str, Any]:
+    """The content of a manifest; that of version 0.1 and before lies under a key, beside its hash."""
+    content = digests.read(file, lambda content: set(content) == {"manifest", "sha256"})
+    if "manifest" in content:
+        if digests.digest(content["manifest"]) != content["sha256"]:
+            raise digests.Damaged("its sha256 is not the one in it")
+        return content["manifest"]
+    return content
 
 
 def sha256(file: Path) -> str:

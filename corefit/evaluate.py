@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen, validators
 
-from corefit import report, rewards
+from corefit import exhausted, report, rewards
 from corefit.data import Data, Dataset
 from corefit.ranks import Ranks
 from corefit.rng import Rng
 from corefit.rollout import generate
 from corefit.sources import prompts
-from corefit.types import Backbone, Condition, Weighted
+from corefit.types import ROUNDING, Backbone, Condition, Weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class Eval:
     """Sampling steps, of Euler's method on the checkpoint's own noise levels."""
     limit: int | None = field(default=None, validator=validators.optional(positive))
     """Use the first so many prompts; all by default."""
-    batch: int = field(default=16, validator=countable)
+    batch: int = field(default=16, validator=countable, metadata=ROUNDING)
     """Samples a forward."""
     samples: int = field(default=16, validator=countable)
     """How many of them the sample grids show."""
@@ -84,8 +84,9 @@ class Judge:
         categories: list[str] = []
         for first in range(0, len(rows), self.eval.batch):
             chunk = rows[first : first + self.eval.batch]
-            batch, made = self.prompts.batch(chunk, chunk), self.media(backbone, chunk)
-            scores = {e.name: rewards.score(e, made, batch.prompts, batch.meta) for e in self.eval.reward}
+            with exhausted.told(f"evaluation, prompts {chunk[0] + 1} to {chunk[-1] + 1}", self._helps()):
+                batch, made = self.prompts.batch(chunk, chunk), self.media(backbone, chunk)
+                scores = {e.name: rewards.score(e, made, batch.prompts, batch.meta) for e in self.eval.reward}
             rewards.refuse_non_finite(scores, batch.prompts)
             for name, scored in scores.items():
                 values[name] += scored.tolist()
@@ -105,6 +106,9 @@ class Judge:
             for _ in range(-(-most // self.eval.batch) - -(-done // self.eval.batch)):
                 self.media(backbone, range(1))
 
+    def _helps(self) -> list[str]:
+        return [f"eval.batch = {self.eval.batch // 2} (now {self.eval.batch})"] if self.eval.batch > 1 else []
+
     def samples(self, backbone: Backbone) -> tuple[Sequence[str], Tensor]:
         """The first prompts, and what the backbone makes of them, on the CPU."""
         import torch
@@ -116,11 +120,11 @@ class Judge:
 
     def keep_samples(self, samples: tuple[Sequence[str], Tensor], folder: Path) -> None:
         """Write last.png, of clips last.webp too, and last.safetensors for `compare`: what last.png shows."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         prompts, media = samples
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"media": (report.shown(media) * 255).round().byte().contiguous()}, folder / KEPT)
+        kept = save({"media": (report.shown(media) * 255).round().byte().contiguous()})
+        report.write_whole(folder / KEPT, kept)  # save_file would write for the owner alone
         report.grid(media, prompts, folder / "last.png")
         if media.ndim == 5:
             report.animation(media, prompts, folder / "last.webp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -10,12 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen, has
+from attrs import field, fields, frozen, has
 
 import corefit
 from corefit.config import Reader
+from corefit.digests import digest
+from corefit.objective import Summand
 from corefit.pipeline import CHOICES, Pipeline
 from corefit.stage import Stage
+from corefit.types import ROUNDING, Weighted
 
 QUIET = ("log_every", "checkpoint_every", "keep", "sample_every")
 """Keys of a stage that change what is shown and kept, not what is learned."""
@@ -35,14 +39,30 @@ class Identity:
     """Everything that determines a result, as nested JSON."""
 
     parts: Mapping[str, Any]
+    rounding: Mapping[str, Any] = field(factory=dict[str, Any], eq=False)
+    """Key -> value of what changes rounding alone, which determines nothing."""
+    former: Mapping[str, Any] = field(factory=dict[str, Any], eq=False)
+    """The parts as version 0.1 had them, which counted rounding among them; for what it has left."""
 
     @staticmethod
-    def of(parts: Mapping[str, Any]) -> Identity:
-        return Identity(json.loads(json.dumps(parts, default=str)))
+    def of(parts: Mapping[str, Any], rounding: Mapping[str, Any], former: Mapping[str, Any]) -> Identity:
+        """`former` are those of the parts that version 0.1 had otherwise."""
+        return Identity(*json.loads(json.dumps([parts, rounding, {**parts, **former}], default=str)))
 
     @property
     def hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()
+        return digest(self.parts)
+
+    def fits(self, kept: Mapping[str, Any]) -> bool:
+        """Whether done.json or scores.json is of this: what differs changes rounding alone."""
+        return kept["identity"] == (self.hash if "rounding" in kept else digest(self.former))
+
+    def rounded(self, former: Mapping[str, Any] | None) -> str:
+        """What changes rounding alone and is not as in the `former` rounding, if that is known; "" if nothing is."""
+        if former is None:
+            return ""
+        keys = [*self.rounding, *(key for key in former if key not in self.rounding)]
+        return ", ".join(text for key in keys for text in _changes(key, former.get(key), self.rounding.get(key)))
 
     def since(self, former: Mapping[str, Any]) -> str:
         """How it differs from former parts, in a few words."""
@@ -53,13 +73,15 @@ class Identity:
 
 def of_base(pipeline: Pipeline) -> Identity:
     """Of the weights that the first stage starts from."""
-    tables = {k: v for k, v in _tables(pipeline, pipeline.backbone).items() if k != "path"}
+    tables, rounding, former = _tables(pipeline, pipeline.backbone, "backbone", ("path",))
     return Identity.of(
         {
             "weights": pipeline.backbone.weights_key(),
             "backbone": tables,
             "code": _code(pipeline, pipeline.backbone),
-        }
+        },
+        rounding,
+        {"backbone": former},
     )
 
 
@@ -70,34 +92,38 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
     dataset    key of its encoded data
     precision  "fp32" or "bf16"
     """
-    tables = _tables(pipeline, stage)
+    tables, rounding, former = _tables(pipeline, stage, without=(*QUIET, "train"))
     return Identity.of(
         {
-            "before": _origin(before),
+            "before": _origin(before, before.parts),
             "corefit": corefit.__version__,
             "dataset": dataset,
             "data": {"order": pipeline.data.order},
             "precision": precision,
             "seed": pipeline.seed,
-            "stage": {key: value for key, value in tables.items() if key not in (*QUIET, "train")},
-            "train": _tables(pipeline, pipeline.mode(stage)),
+            "stage": tables,
+            "train": _tables(pipeline, pipeline.mode(stage))[0],
             "code": _code(pipeline, stage),
-        }
+        },
+        {**rounding, **_tables(pipeline, pipeline.backbone, "backbone")[1]},
+        {"before": _origin(before, before.former), "stage": former},
     )
 
 
 def of_scores(pipeline: Pipeline, weights: Identity, prompts: str) -> Identity:
     """Of the held-out scores of weights; `prompts` is the key of the encoded prompts."""
-    eval = _tables(pipeline, pipeline.eval)
+    tables, rounding, former = _tables(pipeline, pipeline.eval, "eval", ("prompts", "samples"))
     return Identity.of(
         {
             "model": weights.hash,
             "prompts": prompts,
             "corefit": corefit.__version__,
             "seed": pipeline.seed,
-            "eval": {key: value for key, value in eval.items() if key not in ("prompts", "samples")},
+            "eval": tables,
             "code": _code(pipeline, pipeline.eval),
-        }
+        },
+        rounding,
+        {"model": digest(weights.former), "eval": former},
     )
 
 
@@ -117,14 +143,39 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 # parts
 
 
-def _origin(before: Identity) -> Mapping[str, Any]:
-    """A stage's name and hash; of the base all of it, so that a difference can be said."""
+def _origin(before: Identity, parts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stage's name and hash; of the base all of its `parts`, so that a difference can be said."""
     stage = before.parts.get("stage")
-    return {"stage": stage["name"], "identity": before.hash} if stage else before.parts
+    return {"stage": stage["name"], "identity": digest(parts)} if stage else parts
 
 
-def _tables(pipeline: Pipeline, value: Any) -> dict[str, Any]:
-    return Reader(pipeline.host, pipeline.folder, CHOICES).tables(value)
+def _tables(
+    pipeline: Pipeline, value: Any, path: str = "", without: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The tables of a value that lies at `path`: of what determines results, keys that change rounding alone, and all.
+
+    without  keys of the value that are in neither
+    """
+    tables = Reader(pipeline.host, pipeline.folder, CHOICES).tables(value)
+    former = {key: copy.deepcopy(inner) for key, inner in tables.items() if key not in without}
+    rounding = dict(_rounding(value, tables, path))
+    return {key: inner for key, inner in tables.items() if key not in without}, rounding, former
+
+
+def _rounding(value: Any, table: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Take the keys that change rounding alone out of a table, and of those in it: 'objective.chunk' and its value."""
+    if isinstance(value, (list, tuple)):
+        for number, (item, inner) in enumerate(zip(value, table, strict=True)):  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
+            label = inner.get("use", number) if isinstance(inner, dict) else number  # pyright: ignore[reportUnknownVariableType,reportUnknownMemberType]
+            yield from _rounding(item, inner, f"{path}.{label}")
+        return
+    if isinstance(value, (Weighted, Summand)):  # whose keys lie beside those of the plugin
+        value = value.reward if isinstance(value, Weighted) else value.objective
+    for each in fields(type(value)) if has(type(value)) else ():
+        if each.init and each.metadata.items() >= ROUNDING.items():
+            yield f"{path}.{each.name}".strip("."), table.pop(each.name, None)
+        elif each.init and each.name in table:
+            yield from _rounding(getattr(value, each.name), table[each.name], f"{path}.{each.name}")
 
 
 def _code(pipeline: Pipeline, value: Any) -> dict[str, str]:

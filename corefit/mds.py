@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ PART = "part-"
 """Folders of a cache in which its shards lie begin so."""
 TIMEOUT = 60.0
 """Seconds without a byte after which a download is given up; the storage's own client tries a few times."""
+OWN = re.compile(r"[0-9a-f]{16}(\.parts)?")
+"""Name of a folder that corefit makes for a cache: the beginning of its key."""
 SHARD = 1 << 26
 """Bytes of a shard, at most; it is read whole once, to be hashed."""
 Row = Mapping[str, Any]
@@ -87,21 +90,23 @@ class Shards:
     """Random access to the rows of a folder. Sizes are checked on opening, a hash before a shard's first row.
 
     remote  URL of the shards that `folder` holds copies of; one that is missing or damaged here is fetched
+    remade  whether a source is there from which corefit makes `folder` again, which it has made
     """
 
     folder: Path
     remote: str | None = None
+    remade: bool = False
     shards: list[JointReader] = field(init=False)
     starts: list[int] = field(init=False)
     verified: set[int] = field(init=False, factory=set[int])
 
     def __attrs_post_init__(self) -> None:
-        self.shards = _readers(self.folder)
+        self.shards = _readers(self.folder, self.remade)
         self.starts = [0]
         for shard in self.shards:
             self.starts.append(self.starts[-1] + len(shard))
             if not self.remote and (wrong := self._wrong_size(shard)):
-                raise damaged(self._file(shard), wrong)
+                raise damaged(self._file(shard), wrong, remade=self.remade)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -126,7 +131,8 @@ class Shards:
                     fetch(f"{self.remote}/{shard.raw_data.basename}", file)
                     wrong = self._wrong(shard)
         if wrong:
-            raise damaged(f"{self.remote}/{shard.raw_data.basename}" if self.remote else file, wrong)
+            where = f"{self.remote}/{shard.raw_data.basename}" if self.remote else file
+            raise damaged(where, wrong, remade=self.remade)
 
     def _wrong(self, shard: JointReader) -> str:
         """What is wrong with the local file, or nothing."""
@@ -179,15 +185,21 @@ def locked(folder: Path) -> Generator[None]:
         yield
 
 
-def damaged(file: Path | str, what: str) -> DataError:
-    """What to say of a file of a cache that cannot be trained on."""
-    if isinstance(file, str):
-        return DataError(f"{file} is damaged: {what}. Put the cache there again")
-    cache = file.parent.parent if file.parent.name.startswith(PART) else file.parent
-    return DataError(f"{file} is damaged: {what}. Delete {cache}; it is then made again")
+def damaged(file: Path | str, what: str, *, remade: bool = False) -> DataError:
+    """What to say of a file of a cache that cannot be trained on.
+
+    remade  whether corefit made the cache under its own name and has a source to make it from again; only such a
+            folder is ever named as one to delete
+    """
+    cache = Path(file).parent.parent if Path(file).parent.name.startswith(PART) else Path(file).parent
+    if remade and OWN.fullmatch(cache.name):
+        return DataError(f"{file} is damaged: {what}. Delete {cache}; it is then made again from the source")
+    return DataError(
+        f"{file} is damaged: {what}. Put a whole copy of the cache there, or give its source instead ([data] source)"
+    )
 
 
-def _readers(folder: Path) -> list[JointReader]:
+def _readers(folder: Path, remade: bool) -> list[JointReader]:
     from streaming.base.format import reader_from_json
 
     try:
@@ -197,5 +209,5 @@ def _readers(folder: Path) -> list[JointReader]:
             shard.validate(False)
             shard.raw_data.hashes[HASH]
     except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
-        raise damaged(folder / INDEX, f"{type(error).__name__}: {error}") from None
+        raise damaged(folder / INDEX, f"{type(error).__name__}: {error}", remade=remade) from None
     return shards

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count
@@ -11,20 +10,28 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from corefit import identity, state
+from corefit import digests, identity, state
 from corefit.errors import ConfigError, DataError
 from corefit.evaluate import KEPT
 from corefit.identity import Identity
 from corefit.pipeline import Pipeline, Stage
 from corefit.plugins import near
-from corefit.report import write_whole
 
 DONE = "done.json"
+COPY = "done.copy.json"
+"""A second done.json beside the first: what a stage is must not hang on one small file."""
 SCORES = "scores.json"
 FROM = "from.json"
 BASE = "base"
 MODEL = "model"
 SUPERSEDED = "superseded"
+FORMER = (
+    {"identity", "parts", "finished"},
+    {"identity", "parts", "finished", "cost", "model"},
+    {"identity", "parts", "values", "categories"},
+    {"stage", "left"},
+)
+"""Keys of done.json (of an interrupted and of a finished stage), scores.json and from.json before they had digests."""
 
 
 @frozen
@@ -46,12 +53,16 @@ class Choice:
     use    it is what is wanted, and used as it is
     aside  it is something else, and moves to superseded/ before anything is written
     why    it is not used, in a few words
-    kept   done.json or scores.json as it is now
+    going  what changed that changes rounding alone, where an interrupted stage goes on with it
+    harm   what is wrong with done.json or scores.json, where a run must say so
+    kept   done.json or scores.json as it was written
     """
 
     use: bool = False
     aside: bool = False
     why: str = ""
+    going: str = ""
+    harm: str = ""
     kept: Mapping[str, Any] = field(factory=dict[str, Any])
 
 
@@ -79,27 +90,52 @@ def training(target: Target, again: Again) -> Choice:
     folder = target.folder
     if _untouched(folder):
         return Choice(why="not trained yet")
-    kept = read(folder / DONE)
+    kept, harm = _noted(target)
     if folder.name in again.left:
         return Choice(aside=True, why=f"--from {again.stage}")
     if not kept:
-        return Choice(aside=True, why=f"its {DONE} is missing or damaged")
-    if kept.get("identity") != target.weights.hash:
-        return Choice(aside=True, why=target.weights.since(kept.get("parts", {})))
+        return Choice(aside=True, why=harm, harm=harm)
+    if not target.weights.fits(kept):
+        return Choice(aside=True, why=target.weights.since(kept["parts"]), harm=harm)
+    rounded = target.weights.rounded(kept.get("rounding"))
+    going = f"with {rounded}, which changes rounding alone" if rounded else ""
     if not kept["finished"]:
-        return Choice(why="it was interrupted")
-    harm = damage(folder / MODEL, kept["model"])
-    return Choice(use=not harm, why=harm, kept=kept)
+        return Choice(why=harm or "it was interrupted", going=going, harm=harm)
+    changed = damage(folder / MODEL, kept["model"])
+    return Choice(use=not changed, why=changed, going=going, harm=harm, kept=kept)
+
+
+def _noted(target: Target) -> tuple[Mapping[str, Any], str]:
+    """What done.json says, and what is wrong with the file; then its copy says it, or the newest checkpoint does."""
+    kept, harm = read(target.folder / DONE)
+    if not harm:
+        return kept, ""
+    if copy := read(target.folder / COPY)[0]:
+        return copy, harm
+    newest, _ = state.latest(target.folder / "checkpoints")
+    if newest and newest.info.get("identity") == target.weights.hash:
+        return {"identity": target.weights.hash, "finished": False, "rounding": target.weights.rounding}, harm
+    return {}, harm
+
+
+def note(target: Target, said: Mapping[str, Any]) -> None:
+    """Write done.json of a stage's folder, and its copy: whose weights these are, and what is `said` of them."""
+    for name in (COPY, DONE):  # a kill in between leaves a stage that is not finished, and is finished once more
+        whose = {"parts": target.weights.parts, "rounding": target.weights.rounding}
+        digests.write(target.folder / name, {**whose, **said, "identity": target.weights.hash})
 
 
 def judging(target: Target, *, emptied: bool = False) -> Choice:
     """Whether the held-out scores in a folder are used; `emptied` where its stage moves aside first."""
     assert target.scores is not None, "without [eval] nothing is judged"
-    kept = {} if emptied else read(target.folder / SCORES)
-    if not kept:
+    file = target.folder / SCORES
+    if emptied or not file.exists():
         return Choice(why="not judged yet")
-    if kept.get("identity") != target.scores.hash:
-        return Choice(why=target.scores.since(kept.get("parts", {})))
+    kept, harm = read(file)
+    if harm:
+        return Choice(why=harm, harm=harm)
+    if not target.scores.fits(kept):
+        return Choice(why=target.scores.since(kept["parts"]))
     there = (target.folder / "samples" / KEPT).is_file()
     return Choice(use=there, why="" if there else "its samples are missing", kept=kept)
 
@@ -116,8 +152,8 @@ def put_aside(folder: Path) -> Path:
 
 
 def _untouched(folder: Path) -> bool:
-    """Nothing is there, or only a first file that a kill left half written."""
-    return not folder.exists() or all(file.name.endswith(".part") for file in folder.iterdir())
+    """Nothing is there, or only what a kill left of the first files."""
+    return not folder.exists() or all(f.name == COPY or f.name.endswith(".part") for f in folder.iterdir())
 
 
 # `run --from`
@@ -141,20 +177,23 @@ class Again:
         file = pipeline.run_folder / FROM
         found = Again(file)
         if file.exists():
-            kept = read(file)
-            if not kept:
-                raise DataError(f"{file} is damaged; remove it, and say --from again if a stage is to run again")
+            kept, harm = read(file)
+            if harm and not stage:
+                raise DataError(
+                    f"{file}: {harm}. It said which stages were to run again: say so once more, with --from STAGE; "
+                    "where none is, move the file away"
+                )
+            if harm:
+                return Again(file, stage, _folders(pipeline, stage))
             found = Again(file, kept["stage"], tuple(kept["left"]))
         if stage in ("", found.stage):
             return found
-        names = [f"{number:02d}-{s.name}" for number, s in enumerate(pipeline.stage, 1)]
-        first = [s.name for s in pipeline.stage].index(stage)
-        return Again(file, stage, tuple(n for i, n in enumerate(names) if i >= first or n in found.left))
+        return Again(file, stage, _folders(pipeline, stage, found.left))
 
     def keep(self) -> None:
         """Write it, if there is anything to go on with."""
         if self.stage:
-            write(self.file, {"stage": self.stage, "left": self.left})
+            digests.write(self.file, {"stage": self.stage, "left": self.left})
 
     def moved(self, name: str) -> None:
         """A folder has moved aside, or was never there."""
@@ -166,6 +205,13 @@ class Again:
         """The run has ended, and nothing is left to do: the next --from is a new one."""
         self.file.with_name(f".{FROM}.part").unlink(missing_ok=True)
         self.file.unlink(missing_ok=True)
+
+
+def _folders(pipeline: Pipeline, stage: str, also: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the folders of a stage and of those after it, and which of `also` come before."""
+    names = [f"{number:02d}-{s.name}" for number, s in enumerate(pipeline.stage, 1)]
+    first = [s.name for s in pipeline.stage].index(stage)
+    return tuple(name for number, name in enumerate(names) if number >= first or name in also)
 
 
 def check_stage(pipeline: Pipeline, name: str) -> None:
@@ -200,11 +246,12 @@ def _judged(target: Target, prompts: int, *, emptied: bool = False) -> Iterator[
 def _trained(stage: Stage, folder: Path, choice: Choice) -> str:
     steps = counted(stage.steps, "step")
     if choice.use:
-        return f"use as it is: finished, {steps}"
+        return f"use as it is: finished, {steps}{f'; {choice.harm}, its copy is not' if choice.harm else ''}"
     if choice.aside:
         return f"train {steps}: {choice.why} (the former one goes to {SUPERSEDED}/)"
     newest, damaged = state.latest(folder / "checkpoints")
-    past = f"; {counted(len(damaged), 'newer checkpoint')} damaged" if damaged else ""
+    past = f", {choice.going}" if choice.going else ""
+    past += f"; {counted(len(damaged), 'newer checkpoint')} damaged" if damaged else ""
     if newest is None:
         return f"train {steps}: {choice.why}{past}"
     return f"go on from step {newest.step} of {stage.steps}: {choice.why}{past}"
@@ -218,18 +265,20 @@ def counted(n: int, noun: str) -> str:
 # files
 
 
-def read(file: Path) -> dict[str, Any]:
-    """A JSON object; {} where it is missing or damaged, which no kill leaves behind."""
+def read(file: Path) -> tuple[dict[str, Any], str]:
+    """The content of done.json, scores.json or from.json, and what is wrong with the file; one of the two is empty."""
     try:
-        value = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return digests.read(file, _is_former), ""
+    except FileNotFoundError:
+        return {}, f"its {file.name} is missing"
+    except digests.Damaged as error:
+        return {}, f"its {file.name} is damaged ({error})"
 
 
-def write(file: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON object as a whole."""
-    write_whole(file, json.dumps(value, indent=1).encode())
+def _is_former(content: Mapping[str, Any]) -> bool:
+    """Whether it is a whole file of a corefit that wrote no digests; what an identity is of proves the identity."""
+    whole = set(content) in FORMER and content.get("finished", False) == ("model" in content)
+    return whole and ("parts" not in content or digests.digest(content["parts"]) == content["identity"])
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -47,7 +47,7 @@ def _encoded(
             return cache.opened(data, pipeline.backbone, root(pipeline), media=wanted)
     with display.task(title) as progress:
         folder = cache.prepare(data, pipeline.backbone, root(pipeline), media=wanted, progress=progress, ranks=ranks)
-    return Dataset.open(folder, keep=data.condition)
+    return Dataset.open(folder, keep=data.condition, remade=True)
 
 
 def survey(pipeline: Pipeline, data: Any, *, media: bool) -> tuple[str, int, str]:

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 import attrs
 from attrs import define, field, frozen
 
-from corefit import agreement, blame, disk, estimate, memory, plan, report, state, train, weights
+from corefit import agreement, blame, digests, disk, estimate, memory, plan, report, state, train, weights
 from corefit.data import Dataset
 from corefit.display import Display
 from corefit.errors import ConfigError
 from corefit.evaluate import Judge
 from corefit.pipeline import Lora, Pipeline, Stage
-from corefit.plan import DONE, MODEL, SCORES, Again, Target
+from corefit.plan import MODEL, SCORES, Again, Target
 from corefit.prepare import encoded, precision, survey, text_dtype
 from corefit.ranks import Ranks, join
 from corefit.signals import ECHO, Signals
@@ -127,15 +127,16 @@ class Run:
         choice = self._decided(lambda: plan.training(target, self.again))
         if choice.use:
             self.display.say(f"{stage.name}: finished before, used as it is")
+            self._mend(target, choice)
             cost = train.Cost(**choice.kept["cost"])
         else:
             if self.main:
                 self._claim(target, choice)
             self.ranks.wait()
-            cost = self._train(stage, target.folder, before)
+            cost = self._train(stage, target, before)
             if self.main:
                 files = plan.hashes(target.folder / MODEL)
-                self._note(target, {"finished": True, "cost": attrs.asdict(cost), "model": files})
+                plan.note(target, {"finished": True, "cost": attrs.asdict(cost), "model": files})
         after = self._left(stage, target.folder / MODEL, before)
         self._judge(target, after, cost)
         return after
@@ -165,17 +166,22 @@ class Run:
         if choice.aside:
             former = plan.put_aside(target.folder)
             self.display.say(f"{name}: {choice.why}; the former one is in {former.parent.name}/{former.name}")
-        elif choice.kept:
-            self.display.say(f"{name}: {choice.why}; it is trained again from its newest checkpoint")
+        elif choice.kept or choice.harm:
+            self.display.say(f"{name}: {choice.harm or choice.why}; it is trained again from its newest checkpoint")
+        if choice.going:
+            self.display.say(f"{name}: goes on {choice.going}")
         self.again.moved(name)
-        self._note(target, {"finished": False})
+        plan.note(target, {"finished": False})
 
-    def _note(self, target: Target, state: dict[str, Any]) -> None:
-        parts = target.weights.parts
-        plan.write(target.folder / DONE, {"identity": target.weights.hash, **state, "parts": parts})
+    def _mend(self, target: Target, choice: plan.Choice) -> None:
+        """Write a done.json that is damaged or missing again, from its copy."""
+        if self.main and choice.harm:
+            self.display.say(f"{target.folder.name}: {choice.harm}; its copy is not, and it is written again")
+            plan.note(target, choice.kept)
 
-    def _train(self, stage: Stage, folder: Path, before: Weights) -> train.Cost:
+    def _train(self, stage: Stage, target: Target, before: Weights) -> train.Cost:
         """Train and save; a signal writes a checkpoint first."""
+        folder = target.folder
         memory.reset_peak(self.ranks.device)
         hook, backbone = self.pipeline.host.hook, before.backbone
         with self.display.task(stage.name) as progress, self.signals.training():
@@ -188,6 +194,7 @@ class Run:
                 dataset=self.dataset,
                 order=self.pipeline.data.order,
                 folder=folder,
+                identity=target.weights.hash,
                 adapter=before.adapter,
                 half=self._half(stage),
                 stop=lambda: self.signals.asked,
@@ -221,6 +228,8 @@ class Run:
         if self.judge is None:
             return
         choice = self._decided(lambda: plan.judging(target))
+        if choice.harm:
+            self.display.say(f"{target.folder.name}: {choice.harm}; it is judged again")
         kept = choice.kept if choice.use else self._judged(self.judge, target, made)
         made.backbone.release()
         made.backbone.transformer = None
@@ -238,7 +247,8 @@ class Run:
             assert target.scores is not None
             (target.folder / SCORES).unlink(missing_ok=True)  # they are not of the samples that come now
             judge.keep_samples(samples, target.folder / "samples")
-            plan.write(target.folder / SCORES, {**scored, "identity": target.scores.hash, "parts": target.scores.parts})
+            whose = {"parts": target.scores.parts, "rounding": target.scores.rounding}
+            digests.write(target.folder / SCORES, {**scored, "identity": target.scores.hash, **whose})
         return scored
 
     def _report(self, targets: Sequence[Target]) -> None:

@@ -12,7 +12,7 @@ from corefit.contract import MOST
 from corefit.noise import LogitNormal
 from corefit.objective import Objective
 from corefit.samplers import Ode
-from corefit.types import NoiseWeighting, Sampler, Weighted
+from corefit.types import ROUNDING, NoiseWeighting, Sampler, Weighted
 
 positive: Any = validators.gt(0)
 some_positive: Any = validators.optional(positive)
@@ -82,8 +82,8 @@ class Stage:
     """What is learned."""
     batch: int | None = field(default=None, validator=some_rows)
     """Samples a step over all ranks, or rollouts where the objective rolls out; 32, or 48 groups, by default."""
-    micro_batch: int | None = field(default=None, validator=some_rows)
-    """Samples a forward and rank; the whole share of a rank by default. Changes memory, not results."""
+    micro_batch: int | None = field(default=None, validator=some_rows, metadata=ROUNDING)
+    """Samples a forward and rank; the whole share of a rank by default. Changes memory and rounding, not results."""
     noise: NoiseWeighting | None = None
     """logit_normal where the objective reads one and none is given."""
     sampler: Sampler | None = None

@@ -1,14 +1,13 @@
 """The only writer and reader of checkpoints: complete or absent, verified on load, nothing unpickled.
 
 A checkpoint is a folder step-000200 with safetensors, written by torch.distributed.checkpoint, one file a rank
-that holds shards, and manifest.json with their hashes. It is written under another name, fsynced and renamed;
-older ones are pruned after that. Any number of ranks, sharded or not, reads what any other has written.
+that holds shards, and manifest.json with their hashes and its own. It is written under another name, fsynced and
+renamed; older ones are pruned after that. Any number of ranks, sharded or not, reads what any other has written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
+from corefit import digests
 from corefit.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from corefit.ranks import Ranks
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
+UNDIGESTED = 2
+"""The last format whose manifest had no digest of its own; such checkpoints are still read."""
 PARTIAL = ".partial-"
 FILE = 1 << 28
 """Bytes of one file of a rank's, or of one tensor: a rank writes that much at a time."""
@@ -71,7 +73,7 @@ def save(
     ranks  those that hold shards of `tensors`, all of which call this; None where this process has everything.
     TrainingError where the disk is full or not writable; what was there stays.
     """
-    final, partial = folder / f"step-{step:06d}", folder / f"{PARTIAL}{step:06d}"
+    final, partial = folder / _name(step), folder / f"{PARTIAL}{step:06d}"
     main = ranks is None or ranks.main
     with _disk(folder, step, partial if main else None):
         if main:
@@ -80,7 +82,7 @@ def save(
         hashes = _written(partial, tensors, ranks)
         if main:
             manifest = {"format": FORMAT, "step": step, "info": dict(info), "sha256": hashes}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            digests.write(partial / MANIFEST, manifest)
             publish(partial, final)
     if main:
         prune(folder, keep)
@@ -133,12 +135,18 @@ def _verified(path: Path, ranks: Ranks | None) -> tuple[Checkpoint | None, str]:
     found, wrong = None, ""
     rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = digests.read(path / MANIFEST, lambda content: content.get("format") == UNDIGESTED)
         found = Checkpoint(path, manifest["step"], manifest["info"])
+        if path.name != _name(found.step):
+            raise ValueError(f"{MANIFEST} is of step {found.step}")
+        if manifest["sha256"].keys() != {file.name for file in path.glob("*.safetensors")}:
+            raise ValueError(f"its files are not those that {MANIFEST} names")
         for name in sorted(manifest["sha256"])[rank::world]:
             if digest(path / name) != manifest["sha256"][name]:
                 raise ValueError(f"{name} does not have the hash that {MANIFEST} gives")
-    except (OSError, ValueError, KeyError) as error:
+    except digests.Damaged as error:
+        wrong = f"{MANIFEST}: {error}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         wrong = str(error) or type(error).__name__
     every = ranks.collected(wrong) if ranks else [wrong]
     faults = [fault for fault in every if fault]
@@ -159,14 +167,26 @@ def sweep(folder: Path) -> None:
 
 def publish(partial: Path, final: Path) -> None:
     """Make the folder `partial` appear as `final`, whole, also after a power cut; a former `final` goes."""
+    wanted = partial.stat().st_mode & 0o666
     for file in partial.rglob("*"):
         if file.is_file() and not file.is_symlink():
+            _readable(file, wanted)
             sync(file)
     sync(partial)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
     sync(final.parent)
+
+
+def _readable(file: Path, wanted: int) -> None:
+    """Give a file the mode that the umask gave its folder; safetensors writes for the owner alone.
+
+    Hard links are left as they are: the file is someone else's as well.
+    """
+    stat = file.stat()
+    if stat.st_nlink == 1 and (mode := stat.st_mode & 0o7777) | wanted != mode:
+        file.chmod(mode | wanted)
 
 
 def sync(path: Path) -> None:
@@ -210,6 +230,10 @@ def _quiet() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _steps(folder: Path) -> list[Path]:

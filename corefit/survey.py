@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from attrs import define, field
 
+from corefit import digests
 from corefit.blame import returned
 from corefit.data import Data, sha256
 from corefit.errors import DataError
@@ -92,7 +93,7 @@ def check_readable(failed: Sequence[str], total: int, skip: int) -> None:
 def too_many(failed: Sequence[str], total: int, skip: int) -> str:
     return (
         f"{len(failed)} of {total} media are missing or unreadable, and {skip} may be skipped:\n{listed(failed)}\n"
-        f"repair or remove them, or set skip = {len(failed)} under [data] to leave them out"
+        f"repair them, or set skip = {len(failed)} under [data] to leave them out"
     )
 
 
@@ -105,8 +106,8 @@ class Hashes:
     changed: bool = field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
-        with suppress(OSError, ValueError):  # without it, everything is read once more
-            self.known = json.loads(self.file.read_bytes())
+        with suppress(FileNotFoundError, digests.Damaged):  # without it, everything is read once more
+            self.known = digests.read(self.file)["media"]
 
     def of(self, media: Path | Stored | Any) -> str:
         """Of a file, of all files in a folder, of what is stored in an archive, or of an array."""
@@ -142,5 +143,5 @@ class Hashes:
             if not alive(int(left.suffix[1:])):
                 left.unlink(missing_ok=True)
         temporary = self.file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(self.known))
+        digests.write(temporary, {"media": self.known})
         temporary.replace(self.file)

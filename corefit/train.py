@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import define, field, frozen
 
-from corefit import blame, contract, data, memory, state, weights
+from corefit import blame, contract, data, exhausted, memory, state, weights
 from corefit.data import Dataset
 from corefit.errors import NonFinite, Stopped, TrainingError
 from corefit.gradients import Gradients
@@ -48,6 +48,7 @@ class Job:
     order: Order
     folder: Path
     """The stage's own folder; checkpoints go to `checkpoints/` in it."""
+    identity: str = ""  # hash of what determines the stage's weights; its checkpoints carry it
     adapter: Path | None = None
     """The LoRA that the stage before left, if it left one."""
     half: bool = False
@@ -84,8 +85,10 @@ def train(job: Job, ranks: Ranks) -> Cost:
 
     Raises NonFinite before a weight is touched by a non-finite loss or gradient, and Stopped.
     """
-    loop = Loop.build(job, ranks)
-    loop.resume()
+    helps = exhausted.weights_helps(job.mode, ranks.world, sharded=ranks.sharded)
+    with exhausted.told(f"stage {job.stage.name}, loading the weights", helps):
+        loop = Loop.build(job, ranks)
+        loop.resume()
     with loop.shown():
         job.started(loop.step)
     with closing(loop.batches()) as batches:
@@ -214,6 +217,12 @@ class Loop:
         self._since = (self._since[0] + stage.rows, self._since[1] + elapsed)
         self._first = False
 
+    def _memory(self, what: str) -> AbstractContextManager[None]:
+        """Say in which stage and step memory ran out, while `what` was computed."""
+        job, ranks = self.job, self.ranks
+        helps = exhausted.step_helps(job.stage, job.mode, job.backbone, ranks.world, sharded=ranks.sharded)
+        return exhausted.told(f"stage {job.stage.name}, step {self.step + 1}, {what}", helps, exhausted.KEPT)
+
     def _too_many_skipped(self) -> bool:
         """Count a skipped step, and whether it was one too many."""
         self.fault.now = self.fault.now | True
@@ -230,7 +239,8 @@ class Loop:
             made = parts(each.objective, rows, ctx.at(self._rng("experience", 0, rows, drawn, index)))
             once = each.objective.num_updates < whole.num_updates
             streams.append([*made] * whole.num_updates if once else made)
-        return zip(*streams, strict=True)
+        with self._memory("the experience"):
+            yield from zip(*streams, strict=True)
 
     @property
     def _several(self) -> bool:
@@ -259,8 +269,9 @@ class Loop:
             if self._several:
                 self.means.add(f"grad_norm/{each.name}", self.gradients.hold(scale))
                 scale = ones
-        self.gradients.merge()
-        self._apply(scale, idle)
+        with self._memory("the optimizer's step"):
+            self.gradients.merge()
+            self._apply(scale, idle)
 
     def _backward(
         self, objective: Objective[Any], part: Part, ctx: Context, label: str, before: int, *, last: bool
@@ -275,7 +286,7 @@ class Loop:
         blame.returned(terms, lambda it: isinstance(it, Iterator), objective, "terms()", "a generator of terms")
         number = objective.num_terms
         for index in range(number):
-            with self._exchange(last and index == number - 1):
+            with self._memory(f"{label}term {index}"), self._exchange(last and index == number - 1):
                 term = next(terms, None)
                 assert term is not None, f"{type(objective).__name__} yielded {index} terms, not num_terms = {number}"
                 self.ranks.accelerator.backward(contract.term(term, objective).total)
@@ -361,7 +372,7 @@ class Loop:
         means = self.means.by_rank(self.ranks)
         if self.ranks.main or self.ranks.sharded:
             tensors = {**self._tensors(), **{f"means/{name}": t for name, t in means.items()}}
-            info = {"seconds": self.seconds, "since": list(self._since)}
+            info = {"seconds": self.seconds, "since": list(self._since), "identity": self.job.identity}
             holders = self.ranks if self.ranks.sharded else None
             path = state.save(self._checkpoints, self.step, tensors, info, self.job.stage.keep, holders)
             with self.shown():

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     Rows = slice | Sequence[int] | Tensor
 
 Meta = Mapping[str, Any]
+ROUNDING: Mapping[str, bool] = {"corefit.rounding": True}
+"""Metadata of a plugin's field whose value changes how results are rounded, and nothing else: field(metadata=ROUNDING).
+
+A stage that is finished stays so when the key changes, and one that was interrupted goes on from its checkpoint. For
+keys that trade memory for time, such as how many rows a forward holds; none may change a random draw.
+"""
 ModelPath = NewType("ModelPath", str)
 """A diffusers folder, relative to the pipeline file, or a name on the hub ("organisation/model")."""
 

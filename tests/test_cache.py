@@ -518,7 +518,7 @@ def test_of_two_processes_at_once_one_encodes(data: Data, root: Path, tmp_path: 
 def test_a_folder_without_done_is_rebuilt(data: Data, root: Path) -> None:
     folder = prepare(data, Toy(), root, media=True)
     (folder / "done.json").unlink()
-    with pytest.raises(DataError, match=r"done\.json is damaged"):
+    with pytest.raises(DataError, match=r"holds no encoded data: there is no done\.json"):
         Dataset.open(folder)
     assert prepare(data, Toy(), root, media=True) == folder
     assert len(Dataset.open(folder)) == 7
@@ -538,9 +538,94 @@ def test_damage_is_named(data: Data, root: Path, name: str, harm: Any) -> None:
     folder = prepare(data, Toy(), root, media=True)
     harm(folder / name)
     with pytest.raises(DataError, match="is damaged") as error:
-        Dataset.open(folder).batch([0], [0])
+        Dataset.open(folder, remade=True).batch([0], [0])
     assert str(folder / name) in str(error.value)
-    assert f"Delete {folder}" in str(error.value)
+    assert f"Delete {folder}; it is then made again from the source" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["part-00000/shard.00000.mds", "part-00000/rows.jsonl", "index.json", "done.json"])
+def test_nothing_that_cannot_be_made_again_is_said_to_be_deleted(data: Data, root: Path, name: str) -> None:
+    folder = prepare(data, Toy(), root, media=True)
+    flip(folder / name)
+    with pytest.raises(DataError, match=r"is damaged: .* Put a whole copy of the cache there, or give its source"):
+        Dataset.open(folder).batch([0], [0])
+    flip(folder / name)
+    mine = folder.rename(root / "mine")
+    flip(mine / name)
+    with pytest.raises(DataError, match="is damaged") as error:
+        Dataset.open(mine, remade=True).batch([0], [0])
+    assert "elete" not in str(error.value), "it has not the name of a folder that corefit makes"
+
+
+@pytest.mark.parametrize("place", [".", "/etc"])
+def test_a_folder_that_is_no_cache_is_said_to_be_none(tmp_path: Path, monkeypatch: Any, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"holds no encoded data") as error:
+        cache.check(Data(encoded=place, size=(16, 24)), media=True)  # type: ignore[arg-type]
+    assert "elete" not in str(error.value)
+
+
+def test_a_manifest_of_version_0_1_is_read(data: Data, root: Path) -> None:
+    done = prepare(data, Toy(), root, media=True) / "done.json"
+    body = json.loads(done.read_text())
+    digest = body.pop("digest")
+    done.write_text(json.dumps({"sha256": digest, "manifest": body}))
+    assert len(Dataset.open(done.parent)) == 7
+    done.write_text(json.dumps({"sha256": digest, "manifest": body | {"count": 6}}))
+    with pytest.raises(DataError, match="its sha256 is not the one in it"):
+        Dataset.open(done.parent)
+
+
+def killed_before_publishing(data: Data, root: Path, monkeypatch: Any) -> Path:
+    """A cache whose parts are all encoded, in the folder where they lie."""
+
+    def killed(work: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "PART", 3)
+        patched.setattr(cache.Work, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(data, Toy(), root, media=True)
+    (parts,) = root.glob("*.parts")
+    return parts
+
+
+@pytest.mark.parametrize("name", ["part.json", "rows.jsonl", "index.json"])
+def test_a_part_with_a_damaged_small_file_is_encoded_again_and_it_alone(
+    data: Data, root: Path, monkeypatch: Any, name: str
+) -> None:
+    parts = killed_before_publishing(data, root, monkeypatch)
+    file = parts / "part-00001" / name
+    whole, others = file.read_bytes(), {p: p.stat().st_mtime_ns for p in parts.glob("part-0000[02]/*")}
+    file.write_bytes(whole.replace(b"3", b"4", 1) if b"3" in whole else whole[:-2])
+    monkeypatch.setattr(cache, "PART", 3)
+    folder = prepare(data, Toy(), root, media=True)
+    assert {p: (folder / p.relative_to(parts)).stat().st_mtime_ns for p in others} == others
+    assert (folder / "part-00001" / name).read_bytes() == whole
+    assert len(Dataset.open(folder)) == 7
+
+
+def test_damaged_hashes_of_media_are_made_again(data: Data, root: Path, monkeypatch: Any) -> None:
+    """A digit in media.json would make another key, and everything be encoded again."""
+    monkeypatch.setattr(survey, "SETTLED", -1)
+    folder, file = prepare(data, Toy(), root, media=True), root / cache.HASHES
+    content = json.loads(file.read_text())
+    for entry in content["media"].values():
+        entry[-1] = "0" * 64
+    file.write_text(json.dumps(content))
+    assert prepare(data, Toy(), root, media=True) == folder
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_the_umask_says_who_may_read_a_cache(data: Data, root: Path, umask: int) -> None:
+    former = os.umask(umask)
+    try:
+        folder = prepare(data, Toy(), root, media=True)
+    finally:
+        os.umask(former)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
 
 
 def test_shards_are_hashed_once_each_when_first_read(tmp_path: Path, monkeypatch: Any) -> None:

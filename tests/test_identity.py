@@ -110,6 +110,54 @@ def test_what_changes_nothing(project, setting):
     assert changes(identities(project.file), identities(project.file, setting)) == {}
 
 
+@pytest.mark.parametrize(
+    ("setting", "name", "said"),
+    [
+        ("stage.soar.micro_batch=2", "soar", "micro_batch none -> 2"),
+        ("stage.soar.objective.chunk=2", "soar", "objective.chunk 1 -> 2"),
+        ("backbone.gradient_checkpointing=true", "soar", "backbone.gradient_checkpointing false -> true"),
+        ("backbone.attention='flash'", "grpo", "backbone.attention native -> flash"),
+        ("backbone.compile=true", "grpo", "backbone.compile false -> true"),
+        ("eval.batch=2", "scores", "eval.batch 16 -> 2"),
+    ],
+)
+def test_what_changes_rounding_alone_is_no_change(project, setting, name, said):
+    was, now = identities(project.file), identities(project.file, setting)
+    assert changes(was, now) == {}
+    assert now[name].rounded(was[name].rounding) == said
+    assert was[name].rounded(was[name].rounding) == was[name].rounded(None) == ""
+
+
+def test_what_changes_rounding_in_a_part_of_a_sum(project):
+    sums = "stage.soar.objective={use='sum', of=[{use='sft'}, {use='soar', chunk=CHUNK, weight=0.5}]}"
+    was, now = (identities(project.file, sums.replace("CHUNK", chunk)) for chunk in "12")
+    assert changes(was, now) == {}
+    assert now["soar"].rounded(was["soar"].rounding) == "objective.of.soar.chunk 1 -> 2"
+
+
+def test_encode_batch_leaves_encoded_data_as_they_are(project):
+    from corefit import cache
+
+    was, now = (read(project.file, [f"data.encode_batch={n}"]) for n in (16, 1))
+    for pipeline in (was, now):
+        pipeline.backbone.place("cpu", "float32")
+    keys = {cache.key(one.data, one.backbone, project.folder / "root", media=True) for one in (was, now)}
+    assert len(keys) == 1
+    assert changes(identities(project.file), identities(project.file, "data.encode_batch=1")) == {}
+
+
+def test_what_version_0_1_called_it_is_known(project):
+    """These are its hashes of the same pipeline: rounding was among what determined it."""
+    now = identities(project.file, "stage.soar.objective.chunk=2")
+    assert now["soar"].former["stage"]["objective"]["chunk"] == 2
+    assert now["grpo"].former["before"]["identity"] == identity.digest(now["soar"].former)
+    assert now["scores"].former["model"] == identity.digest(now["grpo"].former)
+    for one in now.values():
+        assert one.fits({"identity": identity.digest(one.former)})
+        assert one.fits({"identity": one.hash, "rounding": {}})
+        assert not one.fits({"identity": one.hash})
+
+
 def test_the_project_may_move(project, tmp_path_factory):
     was = identities(project.file)
     moved = tmp_path_factory.mktemp("elsewhere") / "project"

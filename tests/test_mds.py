@@ -78,7 +78,7 @@ def encoded(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data of `project`, encoded by a run of it (named "source"), moved elsewhere; no raw data remain."""
     assert project.main("run", "pipeline.toml", "--set", "name='source'", *PLAIN).status == 0
     root = project.folder / ".corefit" / "cache"
-    (found,) = [f.parent for f in root.glob("*/done.json") if json.loads(f.read_text())["manifest"]["media"]]
+    (found,) = [f.parent for f in root.glob("*/done.json") if json.loads(f.read_text())["media"]]
     moved = shutil.move(found, tmp_path_factory.mktemp("encoded") / found.name)
     (project.folder / "train.jsonl").unlink()
     (project.folder / "media").unlink()
@@ -129,7 +129,7 @@ HARM: Mapping[str, tuple[str, Callable[[Path], object], str]] = {
     "truncated shard": (SHARD, lambda f: f.write_bytes(f.read_bytes()[:-7]), r"it has \d+ bytes instead"),
     "flipped null": ("null.safetensors", lambda f: f.write_bytes(flip(f.read_bytes())), "its sha256 is not the one"),
     "index of others": ("index.json", lambda f: f.write_text('{"version": 2, "shards": []}'), "its sha256 is not"),
-    "half a manifest": ("done.json", lambda f: f.write_bytes(f.read_bytes()[:50]), "JSONDecodeError"),
+    "half a manifest": ("done.json", lambda f: f.write_bytes(f.read_bytes()[:50]), "it cannot be read"),
 }
 
 

@@ -5,6 +5,7 @@ Training writes its checkpoints and a model, but loads and learns nothing; all e
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from attrs import define, field
 from conftest import Project
 from torch.distributed.checkpoint import CheckpointException
 
-from corefit import Condition, observers, plan, report, run, state, train
+from corefit import Condition, digests, observers, plan, report, run, state, train
 from corefit.errors import ConfigError, DataError, Stopped
 from corefit.evaluate import Judge
 from corefit.pipeline import Pipeline, read
@@ -86,7 +87,8 @@ class Toy:
         for step in range(first + 1, stage.steps + 1):
             stopping = self.stop == (stage.name, step)
             if stopping or (step % stage.checkpoint_every == 0 and step < stage.steps):
-                state.save(job.folder / "checkpoints", step, {"step": torch.tensor(step)}, {}, stage.keep)
+                info = {"identity": job.identity}
+                state.save(job.folder / "checkpoints", step, {"step": torch.tensor(step)}, info, stage.keep)
             if stopping:
                 raise Stopped(step)
         job.backbone.transformer = torch.nn.Identity()
@@ -266,6 +268,20 @@ def test_a_checkpoint_of_another_pipeline_is_never_gone_on_from(toy):
     assert foreseen(toy)["01-soar"].startswith("train 3 steps"), "neither of the other, nor its own of long ago"
 
 
+def test_what_changes_rounding_alone_is_gone_on_with(toy):
+    toy.interrupted("soar", 2)
+    setting = ("stage.soar.micro_batch=1", "backbone.gradient_checkpointing=true")
+    changed = "micro_batch none -> 1, backbone.gradient_checkpointing false -> true"
+    going = f"with {changed}, which changes rounding alone"
+    assert toy.foreseen(*setting)["01-soar"] == f"go on from step 2 of 3: it was interrupted, {going}"
+    toy.interrupted("soar", 3, *setting)
+    assert f"01-soar: goes on {going}" in toy.said
+    assert foreseen(toy, *setting)["01-soar"] == "go on from step 3 of 3: it was interrupted", "it has said so before"
+    assert superseded(toy) == set()
+    assert foreseen(toy) == {}, "what is finished stays finished"
+    assert foreseen(toy, "eval.batch=1") == {}
+
+
 # what is missing or damaged
 
 
@@ -307,12 +323,92 @@ def test_hard_links_are_read_once(tmp_path, monkeypatch):
     assert read == ["a"]
 
 
-@pytest.mark.parametrize("harm", [lambda file: file.unlink(), lambda file: file.write_text('{"identi')])
-def test_a_stage_that_says_nothing_of_itself_is_not_used(toy, harm):
+HARMS = {
+    "missing": (lambda file: file.unlink(), "is missing"),
+    "cut off": (lambda file: file.write_text('{"identi'), "is damaged (it cannot be read: "),
+    "emptied": (lambda file: file.write_text("{}"), "is damaged (it has no digest)"),
+    "a list": (lambda file: file.write_text("[]"), "is damaged (it is not a JSON object)"),
+    "a letter": (lambda file: swap(file, '"finished"', '"finisher"'), "is damaged (its content does not have the"),
+    "a digit": (lambda file: swap(file, '"seconds": 1.0', '"seconds": 7.0'), "is damaged (its content does not have"),
+    "emptied hashes": (lambda file: swap(file, '"transformer/weights"', '"transformer/weight"'), "is damaged (its"),
+    "no digest": (lambda file: swap(file, '"digest"', '"digesu"'), "is damaged (it has no digest)"),
+}
+"""What may become of done.json, and what is then said of it."""
+
+
+def swap(file: Path, old: str, new: str) -> None:
+    """Replace text of a file that must be there."""
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_note_costs_nothing(toy, harm):
     toy.run()
-    harm(toy.folder / "02-grpo" / "done.json")
-    lines = {"02-grpo": f"train 2 steps: its done.json is missing or damaged{ASIDE}", "judge grpo": NEW}
-    assert foreseen(toy) == lines
+    before, (spoil, said) = contents(toy.folder), HARMS[harm]
+    spoil(toy.folder / "02-grpo" / "done.json")
+    lines = toy.foreseen()
+    assert lines["02-grpo"].startswith(f"{USED['02-grpo']}; its done.json {said}"), lines
+    assert lines["judge grpo"] == "judged before"
+    toy.run()
+    assert any(line.startswith(f"02-grpo: its done.json {said}") for line in toy.said)
+    assert toy.trained == []
+    assert contents(toy.folder) == before, "it is written again, and nothing else is"
+
+
+def test_a_stage_of_which_both_notes_are_damaged_goes_on_from_its_checkpoint(toy):
+    toy.interrupted("soar", 2)
+    for name in ("done.json", "done.copy.json"):
+        (toy.folder / "01-soar" / name).write_text("{}")
+    said = "its done.json is damaged (it has no digest)"
+    assert foreseen(toy)["01-soar"] == f"go on from step 2 of 3: {said}"
+    assert superseded(toy) == set()
+
+
+def test_a_stage_that_nothing_proves_is_moved_aside(toy):
+    toy.run()
+    for name in ("done.json", "done.copy.json"):
+        (toy.folder / "01-soar" / name).write_text("{}")
+    (toy.folder / "01-soar" / "checkpoints" / "step-000002" / "manifest.json").write_text("{}")
+    (toy.folder / "01-soar" / "checkpoints" / "step-000001" / "manifest.json").write_text("{}")
+    lines = foreseen(toy)
+    assert lines["01-soar"] == f"train 3 steps: its done.json is damaged (it has no digest){ASIDE}"
+    assert (toy.folder / "superseded" / "01-soar-1" / "model").is_dir()
+
+
+def test_what_a_version_without_digests_left_is_used(toy):
+    toy.interrupted("grpo", 1)
+    soar, scores = (json.loads((toy.folder / "01-soar" / name).read_text()) for name in ("done.json", "scores.json"))
+    for target in plan.targets(toy.pipeline(), soar["parts"]["dataset"], scores["parts"]["prompts"], "fp32"):
+        for name, of in (("done.json", target.weights), ("scores.json", target.scores)):
+            if (file := target.folder / name).exists():
+                content = json.loads(file.read_text())
+                del content["digest"], content["rounding"]
+                content |= {"identity": digests.digest(of.former), "parts": of.former}
+                file.write_text(json.dumps(content))
+    for manifest in toy.folder.glob("*/checkpoints/*/manifest.json"):
+        content = json.loads(manifest.read_text()) | {"format": 2}
+        del content["digest"], content["info"]["identity"]
+        manifest.write_text(json.dumps(content))
+    for copy in toy.folder.glob("*/done.copy.json"):
+        copy.unlink()
+    lines = toy.foreseen()
+    assert lines["01-soar"] == USED["01-soar"]
+    assert lines["judge soar"] == "judged before"
+    assert lines["02-grpo"] == "go on from step 1 of 2: it was interrupted"
+    swap(toy.folder / "01-soar" / "done.json", '"seed": 0', '"seed": 1')
+    assert toy.foreseen()["01-soar"].endswith(f"its done.json is damaged (it has no digest){ASIDE}")
+
+
+def test_damaged_scores_are_judged_again(toy):
+    toy.run()
+    scores = toy.folder / "01-soar" / "scores.json"
+    swap(scores, "0.5", "0.6")
+    harm = "its scores.json is damaged (its content does not have the digest that is in it)"
+    assert foreseen(toy) == {"judge soar": f"on 4 held-out prompts: {harm}"}
+    swap(scores, "0.5", "0.6")
+    toy.run()
+    assert f"01-soar: {harm}; it is judged again" in toy.said
 
 
 def test_scores_or_samples_that_are_gone(toy):
@@ -391,12 +487,15 @@ def test_from_an_unknown_stage(toy):
     assert toy.project.tree() == before
 
 
-def test_a_damaged_request_is_named(toy):
+@pytest.mark.parametrize("harm", [lambda file: file.write_text("{"), lambda file: swap(file, "02-grpo", "02-gapo")])
+def test_a_damaged_request_is_named_and_can_be_made_again(toy, harm):
     toy.run()
-    (toy.folder / "from.json").write_text("{")
+    toy.interrupted("soar", 1, again="soar")
+    harm(toy.folder / "from.json")
     for attempt in (toy.run, toy.foreseen):
-        with pytest.raises(DataError, match=r"from\.json is damaged; remove it"):
+        with pytest.raises(DataError, match=r"from\.json is damaged .* with --from STAGE"):
             attempt()
+    assert foreseen(toy, again="grpo")["02-grpo"] == f"train 2 steps: --from grpo{ASIDE}"
 
 
 # kills

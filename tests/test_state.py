@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from corefit import state
 from corefit.errors import TrainingError
@@ -56,7 +59,30 @@ def test_steps_are_ordered_as_numbers(tmp_path):
     assert state.latest(tmp_path)[0].step == 1_000_000
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "no manifest", "no tensors"])
+MANIFESTS = {
+    "a digit": lambda content: content | {"step": 1},
+    "emptied hashes": lambda content: content | {"sha256": {}},
+    "no digest": lambda content: {key: value for key, value in content.items() if key != "digest"},
+    "former, a digit": lambda content: former(content) | {"step": 1},
+    "former, emptied hashes": lambda content: former(content) | {"sha256": {}},
+    "no numbers": lambda content: former(content) | {"step": "two"},
+    "a list": lambda content: [content],
+}
+"""What may become of a manifest."""
+
+
+def former(content: dict[str, Any]) -> dict[str, Any]:
+    """A manifest as the format before digests had it."""
+    return {key: value for key, value in content.items() if key != "digest"} | {"format": state.UNDIGESTED}
+
+
+def test_one_of_the_former_format_is_read(tmp_path):
+    manifest = state.save(tmp_path, 1, tensors(1), {}, keep=3) / state.MANIFEST
+    manifest.write_text(json.dumps(former(json.loads(manifest.read_text()))))
+    assert state.latest(tmp_path)[0].step == 1
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "no manifest", "no tensors", *MANIFESTS])
 def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, harm):
     state.save(tmp_path, 1, tensors(1), {}, keep=3)
     last = state.save(tmp_path, 2, tensors(2), {}, keep=3)
@@ -67,6 +93,9 @@ def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, harm):
         file.write_bytes(data)
     elif harm == "truncate":
         file.write_bytes(file.read_bytes()[:-4])
+    elif harm in MANIFESTS:
+        manifest = last / state.MANIFEST
+        manifest.write_text(json.dumps(MANIFESTS[harm](json.loads(manifest.read_text()))))
     else:
         (last / state.MANIFEST if harm == "no manifest" else file).unlink()
     found, damaged = state.latest(tmp_path)
@@ -85,6 +114,24 @@ def test_a_partial_one_is_never_read_and_swept_by_the_next(tmp_path):
     state.save(tmp_path, 2, tensors(2), {}, keep=3)
     assert [f.name for f in (tmp_path / "step-000002").glob("shard-00009*")] == []
     assert not list(tmp_path.glob(".partial-*"))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_the_umask_says_who_may_read_what_is_published(tmp_path, umask):
+    """safetensors makes files that their owner alone may read."""
+    former, other = os.umask(umask), tmp_path / "other"
+    try:
+        (tmp_path / "partial" / "inner").mkdir(parents=True)
+        other.write_text("")
+        other.chmod(0o600)
+        for name in ("a", "inner/b"):
+            save_file({"t": torch.ones(1)}, tmp_path / "partial" / name)
+        os.link(other, tmp_path / "partial" / "link")
+        state.publish(tmp_path / "partial", tmp_path / "final")
+    finally:
+        os.umask(former)
+    modes = {name: (tmp_path / "final" / name).stat().st_mode & 0o777 for name in ("a", "inner/b", "link")}
+    assert modes == {"a": 0o666 & ~umask, "inner/b": 0o666 & ~umask, "link": 0o600}, "what is linked is not ours alone"
 
 
 def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):

@@ -67,8 +67,8 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
+        raise DataError(f"{path}, line {number}: not JSON ({error}); mend the line") from error
     found = cast(dict[str, Any], values) if isinstance(values, dict) else {}
     if not isinstance(found.get("step"), int):
-        raise DataError(f'{path}, line {number}: expected {{"step": <whole number>, ...}}; remove the line')
+        raise DataError(f'{path}, line {number}: expected {{"step": <whole number>, ...}}; mend the line')
     return found

@@ -90,11 +90,11 @@ def read_results(path: Path) -> list[Row]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); remove it and run the pipeline again") from error
+        raise DataError(f"{path}: not JSON ({error}); run the pipeline again, which writes it anew") from error
     listed = cast(list[Row], rows) if isinstance(rows, list) else [None]
     found = [row for row in listed if isinstance(row, dict) and row.keys() >= KEYS]
     if len(found) < len(listed):
-        raise DataError(f"{path}: not a list of results; remove it and run the pipeline again")
+        raise DataError(f"{path}: not a list of results; run the pipeline again, which writes it anew")
     return found
 
 

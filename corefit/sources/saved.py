@@ -107,7 +107,7 @@ class HfDataset(Source):
         def read() -> bytes:
             image = images[number][self.media]
             if image is None:
-                raise DataError(f"{where}: there is no {self.media!r}; remove the row")
+                raise DataError(f"{where}: there is no {self.media!r}; give the row one")
             try:
                 return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
             except OSError as error:

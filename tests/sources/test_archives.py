@@ -192,7 +192,7 @@ def test_images_that_are_not_there_name_their_row(tmp_path: Path) -> None:
     table.save_to_disk(tmp_path / "d")
     none, gone = HfDataset(tmp_path / "d").examples()
     assert none.meta == {}
-    with pytest.raises(DataError, match=r"row 0: there is no 'image'; remove the row"):
+    with pytest.raises(DataError, match=r"row 0: there is no 'image'; give the row one"):
         view(none.media, (4, 4))
     with pytest.raises(DataError, match=r"row 1: .*gone\.png cannot be read: No such file"):
         view(gone.media, (4, 4))

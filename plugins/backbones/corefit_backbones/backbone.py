@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from attrs import define, evolve, field
 
-from corefit import Condition
+from corefit import ROUNDING, Condition
 from corefit.types import ModelPath
 from corefit_backbones import encoders, network, parts, schedule
 from corefit_backbones.folder import Checkpoint, fingerprint, link
@@ -33,8 +33,8 @@ class Diffusers(ABC):
     attention               backend of diffusers' dispatcher: "native" (torch), "flash", "xformers", ...
     compile                 torch.compile for the repeated blocks: faster steps after a first one that takes a minute
 
-    The last three change how fast and not what is computed, but for rounding. That is enough to change the weights a
-    stage leaves, so they count as what determines them, as every key but `path` does: changed, stages are trained anew.
+    The last three change how fast and not what is computed, but for rounding: changed, a stage that is finished stays
+    so, and one that was interrupted goes on. Every other key but `path` determines the weights that stages leave.
     """
 
     pipeline_class: ClassVar[str]
@@ -46,9 +46,9 @@ class Diffusers(ABC):
     path: ModelPath
     revision: str | None = None
     variant: str | None = None
-    gradient_checkpointing: bool = False
-    attention: str = "native"
-    compile: bool = False
+    gradient_checkpointing: bool = field(default=False, metadata=ROUNDING)
+    attention: str = field(default="native", metadata=ROUNDING)
+    compile: bool = field(default=False, metadata=ROUNDING)
 
     transformer: Any = field(init=False, default=None)
     empty: Condition | None = field(init=False, default=None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen, validators
 
-from corefit import Batch, Condition, Context, Supervised, Term
+from corefit import ROUNDING, Batch, Condition, Context, Supervised, Term
 from corefit.flow import like, mix, per_sample, unshifted
 from corefit_soar import table
 from corefit_soar.geometry import deviation, gain, next_level, next_time, renoised
@@ -55,7 +55,7 @@ class Soar(Supervised):
     """lambda: weight of the correction points."""
     normalize: Literal["items", "weighted"] = "items"
     """Divide by B + N_aux, as eq. 15 reads, or by B + lambda N_aux, as the published code does."""
-    chunk: int = field(default=1, validator=[validators.gt(0), at_most])
+    chunk: int = field(default=1, validator=[validators.gt(0), at_most], metadata=ROUNDING)
     """Correction points a forward: more is up to 10 % faster and keeps the activations of as many."""
     dropout: float = field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
     """Share of samples whose prompt is replaced by the empty one; their rollout is unguided."""
