@@ -7,6 +7,7 @@ import click
 from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
 from benchmarks.faults import faults
+from benchmarks.hostile import hostile
 from benchmarks.soar_step import soar_step
 
 
@@ -22,6 +23,7 @@ main.add_command(soar_step)
 main.add_command(checkpoints)
 main.add_command(data)
 main.add_command(faults)
+main.add_command(hostile)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")
