@@ -103,13 +103,13 @@ class Case:
 
     name: str
     area: str
-    spoil: Callable[[Project], None] = nothing
+    spoil: Callable[[Project], object] = nothing
     typed: Sequence[str] = CHECK
     start: str = "fresh"
     status: Collection[int] = (2,)
     says: Sequence[str] = ()
     unsaid: Sequence[str] = ()
-    inside: Callable[[], None] = undisturbed
+    inside: Callable[[], object] = undisturbed
     env: Mapping[str, str | None] = field(factory=dict[str, "str | None"])
     again: bool = False
     equal: bool = False

@@ -18,19 +18,33 @@ import attrs
 import click
 from attrs import define, field
 
-from benchmarks.hostile import damage, data, environment, models, pipeline, play, ranks, rewards, seed
+from benchmarks.hostile import (
+    configs,
+    damage,
+    data,
+    environment,
+    models,
+    offers,
+    pipeline,
+    play,
+    process,
+    ranks,
+    rewards,
+    seed,
+    sources,
+)
 from benchmarks.hostile.case import Case
 from benchmarks.hostile.play import Verdict
 from benchmarks.hostile.seed import Slot
 
 AREAS = {
-    "pipeline": pipeline.cases,
-    "data": data.cases,
-    "damage": damage.cases,
-    "environment": environment.cases,
-    "ranks": ranks.cases,
-    "rewards": rewards.cases,
-    "models": models.cases,
+    "pipeline": (pipeline,),
+    "data": (data, sources),
+    "damage": (damage,),
+    "environment": (environment, process),
+    "ranks": (ranks,),
+    "rewards": (rewards, offers),
+    "models": (models, configs),
 }
 PATIENCE = 600.0
 """Seconds after which a slot that says nothing is killed."""
@@ -38,7 +52,7 @@ PATIENCE = 600.0
 
 def every_case() -> list[Case]:
     """All cases; their names are unique."""
-    found = [case for cases in AREAS.values() for case in cases()]
+    found = [case for modules in AREAS.values() for module in modules for case in module.cases()]
     names = [f"{case.area}/{case.name}" for case in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RuntimeError(f"cases of one name: {', '.join(twice)}")
@@ -47,9 +61,10 @@ def every_case() -> list[Case]:
 
 @define(eq=False)
 class Stage:
-    """Where cases are played: a number of slots, each with at most one process."""
+    """Where cases are played: a number of slots, each with at most one process; `path` is where verdicts go."""
 
     slots: Sequence[Slot]
+    path: Path | None = None
     verdicts: list[Verdict] = field(factory=list[Verdict])
     _busy: dict[int, tuple[Slot, Case, float]] = field(factory=dict[int, tuple[Slot, Case, float]])
 
@@ -98,8 +113,14 @@ class Stage:
         found: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
         verdict = Verdict(**found) if found else Verdict(case.name, case.area, -997, 0.0, fault, "")
         self.verdicts.append(verdict)
+        self.keep()
         said = f"FAILED: {verdict.wrong[0]}" if verdict.wrong else "held"
         click.echo(f"{case.area}/{case.name}: {said} ({verdict.seconds:.1f} s)", err=True)
+
+    def keep(self) -> None:
+        """Write the verdicts so far, as JSON, where they are wanted."""
+        if self.path:
+            self.path.write_text(json.dumps([attrs.asdict(one) for one in self.verdicts], indent=1) + "\n")
 
 
 def may_mount() -> bool:
@@ -132,8 +153,17 @@ def _built(slot: Slot) -> int:
 @click.option("--seed", "number", default=0, show_default=True, help="Of the order in which cases are played.")
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Cases at the same time.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the verdicts here too.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many, drawn by --seed.")
 @click.option("--list", "listed", is_flag=True, help="Name the cases and play none.")
-def hostile(areas: tuple[str, ...], only: tuple[str, ...], number: int, jobs: int, path: Path | None, listed: bool) -> None:
+def hostile(
+    areas: tuple[str, ...],
+    only: tuple[str, ...],
+    number: int,
+    jobs: int,
+    path: Path | None,
+    limit: int | None,
+    listed: bool,
+) -> None:
     """What users, disks, schedulers and plugins may do: no traceback, a message that helps, and nothing lost.
 
     Exit status 1 if a case fails.
@@ -144,13 +174,14 @@ def hostile(areas: tuple[str, ...], only: tuple[str, ...], number: int, jobs: in
         click.echo("\n".join(f"{case.area}/{case.name}" for case in cases))
         return
     random.Random(number).shuffle(cases)
+    cases = cases[:limit]
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="corefit-hostile-"))
     os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"})
     folder.chmod(0o755)  # cases without root's rights enter it too
     slots = [Slot(folder / f"slot-{number}") for number in range(min(jobs, max(1, len(cases))))]
     for slot in slots:
         slot.folder.mkdir()
-    stage = Stage(slots)
+    stage = Stage(slots, path)
     try:
         play.warm(["torch", "diffusers", "transformers", "peft", "accelerate", "corefit.run", "corefit.show"])
         stage.build()
@@ -160,8 +191,7 @@ def hostile(areas: tuple[str, ...], only: tuple[str, ...], number: int, jobs: in
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     stage.verdicts.sort(key=lambda one: (list(AREAS).index(one.area), one.name))
-    if path:
-        path.write_text(json.dumps([attrs.asdict(one) for one in stage.verdicts], indent=1) + "\n")
+    stage.keep()
     show(stage.verdicts, time.monotonic() - began)
     if any(one.wrong for one in stage.verdicts):
         raise SystemExit(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.hostile.case import RUN, Case, Project
 
-Harm = Callable[[Path], None]
+Harm = Callable[[Path], object]
 FINISHED: tuple[str, ...] = (
     "runs/demo/01-sft/done.json",
     "runs/demo/02-grpo/done.json",
@@ -157,7 +157,7 @@ def _digits() -> list[Case]:
     ]
 
 
-def _folder(name: str, spoil: Callable[[Project], None], start: str, *says: str) -> Case:
+def _folder(name: str, spoil: Callable[[Project], object], start: str, *says: str) -> Case:
     return Case(
         name=f"{start}: {name}",
         area="damage",
@@ -188,31 +188,88 @@ def _folders() -> list[Case]:
         _folder("from.json is nonsense", lambda p: p.write(f"{run}/from.json", "nonsense"), "interrupted", "from.json"),
         _folder("from.json is empty", lambda p: p.write(f"{run}/from.json", ""), "interrupted", "from.json"),
         _folder("from.json is a list", lambda p: p.write(f"{run}/from.json", "[1]"), "interrupted", "from.json"),
-        _folder("from.json of no stage", lambda p: p.write(f"{run}/from.json", '{"stage": "x", "left": ["01-x"]}'), "finished", "from.json"),
+        _folder(
+            "from.json of no stage",
+            lambda p: p.write(f"{run}/from.json", '{"stage": "x", "left": ["01-x"]}'),
+            "finished",
+            "from.json",
+        ),
         _folder("from.json has no keys", lambda p: p.write(f"{run}/from.json", '{"a": 1}'), "interrupted", "from.json"),
-        _folder("from.json has numbers", lambda p: p.write(f"{run}/from.json", '{"stage": 1, "left": 2}'), "interrupted", "from.json"),
+        _folder(
+            "from.json has numbers",
+            lambda p: p.write(f"{run}/from.json", '{"stage": 1, "left": 2}'),
+            "interrupted",
+            "from.json",
+        ),
         _folder("done.json is a folder", _becomes_folder(f"{run}/01-sft/done.json"), "finished", "done.json"),
         _folder("scores.json is a folder", _becomes_folder(f"{run}/01-sft/scores.json"), "finished", "scores.json"),
-        _folder("manifest.json is a folder", _becomes_folder(f"{run}/01-sft/checkpoints/step-000002/manifest.json"), "interrupted", "manifest.json"),
-        _folder("metrics.jsonl is a folder", _becomes_folder(f"{run}/01-sft/metrics.jsonl"), "interrupted", "metrics.jsonl"),
+        _folder(
+            "manifest.json is a folder",
+            _becomes_folder(f"{run}/01-sft/checkpoints/step-000002/manifest.json"),
+            "interrupted",
+            "manifest.json",
+        ),
+        _folder(
+            "metrics.jsonl is a folder", _becomes_folder(f"{run}/01-sft/metrics.jsonl"), "interrupted", "metrics.jsonl"
+        ),
         _folder("results.json is a folder", _becomes_folder(f"{run}/results.json"), "finished", "results.json"),
         _folder("the lock is a folder", _becomes_folder(f"{run}/.lock"), "finished", ".lock"),
-        _folder("a stage is a file", lambda p: (p.remove(f"{run}/02-grpo"), p.write(f"{run}/02-grpo", "x")) and None, "finished", "02-grpo"),
-        _folder("a checkpoint is a file", lambda p: p.write(f"{run}/01-sft/checkpoints/step-000003", "x"), "interrupted", "step-000003"),
-        _folder("a checkpoint is an empty folder", lambda p: p.path(f"{run}/01-sft/checkpoints/step-000003").mkdir(), "interrupted", "step-000003"),
+        _folder(
+            "a stage is a file",
+            lambda p: (p.remove(f"{run}/02-grpo"), p.write(f"{run}/02-grpo", "x")),
+            "finished",
+            "02-grpo",
+        ),
+        _folder(
+            "a checkpoint is a file",
+            lambda p: p.write(f"{run}/01-sft/checkpoints/step-000003", "x"),
+            "interrupted",
+            "step-000003",
+        ),
+        _folder(
+            "a checkpoint is an empty folder",
+            lambda p: p.path(f"{run}/01-sft/checkpoints/step-000003").mkdir(),
+            "interrupted",
+            "step-000003",
+        ),
         _folder("a checkpoint of a later step is a copy", _copied_step, "interrupted", "step"),
-        _folder("a checkpoint of 10**18", lambda p: p.path(f"{run}/01-sft/checkpoints/step-1000000000000000000").mkdir(), "interrupted", "step"),
+        _folder(
+            "a checkpoint of 10**18",
+            lambda p: p.path(f"{run}/01-sft/checkpoints/step-1000000000000000000").mkdir(),
+            "interrupted",
+            "step",
+        ),
         _folder("checkpoints is a file", _file_for_checkpoints, "interrupted", "checkpoints"),
-        _folder("left-over partial checkpoint", lambda p: p.write(f"{run}/01-sft/checkpoints/.partial-000003/x", "x"), "interrupted"),
+        _folder(
+            "left-over partial checkpoint",
+            lambda p: p.write(f"{run}/01-sft/checkpoints/.partial-000003/x", "x"),
+            "interrupted",
+        ),
         _folder("left-over partial model", lambda p: p.write(f"{run}/01-sft/.partial-model/x", "x"), "interrupted"),
-        _folder("the cache is a file", lambda p: (p.remove(".corefit"), p.write(".corefit", "x")) and None, "interrupted", ".corefit"),
+        _folder(
+            "the cache is a file",
+            lambda p: (p.remove(".corefit"), p.write(".corefit", "x")),
+            "interrupted",
+            ".corefit",
+        ),
         _folder("an encoded folder is empty", _emptied_cache, "interrupted"),
         _folder("an encoded folder is a file", _cache_file, "interrupted", "cache"),
         _folder("all of the cache is gone", lambda p: p.remove(cache), "finished"),
-        _folder("all of the run is gone", lambda p: (p.remove(f"{run}/01-sft"), p.remove(f"{run}/02-grpo")) and None, "finished"),
-        _folder("superseded is a file", lambda p: (p.write(f"{run}/superseded", "x"), p.write(f"{run}/01-sft/done.json", "x")) and None, "finished", "superseded"),
+        _folder(
+            "all of the run is gone",
+            lambda p: (p.remove(f"{run}/01-sft"), p.remove(f"{run}/02-grpo")),
+            "finished",
+        ),
+        _folder(
+            "superseded is a file",
+            lambda p: (p.write(f"{run}/superseded", "x"), p.write(f"{run}/01-sft/done.json", "x")),
+            "finished",
+            "superseded",
+        ),
         _folder("the run is a link elsewhere", _linked_run, "finished"),
-        _folder("a stage of the user's own", lambda p: p.write(f"{run}/01-sft/mine.txt", "only a note of mine"), "finished"),
+        _folder(
+            "a stage of the user's own", lambda p: p.write(f"{run}/01-sft/mine.txt", "only a note of mine"), "finished"
+        ),
     ]
 
 

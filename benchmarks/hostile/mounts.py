@@ -24,7 +24,7 @@ def frozen(*names: str) -> Callable[[], None]:
 
     def inside() -> None:
         _apart()
-        for name in names:
+        for name in map(os.path.abspath, names):
             _mount(name, name, "", BIND | RECURSIVE, "")
             _mount(name, name, "", BIND | REMOUNT | READ_ONLY, "")
         os.chdir(os.getcwd())  # into what is mounted there now

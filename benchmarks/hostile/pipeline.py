@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.hostile.case import CHECK, PIPELINE, RUN, Case, Project
 
-Spoil = Callable[[Project], None]
+Spoil = Callable[[Project], object]
 
 
 def cases() -> list[Case]:
@@ -89,7 +89,7 @@ VALUES: tuple[tuple[str, str, str, str], ...] = (
     ("LoRA rank is zero", "rank = 2", "rank = 0", "rank"),
     ("LoRA alpha is inf", "rank = 2", "rank = 2, alpha = inf", "alpha"),
     ("LoRA targets are unknown", "rank = 2", 'rank = 2, targets = ["nowhere"]', "nowhere"),
-    ("LoRA after LoRA of another rank", 'steps = 4\n', 'steps = 4\ntrain = { use = "lora", rank = 4 }\n', "LoRA"),
+    ("LoRA after LoRA of another rank", "steps = 4\n", 'steps = 4\ntrain = { use = "lora", rank = 4 }\n', "LoRA"),
     ("group does not divide batch", "group = 2", "group = 3", "group"),
     ("group is zero", "group = 2", "group = 0", "group"),
     ("noise is inf", "noise = 0.7", "noise = inf", "noise"),
@@ -101,7 +101,12 @@ VALUES: tuple[tuple[str, str, str, str], ...] = (
     ("reward is a table", 'reward = [{ use = "bright" }]\nsampler', 'reward = { use = "bright" }\nsampler', "reward"),
     ("reward weight is inf", '"bright" }]\nsampler', '"bright", weight = inf }]\nsampler', "weight"),
     ("reward weight is text", '"bright" }]\nsampler', '"bright", weight = "1" }]\nsampler', "weight"),
-    ("betas of three", "lr = 1e-3 }\ncheckpoint_every", "lr = 1e-3, betas = [0.9, 0.9, 0.9] }\ncheckpoint_every", "betas"),
+    (
+        "betas of three",
+        "lr = 1e-3 }\ncheckpoint_every",
+        "lr = 1e-3, betas = [0.9, 0.9, 0.9] }\ncheckpoint_every",
+        "betas",
+    ),
     ("betas of one", "lr = 1e-3 }\ncheckpoint_every", "lr = 1e-3, betas = [1.0, 1.0] }\ncheckpoint_every", "betas"),
     ("warmup beyond steps", "lr = 1e-3 }\ncheckpoint_every", "lr = 1e-3, warmup = 99 }\ncheckpoint_every", "warmup"),
     ("plugins is a text", 'plugins = ["bright.py"]', 'plugins = "bright.py"', "plugins"),
@@ -111,7 +116,12 @@ VALUES: tuple[tuple[str, str, str, str], ...] = (
     ("plugin file climbs to nothing", '"bright.py"', '"../../nowhere.py"', "nowhere.py"),
     ("plugin file has NUL", '"bright.py"', '"bri\\u0000ght.py"', "plugins"),
     ("eval steps is zero", "steps = 2\nbatch = 2", "steps = 0\nbatch = 2", "eval.steps"),
-    ("eval has no reward", 'prompts = "heldout.jsonl"\nreward = [{ use = "bright" }]', 'prompts = "heldout.jsonl"', "reward"),
+    (
+        "eval has no reward",
+        'prompts = "heldout.jsonl"\nreward = [{ use = "bright" }]',
+        'prompts = "heldout.jsonl"',
+        "reward",
+    ),
     ("eval prompts are a folder", '"heldout.jsonl"', '"pictures"', "pictures"),
     ("precision is fp8", "seed = 0", 'seed = 0\nprecision = "fp8"', "precision"),
     ("out is a file", "seed = 0", 'seed = 0\nout = "mine.txt"', "mine.txt"),
@@ -129,9 +139,9 @@ def _values() -> list[Case]:
     cases = [_case(name, _for(old, new), said) for name, old, new, said in VALUES]
     raw = ("escape sequence",)
     return [
-        case if not any(word in case.name for word in raw) else Case(
-            name=case.name, area=case.area, spoil=case.spoil, says=case.says, unsaid=("\x1b[31mEVIL",)
-        )
+        case
+        if not any(word in case.name for word in raw)
+        else Case(name=case.name, area=case.area, spoil=case.spoil, says=case.says, unsaid=("\x1b[31mEVIL",))
         for case in cases
     ]
 
@@ -169,7 +179,7 @@ def _files() -> list[Case]:
         _case("3000 stages", lambda p: p.append("".join(f'\n[[stage]]\nname = "s{n}"' for n in range(3000))), "stage"),
         _case("key twice", lambda p: p.replace("seed = 0", "seed = 0\nseed = 1"), PIPELINE),
         _case("file is missing", lambda p: p.remove(PIPELINE), PIPELINE),
-        _case("file is a folder", lambda p: (p.remove(PIPELINE), p.path(PIPELINE).mkdir()) and None, PIPELINE),
+        _case("file is a folder", lambda p: (p.remove(PIPELINE), p.path(PIPELINE).mkdir()), PIPELINE),
         _case("file is a link to itself", _loop, PIPELINE),
         _case("file is a dangling link", _dangling, PIPELINE),
         _case("file is a pipe", _null, status=(2,)),
@@ -228,7 +238,9 @@ def _typed() -> list[Case]:
         set_("no argument", "run", says=("PIPELINE",)),
         set_("show zero", "show", PIPELINE, "--count", "0", says=("count",)),
         set_("show into a folder", "show", PIPELINE, "--file", "pictures", says=("pictures",)),
-        set_("show into no folder", "show", PIPELINE, "--file", "nowhere/deep/x.png", status=(0, 2), makes=("nowhere",)),
+        set_(
+            "show into no folder", "show", PIPELINE, "--file", "nowhere/deep/x.png", status=(0, 2), makes=("nowhere",)
+        ),
         set_("show into a text file", "show", PIPELINE, "--file", "new.txt", status=(0, 2), makes=("new.txt",)),
         set_("plugins of a missing file", "plugins", "nowhere.py", says=("nowhere.py",)),
         set_("plugins of a picture", "plugins", "pictures/0.png", says=("0.png",)),

@@ -56,6 +56,7 @@ def forked(work: Callable[[], int], log: Path | None = None) -> int:
     status = 99
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the harness runs in the background
         if log:
             _redirect(log)
         status = work()
@@ -85,6 +86,19 @@ def waited(pid: int, timeout: float) -> int | None:
     return None
 
 
+def _all_waited(pids: Sequence[int], timeout: float) -> dict[int, int | None]:
+    """The exit status of each, collected as they end: one that waits for a dead one must not find a zombie."""
+    ended: dict[int, int | None] = {}
+    until = time.monotonic() + timeout
+    while len(ended) < len(pids) and time.monotonic() < until:
+        for pid in (pid for pid in pids if pid not in ended):
+            done, code = os.waitpid(pid, os.WNOHANG)
+            if done:
+                ended[pid] = os.waitstatus_to_exitcode(code)
+        time.sleep(0.01)
+    return ended | {pid: waited(pid, 0) for pid in pids if pid not in ended}
+
+
 def _end_group(pid: int) -> None:
     """Processes that it has left behind in its session."""
     with contextlib.suppress(ProcessLookupError):
@@ -92,7 +106,7 @@ def _end_group(pid: int) -> None:
 
 
 def corefit_in_this_process(
-    typed: Sequence[str], folder: Path, env: Mapping[str, str | None], inside: Callable[[], None] = undisturbed
+    typed: Sequence[str], folder: Path, env: Mapping[str, str | None], inside: Callable[[], object] = undisturbed
 ) -> int:
     """What `corefit TYPED` in `folder` ends with, its traceback printed as Python's own would be."""
     os.chdir(folder)
@@ -136,11 +150,9 @@ def together(case: Case, folder: Path, log: Path) -> int | None:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_WORLD_SIZE": case.ranks}
         env = {**case.env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         env |= {key: str(value) for key, value in places.items()}
-        pids.append(
-            forked(lambda typed=typed, env=env: corefit_in_this_process(typed, folder, env, case.inside), log)
-        )
-    until = time.monotonic() + case.timeout
-    statuses = [waited(pid, max(0.1, until - time.monotonic())) for pid in pids]
+        pids.append(forked(lambda typed=typed, env=env: corefit_in_this_process(typed, folder, env, case.inside), log))
+    ended = _all_waited(pids, case.timeout)
+    statuses = [ended[pid] for pid in pids]
     with log.open("a") as file:
         file.write(f"\n[statuses by rank: {statuses}]\n")
     return next((status for status in statuses if status not in case.status), statuses[0])
@@ -160,7 +172,7 @@ def warm(names: Sequence[str]) -> None:
                 warnings.simplefilter("ignore")
                 try:
                     importlib.import_module(name)
-                except Exception:  # noqa: S112 - a module of no use here; a case would import it itself
+                except Exception:
                     continue
     assert threading.active_count() == 1, threading.enumerate()
 
@@ -189,9 +201,11 @@ def played(case: Case, slot: Slot) -> Verdict:
         wrong += _unequal(seed.outcome(project), slot.expected, spoiled)
     if status == 0:
         wrong += case.after(project)
-    if case.again and not wrong:
+    if case.again and not wrong and not (case.equal and status == 0):
         wrong += _again(case, slot, spoiled, log)
-    return Verdict(case.name, case.area, -999 if status is None else status, time.monotonic() - began, wrong, said[-1500:])
+    return Verdict(
+        case.name, case.area, -999 if status is None else status, time.monotonic() - began, wrong, said[-1500:]
+    )
 
 
 def _differing(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
@@ -218,7 +232,7 @@ def _ending(case: Case, status: int | None, said: str) -> list[str]:
 
 
 def _fault(said: str) -> str:
-    lines = [line for line in said.strip().splitlines() if line.strip()]
+    lines = [line for line in said.strip().splitlines() if line.strip() and not line.startswith("[statuses")]
     return lines[-1][:300] if lines else "nothing was said"
 
 
@@ -229,9 +243,14 @@ def _advice(said: str, project: Project) -> list[str]:
 
 
 def _unequal(found: Mapping[str, str], expected: Mapping[str, str], spoiled: Sequence[str] = ()) -> list[str]:
-    """Names of differing results; a log or picture that was spoiled itself determines nothing and is not made again."""
+    """Names of differing results; a log or picture that was spoiled itself determines nothing and is not made again.
+
+    Parts of the base that are not trained are copied into models as they are.
+    """
     shown = {name.removeprefix("runs/demo/") for name in spoiled if name.endswith(("metrics.jsonl", ".png"))}
+    copied = {name.removeprefix("base/") for name in spoiled if name.startswith("base/")}
     names = [name for name in _differing(found, expected) if name not in shown]
+    names = [name for name in names if name.partition("/model/")[2] not in copied]
     return [f"ends in other results than an undisturbed run: {', '.join(names[:4])}"] if names else []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.hostile.case import CHECK, PIPELINE, RUN, Case, Project
+from benchmarks.hostile.case import CHECK, RUN, Case, Project
 
 FILE = "odd.py"
 HEAD = """\
@@ -21,8 +21,8 @@ def corefit_rewards():
 
 
 def cases() -> list[Case]:
-    """All of this area."""
-    return [*_scores(), *_classes(), *_modules(), *_observers(), *_others()]
+    """All of this file."""
+    return [*_scores(), *_classes(), *_others()]
 
 
 def _plugin(source: str, project: Project, judge: bool = False) -> None:
@@ -30,7 +30,10 @@ def _plugin(source: str, project: Project, judge: bool = False) -> None:
     project.write(FILE, source)
     project.replace('plugins = ["bright.py"]', f'plugins = ["bright.py", "{FILE}"]')
     if judge:
-        project.replace('prompts = "heldout.jsonl"\nreward = [{ use = "bright" }]', 'prompts = "heldout.jsonl"\nreward = [{ use = "odd" }]')
+        project.replace(
+            'prompts = "heldout.jsonl"\nreward = [{ use = "bright" }]',
+            'prompts = "heldout.jsonl"\nreward = [{ use = "odd" }]',
+        )
     elif "corefit_rewards" in source:
         project.replace('reward = [{ use = "bright" }]\nsampler', 'reward = [{ use = "odd" }]\nsampler')
 
@@ -39,12 +42,12 @@ def _of(source: str, judge: bool = False) -> Callable[[Project], None]:
     return lambda project: _plugin(source, project, judge)
 
 
-def _method(body: str, name: str = "score", arguments: str = "self, media, prompts, meta") -> str:
+def method(body: str, name: str = "score", arguments: str = "self, media, prompts, meta") -> str:
     """A reward whose method has this body."""
     return f'{HEAD}\n\n@frozen\nclass Odd(Reward):\n    """Odd."""\n\n    def {name}({arguments}):\n        import torch\n        {body}\n{OFFER}'
 
 
-def _case(name: str, source: str, *says: str, typed: tuple[str, ...] = RUN, judge: bool = False, **rest: Any) -> Case:
+def plugged(name: str, source: str, *says: str, typed: tuple[str, ...] = RUN, judge: bool = False, **rest: Any) -> Case:
     again = typed == RUN and rest.get("status", (2,)) == (2,)
     return Case(name=name, area="rewards", spoil=_of(source, judge), typed=typed, says=says, again=again, **rest)
 
@@ -83,27 +86,25 @@ RESULTS: tuple[tuple[str, str], ...] = (
 
 
 def _scores() -> list[Case]:
-    found = [_case(f"reward {name}", _method(body), "odd", unsaid=("\x1b[31mEVIL",)) for name, body in RESULTS]
+    found = [plugged(f"reward {name}", method(body), "odd", unsaid=("\x1b[31mEVIL",)) for name, body in RESULTS]
     judged = ("gives None", "gives text", "gives complex numbers", "gives NaN", "raises ValueError", "ends the process")
-    found += [
-        _case(f"judge {name}", _method(body), "odd", judge=True) for name, body in RESULTS if name in judged
-    ]
+    found += [plugged(f"judge {name}", method(body), "odd", judge=True) for name, body in RESULTS if name in judged]
     good = "return media.flatten(1).mean(1)"
     return [
         *found,
-        _case("reward prints", _method(f"print('x' * 1000); {good}"), status=(0,)),
-        _case("reward changes media in place", _method(f"media.zero_(); {good}"), "odd", status=(0, 2)),
-        _case("reward changes prompts in place", _method(f"prompts.clear(); {good}"), "odd", status=(0, 2)),
-        _case("reward closes stdout", _method(f"import sys; sys.stdout.close(); {good}"), status=(0, 2)),
-        _case("reward changes folder", _method(f"import os; os.chdir('/'); {good}"), status=(0, 2)),
-        _case("reward seeds torch", _method(f"torch.manual_seed(0); {good}"), status=(0,)),
-        _case("reward turns gradients off", _method(f"torch.set_grad_enabled(False); {good}"), status=(0, 2)),
-        _case("reward sets float64", _method(f"torch.set_default_dtype(torch.float64); {good}"), status=(0, 2)),
-        _case("reward interrupts", _method("raise KeyboardInterrupt"), status=(130,)),
+        plugged("reward prints", method(f"print('x' * 1000); {good}"), status=(0,)),
+        plugged("reward changes media in place", method(f"media.zero_(); {good}"), "odd", status=(0, 2)),
+        plugged("reward changes prompts in place", method(f"prompts.clear(); {good}"), "odd", status=(0, 2)),
+        plugged("reward closes stdout", method(f"import sys; sys.stdout.close(); {good}"), status=(0, 2)),
+        plugged("reward changes folder", method(f"import os; os.chdir('/'); {good}"), status=(0, 2)),
+        plugged("reward seeds torch", method(f"torch.manual_seed(0); {good}"), status=(0,)),
+        plugged("reward turns gradients off", method(f"torch.set_grad_enabled(False); {good}"), status=(0, 2)),
+        plugged("reward sets float64", method(f"torch.set_default_dtype(torch.float64); {good}"), status=(0, 2)),
+        plugged("reward interrupts", method("raise KeyboardInterrupt"), status=(130,)),
     ]
 
 
-def _class(body: str, decorator: str = "@frozen", base: str = "(Reward)") -> str:
+def reward_class(body: str, decorator: str = "@frozen", base: str = "(Reward)") -> str:
     return f"{HEAD}\n\n{decorator}\nclass Odd{base}:\n    {body}\n{OFFER}"
 
 
@@ -112,96 +113,55 @@ def _classes() -> list[Case]:
     score = "def score(self, media, prompts, meta):\n        return media.flatten(1).mean(1)"
 
     def seen(name: str, source: str, *says: str, **rest: Any) -> Case:
-        return _case(name, source, *says, typed=CHECK, **rest)
+        return plugged(name, source, *says, typed=CHECK, **rest)
 
     return [
-        seen("reward has no score", _class('"""Odd."""'), "score"),
-        seen("structural reward has no score", _class('"""Odd."""', base=""), "score"),
-        seen("score takes two", _class("def score(self, media):\n        return media"), "score"),
-        seen("score takes five", _class("def score(self, media, prompts, meta, more):\n        return media"), "score"),
-        seen("score takes keywords alone", _class("def score(self, *, media, prompts, meta):\n        return media"), "score"),
-        seen("score is no method", _class("score = 3"), "score"),
-        seen("score is a coroutine", _class(f"async {score}"), "score"),
-        seen("score is misspelt", _class("def scoer(self, media, prompts, meta):\n        return media"), "score"),
-        seen("reward is no attrs class", _class(score, decorator=""), "attrs"),
-        seen("reward is a dataclass", "import dataclasses\n" + _class(score, "@dataclasses.dataclass"), "attrs"),
-        seen("reward has a key called use", _class(f"use: str = 'x'\n    {score}"), "use"),
-        seen("reward has a key called weight", _class(f"weight: float = 1.0\n    {score}"), "weight"),
-        seen("reward has a key without a default", _class(f"path: str\n    {score}"), "path"),
-        seen("reward has a key of an unknown type", _class(f"what: 'Nowhere' = 1\n    {score}"), "odd", status=(0, 2)),
-        seen("reward has a key of any object", _class(f"what: object = 1\n    {score}"), status=(0, 2)),
-        seen("reward's validator raises TypeError", _class(f"x: int = field(default=1, validator=lambda *a: a + 1)\n    {score}"), "odd"),
-        seen("reward's default raises", _class(f"x: int = field(factory=lambda: 1 / 0)\n    {score}"), "odd"),
-        seen("reward raises when made", _class(f"def __attrs_post_init__(self):\n        raise RuntimeError('mine')\n\n    {score}"), "odd"),
-        seen("reward ends the process when made", _class(f"def __attrs_post_init__(self):\n        raise SystemExit(0)\n\n    {score}"), "odd"),
-    ]
-
-
-def _modules() -> list[Case]:
-    """The file itself: what importing it does."""
-    hook = "\n\n@hookimpl\ndef corefit_rewards():\n    "
-
-    def listed(name: str, source: str | bytes, *says: str, **rest: Any) -> Case:
-        def spoil(project: Project) -> None:
-            project.write(FILE, source)
-
-        return Case(name=name, area="rewards", spoil=spoil, typed=("plugins", FILE), says=says, **rest)
-
-    return [
-        listed("file has a syntax error", "def (:\n", FILE),
-        listed("file has a tab error", "if True:\n\tx = 1\n        y = 2\n", FILE),
-        listed("file is not UTF-8", b"x = '\xff'\n", FILE),
-        listed("file has NUL", b"x = 1\0\n", FILE),
-        listed("file is empty", "", status=(0, 2)),
-        listed("file imports what is absent", "import nowhere_at_all\n", "nowhere_at_all"),
-        listed("file ends the process", "import sys\nsys.exit(0)\n", FILE),
-        listed("file ends the process with 3", "raise SystemExit(3)\n", FILE),
-        listed("file interrupts", "raise KeyboardInterrupt\n", status=(2, 130)),
-        listed("file recurses", "def f():\n    f()\nf()\n", FILE),
-        listed("file is 20000 deep", f"x = {'(' * 20000}{')' * 20000}\n", FILE),
-        listed("file raises a BaseException", "raise BaseException('mine')\n", FILE),
-        listed("file raises with an escape sequence", "raise ValueError('\\x1b[31mEVIL')\n", FILE, unsaid=("\x1b[31mEVIL",)),
-        listed("file shadows corefit's name", HEAD.replace("hookimpl", "hookimpl as h") + "\n@h\ndef corefit_rewards():\n    return {'sharp': 1}\n", FILE),
-        listed("file of another API", f"COREFIT_API = '99.0'\n{HEAD}", FILE),
-        listed("file of an API that is no text", f"COREFIT_API = 99\n{HEAD}", FILE, status=(0, 2)),
-        listed("hook is misspelt", f"{HEAD}\n@hookimpl\ndef corefit_reward():\n    return {{}}\n", "corefit_rewards"),
-        listed("hook is not marked", f"{HEAD}\ndef corefit_rewards():\n    return {{}}\n", "hookimpl"),
-        listed("hook wants arguments", f"{HEAD}\n@hookimpl\ndef corefit_rewards(more):\n    return {{}}\n", "corefit_rewards"),
-        listed("hook gives None", f"{HEAD}{hook}return None\n", "corefit_rewards"),
-        listed("hook gives a list", f"{HEAD}{hook}return []\n", "corefit_rewards"),
-        listed("hook gives an instance", f"{HEAD}{hook}return {{'odd': 3}}\n", "odd"),
-        listed("hook gives a number for a name", f"{HEAD}{hook}return {{3: Reward}}\n", "3"),
-        listed("hook gives an empty name", f"{HEAD}{_class('x: int = 1').replace(HEAD, '').replace('odd', '')}", FILE),
-        listed("hook gives a name with an escape sequence", f"{HEAD}{_class('x: int = 1').replace(HEAD, '').replace('odd', chr(92) + 'x1b[31mEVIL')}", unsaid=("\x1b[31mEVIL",), status=(0, 2)),
-        listed("hook raises", f"{HEAD}{hook}return 1 / 0\n", "corefit_rewards"),
-        listed("hook ends the process", f"{HEAD}{hook}raise SystemExit(0)\n", FILE),
-        listed("hook is a generator", f"{HEAD}{hook}yield {{}}\n", "corefit_rewards"),
-        _case("two files offer one name", _method("return media.flatten(1).mean(1)").replace('"odd"', '"bright"'), "bright", typed=("plugins", "bright.py", FILE)),
-        _case("an objective called sft", f"{HEAD}from corefit import Supervised\n\n\n@frozen\nclass Mine(Supervised):\n    def terms(self, batch, ctx):\n        yield 1\n\n\n@hookimpl\ndef corefit_objectives():\n    return {{'sft': Mine}}\n", "sft", typed=CHECK),
-    ]
-
-
-def _observers() -> list[Case]:
-    def of(name: str, body: str, *says: str, hook: str = "corefit_step_finished(stage, state, metrics)", **rest: Any) -> Case:
-        return _case(name, f"{HEAD}\n\n@hookimpl\ndef {hook}:\n    {body}\n", *says, **rest)
-
-    adds = "corefit_step_metrics(stage, state, metrics)"
-    return [
-        of("observer raises", "raise ValueError('mine')", FILE.removesuffix(".py")),
-        of("observer ends the process", "raise SystemExit(0)", FILE.removesuffix(".py")),
-        of("observer changes metrics", "metrics.clear()", status=(0, 2)),
-        of("observer wants more", "pass", "corefit_step_finished", hook="corefit_step_finished(stage, more)"),
-        of("observer of the end raises", "raise ValueError('mine')", FILE.removesuffix(".py"), hook="corefit_stage_finished(stage, state)"),
-        of("observer deletes the checkpoint", "import shutil; shutil.rmtree(path)", hook="corefit_checkpoint_saved(stage, state, path)", status=(0, 2)),
-        of("observer adds a metric called step", "return {'step': 1.0}", "step", hook=adds),
-        of("observer adds a metric called loss", "return {'loss': 1.0}", "loss", hook=adds),
-        of("observer adds text", "return {'mine': 'x'}", FILE.removesuffix(".py"), hook=adds),
-        of("observer adds NaN", "return {'mine': float('nan')}", "mine", hook=adds, status=(0, 2)),
-        of("observer adds a tensor", "import torch; return {'mine': torch.ones(3)}", FILE.removesuffix(".py"), hook=adds),
-        of("observer adds a number for a name", "return {3: 1.0}", FILE.removesuffix(".py"), hook=adds),
-        of("observer adds 10**400", "return {'mine': 10**400}", FILE.removesuffix(".py"), hook=adds),
-        of("observer adds nothing", "return None", hook=adds, status=(0, 2)),
-        of("observer adds an escape sequence", "return {'\\x1b[31mEVIL': 1.0}", hook=adds, status=(0, 2), unsaid=("\x1b[31mEVIL",)),
+        seen("reward has no score", reward_class('"""Odd."""'), "score"),
+        seen("structural reward has no score", reward_class('"""Odd."""', base=""), "score"),
+        seen("score takes two", reward_class("def score(self, media):\n        return media"), "score"),
+        seen(
+            "score takes five",
+            reward_class("def score(self, media, prompts, meta, more):\n        return media"),
+            "score",
+        ),
+        seen(
+            "score takes keywords alone",
+            reward_class("def score(self, *, media, prompts, meta):\n        return media"),
+            "score",
+        ),
+        seen("score is no method", reward_class("score = 3"), "score"),
+        seen("score is a coroutine", reward_class(f"async {score}"), "score"),
+        seen(
+            "score is misspelt", reward_class("def scoer(self, media, prompts, meta):\n        return media"), "score"
+        ),
+        seen("reward is no attrs class", reward_class(score, decorator=""), "attrs"),
+        seen("reward is a dataclass", "import dataclasses\n" + reward_class(score, "@dataclasses.dataclass"), "attrs"),
+        seen("reward has a key called use", reward_class(f"use: str = 'x'\n    {score}"), "use"),
+        seen("reward has a key called weight", reward_class(f"weight: float = 1.0\n    {score}"), "weight"),
+        seen("reward has a key without a default", reward_class(f"path: str\n    {score}"), "path"),
+        seen(
+            "reward has a key of an unknown type",
+            reward_class(f"what: 'Nowhere' = 1\n    {score}"),
+            "odd",
+            status=(0, 2),
+        ),
+        seen("reward has a key of any object", reward_class(f"what: object = 1\n    {score}"), status=(0, 2)),
+        seen(
+            "reward's validator raises TypeError",
+            reward_class(f"x: int = field(default=1, validator=lambda *a: a + 1)\n    {score}"),
+            "odd",
+        ),
+        seen("reward's default raises", reward_class(f"x: int = field(factory=lambda: 1 / 0)\n    {score}"), "odd"),
+        seen(
+            "reward raises when made",
+            reward_class(f"def __attrs_post_init__(self):\n        raise RuntimeError('mine')\n\n    {score}"),
+            "odd",
+        ),
+        seen(
+            "reward ends the process when made",
+            reward_class(f"def __attrs_post_init__(self):\n        raise SystemExit(0)\n\n    {score}"),
+            "odd",
+        ),
     ]
 
 
@@ -217,12 +177,23 @@ def _kind(kind: str, use: str, body: str, replace: tuple[str, str], base: str) -
 
 def _others() -> list[Case]:
     """Objectives, sources, samplers and noise weightings."""
-    sft, cps = ('objective = { use = "sft" }', 'objective = { use = "odd" }'), ('{ use = "cps", noise = 0.7 }', '{ use = "odd" }')
+    sft, cps = (
+        ('objective = { use = "sft" }', 'objective = { use = "odd" }'),
+        ('{ use = "cps", noise = 0.7 }', '{ use = "odd" }'),
+    )
     source = ('source = { use = "jsonl", path = "train.jsonl" }', 'source = { use = "odd" }')
     noise = ('objective = { use = "sft" }', 'objective = { use = "sft" }\nnoise = { use = "odd" }')
 
     def of(name: str, kind: str, body: str, replace: tuple[str, str], base: str, **rest: Any) -> Case:
-        return Case(name=name, area="rewards", spoil=_kind(kind, "odd", body, replace, base), typed=RUN, says=("odd",), again=True, **rest)
+        return Case(
+            name=name,
+            area="rewards",
+            spoil=_kind(kind, "odd", body, replace, base),
+            typed=RUN,
+            says=("odd",),
+            again=True,
+            **rest,
+        )
 
     terms = "def terms(self, batch, ctx):\n        "
     examples = "def examples(self):\n        "
@@ -232,27 +203,95 @@ def _others() -> list[Case]:
         of("objective yields nothing", "objectives", f"{terms}return iter(())", sft, "Supervised"),
         of("objective gives None", "objectives", f"{terms}return None", sft, "Supervised"),
         of("objective yields a number", "objectives", f"{terms}yield 1.0", sft, "Supervised"),
-        of("objective yields no gradient", "objectives", f"{terms}yield Term.of(batch.clean.flatten(1).mean(1))", sft, "Supervised"),
+        of(
+            "objective yields no gradient",
+            "objectives",
+            f"{terms}yield Term.of(batch.clean.flatten(1).mean(1))",
+            sft,
+            "Supervised",
+        ),
         of("objective raises", "objectives", f"{terms}raise ValueError('mine')\n        yield", sft, "Supervised"),
         of("objective ends the process", "objectives", f"{terms}raise SystemExit(0)\n        yield", sft, "Supervised"),
         of("objective has no terms", "objectives", "pass", sft, "Supervised"),
-        of("objective counts zero", "objectives", f"{terms}yield Term(ctx.backbone.velocity(batch.clean, batch.clean.flatten(1).mean(1) * 0 + 0.5, batch.cond).sum(), 0)", sft, "Supervised"),
+        of(
+            "objective counts zero",
+            "objectives",
+            f"{terms}yield Term(ctx.backbone.velocity(batch.clean, batch.clean.flatten(1).mean(1) * 0 + 0.5, batch.cond).sum(), 0)",
+            sft,
+            "Supervised",
+        ),
         of("source has no examples", "sources", "pass", source, "Source"),
         of("source gives nothing", "sources", f"{examples}return iter(())", source, "Source"),
         of("source gives None", "sources", f"{examples}return None", source, "Source"),
         of("source gives text", "sources", f"{examples}yield 'a red square'", source, "Source"),
         of("source raises", "sources", f"{examples}raise ValueError('mine')\n        yield", source, "Source"),
         of("source ends the process", "sources", f"{examples}raise SystemExit(0)\n        yield", source, "Source"),
-        of("source gives text for media", "sources", f"{examples}yield Example('a', 'pictures/0.png')", source, "Source"),
-        of("source gives floats for media", "sources", f"{examples}import numpy; yield Example('a', numpy.zeros((16, 16, 3)))", source, "Source"),
-        of("source gives metadata that is no JSON", "sources", f"{examples}import numpy; yield Example('a', numpy.zeros((16, 16, 3), 'uint8'), {{'x': object()}})", source, "Source"),
-        of("source gives another number each time", "sources", f"{examples}import numpy, time; n = time.time_ns() // 1000 % 5 + 1; yield from [Example('a', numpy.zeros((16, 16, 3), 'uint8'))] * n", source, "Source", status=(0, 2)),
-        of("sampler gives None", "samplers", "def step(self, x, v, sigma, sigma_next):\n        return None", cps, "Sampler"),
-        of("sampler raises", "samplers", "def step(self, x, v, sigma, sigma_next):\n        raise ValueError('mine')", cps, "Sampler"),
+        of(
+            "source gives text for media",
+            "sources",
+            f"{examples}yield Example('a', 'pictures/0.png')",
+            source,
+            "Source",
+        ),
+        of(
+            "source gives floats for media",
+            "sources",
+            f"{examples}import numpy; yield Example('a', numpy.zeros((16, 16, 3)))",
+            source,
+            "Source",
+        ),
+        of(
+            "source gives metadata that is no JSON",
+            "sources",
+            f"{examples}import numpy; yield Example('a', numpy.zeros((16, 16, 3), 'uint8'), {{'x': object()}})",
+            source,
+            "Source",
+        ),
+        of(
+            "source gives another number each time",
+            "sources",
+            f"{examples}import numpy, time; n = time.time_ns() // 1000 % 5 + 1; yield from [Example('a', numpy.zeros((16, 16, 3), 'uint8'))] * n",
+            source,
+            "Source",
+            status=(0, 2),
+        ),
+        of(
+            "sampler gives None",
+            "samplers",
+            "def step(self, x, v, sigma, sigma_next):\n        return None",
+            cps,
+            "Sampler",
+        ),
+        of(
+            "sampler raises",
+            "samplers",
+            "def step(self, x, v, sigma, sigma_next):\n        raise ValueError('mine')",
+            cps,
+            "Sampler",
+        ),
         of("sampler has no step", "samplers", "pass", cps, "Sampler"),
-        of("noise gives sigma above 1", "noise_weightings", f"{sample}return torch.full((n,), 7.0){weight}", noise, "NoiseWeighting", status=(0, 2)),
-        of("noise gives NaN", "noise_weightings", f"{sample}return torch.full((n,), float('nan')){weight}", noise, "NoiseWeighting"),
-        of("noise gives too few", "noise_weightings", f"{sample}return torch.full((1,), 0.5){weight}", noise, "NoiseWeighting"),
+        of(
+            "noise gives sigma above 1",
+            "noise_weightings",
+            f"{sample}return torch.full((n,), 7.0){weight}",
+            noise,
+            "NoiseWeighting",
+            status=(0, 2),
+        ),
+        of(
+            "noise gives NaN",
+            "noise_weightings",
+            f"{sample}return torch.full((n,), float('nan')){weight}",
+            noise,
+            "NoiseWeighting",
+        ),
+        of(
+            "noise gives too few",
+            "noise_weightings",
+            f"{sample}return torch.full((1,), 0.5){weight}",
+            noise,
+            "NoiseWeighting",
+        ),
         of("noise gives None", "noise_weightings", f"{sample}return None{weight}", noise, "NoiseWeighting"),
         of("noise has no weight", "noise_weightings", f"{sample}return torch.full((n,), 0.5)", noise, "NoiseWeighting"),
     ]
