@@ -94,6 +94,8 @@ class Case:
     env      variables of the environment; None removes one
     again    run the same command once what was spoiled is as before: it must end as an undisturbed run does
     equal    status 0 must mean the same results as an undisturbed run's
+    theirs   a plugin file whose author's exception this is: it may be shown with its traceback, and status 1, if that
+             names the file
     after    what is wrong with what the command left, if it ended with status 0
     odd      further arguments of the last rank alone
     makes    names in the project's folder that the command may add
@@ -113,6 +115,7 @@ class Case:
     env: Mapping[str, str | None] = field(factory=dict[str, "str | None"])
     again: bool = False
     equal: bool = False
+    theirs: str = ""
     after: Callable[[Project], list[str]] = fine
     odd: Sequence[str] = ()
     makes: Sequence[str] = ()

@@ -58,7 +58,10 @@ def _modules() -> list[Case]:
         listed("hook gives an instance", f"{HEAD}{hook}return {{'odd': 3}}\n", "odd"),
         listed("hook gives a number for a name", f"{HEAD}{hook}return {{3: Reward}}\n", "3"),
         listed(
-            "hook gives an empty name", f"{HEAD}{reward_class('x: int = 1').replace(HEAD, '').replace('odd', '')}", FILE
+            "hook gives an empty name",
+            f"{HEAD}{reward_class('x: int = 1').replace(HEAD, '').replace('odd', '')}",
+            FILE,
+            status=(0, 2),
         ),
         listed(
             "hook gives a name with an escape sequence",
@@ -77,7 +80,9 @@ def _modules() -> list[Case]:
         ),
         plugged(
             "an objective called sft",
-            f"{HEAD}from corefit import Supervised\n\n\n@frozen\nclass Mine(Supervised):\n    def terms(self, batch, ctx):\n        yield 1\n\n\n@hookimpl\ndef corefit_objectives():\n    return {{'sft': Mine}}\n",
+            f"{HEAD}from corefit import Supervised\n\n\n@frozen\nclass Mine(Supervised):\n    "
+            "def terms(self, batch, ctx):\n        yield 1\n\n\n"
+            "@hookimpl\ndef corefit_objectives():\n    return {'sft': Mine}\n",
             "sft",
             typed=CHECK,
         ),
@@ -92,7 +97,7 @@ def _observers() -> list[Case]:
 
     adds = "corefit_step_metrics(stage, state, metrics)"
     return [
-        of("observer raises", "raise ValueError('mine')", FILE.removesuffix(".py")),
+        of("observer raises", "raise ValueError('mine')", FILE.removesuffix(".py"), theirs=FILE),
         of("observer ends the process", "raise SystemExit(0)", FILE.removesuffix(".py")),
         of("observer changes metrics", "metrics.clear()", status=(0, 2)),
         of("observer wants more", "pass", "corefit_step_finished", hook="corefit_step_finished(stage, more)"),
@@ -100,6 +105,7 @@ def _observers() -> list[Case]:
             "observer of the end raises",
             "raise ValueError('mine')",
             FILE.removesuffix(".py"),
+            theirs=FILE,
             hook="corefit_stage_finished(stage, state)",
         ),
         of(

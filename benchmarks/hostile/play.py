@@ -167,7 +167,7 @@ def warm(names: Sequence[str]) -> None:
 
     torch.set_num_threads(1)
     for name in names:
-        if name.partition(".")[0] in (*WARM, *WARM_MORE):
+        if name.partition(".")[0] in (*WARM, *WARM_MORE, "encodings"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
@@ -223,8 +223,10 @@ def _ending(case: Case, status: int | None, said: str) -> list[str]:
     """What is wrong with the exit status and the message."""
     if status is None:
         return [f"hangs: killed after {case.timeout:g} s"]
-    wrong = [f"output has {mark!r}: {_fault(said)}" for mark in TRACES if mark in said]
-    if status not in case.status:
+    wrong = [f"output has {mark!r}: {_fault(said)}" for mark in TRACES if mark in said and not case.theirs]
+    if case.theirs and case.theirs not in said:
+        wrong.append(f"does not name {case.theirs}: {_fault(said)}")
+    if status not in case.status and not (case.theirs and status == 1):
         wrong.append(f"status {status}, not {' or '.join(map(str, sorted(case.status)))}: {_fault(said)}")
     if status:
         wrong += [f"does not say {word!r}: {_fault(said)}" for word in case.says if word.lower() not in said.lower()]

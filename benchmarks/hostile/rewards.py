@@ -42,9 +42,10 @@ def _of(source: str, judge: bool = False) -> Callable[[Project], None]:
     return lambda project: _plugin(source, project, judge)
 
 
-def method(body: str, name: str = "score", arguments: str = "self, media, prompts, meta") -> str:
-    """A reward whose method has this body."""
-    return f'{HEAD}\n\n@frozen\nclass Odd(Reward):\n    """Odd."""\n\n    def {name}({arguments}):\n        import torch\n        {body}\n{OFFER}'
+def method(body: str) -> str:
+    """A reward whose `score` has this body."""
+    score = f"    def score(self, media, prompts, meta):\n        import torch\n        {body}\n"
+    return f"{HEAD}\n\n@frozen\nclass Odd(Reward):\n{score}{OFFER}"
 
 
 def plugged(name: str, source: str, *says: str, typed: tuple[str, ...] = RUN, judge: bool = False, **rest: Any) -> Case:
@@ -85,17 +86,28 @@ RESULTS: tuple[tuple[str, str], ...] = (
 )
 
 
+def _raised(name: str) -> str:
+    """The file whose author's exception it is."""
+    return FILE if name.startswith(("raises", "recurses")) else ""
+
+
 def _scores() -> list[Case]:
-    found = [plugged(f"reward {name}", method(body), "odd", unsaid=("\x1b[31mEVIL",)) for name, body in RESULTS]
+    found = [
+        plugged(f"reward {name}", method(body), "odd", unsaid=("\x1b[31mEVIL",), theirs=_raised(name))
+        for name, body in RESULTS
+    ]
     judged = ("gives None", "gives text", "gives complex numbers", "gives NaN", "raises ValueError", "ends the process")
-    found += [plugged(f"judge {name}", method(body), "odd", judge=True) for name, body in RESULTS if name in judged]
+    found += [
+        plugged(f"judge {name}", method(body), "odd", judge=True, theirs=_raised(name))
+        for name, body in RESULTS
+        if name in judged
+    ]
     good = "return media.flatten(1).mean(1)"
     return [
         *found,
         plugged("reward prints", method(f"print('x' * 1000); {good}"), status=(0,)),
         plugged("reward changes media in place", method(f"media.zero_(); {good}"), "odd", status=(0, 2)),
         plugged("reward changes prompts in place", method(f"prompts.clear(); {good}"), "odd", status=(0, 2)),
-        plugged("reward closes stdout", method(f"import sys; sys.stdout.close(); {good}"), status=(0, 2)),
         plugged("reward changes folder", method(f"import os; os.chdir('/'); {good}"), status=(0, 2)),
         plugged("reward seeds torch", method(f"torch.manual_seed(0); {good}"), status=(0,)),
         plugged("reward turns gradients off", method(f"torch.set_grad_enabled(False); {good}"), status=(0, 2)),
@@ -136,22 +148,22 @@ def _classes() -> list[Case]:
         ),
         seen("reward is no attrs class", reward_class(score, decorator=""), "attrs"),
         seen("reward is a dataclass", "import dataclasses\n" + reward_class(score, "@dataclasses.dataclass"), "attrs"),
-        seen("reward has a key called use", reward_class(f"use: str = 'x'\n    {score}"), "use"),
-        seen("reward has a key called weight", reward_class(f"weight: float = 1.0\n    {score}"), "weight"),
+        seen("reward has a key called use", reward_class(f"use: str = 'x'\n    {score}"), status=(0, 2)),
+        seen("reward has a key called weight", reward_class(f"weight: float = 1.0\n    {score}"), status=(0, 2)),
         seen("reward has a key without a default", reward_class(f"path: str\n    {score}"), "path"),
         seen(
             "reward has a key of an unknown type",
             reward_class(f"what: 'Nowhere' = 1\n    {score}"),
-            "odd",
+            "reward",
             status=(0, 2),
         ),
         seen("reward has a key of any object", reward_class(f"what: object = 1\n    {score}"), status=(0, 2)),
         seen(
             "reward's validator raises TypeError",
             reward_class(f"x: int = field(default=1, validator=lambda *a: a + 1)\n    {score}"),
-            "odd",
+            "reward",
         ),
-        seen("reward's default raises", reward_class(f"x: int = field(factory=lambda: 1 / 0)\n    {score}"), "odd"),
+        seen("reward's default raises", reward_class(f"x: int = field(factory=lambda: 1 / 0)\n    {score}"), "reward"),
         seen(
             "reward raises when made",
             reward_class(f"def __attrs_post_init__(self):\n        raise RuntimeError('mine')\n\n    {score}"),
@@ -165,8 +177,10 @@ def _classes() -> list[Case]:
     ]
 
 
-def _kind(kind: str, use: str, body: str, replace: tuple[str, str], base: str) -> Callable[[Project], None]:
-    source = f"{HEAD}from corefit import NoiseWeighting, Sampler, Source, Supervised\nfrom corefit import Term\n\n\n@frozen\nclass Odd({base}):\n    {body}\n\n\n@hookimpl\ndef corefit_{kind}():\n    return {{'odd': Odd}}\n"
+def _kind(kind: str, body: str, replace: tuple[str, str], base: str) -> Callable[[Project], object]:
+    imports = f"{HEAD}from corefit import NoiseWeighting, Sampler, Source, Supervised, Term\n"
+    offer = f"@hookimpl\ndef corefit_{kind}():\n    return {{'odd': Odd}}\n"
+    source = f"{imports}\n\n@frozen\nclass Odd({base}):\n    {body}\n\n\n{offer}"
 
     def spoil(project: Project) -> None:
         _plugin(source, project)
@@ -188,11 +202,9 @@ def _others() -> list[Case]:
         return Case(
             name=name,
             area="rewards",
-            spoil=_kind(kind, "odd", body, replace, base),
+            spoil=_kind(kind, body, replace, base),
             typed=RUN,
-            says=("odd",),
-            again=True,
-            **rest,
+            **{"says": ("odd",), "again": True, **rest},
         )
 
     terms = "def terms(self, batch, ctx):\n        "
@@ -210,21 +222,37 @@ def _others() -> list[Case]:
             sft,
             "Supervised",
         ),
-        of("objective raises", "objectives", f"{terms}raise ValueError('mine')\n        yield", sft, "Supervised"),
+        of(
+            "objective raises",
+            "objectives",
+            f"{terms}raise ValueError('mine')\n        yield",
+            sft,
+            "Supervised",
+            theirs=FILE,
+        ),
         of("objective ends the process", "objectives", f"{terms}raise SystemExit(0)\n        yield", sft, "Supervised"),
         of("objective has no terms", "objectives", "pass", sft, "Supervised"),
         of(
             "objective counts zero",
             "objectives",
-            f"{terms}yield Term(ctx.backbone.velocity(batch.clean, batch.clean.flatten(1).mean(1) * 0 + 0.5, batch.cond).sum(), 0)",
+            f"{terms}x = batch.clean; s = x.flatten(1).mean(1) * 0 + 0.5\n        "
+            "yield Term(ctx.backbone.velocity(x, s, batch.cond).sum(), 0)",
             sft,
             "Supervised",
+            status=(0, 2),
         ),
         of("source has no examples", "sources", "pass", source, "Source"),
         of("source gives nothing", "sources", f"{examples}return iter(())", source, "Source"),
         of("source gives None", "sources", f"{examples}return None", source, "Source"),
         of("source gives text", "sources", f"{examples}yield 'a red square'", source, "Source"),
-        of("source raises", "sources", f"{examples}raise ValueError('mine')\n        yield", source, "Source"),
+        of(
+            "source raises",
+            "sources",
+            f"{examples}raise ValueError('mine')\n        yield",
+            source,
+            "Source",
+            theirs=FILE,
+        ),
         of("source ends the process", "sources", f"{examples}raise SystemExit(0)\n        yield", source, "Source"),
         of(
             "source gives text for media",
@@ -250,10 +278,12 @@ def _others() -> list[Case]:
         of(
             "source gives another number each time",
             "sources",
-            f"{examples}import numpy, time; n = time.time_ns() // 1000 % 5 + 1; yield from [Example('a', numpy.zeros((16, 16, 3), 'uint8'))] * n",
+            f"{examples}import numpy, time; n = time.time_ns() // 1000 % 5 + 1\n        "
+            "yield from [Example('a', numpy.zeros((16, 16, 3), 'uint8'))] * n",
             source,
             "Source",
             status=(0, 2),
+            says=("source",),
         ),
         of(
             "sampler gives None",
@@ -268,6 +298,7 @@ def _others() -> list[Case]:
             "def step(self, x, v, sigma, sigma_next):\n        raise ValueError('mine')",
             cps,
             "Sampler",
+            theirs=FILE,
         ),
         of("sampler has no step", "samplers", "pass", cps, "Sampler"),
         of(
@@ -284,6 +315,7 @@ def _others() -> list[Case]:
             f"{sample}return torch.full((n,), float('nan')){weight}",
             noise,
             "NoiseWeighting",
+            says=("finite",),
         ),
         of(
             "noise gives too few",
