@@ -27,7 +27,6 @@ def _configs() -> list[Case]:
         ]
     values: tuple[tuple[str, str, Any], ...] = (
         ("transformer", "num_layers", "two"),
-        ("transformer", "num_layers", 0),
         ("transformer", "num_layers", -1),
         ("transformer", "num_layers", 10**9),
         ("transformer", "num_layers", None),
@@ -38,8 +37,6 @@ def _configs() -> list[Case]:
         ("transformer", "pos_embed_max_size", "large"),
         ("transformer", "joint_attention_dim", 7),
         ("transformer", "qk_norm", "nonsense"),
-        ("transformer", "_class_name", "FluxTransformer2DModel"),
-        ("transformer", "_class_name", "Nowhere"),
         ("transformer", "_class_name", 3),
         ("vae", "scaling_factor", "1.5"),
         ("vae", "scaling_factor", None),
@@ -61,7 +58,6 @@ def _configs() -> list[Case]:
         ("text_encoder_3", "d_model", "32"),
         ("text_encoder_3", "num_layers", None),
         ("text_encoder_3", "vocab_size", 3),
-        ("text_encoder_3", "model_type", "bert"),
         ("text_encoder_3", "torch_dtype", "nonsense"),
     )
     found += [

@@ -132,7 +132,8 @@ def corefit_in_this_process(
 def _ended(status: int) -> int:
     """What Python's own end adds: buffers that cannot be written are told, with status 120."""
     try:
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except (OSError, ValueError) as error:
         os.write(2, f"Exception ignored in: stdout\n{type(error).__name__}: {error}\n".encode())
         return 120

@@ -74,7 +74,7 @@ def _signals() -> list[Case]:
         surrounded("SIGPIPE", inside=_sent(signal.SIGPIPE, "fsync", 5), status=(0,), equal=True),
         surrounded("SIGWINCH and SIGCONT", inside=_sent(signal.SIGWINCH, "fsync", 5), status=(0,), equal=True),
         surrounded("SIGINT in prepare", typed=PREPARE, inside=_sent(signal.SIGINT, "open", 3), status=(130,)),
-        surrounded("SIGTERM in prepare", typed=PREPARE, inside=_sent(signal.SIGTERM, "open", 3), status=(130,)),
+        surrounded("SIGTERM in prepare", typed=PREPARE, inside=_sent(signal.SIGTERM, "open", 3), status=(-15, 130)),
         surrounded("SIGINT in check", typed=CHECK, inside=_interrupted, status=(130,), again=False),
     ]
 
@@ -87,7 +87,14 @@ def _interrupted() -> None:
 
 
 def _closed(*numbers: int) -> Inside:
-    return lambda: [os.close(number) for number in numbers]
+    """As a shell's >&- leaves them: Python has no stream there."""
+
+    def inside() -> None:
+        for number in numbers:
+            os.close(number)
+            setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+
+    return inside
 
 
 def _broken() -> None:
@@ -102,8 +109,9 @@ def _to(device: str) -> Inside:
 
 
 def _ascii() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="ascii", errors="strict")  # pyright: ignore[reportAttributeAccessIssue]
+    """As PYTHONIOENCODING=ascii: stdout refuses what it cannot write, stderr escapes it."""
+    for stream, errors in ((sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
+        stream.reconfigure(encoding="ascii", errors=errors)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _outputs() -> list[Case]:
