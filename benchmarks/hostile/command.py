@@ -182,6 +182,7 @@ def hostile(
     for slot in slots:
         slot.folder.mkdir()
     stage = Stage(slots, path)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the folder and the processes go then, too
     try:
         play.warm(["torch", "diffusers", "transformers", "peft", "accelerate", "corefit.run", "corefit.show"])
         stage.build()

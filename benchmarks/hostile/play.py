@@ -56,6 +56,7 @@ def forked(work: Callable[[], int], log: Path | None = None) -> int:
     status = 99
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the harness runs in the background
         if log:
             _redirect(log)
@@ -193,7 +194,7 @@ def played(case: Case, slot: Slot) -> Verdict:
     kept = {digest: name for digest, name in precious(project).items() if name not in spoiled}
     status = _command(case, project, log)
     said = log.read_text(errors="replace") if log.exists() else ""
-    wrong = [*_ending(case, status, said), *_advice(said, project)]
+    wrong = [*ending(case, status, said), *advice(said, project)]
     wrong += changed(mine, digests(project.folder, without=OURS), case.makes)
     wrong += [f"outside/{what}" for what in changed(outside, digests(project.outside))]
     there = precious(project)
@@ -220,7 +221,7 @@ def _command(case: Case, project: Project, log: Path) -> int | None:
     return waited(pid, case.timeout)
 
 
-def _ending(case: Case, status: int | None, said: str) -> list[str]:
+def ending(case: Case, status: int | None, said: str) -> list[str]:
     """What is wrong with the exit status and the message."""
     if status is None:
         return [f"hangs: killed after {case.timeout:g} s"]
@@ -239,7 +240,7 @@ def _fault(said: str) -> str:
     return lines[-1][:300] if lines else "nothing was said"
 
 
-def _advice(said: str, project: Project) -> list[str]:
+def advice(said: str, project: Project) -> list[str]:
     """Advice to delete anything but a cache that corefit made."""
     named = [project.folder / "".join(found).rstrip(".,;:'\"") for found in ADVICE.findall(said)]
     return [f"advises to delete {path}" for path in named if project.cache not in path.parents]
