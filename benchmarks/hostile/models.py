@@ -103,7 +103,7 @@ def _nan(tensors: dict[str, Any]) -> dict[str, Any]:
 def _more(tensors: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
-    return {**tensors, "nobody.reads.this": np.zeros(16, np.float32)}  # 64 bytes: others stay aligned
+    return {**tensors, "nobody.reads.this": np.zeros(3, np.float32)}  # alignment changes: last bits may
 
 
 def _renamed(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _weights() -> list[Case]:
             spoiled(f"{part}: header flipped", _bytes(part, lambda data: data[:20] + b"\xff" + data[21:]), part),
             spoiled(f"{part}: a tensor is missing", _tensors(part, _without), part),
             spoiled(f"{part}: a tensor is of another shape", _tensors(part, _shaped), part),
-            spoiled(f"{part}: a tensor too many", _tensors(part, _more), part, status=EITHER),
+            spoiled(f"{part}: a tensor too many", _tensors(part, _more), part, status=EITHER, equal=False),
             spoiled(f"{part}: all names have a prefix", _tensors(part, _renamed), part),
             spoiled(f"{part}: no metadata", _tensors(part, dict, metadata=False), part, status=EITHER),
             spoiled(f"{part}: no tensors", _tensors(part, lambda _: {}), part),
