@@ -63,7 +63,6 @@ RESULTS: tuple[tuple[str, str], ...] = (
     ("gives a column", "return media.flatten(1).mean(1, keepdim=True)"),
     ("gives a number for each pixel", "return media"),
     ("gives complex numbers", "return media.flatten(1).mean(1).to(torch.complex64)"),
-    ("gives truth values", "return media.flatten(1).mean(1) > 2"),
     ("gives NaN", "return media.flatten(1).mean(1) * float('nan')"),
     ("gives inf", "return media.flatten(1).mean(1) + float('inf')"),
     ("gives a mapping", 'return {"odd": media.flatten(1).mean(1)}'),
@@ -92,10 +91,7 @@ def _raised(name: str) -> str:
 
 
 def _scores() -> list[Case]:
-    found = [
-        plugged(f"reward {name}", method(body), "odd", unsaid=("\x1b[31mEVIL",), theirs=_raised(name))
-        for name, body in RESULTS
-    ]
+    found = [plugged(f"reward {name}", method(body), "odd", theirs=_raised(name)) for name, body in RESULTS]
     judged = ("gives None", "gives text", "gives complex numbers", "gives NaN", "raises ValueError", "ends the process")
     found += [
         plugged(f"judge {name}", method(body), "odd", judge=True, theirs=_raised(name))
@@ -105,6 +101,7 @@ def _scores() -> list[Case]:
     good = "return media.flatten(1).mean(1)"
     return [
         *found,
+        plugged("reward gives truth values", method("return media.flatten(1).mean(1) > 2"), "odd", status=(0, 2)),
         plugged("reward prints", method(f"print('x' * 1000); {good}"), status=(0,)),
         plugged("reward changes media in place", method(f"media.zero_(); {good}"), "odd", status=(0, 2)),
         plugged("reward changes prompts in place", method(f"prompts.clear(); {good}"), "odd", status=(0, 2)),
@@ -167,7 +164,7 @@ def _classes() -> list[Case]:
         seen(
             "reward raises when made",
             reward_class(f"def __attrs_post_init__(self):\n        raise RuntimeError('mine')\n\n    {score}"),
-            "odd",
+            "reward",
         ),
         seen(
             "reward ends the process when made",
@@ -267,6 +264,7 @@ def _others() -> list[Case]:
             f"{examples}import numpy; yield Example('a', numpy.zeros((16, 16, 3)))",
             source,
             "Source",
+            says=("media",),
         ),
         of(
             "source gives metadata that is no JSON",
@@ -274,6 +272,7 @@ def _others() -> list[Case]:
             f"{examples}import numpy; yield Example('a', numpy.zeros((16, 16, 3), 'uint8'), {{'x': object()}})",
             source,
             "Source",
+            says=("meta",),
         ),
         of(
             "source gives another number each time",
