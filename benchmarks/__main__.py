@@ -8,6 +8,7 @@ from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
 from benchmarks.faults import faults
 from benchmarks.sharding import sharding
+from benchmarks.hostile import hostile
 from benchmarks.soar_step import soar_step
 
 
@@ -24,6 +25,7 @@ main.add_command(checkpoints)
 main.add_command(data)
 main.add_command(faults)
 main.add_command(sharding)
+main.add_command(hostile)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")
