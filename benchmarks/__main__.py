@@ -7,8 +7,8 @@ import click
 from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
 from benchmarks.faults import faults
-from benchmarks.sharding import sharding
 from benchmarks.hostile import hostile
+from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
 
 
