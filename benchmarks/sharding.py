@@ -20,7 +20,7 @@ from corefit.pipeline import read
 PHASES = ("read", "train", "checkpoint", "save", "judge")
 MOST_OF_TRAINING, MOST_OF_WEIGHTS = 1.15, 1.3
 WIDTH, QUICK = 16, 8
-"""Attention heads of 64: 8 layers of 16 are 304M parameters."""
+"""Attention heads of 64: 9 layers of 16 are 330M parameters."""
 PIPELINE = """\
 name = "sharded"
 shard = true
@@ -103,14 +103,14 @@ def worker(folder: Path) -> None:
 
 
 def project(folder: Path, heads: int) -> int:
-    """Write a project with a network of 8 layers; bytes of its weights."""
+    """Write a project with a network of 9 layers; bytes of its weights."""
     import numpy as np
     from PIL import Image
     from safetensors import safe_open
 
     from corefit.testing import tiny_sd3
 
-    tiny_sd3(folder / "base", words=("a", "red", "sky"), layers=8, heads=heads, head_width=64)
+    tiny_sd3(folder / "base", words=("a", "red", "sky"), layers=9, heads=heads, head_width=64)
     for number in range(8):
         pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")

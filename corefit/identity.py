@@ -110,8 +110,12 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
     )
 
 
-def of_scores(pipeline: Pipeline, weights: Identity, prompts: str) -> Identity:
-    """Of the held-out scores of weights; `prompts` is the key of the encoded prompts."""
+def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str) -> Identity:
+    """Return what determines the held-out scores of weights.
+
+    prompts  key of the encoded prompts
+    held     dtype of the weights that do not train, "" where nothing is computed in bfloat16
+    """
     tables, rounding, former = _tables(pipeline, pipeline.eval, "eval", ("prompts", "samples"))
     return Identity.of(
         {
@@ -119,6 +123,7 @@ def of_scores(pipeline: Pipeline, weights: Identity, prompts: str) -> Identity:
             "prompts": prompts,
             "corefit": corefit.__version__,
             "seed": pipeline.seed,
+            **({"weights held in": held} if held else {}),
             "eval": tables,
             "code": _code(pipeline, pipeline.eval),
         },

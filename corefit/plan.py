@@ -73,15 +73,20 @@ def targets(pipeline: Pipeline, dataset: str, prompts: str | None, precision: st
     precision         "fp32" or "bf16"
     """
     weights = identity.of_base(pipeline)
-    found = [_target(pipeline, BASE, 0, weights, prompts)]
+    found = [_target(pipeline, pipeline.stage[0], 0, weights, prompts, precision)]
     for number, stage in enumerate(pipeline.stage, 1):
         weights = identity.of_stage(pipeline, stage, weights, dataset, precision)
-        found.append(_target(pipeline, stage.name, number, weights, prompts))
+        found.append(_target(pipeline, stage, number, weights, prompts, precision))
     return found
 
 
-def _target(pipeline: Pipeline, name: str, number: int, weights: Identity, prompts: str | None) -> Target:
-    scores = None if prompts is None else identity.of_scores(pipeline, weights, prompts)
+def _target(
+    pipeline: Pipeline, stage: Stage, number: int, weights: Identity, prompts: str | None, precision: str
+) -> Target:
+    """The folder of a stage, or, of number 0, of the base, which is judged as the first stage finds it."""
+    name = stage.name if number else BASE
+    held = "" if precision == "fp32" else "bfloat16" if pipeline.freezes_in_half(stage) else "float32"
+    scores = None if prompts is None else identity.of_scores(pipeline, weights, prompts, held)
     return Target(name, pipeline.run_folder / f"{number:02d}-{name}", weights, scores)
 
 

@@ -47,6 +47,34 @@ SUM = (
 )
 
 
+PIECEMEAL = """
+import weakref
+
+from torch.distributed.tensor import DTensor
+
+from corefit_backbones.backbone import Diffusers
+
+
+def refused(*args, **keys):
+    raise AssertionError("a whole network was read or saved")
+
+
+gathered, gather = [], DTensor.full_tensor
+
+
+def full_tensor(tensor, **keys):
+    alive = sum(t.nbytes for t in (each() for each in gathered) if t is not None)
+    assert alive < 200_000, f"{alive} bytes of gathered weights are held"
+    made = gather(tensor, **keys)
+    gathered.append(weakref.ref(made))
+    return made
+
+
+Diffusers.load = Diffusers.save = refused
+DTensor.full_tensor = full_tensor
+"""
+
+
 def settings(*keys: str) -> list[str]:
     return [word for key in ("precision='fp32'", *EPS, *keys) for word in ("--set", key)]
 
@@ -110,7 +138,11 @@ def worst(a: Path, b: Path) -> float:
     ids=["ddp full, 3 paths, kl", "ddp lora, sft, sum", "fsdp full, 3 paths, kl, ema", "fsdp lora, 1 path, sum"],
 )
 def test_two_processes_train_as_one_does(project, keys):
-    as_one(project, keys, two(project, "run", "pipeline.toml", *settings("name='two'", *keys)))
+    """Sharded, neither reads, gathers or saves a network as a whole."""
+    sharded = "shard=true" in keys
+    (project.folder / "piecemeal.py").write_text(PIECEMEAL if sharded else "")
+    more = ("name='two'", 'plugins=["bright.py", "piecemeal.py"]', *keys)
+    as_one(project, keys, two(project, "run", "pipeline.toml", *settings(*more)))
 
 
 def as_one(project: Project, keys: Sequence[str], done: Ended) -> None:
