@@ -54,18 +54,20 @@ REDUCED: Mapping[str, object] = {
 """What makes the digits example a matter of half a minute on one thread, with several checkpoints in each stage."""
 # names in a project's folder that are read here; all else is compared as it is
 RUNS, CACHE, PIPELINE, REPORT = "runs", ".corefit/cache", "pipeline.toml", "report.html"
-BASE, STAGES, DONE, SCORES, SAMPLES = "00-base", "[0-9][0-9]-*", "done.json", "scores.json", "samples/last.*"
+BASE, STAGES, SCORES, SAMPLES = "00-base", "[0-9][0-9]-*", "scores.json", "samples/last.*"
+DONE, COPY = "done.json", "done.copy.json"
 METRICS, CURVES, STAMPS, MODEL, PARTIAL_MODEL = "metrics.jsonl", "metrics.png", "media.json", "model", ".partial-model"
 CHECKPOINT, MANIFEST, PARTIAL = "checkpoints/step-*", "manifest.json", "checkpoints/.partial-*"
 TENSORS = "checkpoints/step-*/*.safetensors"
 PASSING: Mapping[str, Sequence[str]] = {
     METRICS: ("seconds", "samples_per_second"),
-    MANIFEST: ("seconds", "since", "sha256"),
-    DONE: ("cost",),
+    MANIFEST: ("seconds", "since", "sha256", "digest"),
+    DONE: ("cost", "digest"),
+    COPY: ("cost", "digest"),
 }
 """File -> keys in which two uninterrupted runs differ. Of the clock: `seconds`, `samples_per_second`, `since`, of which
 they are made, and `cost`, with peak memory. `identity` hashes, among others, the place of the project. `sha256` is of
-files of which the tensors alone are compared.
+files of which the tensors alone are compared, and `digest` is of all of a file.
 """
 CACHES = 2
 """Complete folders in CACHE once all is encoded: data and prompts."""

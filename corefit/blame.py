@@ -38,6 +38,8 @@ def no_exit() -> Generator[None]:
     try:
         yield
     except SystemExit as error:
+        if _package(list(_frames(error.__traceback__))[-1][0]) == "click":  # which has answered a shell
+            raise
         raise PluginError(
             f"{_place(error.__traceback__)} called sys.exit({'' if error.code is None else repr(error.code)}), which "
             "would end the run as if it were done; raise an error there instead"
@@ -50,7 +52,7 @@ def _place(traceback: TracebackType | None) -> str:
     names = {point.module.partition(".")[0]: point.name for point in entry_points(group=GROUP)}
     names.pop("corefit", None)
     for frame, line in reversed(frames):
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        package = _package(frame)
         where = f"{frame.f_code.co_filename}:{line}"
         if package.startswith(LOCAL):
             return f"plugin file {where}"
@@ -58,6 +60,11 @@ def _place(traceback: TracebackType | None) -> str:
             return f"plugin {names[package]!r} ({where})"
     frame, line = frames[-1]
     return f"{frame.f_code.co_filename}:{line}"
+
+
+def _package(frame: FrameType) -> str:
+    """The first part of the name of the module that a line is in."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:

@@ -211,6 +211,8 @@ class Reader:
         return items
 
     def _model(self, value: Any) -> ModelPath:
+        if value == "":
+            raise ConfigError("must name a folder, or a model on the hub, not ''")
         local = self.folder / checked_path(value)
         return ModelPath(str(local) if local.exists() or value.startswith((".", "/")) else value)
 
@@ -275,7 +277,8 @@ def _strict(value: Any, target: type[T], key: str = "") -> T:
     if target is float and isinstance(value, int) and not isinstance(value, bool) and _sound(value):
         return float(value)  # pyright: ignore[reportReturnType]
     if type(value) is not target or not _sound(value):
-        raise ConfigError(f"{key}must be {_TYPE_WORDS[target]}, not {shown(value)}")
+        wanted = "text without NUL and lone surrogates" if type(value) is str is target else _TYPE_WORDS[target]
+        raise ConfigError(f"{key}must be {wanted}, not {shown(value)}")
     return value
 
 

@@ -216,11 +216,14 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
     shard      FSDP2; `accelerate launch --use_fsdp` asks for it too
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
 
     check_launch()
     shard = _asked_for_fsdp() or shard
     half = is_half(precision)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    # a pipeline before this one, in a notebook, may have had another precision
+    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
     made = Accelerator(cpu=_bare(), mixed_precision="bf16" if half else "no", kwargs_handlers=[ddp])
     if made.device.type == "cpu" and not shard:  # sharded weights come and go in all sizes, and would leave holes
         memory.keep_freed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -139,8 +140,9 @@ class Hashes:
         """Keep what was hashed."""
         if not self.changed:
             return
-        for left in self.file.parent.glob(f"{self.file.stem}.[0-9]*"):
-            if not alive(int(left.suffix[1:])):
+        for left in self.file.parent.iterdir():
+            owner = re.fullmatch(rf"\.?{self.file.stem}\.(\d+)(\.part)?", left.name)
+            if owner and not alive(int(owner[1])):
                 left.unlink(missing_ok=True)
         temporary = self.file.with_suffix(f".{os.getpid()}")
         digests.write(temporary, {"media": self.known})

@@ -89,7 +89,7 @@ def test_a_stage_names_step_and_term_and_goes_on(job, monkeypatch):
     assert (found.step, damaged) == (1, [])
     again = job(steps=2, checkpoint_every=1, micro_batch=1)
     started = []
-    train.train(train.attrs.evolve(again, started=started.append), ranks.join("fp32"))
+    train.train(train.attrs.evolve(again, folder=one.folder, started=started.append), ranks.join("fp32"))
     assert started == [1]
 
 

@@ -99,15 +99,15 @@ class Toy:
 def toy(project, monkeypatch, capsys) -> Toy:
     made = Toy(project, capsys)
 
-    def save(backbone, folder):
+    def save(backbone, folder, tensors):
         (folder / "transformer").mkdir()
         (folder / "transformer" / "weights").write_bytes(b"trained")
 
     monkeypatch.setattr(train, "train", made.train)
     monkeypatch.setattr(Judge, "media", lambda judge, backbone, rows: torch.full((len(rows), 3, 16, 16), 0.5))
-    monkeypatch.setattr(Diffusers, "save", save)
-    for name in ("load", "load_lora"):
-        monkeypatch.setattr(Sd3, name, lambda *args: None)
+    monkeypatch.setattr(Diffusers, "save_tensors", save)
+    monkeypatch.setattr(Sd3, "load", lambda backbone, *args: setattr(backbone, "transformer", torch.nn.Identity()))
+    monkeypatch.setattr(Sd3, "load_lora", lambda *args: None)
     monkeypatch.setattr(Sd3, "encode_text", lambda _, prompts: Condition({"a": torch.ones(len(prompts), 2)}))
     monkeypatch.setattr(Sd3, "encode", lambda _, pictures: torch.ones(len(pictures), 4, 8, 8))
     for place in (report, observers):
