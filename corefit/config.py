@@ -74,9 +74,12 @@ def override(tables: Table, settings: Sequence[str]) -> None:
         if not equals or not all(key.strip().split(".")):
             raise ConfigError(f"--set {setting}: write KEY=VALUE, such as stage.soar.steps=100")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
+            said = tomllib.loads(f"value = {text}")
         except (ValueError, RecursionError):
-            value = text.strip()
+            said = {"value": text.strip()}
+        if said.keys() != {"value"}:
+            raise ConfigError(f"--set {setting!r}: it has several lines; give each key a --set of its own")
+        value = said["value"]
         *parents, last = key.strip().split(".")
         _table(tables, parents, setting)[last] = value
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from attrs import evolve, field, frozen, validators
 
 from corefit.blame import returned
-from corefit.errors import ConfigError
+from corefit.errors import ConfigError, PluginError
 from corefit.types import Backbone, Batch, Condition, NoiseWeighting, Sampler, Term, Weighted
 
 if TYPE_CHECKING:
@@ -60,9 +60,18 @@ class Context:
         return cond.where(keep, self.backbone.null(len(cond)))
 
     def sigma(self, x: Tensor) -> Tensor:
-        """Noise levels [B] for x [B, ...], from the stage's noise weighting and the backbone's shift."""
+        """Noise levels [B] for x [B, ...], from the stage's noise weighting and the backbone's shift.
+
+        Raises PluginError where the weighting gives another number of levels, which would be broadcast.
+        """
         shift = self.backbone.shift(tuple(x.shape[1:]))
-        return self.noise.sample(len(x), shift, self.rng).to(x.device, non_blocking=True)
+        levels = self.noise.sample(len(x), shift, self.rng)
+        if levels.shape != (len(x),):
+            raise PluginError(
+                f"{type(self.noise).__name__}.sample() gave {list(levels.shape)} noise levels for {len(x)} samples; it "
+                "must return one for each, a tensor [n]"
+            )
+        return levels.to(x.device, non_blocking=True)
 
 
 class Part(Protocol):

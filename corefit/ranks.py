@@ -217,6 +217,7 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin
 
     check_launch()
     shard = _asked_for_fsdp() or shard
@@ -224,7 +225,14 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # a pipeline before this one, in a notebook, may have had another precision
     AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
-    made = Accelerator(cpu=_bare(), mixed_precision="bf16" if half else "no", kwargs_handlers=[ddp])
+    made = Accelerator(
+        cpu=_bare(),
+        mixed_precision="bf16" if half else "no",
+        kwargs_handlers=[ddp],
+        # else ACCELERATE_GRADIENT_ACCUMULATION_STEPS divides losses, and ACCELERATE_DYNAMO_BACKEND compiles networks
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+    )
     if made.device.type == "cpu" and not shard:  # sharded weights come and go in all sizes, and would leave holes
         memory.keep_freed()
     if made.num_processes == 1:

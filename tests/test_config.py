@@ -450,6 +450,10 @@ def test_the_last_setting_counts():
             "--set stage.soar.reward.orc.weight=1: there is no reward 'orc' (did you mean 'ocr'?); there are: ocr",
         ),
         ("stage.steps=3", "--set stage.steps=3: say which stage (soar, grpo), as in stage.NAME.KEY=VALUE"),
+        (
+            "seed=1\n[other]\nx=1",
+            "--set 'seed=1\\n[other]\\nx=1': it has several lines; give each key a --set of its own",
+        ),
         ("seed.x=3", "--set seed.x=3: 'seed' is 1, not a table; set the whole of it"),
     ],
 )

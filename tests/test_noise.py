@@ -1,5 +1,7 @@
 """Densities and weights of training noise against diffusers and HY-SOAR."""
 
+from types import SimpleNamespace
+
 import attrs
 import pytest
 import torch
@@ -7,6 +9,8 @@ from golden import DTYPES, Draws, golden
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corefit import Context
+from corefit.errors import PluginError
 from corefit.flow import shifted
 from corefit.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
 from corefit.rng import Rng
@@ -145,3 +149,16 @@ def test_the_floor_bounds_sigma_sqrt(sigma, floor):
 def test_keys_out_of_range_are_refused(noise, keys):
     with pytest.raises(ValueError, match=next(iter(keys))):
         noise(**keys)
+
+
+def test_a_weighting_that_gives_one_level_for_all_is_named():
+    """It would be broadcast, and every sample have the same noise level."""
+
+    class Same(Uniform):
+        def sample(self, n, shift, rng):
+            return super().sample(1, shift, rng)
+
+    backbone = SimpleNamespace(shift=lambda shape: 1.0)
+    ctx = Context(backbone=backbone, sampler=None, noise=Same(), rng=Rng(("a",), [0, 1, 2]))
+    with pytest.raises(PluginError, match=r"Same.sample\(\) gave \[1\] noise levels for 3 samples"):
+        ctx.sigma(torch.zeros(3, 4))

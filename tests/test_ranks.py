@@ -171,6 +171,18 @@ def test_accelerate_is_asked_for_fsdp(project, monkeypatch):
     assert "error: accelerate is set to FSDP 1" in done.err
 
 
+def test_accelerates_variables_do_not_change_what_is_trained(monkeypatch):
+    """Its gradient accumulation would divide every loss, and its compiler be in each network's way."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    accelerator = ranks_of_corefit.join("fp32").accelerator
+    loss = torch.ones((), requires_grad=True)
+    accelerator.backward(loss)
+    assert float(loss.grad) == 1
+    network = torch.nn.Identity()
+    assert accelerator.prepare_model(network) is network
+
+
 @pytest.mark.parametrize("name", sorted(ranks_of_corefit.ENGINES))
 def test_other_engines_are_refused(project, monkeypatch, name):
     monkeypatch.setenv(name, "true")
