@@ -24,6 +24,12 @@ def returned(value: Any, fine: Callable[[Any], bool], of: Any, member: str, want
         raise PluginError(f"{member} of {place(type(of))} is {shown(value)}, not {wanted}; mend it")
 
 
+def expect(fine: bool, of: Any, done: str) -> None:
+    """PluginError that names the class of `of` and its file, and what it has done, unless all is fine."""
+    if not fine:
+        raise PluginError(f"{place(type(of))} {done}; mend it")
+
+
 def place(cls: type) -> str:
     """A class with the file that it is written in."""
     try:

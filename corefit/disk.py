@@ -20,7 +20,12 @@ REMEDIES = {
     errno.EDQUOT: f"{ROOM}, or ask for a larger quota",
     errno.EFBIG: "its file system or a limit (ulimit -f) allows no file so large",
     errno.EROFS: "mount it for writing",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the machine has too many open files",
     errno.EIO: "look after its disk",
+    errno.ENOTDIR: "a file is where a folder is needed: move it away",
+    errno.EISDIR: "a folder is where a file is needed: move it away",
+    errno.EEXIST: "something else is in its place: move it away",
     errno.ESTALE: "mount it again",
     errno.ENOTCONN: "mount it again",
 }

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from attrs import evolve, field, frozen, validators
 
-from corefit.blame import returned
-from corefit.errors import ConfigError, PluginError
+from corefit.blame import expect, returned
+from corefit.errors import ConfigError
 from corefit.types import Backbone, Batch, Condition, NoiseWeighting, Sampler, Term, Weighted
 
 if TYPE_CHECKING:
@@ -66,11 +66,8 @@ class Context:
         """
         shift = self.backbone.shift(tuple(x.shape[1:]))
         levels = self.noise.sample(len(x), shift, self.rng)
-        if levels.shape != (len(x),):
-            raise PluginError(
-                f"{type(self.noise).__name__}.sample() gave {list(levels.shape)} noise levels for {len(x)} samples; it "
-                "must return one for each, a tensor [n]"
-            )
+        shape = getattr(levels, "shape", None)
+        expect(shape == (len(x),), self.noise, f"gave {shape} noise levels for {len(x)} samples, not [{len(x)}]")
         return levels.to(x.device, non_blocking=True)
 
 
@@ -233,13 +230,13 @@ def _is_part(value: Any) -> bool:
 
 
 def parts(objective: Objective[Any], batch: Batch, ctx: Context) -> Iterator[Part]:
-    """What a batch's experience yields, part by part; AssertionError unless they are `num_updates`."""
+    """What a batch's experience yields, part by part; PluginError unless they are `num_updates`."""
     number, every = objective.num_updates, objective.experience(batch, ctx)
     returned(every, lambda it: isinstance(it, Iterable), objective, "experience()", "an iterable of parts")
-    made, name = iter(every), type(objective).__name__
+    made = iter(every)
     for index in range(number):
         part = next(made, None)
-        assert part is not None, f"{name} yielded {index} parts, not num_updates = {number}"
+        expect(part is not None, objective, f"yielded {index} parts, not num_updates = {number}")
         returned(part, _is_part, objective, "a part", "rows with metrics that can be counted and sliced")
-        yield part
-    assert next(made, None) is None, f"{name} yields more than num_updates = {number} parts"
+        yield cast("Part", part)
+    expect(next(made, None) is None, objective, f"yields more than num_updates = {number} parts")

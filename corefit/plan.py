@@ -141,8 +141,12 @@ def judging(target: Target, *, emptied: bool = False) -> Choice:
         return Choice(why=harm, harm=harm)
     if not target.scores.fits(kept):
         return Choice(why=target.scores.since(kept["parts"]))
-    there = (target.folder / "samples" / KEPT).is_file()
-    return Choice(use=there, why="" if there else "its samples are missing", kept=kept)
+    samples = target.folder / "samples" / KEPT
+    if not samples.is_file():
+        return Choice(why="its samples are missing")
+    harmed = "samples" in kept and _hash(samples) != kept["samples"]
+    why = f"samples/{KEPT} is damaged: its sha256 is not the one in {SCORES}" if harmed else ""
+    return Choice(use=not harmed, why=why, harm=why, kept=kept)
 
 
 def put_aside(folder: Path) -> Path:

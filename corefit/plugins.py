@@ -243,7 +243,9 @@ def _loaded(point: EntryPoint, owner: str) -> Found:
     remedy = f"set {DISABLE}={point.name} to run without it"
     try:
         return Found(point.name, owner, point.load(), remedy)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise PluginError(
             f"plugin {point.name!r} of {owner} cannot be imported ({type(error).__name__}: {error}); "
             f"reinstall or update {owner.split()[0]}, or {remedy}"
@@ -262,8 +264,10 @@ def _local(path: Path) -> Found:
     sys.modules[name] = module
     try:
         loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, KeyboardInterrupt):
+            raise
         where = f"{path}{_line_in(path, error)}"
         raise PluginError(
             f"plugin file {where} cannot be run ({type(error).__name__}: {error}); mend it, or remove it from `plugins`"
@@ -340,7 +344,9 @@ def _refuse_other_api(found: Found) -> None:
 def _called(offer_hook: Any, where: str, found: Found) -> Mapping[str, Any]:
     try:
         offers = offer_hook()
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise PluginError(f"{where} failed ({type(error).__name__}: {error}); {found.remedy}") from error
     if not isinstance(offers, Mapping):
         raise PluginError(f"{where} returned {offers!r}, not a mapping of names to classes; {found.remedy}")

@@ -39,6 +39,8 @@ STOPPED = "stopped by a signal"
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables in which launchers say how many processes they start."""
 DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables in which torch's launchers say which process this is and where it finds the others."""
 ENGINES = {
     DEEPSPEED: "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -246,6 +248,7 @@ def attempted(attempt: Callable[[], T]) -> T:
     They meet before `join`, for what it takes to join: so none waits for one whose pipeline cannot be read. Raises
     what `attempt` raises, RankError where another's failed, KeyboardInterrupt where another was stopped.
     """
+    _check_variables()
     if not _several():
         return attempt()
     state = _connected()
@@ -255,6 +258,19 @@ def attempted(attempt: Callable[[], T]) -> T:
         return attempt()
 
     return _attempted(checked, state.num_processes, _hosts() if state.num_processes > 1 else None)
+
+
+def _check_variables() -> None:
+    """ConfigError where what a launcher has put into the environment cannot be, or is not all there."""
+    given = {name: os.environ[name] for name in LAUNCHED if os.environ.get(name)}
+    remedy = "unset them, or start with torchrun or accelerate launch"
+    for name, value in given.items():
+        least = int(name == "WORLD_SIZE")
+        if name != "MASTER_ADDR" and not (value.isdecimal() and int(value) >= least):
+            raise ConfigError(f"{name} = {value!r} in the environment, where a launcher sets a number; {remedy}")
+    missing = [name for name in LAUNCHED if name not in given]
+    if given.get("WORLD_SIZE", "1") != "1" and missing:
+        raise ConfigError(f"WORLD_SIZE is set in the environment, and {', '.join(missing)} not; {remedy}")
 
 
 def check_launch() -> None:

@@ -15,7 +15,7 @@ from corefit import agreement, blame, digests, disk, estimate, memory, plan, rep
 from corefit.data import Dataset
 from corefit.display import Display
 from corefit.errors import ConfigError
-from corefit.evaluate import Judge
+from corefit.evaluate import KEPT, Judge
 from corefit.pipeline import Lora, Pipeline, Stage
 from corefit.plan import MODEL, SCORES, Again, Target
 from corefit.prepare import encoded, precision, survey, text_dtype
@@ -247,8 +247,9 @@ class Run:
             assert target.scores is not None
             (target.folder / SCORES).unlink(missing_ok=True)  # they are not of the samples that come now
             judge.keep_samples(samples, target.folder / "samples")
+            kept = {**scored, "samples": state.digest(target.folder / "samples" / KEPT)}
             whose = {"parts": target.scores.parts, "rounding": target.scores.rounding}
-            digests.write(target.folder / SCORES, {**scored, "identity": target.scores.hash, **whose})
+            digests.write(target.folder / SCORES, {**kept, "identity": target.scores.hash, **whose})
         return scored
 
     def _report(self, targets: Sequence[Target]) -> None:

@@ -57,7 +57,13 @@ def _examples(source: Source) -> Iterator[Example]:
     given = source.examples()
     returned(given, lambda it: isinstance(it, Iterable), source, "examples()", "an iterable of corefit.Example")
     for example in given:
-        returned(example, _is_example, source, "an example", "a corefit.Example with a prompt, or several")
+        returned(
+            example,
+            _is_example,
+            source,
+            "an example",
+            "a corefit.Example with a prompt, or several, and media that are a Path, Stored, an array or None",
+        )
         yield example
 
 
@@ -66,7 +72,8 @@ def _is_example(value: Any) -> bool:
         return False
     prompts: Any = (value.prompt,) if isinstance(value.prompt, str) else value.prompt
     meta: Any = value.meta
-    fine = isinstance(prompts, Sequence) and len(cast(Any, prompts)) > 0 and isinstance(meta, Mapping)
+    media = value.media is None or isinstance(value.media, (Path, Stored)) or hasattr(value.media, "tobytes")
+    fine = media and isinstance(prompts, Sequence) and len(cast(Any, prompts)) > 0 and isinstance(meta, Mapping)
     return fine and all(isinstance(text, str) and is_unicode(text) for text in cast(Any, prompts))
 
 

@@ -287,15 +287,17 @@ class Loop:
         number = objective.num_terms
         for index in range(number):
             with self._memory(f"{label}term {index}"), self._exchange(last and index == number - 1):
-                term = next(terms, None)
-                assert term is not None, f"{type(objective).__name__} yielded {index} terms, not num_terms = {number}"
-                self.ranks.accelerator.backward(contract.term(term, objective).total)
+                made = next(terms, None)
+                blame.expect(made is not None, objective, f"yielded {index} terms, not num_terms = {number}")
+                term = contract.term(made, objective)
+                del made  # or its graph would live on
+                self.ranks.accelerator.backward(term.total)
             self.fault.see(term.total.detach(), self.step, before + index)
             for name, values in term.metrics.items():
                 self.means.add(label + name, values)
             count = count + term.count
             del term
-        assert next(terms, None) is None, f"{type(objective).__name__} yields more than num_terms = {number} terms"
+        blame.expect(next(terms, None) is None, objective, f"yields more than num_terms = {number} terms")
         return count
 
     def _exchange(self, now: bool) -> Any:

@@ -156,9 +156,9 @@ def test_a_weighting_that_gives_one_level_for_all_is_named():
 
     class Same(Uniform):
         def sample(self, n, shift, rng):
-            return super().sample(1, shift, rng)
+            return super().sample(n, shift, rng)[:1]
 
     backbone = SimpleNamespace(shift=lambda shape: 1.0)
     ctx = Context(backbone=backbone, sampler=None, noise=Same(), rng=Rng(("a",), [0, 1, 2]))
-    with pytest.raises(PluginError, match=r"Same.sample\(\) gave \[1\] noise levels for 3 samples"):
+    with pytest.raises(PluginError, match=r"Same .*gave .*1.* noise levels for 3 samples"):
         ctx.sigma(torch.zeros(3, 4))

@@ -418,6 +418,18 @@ def test_scores_or_samples_that_are_gone(toy):
     assert foreseen(toy) == {"judge soar": NEW, "judge grpo": "on 4 held-out prompts: its samples are missing"}
 
 
+def test_samples_that_are_damaged_are_made_again(toy):
+    toy.run()
+    samples = toy.folder / "02-grpo" / "samples" / "last.safetensors"
+    whole = samples.read_bytes()
+    samples.write_bytes(whole[:-1])
+    damaged = "samples/last.safetensors is damaged: its sha256 is not the one in scores.json"
+    assert foreseen(toy) == {"judge grpo": f"on 4 held-out prompts: {damaged}"}
+    toy.run()
+    assert samples.read_bytes() == whole
+    assert foreseen(toy) == {}
+
+
 def test_scores_are_not_kept_beside_the_samples_of_others(toy, monkeypatch):
     toy.run()
 

@@ -58,7 +58,6 @@ def _configs() -> list[Case]:
         ("text_encoder_3", "d_model", "32"),
         ("text_encoder_3", "num_layers", None),
         ("text_encoder_3", "vocab_size", 3),
-        ("text_encoder_3", "torch_dtype", "nonsense"),
     )
     found += [
         spoiled(f"{part}: {key} is {value}", edited(f"{part}/config.json", put_in(**{key: value})), part)

@@ -187,6 +187,7 @@ def _lines() -> list[Case]:
         return spoiled(f"line {said}", line(text), file, typed=RUN, status=(0, 2))
 
     return [
+        spoiled("line has media of 5000 letters", line(f'{{"media": "{"m" * 5000}.png", "prompt": "a"}}'), "mmmm"),
         bad("is cut", '{"media": "pictures/2.png", "pro'),
         bad("is an array", '["pictures/2.png", "a red square"]'),
         bad("is a number", "3"),
@@ -202,7 +203,6 @@ def _lines() -> list[Case]:
         bad("has a number for media", '{"media": 3, "prompt": "a"}', "media"),
         bad("has a list for media", '{"media": ["pictures/2.png"], "prompt": "a"}', "media"),
         bad("has NUL in media", '{"media": "pictures/\\u0000.png", "prompt": "a"}', "media"),
-        bad("has media of 5000 letters", f'{{"media": "{"m" * 5000}.png", "prompt": "a"}}'),
         bad("has a surrogate in media", '{"media": "pictures/\\ud800.png", "prompt": "a"}', "ud800"),
         spoiled(
             "line has an escape sequence in media",
@@ -247,8 +247,8 @@ def _lines() -> list[Case]:
 def _kept(condition: str, *lines: str) -> Spoil:
     def spoil(project: Project) -> None:
         project.replace("size = [16, 16]", f"size = [16, 16]\nkeep = {json.dumps(condition)}")
-        for line in lines:
-            line(line)(project)
+        for text in lines:
+            line(text)(project)
 
     return spoil
 

@@ -260,7 +260,8 @@ def _modes(mode: int) -> Callable[[Project], list[str]]:
     """Every file that a run leaves has this mode, as the umask says."""
 
     def after(project: Project) -> list[str]:
-        files = [path for path in project.run_folder.rglob("*") if path.is_file()]
+        made = (path for path in project.run_folder.rglob("*") if path.is_file())
+        files = [path for path in made if path.stat().st_nlink == 1]  # others are the user's, linked
         other = [path.name for path in files if path.stat().st_mode & 0o777 != mode]
         return [f"not of mode {mode:o}: {', '.join(sorted(set(other))[:5])}"] if other else []
 

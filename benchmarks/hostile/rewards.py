@@ -48,6 +48,11 @@ def method(body: str) -> str:
     return f"{HEAD}\n\n@frozen\nclass Odd(Reward):\n{score}{OFFER}"
 
 
+def _word(name: str) -> str:
+    """What a message must say: whose fault it is, or what it looks like."""
+    return "out of memory" if "MemoryError" in name else "odd"
+
+
 def plugged(name: str, source: str, *says: str, typed: tuple[str, ...] = RUN, judge: bool = False, **rest: Any) -> Case:
     again = typed == RUN and rest.get("status", (2,)) == (2,)
     return Case(name=name, area="rewards", spoil=_of(source, judge), typed=typed, says=says, again=again, **rest)
@@ -91,10 +96,10 @@ def _raised(name: str) -> str:
 
 
 def _scores() -> list[Case]:
-    found = [plugged(f"reward {name}", method(body), "odd", theirs=_raised(name)) for name, body in RESULTS]
+    found = [plugged(f"reward {name}", method(body), _word(name), theirs=_raised(name)) for name, body in RESULTS]
     judged = ("gives None", "gives text", "gives complex numbers", "gives NaN", "raises ValueError", "ends the process")
     found += [
-        plugged(f"judge {name}", method(body), "odd", judge=True, theirs=_raised(name))
+        plugged(f"judge {name}", method(body), _word(name), judge=True, theirs=_raised(name))
         for name, body in RESULTS
         if name in judged
     ]

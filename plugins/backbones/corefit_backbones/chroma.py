@@ -11,7 +11,7 @@ from attrs import define, field, validators
 from corefit import Condition
 from corefit_backbones import network, patches, pictures, schedule
 from corefit_backbones.backbone import Diffusers
-from corefit_backbones.folder import check_size
+from corefit_backbones.folder import LONGEST, check_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ class Chroma(Diffusers):
     transformer_class: ClassVar[str] = "ChromaTransformer2DModel"
     vae_class: ClassVar[str] = "AutoencoderKL"
 
-    max_sequence_length: int = field(default=512, validator=validators.gt(0))
+    max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(LONGEST)])
     """T5 tokens of a prompt, padded and cut to this number."""
     lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
 

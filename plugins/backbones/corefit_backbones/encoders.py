@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib import import_module
 from inspect import signature
@@ -76,6 +77,7 @@ def _tokenizer(kind: Any, folder: Path, config: Mapping[str, Any]) -> Any:
     import transformers
 
     kind = _readable(kind, folder)
+    _check_merges(folder)
     special, more = config.get("extra_special_tokens"), dict[str, Any]()
     if isinstance(special, list) and int(transformers.__version__.split(".")[0]) < 5:
         more = {"extra_special_tokens": {}, "additional_special_tokens": list(special)}  # as 4 calls what 5 has there
@@ -85,6 +87,19 @@ def _tokenizer(kind: Any, folder: Path, config: Mapping[str, Any]) -> Any:
         raise ModelError(
             f"{folder}: the tokenizer is damaged, or of another version: {e}; fetch its files again"
         ) from e
+
+
+def _check_merges(folder: Path) -> None:
+    """ModelError where merges.txt has no merge whose result vocab.json knows: prompts would fall into single bytes."""
+    merges, vocabulary = folder / "merges.txt", folder / "vocab.json"
+    if not (merges.is_file() and vocabulary.is_file()):
+        return
+    with parts.reading(folder):
+        known = json.loads(vocabulary.read_text(encoding="utf-8"))
+        lines = merges.read_text(encoding="utf-8").splitlines()
+    pairs = (line.split() for line in lines if not line.startswith("#version"))
+    if not any(len(pair) == 2 and "".join(pair) in known for pair in pairs):
+        raise ModelError(f"{merges}: no line of it joins two pieces to one that vocab.json has; fetch the file again")
 
 
 def _readable(kind: Any, folder: Path) -> Any:

@@ -48,6 +48,7 @@ class Flux(Diffusers):
 
     def check_settings(self) -> None:
         _ = self.geometry, self.schedule
+        pictures.check(self.checkpoint)
         if self.guidance != 1 and not self.distilled:
             raise ModelError(f"guidance = {self.guidance}: {self.path} has no guidance embedding; remove the key")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -66,7 +67,7 @@ class Checkpoint:
         """model_index.json; ModelError if it is of another family."""
         folder = _described(self.path, self.revision)
         index = _json(folder / "model_index.json", "a diffusers folder has one beside its component folders")
-        _check_family(self.path, str(index.get("_class_name")), self.family)
+        _check_family(self.path, str(index["_class_name"]), self.family)
         return index
 
     @property
@@ -166,6 +167,10 @@ def _check_family(path: str, found: str, expected: str) -> None:
     raise ModelError(f"{path} is a {found}; {reads} reads a {expected}: {hint}")
 
 
+LONGEST = 100_000
+"""Tokens of a prompt at most: far beyond what any encoder was trained with."""
+LARGEST = 1_000_000
+"""No width, number of channels or length of a real model is more."""
 SIZES = frozenset(
     {
         *("in_channels", "latent_channels", "z_dim", "patch_size", "block_out_channels", "pos_embed_max_size"),
@@ -175,9 +180,12 @@ SIZES = frozenset(
 )
 """Keys of config.json that are calculated with before a class has read the file: positive whole numbers, or several."""
 LEVELS = frozenset(
-    {"shift", "flow_shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "boundary_ratio"}
+    {
+        *("shift", "flow_shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
+        *("boundary_ratio", "scaling_factor", "shift_factor"),
+    }
 )
-"""Keys that are numbers."""
+"""Keys that are finite numbers."""
 
 
 class Settings(dict[str, Any]):
@@ -192,7 +200,7 @@ class Settings(dict[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
-        if (key in SIZES and not _sized(value)) or (key in LEVELS and type(value) not in (int, float)):
+        if (key in SIZES and not _sized(value)) or (key in LEVELS and not _finite(value)):
             raise ModelError(f"{self.file}: {key} is {value!r}; a number is expected there: fetch the file again")
         return value
 
@@ -215,10 +223,14 @@ def _named(value: Any) -> tuple[Any, Any] | None:
             return None
 
 
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _sized(value: Any) -> bool:
     """Whether it is a positive whole number, or a list of some."""
     each: Sequence[Any] = value if isinstance(value, list) else [value]
-    return bool(each) and all(type(n) is int and n > 0 for n in each)
+    return bool(each) and all(type(n) is int and 0 < n <= LARGEST for n in each)
 
 
 def _json(file: Path, why: str) -> Settings:

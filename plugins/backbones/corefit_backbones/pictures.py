@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from corefit.errors import ModelError
+from corefit_backbones.folder import Checkpoint
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """ModelError for a VAE's config by which latents could not be scaled, and back."""
+    vae = checkpoint.config("vae")
+    _ = vae["shift_factor"]
+    if not vae["scaling_factor"]:
+        raise ModelError(f"{vae.file}: scaling_factor is {vae['scaling_factor']}; latents are divided by it")
 
 
 def encode(vae: Any, media: Tensor) -> Tensor:

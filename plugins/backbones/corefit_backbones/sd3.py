@@ -12,7 +12,7 @@ from corefit import Condition
 from corefit.errors import ModelError
 from corefit_backbones import network, pictures, schedule
 from corefit_backbones.backbone import Diffusers
-from corefit_backbones.folder import check_size
+from corefit_backbones.folder import LONGEST, check_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ class Sd3(Diffusers):
     transformer_class: ClassVar[str] = "SD3Transformer2DModel"
     vae_class: ClassVar[str] = "AutoencoderKL"
 
-    max_sequence_length: int = field(default=256, validator=validators.gt(0))
+    max_sequence_length: int = field(default=256, validator=[validators.gt(0), validators.le(LONGEST)])
     """T5 tokens of a prompt, padded and cut to this number; CLIP's number is its tokenizer's."""
     lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
 
@@ -41,6 +41,7 @@ class Sd3(Diffusers):
 
     def check_settings(self) -> None:
         _ = self.geometry, self.schedule
+        pictures.check(self.checkpoint)
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
         """(C, H/8, W/8) of [height, width]; ConfigError for what the transformer would crop or refuse."""

@@ -14,7 +14,7 @@ from corefit import Condition
 from corefit.errors import ModelError
 from corefit_backbones import clips, names, network, schedule
 from corefit_backbones.backbone import Diffusers
-from corefit_backbones.folder import check_size
+from corefit_backbones.folder import LONGEST, check_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class Wan(Diffusers):
     vae_class: ClassVar[str] = "AutoencoderKLWan"
     lora_names = staticmethod(names.wan)
 
-    max_sequence_length: int = field(default=512, validator=validators.gt(0))
+    max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(LONGEST)])
     """UMT5 tokens of a prompt, padded and cut to this number."""
     lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
 
