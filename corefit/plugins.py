@@ -205,9 +205,10 @@ def _shown(arguments: Mapping[str, Any]) -> str:
 
 
 def _is_metric(item: tuple[object, object]) -> bool:
-    """A name, and a number of Python's or numpy's."""
+    """A name, and a number of Python's or numpy's that a float can hold."""
     name, value = item
-    return isinstance(name, str) and isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+    return isinstance(name, str) and number and not (isinstance(value, int) and abs(value) > sys.float_info.max)
 
 
 def near(word: str, known: Iterable[str]) -> str:

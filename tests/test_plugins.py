@@ -425,6 +425,7 @@ def test_observers_add_metrics():
         ([adding(step=1.0)], r"adds the metric 'step', which the stage has"),
         ([adding(x="high")], r"returned \{'x': 'high'\}, not a mapping of names to numbers"),
         ([adding(x=True)], "not a mapping of names to numbers"),
+        ([adding(x=10**400)], "not a mapping of names to numbers"),
         ([Numbered()], "not a mapping of names to numbers"),
     ],
 )

@@ -34,7 +34,7 @@ def _alike() -> list[Case]:
             start="interrupted",
             status=(0,),
         ),
-        _case("a reward that raises on all", "mine", spoil=_raising),
+        _case("a reward that raises on all", "mine", spoil=_raising, theirs="bright.py"),
         _case(
             "a batch that does not divide",
             "batch",
