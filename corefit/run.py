@@ -320,8 +320,13 @@ def _locked(folder: Path, ranks: Ranks) -> Generator[None]:
         def lock() -> bool:
             if not ranks.main:
                 return True
-            with disk.written(folder):
-                folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with disk.written(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError as error:  # of a file system such as /proc
+                raise ConfigError(
+                    f"{folder} cannot be made ({error.strerror}); name another place with --out"
+                ) from error
             return held.enter_context(disk.locked(folder / ".lock", wait=False))
 
         if not ranks.told(ranks.attempted(lock)):
