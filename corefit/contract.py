@@ -36,6 +36,8 @@ def problems(cls: type, kind: str) -> Iterator[str]:
         found = inspect.getattr_static(cls, name, None)
         if getattr(found, "__isabstractmethod__", False) or (found is None and name not in fields):
             yield f"it has no {_said(name, wanted)}"
+        elif inspect.iscoroutinefunction(found):
+            yield f"its {name} is a coroutine (async def), and is called without await"
         elif inspect.isfunction(wanted) and found is not None and not _takes(cls, name, found, wanted):
             yield f"its {name} does not take what it is given, {_said(name, wanted)}"
 

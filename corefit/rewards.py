@@ -27,8 +27,9 @@ def score(entry: Weighted, media: Tensor, prompts: Sequence[str], meta: Sequence
         scores = torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise _wrong(entry, shown(found), len(prompts)) from None
-    if scores.is_complex() or scores.is_meta or scores.shape != (len(prompts),):
-        kind = "meta" if scores.is_meta else str(scores.dtype).removeprefix("torch.")
+    readable = not scores.is_meta and scores.layout == torch.strided
+    if not readable or scores.is_complex() or scores.shape != (len(prompts),):
+        kind = str(scores.dtype if readable else "meta" if scores.is_meta else scores.layout).removeprefix("torch.")
         raise _wrong(entry, f"{kind} {list(scores.shape)}", len(prompts))
     return scores.detach().cpu().double()
 

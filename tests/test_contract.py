@@ -92,6 +92,16 @@ def test_methods_take_what_they_are_given(score, fine):
     assert (lacks(frozen(type("Takes", (), {"score": score})), "rewards") == "") == fine
 
 
+def test_a_coroutine_is_no_method():
+    """Its scores would be a promise that nobody awaits."""
+
+    @frozen
+    class Late(Reward):
+        async def score(self, media, prompts, meta): ...
+
+    assert lacks(Late, "rewards") == "its score is a coroutine (async def), and is called without await"
+
+
 def test_an_offer_that_lacks_a_member_is_refused_by_name(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from attrs import frozen\nfrom corefit import hookimpl\n\n@frozen\nclass Dim:\n"

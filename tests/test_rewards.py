@@ -47,6 +47,7 @@ def test_any_real_numbers_are_scores(value):
         ([1, 10**400, 3], r"\[1, 10+\.\.\."),
         (torch.ones(3, dtype=torch.complex64), r"complex64 \[3\]"),
         (torch.ones(3, device="meta"), r"meta \[3\]"),
+        (torch.ones(3).to_sparse(), r"sparse_coo \[3\]"),
         (1.0, r"float32 \[\]"),
         (torch.ones(2), r"float32 \[2\]"),
         (torch.ones(3, 1), r"float32 \[3, 1\]"),
