@@ -33,6 +33,8 @@ TRACE = click.option("--trace", is_flag=True, help="Say each hook that is called
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Where run folders go; runs/ beside PIPELINE.")
 PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
 NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "pipeline")
+LARGEST = 1e9
+"""Of a size of memory, in any unit."""
 UNITS = {"": 1 << 30, "gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
 
 
@@ -40,7 +42,7 @@ def memory_size(text: str) -> float:
     """Bytes of "24GiB", "24GB" or "24", which is GiB."""
     found = re.fullmatch(r"(\d+\.?\d*) *([a-zA-Z]*)", text)
     unit = UNITS.get(found[2].lower()) if found else None
-    if not found or unit is None or not float(found[1]):
+    if not found or unit is None or not 0 < float(found[1]) < LARGEST:
         raise click.BadParameter(f"{text!r} is not a size of memory; write 24GiB or 24GB")
     return float(found[1]) * unit
 

@@ -178,7 +178,10 @@ def _plugin_files(tables: Table) -> Sequence[str]:
     files = tables.get("plugins", [])
     if not isinstance(files, list) or not all(isinstance(f, str) for f in files):
         raise ConfigError(f'plugins: must be a list of files, such as ["my_objective.py"], not {files!r}')
-    return [checked_path(file) for file in files]
+    try:
+        return [checked_path(file) for file in files]
+    except ConfigError as error:
+        raise ConfigError(f"plugins: {error}") from error
 
 
 def _structured(tables: Table, reader: Reader) -> Pipeline:

@@ -287,6 +287,9 @@ def read(file: Path) -> tuple[dict[str, Any], str]:
 def _is_former(content: Mapping[str, Any]) -> bool:
     """Whether it is a whole file of a corefit that wrote no digests; what an identity is of proves the identity."""
     whole = set(content) in FORMER and content.get("finished", False) == ("model" in content)
+    if "left" in content:
+        names = [content["stage"], *content["left"]] if isinstance(content["left"], list) else [None]
+        return whole and all(isinstance(name, str) for name in names)
     return whole and ("parts" not in content or digests.digest(content["parts"]) == content["identity"])
 
 

@@ -21,6 +21,9 @@ def check(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     if name == EULER or (name == UNIPC and config.get("use_flow_sigmas")):
         for key in LEVELS & config.keys():  # a number that is none is told now, and not when images are made
             config.get(key)
+        for key in ("shift", "flow_shift"):
+            if config.get(key, 1) <= 0:
+                raise ModelError(f"{path}: the scheduler's {key} is {config[key]}; it must be more than 0")
         return config
     raise ModelError(f"{path}: its scheduler is {name}; {EULER}, and {UNIPC} with use_flow_sigmas, are understood")
 
