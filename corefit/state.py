@@ -238,7 +238,7 @@ def _name(step: int) -> str:
 
 def _steps(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    if not folder.is_dir():
+    if not folder.exists():
         return []
     found = (p for p in folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name))
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))

@@ -135,7 +135,7 @@ def _outputs() -> list[Case]:
         surrounded("stdin is closed in run", inside=_closed(0), status=(0,), equal=True),
         surrounded("all are closed in check", typed=CHECK, inside=_closed(0, 1, 2), status=(0, 2), again=False),
         surrounded("ASCII terminal, run", inside=_ascii, status=(0,), equal=True),
-        surrounded("ASCII terminal, unicode prompts", spoil=unicode, inside=_ascii, status=(0,)),
+        surrounded("ASCII terminal, unicode prompts", spoil=unicode, inside=_ascii, status=(0,), again=False),
         surrounded(
             "ASCII terminal, unicode error", typed=(*CHECK, "--set", "stage.größe.steps=1"), inside=_ascii, again=False
         ),

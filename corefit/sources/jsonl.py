@@ -49,7 +49,11 @@ class Jsonl(Source):
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         if not self.path.is_file():
             raise DataError(f"{self.path} does not exist or is not a file: `path` must name a JSON Lines file")
-        with self.path.open("rb") as lines:
+        try:
+            lines = self.path.open("rb")
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror}; mend that and run again") from error
+        with lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, self._object(number, line)

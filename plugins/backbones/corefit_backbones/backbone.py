@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from attrs import define, evolve, field
+from attrs import define, evolve, field, validators
 
 from corefit import ROUNDING, Condition
 from corefit.types import ModelPath
@@ -45,7 +45,9 @@ class Diffusers(ABC):
 
     path: ModelPath
     revision: str | None = None
-    variant: str | None = None
+    variant: str | None = field(
+        default=None, validator=validators.optional(validators.matches_re(r"[\w-]+(\.[\w-]+)*"))
+    )
     gradient_checkpointing: bool = field(default=False, metadata=ROUNDING)
     attention: str = field(default="native", metadata=ROUNDING)
     compile: bool = field(default=False, metadata=ROUNDING)
@@ -81,6 +83,9 @@ class Diffusers(ABC):
     def check(self) -> None:
         """ModelError for settings that do not fit this family, and for parts without weights."""
         self.check_settings()
+        for config in (self.checkpoint.config(name) for name in self.networks):
+            for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
+                config.get(key)  # a number that is none is told now
         self.checkpoint.check_weights("transformer", "vae", "text_encoder")
 
     @cached_property

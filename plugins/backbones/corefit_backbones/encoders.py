@@ -24,6 +24,14 @@ def read(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     ModelError as in `parts.read` for each part, and for tokenizers whose files are missing or damaged.
     """
     checkpoint.check_weights("text_encoder")
+    for name in checkpoint.parts:
+        if (
+            name.startswith("text_encoder")
+            and (lacks := name.replace("text_encoder", "tokenizer")) not in checkpoint.parts
+        ):
+            raise ModelError(
+                f"{checkpoint.folder}: model_index.json names {name} and no {lacks}; fetch the folder again"
+            )
     needed = [name for name in checkpoint.parts if not name.startswith(("transformer", "vae"))]
     made = {name: _part(checkpoint, name, dtype) for name in needed}
     settings = {name: value for name, value in checkpoint.settings.items() if name not in checkpoint.index}
@@ -82,11 +90,14 @@ def _tokenizer(kind: Any, folder: Path, config: Mapping[str, Any]) -> Any:
     if isinstance(special, list) and int(transformers.__version__.split(".")[0]) < 5:
         more = {"extra_special_tokens": {}, "additional_special_tokens": list(special)}  # as 4 calls what 5 has there
     try:
-        return kind.from_pretrained(folder, **more)
+        made = kind.from_pretrained(folder, **more)
+        if not made.vocab_size:
+            raise ValueError("its vocabulary is empty")
     except Exception as e:  # the tokenizers library raises Exception itself
         raise ModelError(
             f"{folder}: the tokenizer is damaged, or of another version: {e}; fetch its files again"
         ) from e
+    return made
 
 
 def _check_merges(folder: Path) -> None:

@@ -49,6 +49,8 @@ class Flux(Diffusers):
     def check_settings(self) -> None:
         _ = self.geometry, self.schedule
         pictures.check(self.checkpoint)
+        if "tokenizer" in self.checkpoint.parts:
+            _ = self.checkpoint.config("tokenizer", "tokenizer_config.json").get("model_max_length")
         if self.guidance != 1 and not self.distilled:
             raise ModelError(f"guidance = {self.guidance}: {self.path} has no guidance embedding; remove the key")
 

@@ -42,6 +42,8 @@ class Sd3(Diffusers):
     def check_settings(self) -> None:
         _ = self.geometry, self.schedule
         pictures.check(self.checkpoint)
+        if "tokenizer" in self.checkpoint.parts:
+            _ = self.checkpoint.config("tokenizer", "tokenizer_config.json").get("model_max_length")
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
         """(C, H/8, W/8) of [height, width]; ConfigError for what the transformer would crop or refuse."""
