@@ -42,7 +42,7 @@ SPOILT: dict[str, tuple[Callable[[Project], None], str]] = {
     "null for a number": (value("transformer/config.json", pos_embed_max_size=None), "pos_embed_max_size is None"),
     "text for layers": (
         value("transformer/config.json", num_layers="two"),
-        "transformer/config.json: no SD3Transformer2DModel can be made of it",
+        "transformer/config.json: num_layers is 'two'",
     ),
     "text for a shift": (value(SCHEDULER, shift="three"), f"{SCHEDULER}: shift is 'three'; a number is expected"),
     "a class that is no list": (value("model_index.json", vae="AutoencoderKL"), "vae is 'AutoencoderKL'; [library"),

@@ -85,7 +85,6 @@ def _tokenizer(kind: Any, folder: Path, config: Mapping[str, Any]) -> Any:
     import transformers
 
     kind = _readable(kind, folder)
-    _check_merges(folder)
     special, more = config.get("extra_special_tokens"), dict[str, Any]()
     if isinstance(special, list) and int(transformers.__version__.split(".")[0]) < 5:
         more = {"extra_special_tokens": {}, "additional_special_tokens": list(special)}  # as 4 calls what 5 has there
@@ -97,6 +96,7 @@ def _tokenizer(kind: Any, folder: Path, config: Mapping[str, Any]) -> Any:
         raise ModelError(
             f"{folder}: the tokenizer is damaged, or of another version: {e}; fetch its files again"
         ) from e
+    _check_merges(folder)
     return made
 
 
