@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from corefit.blame import place, returned
+from corefit.blame import expect, place, returned
 from corefit.errors import PluginError
 from corefit.objective import Objective
 from corefit.types import Backbone, NoiseWeighting, Reward, Sampler, Source, Term
@@ -57,6 +57,7 @@ def declared(value: Any, kind: str) -> None:
 def term(value: Any, objective: Objective[Any]) -> Term:
     """A term that an objective yielded; PluginError for anything else, or for a metric with a name of the trainer's."""
     returned(value, _is_term, objective, "a term", "a corefit.Term of a scalar tensor and a count")
+    expect(value.total.requires_grad, objective, "yields a term whose total has no gradient: nothing would be learned")
     if taken := sorted(TAKEN & value.metrics.keys()):
         raise PluginError(f"{place(type(objective))} logs {taken[0]!r}, which is the trainer's; give it another name")
     return value

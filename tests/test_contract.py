@@ -132,7 +132,7 @@ def test_what_an_objective_declares_is_of_its_type(member, value, said):
     assert said in str(error.value)
 
 
-TOTAL = torch.zeros(())
+TOTAL = torch.zeros((), requires_grad=True)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,11 @@ def test_a_term_is_a_sum_and_a_count(value):
         term(value, 3)
     term(Term(TOTAL, 1, {"loss": TOTAL}), 3)
     term(Term(TOTAL, torch.ones(())), 3)
+
+
+def test_a_term_without_a_gradient_is_named():
+    with pytest.raises(PluginError, match="yields a term whose total has no gradient"):
+        term(Term(TOTAL.detach(), 1), 3)
 
 
 def test_a_metric_with_a_name_of_the_trainer_is_refused():

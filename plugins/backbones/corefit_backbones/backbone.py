@@ -83,10 +83,19 @@ class Diffusers(ABC):
     def check(self) -> None:
         """ModelError for settings that do not fit this family, and for parts without weights."""
         self.check_settings()
-        for config in (self.checkpoint.config(name) for name in self.networks):
+        self._check_class("vae", self.vae_class)
+        for name in self.networks:
+            self._check_class(name, self.transformer_class)
+            config = self.checkpoint.config(name)
             for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
                 config.get(key)  # a number that is none is told now
         self.checkpoint.check_weights("transformer", "vae", "text_encoder")
+
+    def _check_class(self, part: str, expected: str) -> None:
+        """ModelError where a part is of another class than this family's: its weights may have the same names."""
+        config = self.checkpoint.config(part)
+        if config.get("_class_name", expected) != expected:
+            raise ModelError(f"{config.file}: _class_name is {config['_class_name']}; this family's is {expected}")
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
