@@ -152,6 +152,12 @@ def without_format(folder: Path) -> None:
 
 
 SPOILT: dict[str, tuple[str, int, Callable[[Path], object], str]] = {
+    "merges of another vocabulary": (
+        "flux",
+        4,
+        lambda f: (f / "tokenizer/merges.txt").write_text("#version: 0.2\nx\ny z q\n"),
+        "tokenizer/merges.txt: no line of it joins two pieces",
+    ),
     "no merges": ("flux", 4, lambda f: (f / "tokenizer/merges.txt").unlink(), "tokenizer: .* lacks merges.txt"),
     "no tokenizer.json": ("wan", 5, lambda f: (f / "tokenizer/tokenizer.json").unlink(), "tokenizer: .* lacks spiece"),
     "no tokenizer config": (

@@ -44,6 +44,18 @@ SPOILT: dict[str, tuple[Callable[[Project], None], str]] = {
         value("transformer/config.json", num_layers="two"),
         "transformer/config.json: num_layers is 'two'",
     ),
+    "a class of another family": (
+        value("vae/config.json", _class_name="AutoencoderKLWan"),
+        "vae/config.json: _class_name is AutoencoderKLWan; this family's is AutoencoderKL",
+    ),
+    "more layers than there are": (value("transformer/config.json", num_layers=10**9), "num_layers is 1000000000"),
+    "a shift of 0": (value(SCHEDULER, shift=0), "the scheduler's shift is 0; it must be more than 0"),
+    "a scale of 0": (value("vae/config.json", scaling_factor=0), "vae/config.json: scaling_factor is 0"),
+    "a scale that is none": (value("vae/config.json", scaling_factor=float("nan")), "scaling_factor is nan"),
+    "no limit of tokens": (
+        value("tokenizer/tokenizer_config.json", model_max_length=10**30),
+        "model_max_length is 1000",
+    ),
     "text for a shift": (value(SCHEDULER, shift="three"), f"{SCHEDULER}: shift is 'three'; a number is expected"),
     "a class that is no list": (value("model_index.json", vae="AutoencoderKL"), "vae is 'AutoencoderKL'; [library"),
     "half a class": (value("model_index.json", text_encoder=["transformers"]), "text_encoder is ['transformers'];"),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from attrs import define, evolve, field, validators
 
 from corefit import ROUNDING, Condition
+from corefit.errors import ModelError
 from corefit.types import ModelPath
 from corefit_backbones import encoders, network, parts, schedule
 from corefit_backbones.folder import Checkpoint, fingerprint, link
