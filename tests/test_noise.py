@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import attrs
 import pytest
 import torch
-from golden import DTYPES, Draws, golden
 from hypothesis import given
 from hypothesis import strategies as st
+from vectors import DTYPES, Draws, golden
 
 from corefit import Context
 from corefit.errors import PluginError

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from golden import Analytic, Draws, golden
+from vectors import Analytic, Draws, golden
 
 from corefit import Condition
 from corefit.flow import shifted

@@ -5,7 +5,7 @@ import math
 import attrs
 import pytest
 import torch
-from golden import DTYPES, golden
+from vectors import DTYPES, golden
 
 from corefit.flow import clean, like, log_prob, mix, noise_end
 from corefit.samplers import Cps, DanceSde, FlowSde, Ode

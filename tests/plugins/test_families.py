@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from attrs import frozen
-from golden import golden as golden_file
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vectors import golden as golden_file
 
 from corefit import weights
 from corefit.errors import ConfigError, ModelError

@@ -12,7 +12,7 @@ from itertools import pairwise
 import attrs
 import pytest
 import torch
-from golden import Analytic, golden
+from vectors import Analytic, golden
 
 from corefit import Batch, Condition, Context, Step
 from corefit.errors import NonFinite, PluginError, TrainingError

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from golden import golden
 from peft import LoraConfig
 from torch import Tensor
+from vectors import golden
 
 from corefit import Batch, Objective
 from corefit.errors import ModelError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden import DTYPES, Analytic, Draws, Given, batch_of, golden
+from vectors import DTYPES, Analytic, Draws, Given, batch_of, golden
 
 from corefit import Context
 from corefit.flow import mix, per_sample

@@ -10,9 +10,9 @@ from weakref import WeakSet
 import attrs
 import pytest
 import torch
-from golden import DTYPES, Analytic, Draws, Given, batch_of, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vectors import DTYPES, Analytic, Draws, Given, batch_of, golden
 
 from corefit import Condition, Context
 from corefit.flow import clean, like, mix, per_sample, shifted, unshifted

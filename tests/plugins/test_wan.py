@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS, Project
-from golden import golden
 from test_ranks import as_one, settings, two
 from torch import Tensor
+from vectors import golden
 
 from corefit.errors import ConfigError
 from corefit.flow import like
