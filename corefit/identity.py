@@ -93,6 +93,8 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
     precision  "fp32" or "bf16"
     """
     tables, rounding, former = _tables(pipeline, stage, without=(*QUIET, "train"))
+    if former["save_dtype"] == "fp32":
+        del former["save_dtype"]  # version 0.1 had no such key
     return Identity.of(
         {
             "before": _origin(before, before.parts),
