@@ -328,7 +328,7 @@ class Account:
 
     @staticmethod
     def found(folder: Path) -> Account | None:
-        """Of the part in `folder`; None where one of its small files is missing or damaged."""
+        """Return what the part in `folder` holds; None where one of its small files is missing or damaged."""
         try:
             raw = digests.read(folder / ACCOUNT, lambda content: set(content) == UNDIGESTED)
         except (FileNotFoundError, digests.Damaged):

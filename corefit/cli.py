@@ -34,7 +34,7 @@ OUT = click.option("--out", type=click.Path(path_type=Path), help="Where run fol
 PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
 NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "pipeline")
 LARGEST = 1e9
-"""Of a size of memory, in any unit."""
+"""No size of memory is this or more, in any unit."""
 UNITS = {"": 1 << 30, "gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
 
 

@@ -16,7 +16,7 @@ from corefit.types import Backbone, NoiseWeighting, Reward, Sampler, Source, Ter
 TAKEN = frozenset({"step", "lr", "seconds", "samples_per_second", "skipped"})
 """Names that the trainer logs under."""
 MOST = 1_000_000
-"""Of anything that is counted for a step: rows, terms, updates."""
+"""A plugin may declare no more of anything that is counted for a step: rows, terms, updates."""
 PROTOCOLS: Mapping[str, type] = {
     "backbones": Backbone,
     "samplers": Sampler,

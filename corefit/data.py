@@ -145,7 +145,7 @@ class Manifest:
 
     @staticmethod
     def read(folder: Path, *, remade: bool = False) -> Manifest:
-        """Of the cache in `folder`; `remade` where corefit has made it and has its source.
+        """Return the manifest of the cache in `folder`; `remade` where corefit has made it and has its source.
 
         DataError where the folder holds none, or one of its small files is not as written.
         """

@@ -99,8 +99,8 @@ class Stage:
     ema: float | None = field(default=None, validator=validators.optional(share))
     """Decay of an average of the weights, which is what the stage then leaves."""
     save_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the weights that full training leaves: bf16 rounds them, and so what is judged and what the next stage starts
-    from, to half the size; small updates do not survive that, and the table says what share did."""
+    """Dtype of the weights that full training saves. bf16 halves the folder, and the rounded weights are what is judged
+    and what the next stage starts from; small updates do not survive that, and the table says what share did."""
     log_every: int = field(default=10, validator=positive)
     """Steps between lines of metrics.jsonl, each the means since the last."""
     checkpoint_every: int = field(default=500, validator=positive)

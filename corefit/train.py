@@ -48,7 +48,8 @@ class Job:
     order: Order
     folder: Path
     """The stage's own folder; checkpoints go to `checkpoints/` in it."""
-    identity: str = ""  # hash of what determines the stage's weights; its checkpoints carry it
+    identity: str = ""
+    """Hash of what determines the stage's weights; its checkpoints carry it."""
     adapter: Path | None = None
     """The LoRA that the stage before left, if it left one."""
     half: bool = False

@@ -22,7 +22,7 @@ class Project:
 
     @property
     def run_folder(self) -> Path:
-        """Of the pipeline, which is called demo."""
+        """The folder that the pipeline, which is called demo, leaves its run in."""
         return self.folder / "runs" / "demo"
 
     @property

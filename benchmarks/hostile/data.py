@@ -159,7 +159,7 @@ def _as_device(project: Project) -> None:
 
 
 def line(text: str | bytes) -> Spoil:
-    """In place of the third line."""
+    """Replace the third line."""
 
     def spoil(project: Project) -> None:
         lines = project.path("train.jsonl").read_bytes().splitlines(keepends=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROUNDED = 0.05
-"""Of the velocity's norm: what bfloat16 may change of a network a few layers deep."""
+"""bfloat16 may change the velocity of a network a few layers deep by this share of its norm."""
 SAME = 1e-4
 RANK, ALPHA = 2, 6.0
 """Not equal, so that a scale that is lost shows."""
