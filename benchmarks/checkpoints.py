@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 from attrs import asdict, define, frozen
 
-from corefit import train
 from corefit.pipeline import read
+from corefit.train import loop as train
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "pipeline.toml"
 EVERY, TARGET = 50, 0.03

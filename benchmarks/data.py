@@ -16,13 +16,14 @@ import numpy as np
 from attrs import frozen
 
 from benchmarks import timing
-from corefit import cache
-from corefit.data import Data, Dataset
-from corefit.ranks import join
-from corefit.stage import Full, Optimizer, Stage
+from corefit.data import cache
+from corefit.data.dataset import Dataset
+from corefit.data.settings import Data
+from corefit.system.ranks import join
 from corefit.testing import tiny_sd3
-from corefit.train import Job, Loop
+from corefit.train.loop import Job, Loop
 from corefit.types import Batch, Example, ModelPath
+from corefit.types.stage import Full, Optimizer, Stage
 from corefit_backbones.sd3 import Sd3
 from corefit_sft import Sft
 

@@ -14,8 +14,11 @@ from typing import Any
 import click
 from attrs import define, field
 
-from corefit import evaluate, memory, train, weights
 from corefit.pipeline import read
+from corefit.run import evaluate
+from corefit.system import memory
+from corefit.train import loop as train
+from corefit.train import weights
 
 PHASES = ("read", "train", "checkpoint", "save", "judge")
 MOST_OF_TRAINING, MOST_OF_WEIGHTS = 1.15, 1.3
@@ -90,7 +93,7 @@ def worker(folder: Path) -> None:
     torch.set_num_threads(1)
     pipeline = read(folder / "pipeline.toml")
     peaks = Peaks(torch.device("cpu"))
-    for module in ("corefit.run", "corefit.rollout", "diffusers", "peft", "torch.distributed.fsdp", "PIL.Image"):
+    for module in ("corefit.run.run", "corefit.rollout", "diffusers", "peft", "torch.distributed.fsdp", "PIL.Image"):
         __import__(module)
     peaks.found["before"] = memory.peak(peaks.device)
     peaks.watch(weights, "load", "read")

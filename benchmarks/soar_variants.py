@@ -14,12 +14,12 @@ import torch
 from attrs import define, frozen
 from diffusers import SD3Transformer2DModel
 
-from corefit.noise import LogitNormal
-from corefit.ranks import join
 from corefit.rng import Rng
-from corefit.stage import Full, Optimizer, Stage
-from corefit.train import Job, Loop
+from corefit.rollout.noise import LogitNormal
+from corefit.system.ranks import join
+from corefit.train.loop import Job, Loop
 from corefit.types import Batch, Condition, ModelPath
+from corefit.types.stage import Full, Optimizer, Stage
 from corefit_backbones.sd3 import Sd3
 from corefit_sft import Sft
 from corefit_soar.objective import Soar

@@ -1,7 +1,6 @@
 """corefit: pluggable post-training objectives for flow-matching image and video models."""
 
-from corefit.hookspecs import Offers, hookimpl
-from corefit.objective import Context, Objective, Supervised
+from corefit.plugins.hookspecs import Offers, hookimpl
 from corefit.types import (
     ROUNDING,
     Backbone,
@@ -15,6 +14,7 @@ from corefit.types import (
     Step,
     Term,
 )
+from corefit.types.objective import Context, Objective, Supervised
 
 __version__ = "0.1.0"
 API_VERSION = "1.0"

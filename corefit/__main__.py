@@ -1,5 +1,5 @@
 """python -m corefit, which is what accelerate launch -m wants."""
 
-from corefit.cli import main
+from corefit.cli.commands import main
 
 main()

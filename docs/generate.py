@@ -21,11 +21,12 @@ import messages
 from click.testing import CliRunner
 
 from corefit.cli import cli
-from corefit.config import PLUGIN_TYPES
-from corefit.data import Data
-from corefit.objective import Summand
-from corefit.pipeline import CHOICES, MODES, TRAIN, Eval, Optimizer, Pipeline, Stage
+from corefit.data.settings import Data
+from corefit.pipeline import Eval, Optimizer, Pipeline, Stage
+from corefit.pipeline.pipeline import CHOICES, MODES
+from corefit.pipeline.reader import TABLE
 from corefit.plugins import KINDS, Host, Offer
+from corefit.plugins.kinds import BY_PROTOCOL
 from corefit.types import ModelPath, Weighted
 
 DOCS = Path(__file__).parent
@@ -100,7 +101,7 @@ def _functions(module: str) -> str:
 
 
 def _hook(name: str) -> str:
-    return _python("@hookimpl", *_signature(_found(_tree("corefit.hookspecs"), ast.FunctionDef, name)))
+    return _python("@hookimpl", *_signature(_found(_tree("corefit.plugins.hookspecs"), ast.FunctionDef, name)))
 
 
 def _signature(node: ast.FunctionDef, indent: int = 0) -> list[str]:
@@ -141,7 +142,7 @@ def _offers(kind: str) -> str:
 
 
 def _anchor(offer: Offer) -> str:
-    return f"{KINDS[offer.kind]} {offer.name}".replace(" ", "-")
+    return f"{KINDS[offer.kind].name} {offer.name}".replace(" ", "-")
 
 
 def _summary(cls: type) -> str:
@@ -172,7 +173,7 @@ def _configuration(_: str) -> str:
 
 def _sections(kind: str) -> Iterator[str]:
     for offer in first_party(kind):
-        yield f"### {KINDS[kind]} `{offer.name}`"
+        yield f"### {KINDS[kind].name} `{offer.name}`"
         yield _summary(offer.cls)
         yield _table(offer.cls)
 
@@ -181,7 +182,7 @@ def _table(cls: type) -> str:
     """A row for each key that the table of `cls` may set."""
     attrs.resolve_types(cls, include_extras=True)
     said = meanings(cls)
-    fields = [f for f in attrs.fields(cls) if f.init and not (cls is Pipeline and f.name == TRAIN)]
+    fields = [f for f in attrs.fields(cls) if f.init and TABLE not in f.metadata]
     rows = [f"| `{f.name}` | {_type(f.type)} | {_default(f.default)} | {_cell(said.get(f.name, ''))} |" for f in fields]
     return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) if rows else "It has no keys."
 
@@ -215,21 +216,20 @@ def _type(kind: Any) -> str:
         return " or ".join(f'`"{arg}"`' for arg in args)
     if origin in (tuple, list):
         return _list(args)
-    if (origin or kind) in PLUGIN_TYPES:
-        name = KINDS[PLUGIN_TYPES[origin or kind]]
-        page = {"noise weighting": "noise"}.get(name, name)
-        return f"[{name}](plugins/{page}.md)"
+    if (origin or kind) in BY_PROTOCOL:
+        plugin = BY_PROTOCOL[origin or kind]
+        return f"[{plugin.name}](plugins/{plugin.word}.md)"
+    if origin is Weighted:
+        return _type(args[0])
     if kind in SECTIONS:
         return f"[table]({SECTIONS[kind]})"
     return WORDS.get(kind, _cell(str(kind)))
 
 
 def _list(args: tuple[Any, ...]) -> str:
-    if args[0] is Weighted:
-        return "list of [rewards](plugins/reward.md)"
-    if args[0] is Summand:
-        return "list of [objectives](plugins/objective.md)"
     one = _type(args[0])
+    if one.startswith("["):
+        return f"list of {one.replace(']', 's]', 1)}"
     return f"list of {PLURALS.get(one, one + 's')}" if args[-1] is Ellipsis else f"list of {len(args)} {PLURALS[one]}"
 
 

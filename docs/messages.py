@@ -39,7 +39,7 @@ def messages() -> Mapping[str, list[str]]:
     files = [*sorted((ROOT / "corefit").rglob("*.py")), *sorted((ROOT / "plugins").rglob("*.py"))]
     found: dict[str, list[str]] = {}
     for path in files:
-        if path.relative_to(ROOT).parts[1] not in SKIPPED:
+        if not SKIPPED & {*path.relative_to(ROOT).parts}:
             told = sorted(_messages(ast.parse(path.read_text())))
             each = list(dict.fromkeys(text for _, text in told if _says_something(text)))
             if each:

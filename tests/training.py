@@ -10,9 +10,13 @@ import numpy as np
 import torch
 from attrs import frozen
 
-from corefit import Example, Source, cache, ranks, train
-from corefit.data import Data, Dataset
-from corefit.stage import Full, Optimizer, Stage
+from corefit import Example, Source
+from corefit.data import cache
+from corefit.data.dataset import Dataset
+from corefit.data.settings import Data
+from corefit.system import ranks
+from corefit.train import loop as train
+from corefit.types.stage import Full, Optimizer, Stage
 from corefit_backbones.sd3 import Sd3
 from corefit_sft import Sft
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from corefit import Batch, Condition
 from corefit.flow import like
-from corefit.noise import LogitNormal
+from corefit.rollout.noise import LogitNormal
 from corefit.types import NoiseWeighting
 
 FOLDER = Path(__file__).parent / "golden"

@@ -184,7 +184,7 @@ def hostile(
     stage = Stage(slots, path)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the folder and the processes go then, too
     try:
-        play.warm(["torch", "diffusers", "transformers", "peft", "accelerate", "corefit.run", "corefit.show"])
+        play.warm(["torch", "diffusers", "transformers", "peft", "accelerate", "corefit.run.run", "corefit.run.show"])
         stage.build()
         play.warm(json.loads((slots[0].folder / "modules.json").read_bytes()))
         click.echo(f"the seed is made: {time.monotonic() - began:.1f} s", err=True)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from attrs import evolve, frozen
 
-from corefit.noise import LogitNormal
-from corefit.objective import Context, Objective
 from corefit.rng import Rng
-from corefit.samplers import FlowSde
+from corefit.rollout.noise import LogitNormal
+from corefit.rollout.samplers import FlowSde
 from corefit.testing.checks import expect, place
 from corefit.testing.scores import Heard, hearing, taken
 from corefit.testing.toy import Metas, ToyBackbone, ToyReward, loaded, prompt_code, toy_batch
 from corefit.types import Batch, Meta, NoiseWeighting, Reward, Sampler, Term, Weighted
+from corefit.types.objective import Context, Objective
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,14 +10,14 @@ import attrs
 from attrs import evolve, frozen
 
 from corefit.flow import mix, per_sample
-from corefit.noise import LogitNormal
-from corefit.objective import Context, Supervised
 from corefit.rng import Rng
+from corefit.rollout.noise import LogitNormal
 from corefit.testing.case import Case, keyed
 from corefit.testing.checks import expect, global_seed
 from corefit.testing.scores import hearing, taken
 from corefit.testing.toy import ToyBackbone, loaded, toy_batch
 from corefit.types import Backbone, Batch, Term
+from corefit.types.objective import Context, Supervised
 
 if TYPE_CHECKING:
     import torch

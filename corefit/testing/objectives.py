@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from corefit.objective import Objective, Sum, Supervised
 from corefit.testing.case import RANKS, Case, Outcome, keyed
 from corefit.testing.checks import LAYOUTS, expect, global_seed
 from corefit.testing.keys import check_keys
@@ -19,6 +18,7 @@ from corefit.testing.scores import hearing
 from corefit.testing.syncs import watched
 from corefit.testing.toy import Metas
 from corefit.types import Batch, NoiseWeighting, Reward, Sampler
+from corefit.types.objective import Objective, Sum, Supervised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ def check_objective(
         expect(improves is None, "Sum: `improves` is of one objective; check each that is added up with its own")
         for each in objective.of:
             check_objective(
-                each.objective, shape=shape, sampler=sampler, noise=noise, reward=reward, learns=learns, meta=meta
+                each.value, shape=shape, sampler=sampler, noise=noise, reward=reward, learns=learns, meta=meta
             )
         return
     layouts = LAYOUTS if shape is None else {f"latents {['B', *shape]}": tuple(shape)}

@@ -6,28 +6,12 @@ has keys without a default needs them: these are shown as skipped, with the call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-CALLS: Mapping[str, tuple[str, str]] = {
-    "objectives": ("Objective", "check_objective({cls}({keys}))"),
-    "samplers": ("Sampler", "check_sampler({cls}({keys}))"),
-    "noise_weightings": ("NoiseWeighting", "check_noise({cls}({keys}))"),
-    "rewards": ("Reward", "check_reward({cls}({keys}), media=..., prompts=..., meta=...)"),
-    "backbones": (
-        "Backbone",
-        "backbone = {cls}({keys}); backbone.load(torch.device('cpu'), torch.float32); "
-        "check_backbone(backbone, prompts=['a red sky', 'a blue sea'])",
-    ),
-    "sources": ("Source", "check_source({cls}({keys}))"),
-}
-"""Kind -> its protocol, and the call that checks one."""
-READERS = {"rewards", "sources"}
-"""Kinds that may want media, metadata or files of their own."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,7 +44,7 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
 def _offers(plugin: str) -> Sequence[Any]:
     """Everything that a plugin offers; UsageError where it cannot be read, or offers nothing."""
     from corefit.errors import PluginError
-    from corefit.plugins import Host
+    from corefit.plugins.host import Host
 
     try:
         host = Host()
@@ -94,20 +78,19 @@ class Check(pytest.Item):
     def runtest(self) -> None:
         import attrs
 
-        import corefit
         from corefit import testing
+        from corefit.plugins.kinds import KINDS
         from corefit.testing.keys import check_keys
 
-        kind, cls = self.offer.kind, self.offer.cls
-        protocol, call = CALLS[kind]
+        kind, cls = KINDS[self.offer.kind], self.offer.cls
         try:
-            check_keys(cls, getattr(corefit, protocol))
+            check_keys(cls, kind.protocol)
         except AssertionError as error:
             raise AssertionError(f"{cls.__name__}: {error}") from error
         missing = [f.alias for f in attrs.fields(cls) if f.init and f.default is attrs.NOTHING]
-        told = call.format(cls=cls.__name__, keys=", ".join(f"{key}=..." for key in missing))
+        told = kind.check.format(cls=cls.__name__, keys=", ".join(f"{key}=..." for key in missing))
         told = f"all keys of {self.name} are read, but {{}}: write a test that calls {told}"
-        if kind == "backbones":
+        if kind.key == "backbones":
             pytest.skip(told.format("its check needs weights"))
         if missing:
             pytest.skip(told.format(f"{' and '.join(missing)} must be given"))
@@ -115,11 +98,11 @@ class Check(pytest.Item):
             made = cls()
         except ValueError as error:
             pytest.skip(told.format(f"its defaults do not make one ({error})"))
-        check: Callable[[Any], None] = getattr(testing, call.partition("(")[0])
+        check: Callable[[Any], None] = getattr(testing, kind.check.partition("(")[0])
         try:
             check(made)
         except (ValueError, LookupError) as error:
-            if kind not in READERS:
+            if not kind.reads:
                 raise
             pytest.skip(told.format(f"it refuses what the check gives it ({type(error).__name__}: {error})"))
 

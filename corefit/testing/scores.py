@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve, field
 
-from corefit.objective import Context
 from corefit.testing.checks import expect
 from corefit.types import Meta, Reward
+from corefit.types.objective import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ class Heard(Reward):
 def hearing(ctx: Context, *, in_terms: bool = False) -> tuple[Context, list[Heard]]:
     """The same context with rewards that note their scores, and these rewards."""
     rewards = [Heard(each.reward, in_terms) for each in ctx.rewards]
-    entries = [evolve(each, reward=reward) for each, reward in zip(ctx.rewards, rewards, strict=True)]
+    entries = [evolve(each, value=reward) for each, reward in zip(ctx.rewards, rewards, strict=True)]
     return evolve(ctx, rewards=entries), rewards
 
 

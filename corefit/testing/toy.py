@@ -14,11 +14,11 @@ from attrs import define, evolve, field, frozen, validators
 
 from corefit.errors import ConfigError, ModelError
 from corefit.flow import like, shifted
-from corefit.noise import LogitNormal
-from corefit.objective import Context
 from corefit.rng import Rng, generator
-from corefit.samplers import Ode
+from corefit.rollout.noise import LogitNormal
+from corefit.rollout.samplers import Ode
 from corefit.types import Backbone, Batch, Condition, Meta, NoiseWeighting, Reward, Sampler, Weighted
+from corefit.types.objective import Context
 
 if TYPE_CHECKING:
     import torch
@@ -262,7 +262,7 @@ def toy_context(
     seed: int = 0,
     sampler: Sampler | None = None,
     noise: NoiseWeighting | None = None,
-    rewards: Sequence[Weighted] = (),
+    rewards: Sequence[Weighted[Reward]] = (),
     reference: Backbone | None = None,
 ) -> Context:
     """A context for `rows`, with the Ode and LogitNormal unless others are given."""

@@ -17,11 +17,12 @@ import corefit
 import corefit.testing
 from corefit.cli import cli
 from corefit.pipeline import Data, Eval, Full, Lora, Optimizer, Pipeline, Stage
-from corefit.plugins import HOOKS, KINDS
-from corefit.samplers import Cps, DanceSde, FlowSde
+from corefit.plugins import KINDS
+from corefit.plugins.host import HOOKS
+from corefit.rollout.samplers import Cps, DanceSde, FlowSde
 from corefit_backbones import schedule
 
-PAGE_OF = {"noise_weightings": "noise", **{kind: word for kind, word in KINDS.items() if kind != "noise_weightings"}}
+PAGE_OF = {key: kind.word for key, kind in KINDS.items()}
 TABLES = (Pipeline, Data, Stage, Optimizer, Full, Lora, Eval)
 OFFERS = [offer for kind in KINDS for offer in generate.first_party(kind)]
 
@@ -108,13 +109,13 @@ def test_every_kind_lists_who_implements_it(kind: str) -> None:
     assert f"<!-- generated: offers {kind} -->" in text
     for offer in generate.first_party(kind):
         assert f"[`{offer.name}`](../configuration.md#" in text
-        assert f"### {KINDS[kind]} `{offer.name}`" in (DOCS / "configuration.md").read_text()
+        assert f"### {KINDS[kind].name} `{offer.name}`" in (DOCS / "configuration.md").read_text()
 
 
 def test_every_key_of_every_offer_is_in_the_reference() -> None:
     text = (DOCS / "configuration.md").read_text()
     for offer in OFFERS:
-        section = text.split(f"### {KINDS[offer.kind]} `{offer.name}`\n")[1].split("\n#")[0]
+        section = text.split(f"### {KINDS[offer.kind].name} `{offer.name}`\n")[1].split("\n#")[0]
         listed = re.findall(r"^\| `(\w+)` \|", section, re.M)
         assert listed == [f.name for f in attrs.fields(offer.cls) if f.init]
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vectors import golden as golden_file
 
-from corefit import weights
 from corefit.errors import ConfigError, ModelError
 from corefit.testing import check_backbone, tiny_chroma, tiny_flux, tiny_wan
+from corefit.train import weights
 from corefit_backbones import network, patches, schedule
 from corefit_backbones.chroma import Chroma
 from corefit_backbones.flux import Flux

@@ -17,9 +17,9 @@ from vectors import Analytic, golden
 from corefit import Batch, Condition, Context, Step
 from corefit.errors import NonFinite, PluginError, TrainingError
 from corefit.flow import like, per_sample
-from corefit.noise import LogitNormal
 from corefit.rng import Rng, generator
-from corefit.samplers import Cps, DanceSde, FlowSde
+from corefit.rollout.noise import LogitNormal
+from corefit.rollout.samplers import Cps, DanceSde, FlowSde
 from corefit.types import Sampler, Weighted
 from corefit_flow_grpo import FlowGrpo
 from corefit_flow_grpo.advantage import advantages

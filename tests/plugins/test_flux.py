@@ -16,7 +16,7 @@ from vectors import golden
 
 from corefit import Batch, Objective
 from corefit.errors import ModelError
-from corefit.samplers import FlowSde
+from corefit.rollout.samplers import FlowSde
 from corefit.testing import ToyReward, check_backbone, tiny_chroma, tiny_flux, toy_context
 from corefit.types import Weighted
 from corefit_backbones import schedule

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import WORDS
 
-from corefit import weights
 from corefit.errors import ModelError
-from corefit.stage import Lora
 from corefit.testing import tiny_chroma, tiny_flux, tiny_sd3, tiny_wan
+from corefit.train import weights
+from corefit.types.stage import Lora
 from corefit_backbones.backbone import Diffusers
 from corefit_backbones.chroma import Chroma
 from corefit_backbones.flux import Flux

@@ -6,9 +6,9 @@ from vectors import DTYPES, Analytic, Draws, Given, batch_of, golden
 
 from corefit import Context
 from corefit.flow import mix, per_sample
-from corefit.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
 from corefit.rng import Rng
-from corefit.samplers import Ode
+from corefit.rollout.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
+from corefit.rollout.samplers import Ode
 from corefit_sft import Sft
 
 SCHEMES = {

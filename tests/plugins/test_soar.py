@@ -16,9 +16,9 @@ from vectors import DTYPES, Analytic, Draws, Given, batch_of, golden
 
 from corefit import Condition, Context
 from corefit.flow import clean, like, mix, per_sample, shifted, unshifted
-from corefit.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
 from corefit.rng import Rng
-from corefit.samplers import Cps, FlowSde, Ode
+from corefit.rollout.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
+from corefit.rollout.samplers import Cps, FlowSde, Ode
 from corefit_sft import Sft
 from corefit_soar import Soar, table
 from corefit_soar.geometry import deviation, gain, next_level, next_time, renoised

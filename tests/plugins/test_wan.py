@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS, Project
-from test_ranks import as_one, settings, two
+from processes import as_one, settings, two
 from torch import Tensor
 from vectors import golden
 
 from corefit.errors import ConfigError
 from corefit.flow import like
-from corefit.samplers import DanceSde
+from corefit.rollout.samplers import DanceSde
 from corefit.testing import check_backbone, tiny_wan
 from corefit_backbones import wan
 from corefit_backbones.wan import Wan
@@ -117,10 +117,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2].split(os.pathsep)
 from test_wan import CPU, inputs, loaded
 
-from corefit import weights
+from corefit.train import weights
 
 dist.init_process_group("gloo")
 rank, folder = dist.get_rank(), Path(sys.argv[1])
@@ -152,7 +152,7 @@ def test_two_processes_may_need_different_experts(both: Path, tmp_path: Path) ->
     (tmp_path / "ranks.py").write_text(RANKS)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = subprocess.run(
-        [sys.executable, *launcher, "ranks.py", str(both), str(Path(__file__).parent)],
+        [sys.executable, *launcher, "ranks.py", str(both), os.pathsep.join(map(str, Path(__file__).parents[:2]))],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,

@@ -10,9 +10,9 @@ import torch
 from attrs import define, evolve, field, frozen
 
 from corefit import NoiseWeighting, Objective, Reward, Sampler, Source, Supervised, Term
-from corefit.noise import LogitNormal
-from corefit.samplers import FlowSde, Ode
-from corefit.sources import Jsonl
+from corefit.data.sources import Jsonl
+from corefit.rollout.noise import LogitNormal
+from corefit.rollout.samplers import FlowSde, Ode
 from corefit.testing import (
     ToyBackbone,
     ToyReward,

@@ -13,7 +13,7 @@ from attrs import define, evolve, field, frozen
 from corefit import Objective, Reward, Supervised, Term
 from corefit.flow import clean, mix, per_sample
 from corefit.rollout import generate, rollout
-from corefit.samplers import Ode
+from corefit.rollout.samplers import Ode
 from corefit.testing import ToyReward, check_objective, toy_context
 from corefit_flow_grpo.objective import FlowGrpo
 from corefit_sft import Sft

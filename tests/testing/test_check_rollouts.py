@@ -7,7 +7,7 @@ from attrs import evolve, frozen
 
 from corefit import Condition, Objective, Reward, Step, Term
 from corefit.rollout import rollout
-from corefit.samplers import Cps, DanceSde, FlowSde
+from corefit.rollout.samplers import Cps, DanceSde, FlowSde
 from corefit.testing import check_objective
 from corefit_flow_grpo.advantage import advantages
 from corefit_flow_grpo.objective import FlowGrpo

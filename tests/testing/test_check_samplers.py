@@ -5,7 +5,7 @@ import torch
 
 from corefit import Sampler, Step
 from corefit.flow import clean, like, noise_end, raised
-from corefit.samplers import Cps, DanceSde, FlowSde, Ode
+from corefit.rollout.samplers import Cps, DanceSde, FlowSde, Ode
 from corefit.testing import check_sampler
 
 

@@ -13,8 +13,8 @@ from attrs import frozen
 
 from corefit import Objective, Reward, Sampler, Step, Supervised, Term
 from corefit.flow import mix, per_sample
-from corefit.noise import LogitNormal
-from corefit.samplers import FlowSde, Ode
+from corefit.rollout.noise import LogitNormal
+from corefit.rollout.samplers import FlowSde, Ode
 from corefit.testing import check_noise, check_objective, check_sampler
 from corefit.testing.syncs import watched
 

@@ -16,8 +16,8 @@ from conftest import WORDS
 
 from corefit import testing
 from corefit.flow import mix, per_sample
-from corefit.objective import Summand
 from corefit.plugins import Host, Offer
+from corefit.types import Weighted
 from corefit_sft import Sft
 from corefit_soar import Soar
 
@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 MEANT = {
     ("objectives", "soar"): ({}, {"points": 3, "chunk": 2, "weight": 2.0, "levels": "table", "dropout": 0.3}),
     ("objectives", "flow_grpo"): ({"group": 4, "steps": 4}, {"group": 4, "steps": 4, "beta": 0.1, "updates": 2}),
-    ("objectives", "sum"): ({"of": (Summand("sft", Sft()), Summand("soar", Soar(points=2)))},),
+    ("objectives", "sum"): ({"of": (Weighted("sft", Sft()), Weighted("soar", Soar(points=2)))},),
     ("samplers", "cps"): ({}, {"noise": 0.0}, {"noise": 1.0}),
     ("samplers", "flow_sde"): ({}, {"noise": 0.0}),
 }

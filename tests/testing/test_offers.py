@@ -12,9 +12,9 @@ import torch
 from attrs import frozen
 
 from corefit import Example, Reward
-from corefit.noise import LogitNormal
+from corefit.data.sources import Jsonl
 from corefit.plugins import Host
-from corefit.sources import Jsonl
+from corefit.rollout.noise import LogitNormal
 from corefit.testing import ToyReward, check_noise, check_reward, check_source
 
 # noise

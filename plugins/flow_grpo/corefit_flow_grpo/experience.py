@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve, frozen
 
-from corefit import Batch, Condition, Context, rewards
+from corefit import Batch, Condition, Context
 from corefit.rollout import rollout
+from corefit.types import rewards
 
 if TYPE_CHECKING:
     from torch import Tensor

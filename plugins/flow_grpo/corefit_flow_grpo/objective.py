@@ -9,7 +9,7 @@ from attrs import field, frozen, validators
 
 from corefit import Batch, Context, Objective, Step, Term
 from corefit.errors import TrainingError
-from corefit.rewards import refuse_non_finite
+from corefit.types.rewards import refuse_non_finite
 from corefit_flow_grpo.advantage import advantages
 from corefit_flow_grpo.experience import Recording, Rollouts, for_update, joined, record, score
 from corefit_flow_grpo.loss import divergence, policy_loss

@@ -1,0 +1,288 @@
+"""The command line. What a user got wrong is a message and exit status 2, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from corefit import __version__
+from corefit.cli import completion
+from corefit.errors import CorefitError, Stopped, plain
+from corefit.plugins.kinds import BY_WORD
+from corefit.system import files, signals
+from corefit.types import blame
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from corefit.pipeline.pipeline import Pipeline
+    from corefit.plugins.host import Host
+
+SET = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key, such as stage.soar.steps=100. May be given several times.",
+)
+TRACE = click.option("--trace", is_flag=True, help="Say each hook that is called, whose it is and what it gives.")
+OUT = click.option("--out", type=click.Path(path_type=Path), help="Where run folders go; runs/ beside PIPELINE.")
+PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
+NEW = (*BY_WORD, "pipeline")
+LARGEST = 1e9
+"""No size of memory is this or more, in any unit."""
+UNITS = {"": 1 << 30, "gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
+
+
+def memory_size(text: str) -> float:
+    """Bytes of "24GiB", "24GB" or "24", which is GiB."""
+    found = re.fullmatch(r"(\d+\.?\d*) *([a-zA-Z]*)", text)
+    unit = UNITS.get(found[2].lower()) if found else None
+    if not found or unit is None or not 0 < float(found[1]) < LARGEST:
+        raise click.BadParameter(f"{text!r} is not a size of memory; write 24GiB or 24GB")
+    return float(found[1]) * unit
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="corefit")
+def cli() -> None:
+    """Post-train flow-matching image and video models: SFT, SOAR, Flow-GRPO, or an objective of your own."""
+
+
+@cli.command()
+@PIPELINE
+@SET
+@OUT
+@click.option(
+    "--from",
+    "again",
+    default="",
+    metavar="STAGE",
+    help="Run STAGE and those after it anew.",
+    shell_complete=completion.stages,
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done and why, and do nothing.")
+@TRACE
+def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str, dry_run: bool, trace: bool) -> None:
+    """Run PIPELINE, or continue it: every stage in order, judged before and after.
+
+    On several GPUs: accelerate launch -m corefit run PIPELINE
+    """
+    checked = _read(pipeline, _with_out(settings, out), trace)
+    from corefit.run import run as running
+
+    if dry_run:
+        running.dry_run(checked, again=again)
+        return
+    where = running.run(checked, again=again)
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(plain(f"all of it is in {where}"))
+
+
+@cli.command()
+@PIPELINE
+@SET
+@OUT
+@click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes it will run on.")
+@click.option("--memory", type=memory_size, metavar="SIZE", help="Of a GPU that is not here, such as 24GiB.")
+def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: int, memory: float | None) -> None:
+    """Find what is wrong with PIPELINE and its data, and whether it fits, without loading weights."""
+    from corefit.pipeline.pipeline import read
+
+    checked = read(pipeline, _with_out(settings, out))
+    stages = ", ".join(f"{stage.name} ({stage.steps} steps of {stage.rows})" for stage in checked.stage)
+    from corefit.train import estimate
+
+    device = estimate.Device.here() if memory is None else estimate.Device.of(memory)
+    found = estimate.estimates(checked, device, ranks)
+    estimate.refuse(checked, found, device, ranks)
+    click.echo(plain(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}"))
+    estimate.show(found, device)
+
+
+@cli.command()
+@PIPELINE
+@SET
+def prepare(pipeline: Path, settings: tuple[str, ...]) -> None:
+    """Encode the data of PIPELINE now, and say what there is.
+
+    A run does so too. On several GPUs: accelerate launch -m corefit prepare PIPELINE
+    """
+    checked = _read(pipeline, settings)
+    from corefit.run.prepare import prepare as preparing
+
+    preparing(checked)
+
+
+@cli.command()
+@PIPELINE
+@SET
+@OUT
+@click.option("--count", default=32, show_default=True, type=click.IntRange(1), help="How many examples.")
+@click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="PNG to write; data.png of the run.")
+def show(pipeline: Path, settings: tuple[str, ...], out: Path | None, count: int, file: Path | None) -> None:
+    """Draw what PIPELINE's first stage will see: latents decoded, with prompt, bucket and crop."""
+    from corefit.pipeline.pipeline import read
+
+    checked = read(pipeline, _with_out(settings, out))
+    from corefit.run.show import show as showing
+
+    showing(checked, count, file)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@TRACE
+def plugins(files: tuple[Path, ...], trace: bool) -> None:
+    """List who offers what, with its keys. FILES are local plugin files to include."""
+    from corefit.plugins.listing import listing
+
+    click.echo(plain(listing(_host(files, trace))))
+
+
+@cli.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+def schema(files: tuple[Path, ...]) -> None:
+    """Write the JSON Schema of pipeline files, from the installed plugins and local FILES.
+
+    corefit schema > pipeline.schema.json, and "#:schema pipeline.schema.json" as a pipeline's first line, lets editors
+    complete and check it.
+    """
+    import json
+
+    from corefit.pipeline.schema import schema as described
+
+    click.echo(json.dumps(described(_host(files)), indent=1))
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(NEW), metavar="KIND")
+@click.argument("name")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where it is written; corefit-NAME, or NAME for a pipeline. It must not exist, or be empty.",
+)
+def new(kind: str, name: str, folder: Path | None) -> None:
+    """Write a plugin of KIND called NAME: a distribution that works as it is, with tests and CI.
+
+    KIND is objective, backbone, sampler, noise, reward or source; or pipeline: a commented pipeline file, and the
+    schema that lets editors complete it.
+    """
+    from corefit.cli.new import new as writing
+
+    for line in writing(kind, name, folder):
+        click.echo(line)
+
+
+@cli.command(name="completion")
+@click.argument("shell", type=click.Choice(completion.SHELLS), metavar="SHELL")
+def completing(shell: str) -> None:
+    """Write what lets SHELL (bash, zsh or fish) complete commands, pipeline files and stages.
+
+    \b
+    ~/.bashrc:  eval "$(corefit completion bash)"
+    ~/.zshrc:   eval "$(corefit completion zsh)"
+    fish:       corefit completion fish > ~/.config/fish/completions/corefit.fish
+    """
+    click.echo(completion.script(cli, shell))
+
+
+def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:
+    """The checked pipeline, where all processes of a launch could read theirs."""
+    from corefit.pipeline.pipeline import read
+    from corefit.system.ranks import attempted
+
+    return attempted(lambda: read(pipeline, settings, _host((), trace)))
+
+
+def _host(files: tuple[Path, ...], trace: bool = False) -> Host:
+    from corefit.plugins.host import Host
+
+    host = Host(trace=_traced if trace else None)
+    for file in files:
+        host.add_file(file)
+    return host
+
+
+def _traced(line: str) -> None:
+    click.echo(plain(line))
+
+
+def _with_out(settings: tuple[str, ...], out: Path | None) -> list[str]:
+    return [*settings, *([f"out='''{out.absolute()}'''"] if out else [])]
+
+
+def main() -> None:
+    """Entry point: exit status 0 done, 2 something to mend, 130 stopped."""
+    status = _status()
+    if _several():  # one that is gone cannot be waited for, nor what is still owed to a GPU
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
+            with suppress(BrokenPipeError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _say(text: str) -> None:
+    """One line to stderr; where nobody reads it any more, the status still says how it ended."""
+    try:
+        click.echo(plain(text), err=True)
+    except BrokenPipeError:
+        _leave_pipe()
+
+
+def _leave_pipe() -> None:
+    """Let nothing more go to a pipe that nobody reads: Python would complain of it on its way out."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
+def _status() -> int:
+    try:
+        with blame.no_exit(), files.written(Path(".")):
+            status = cli(standalone_mode=False)
+    except click.ClickException as error:
+        try:
+            error.show()
+        except BrokenPipeError:
+            _leave_pipe()
+    except (KeyboardInterrupt, click.Abort) as error:
+        if _several():
+            signals.ignore()  # a launcher may pass on to all what one of them has heard
+        _say("stopped; the same command continues")
+        if isinstance(error, Stopped):
+            _part()
+        return 130
+    except CorefitError as error:
+        _say(f"error: {error}")
+    except PermissionError as error:
+        _say(f"error: {error.filename}: permission denied; change its mode, or name another")
+    except Exception:
+        if not _several():
+            raise
+        traceback.print_exc()
+        return 1
+    else:
+        _part()
+        return status or 0
+    return 2
+
+
+def _several() -> bool:
+    """Whether this is still one of several processes."""
+    return "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
+
+
+def _part() -> None:
+    """All processes end together. Unless they say so, threads of torch may abort one on its way out."""
+    if _several():
+        sys.modules["torch.distributed"].destroy_process_group()

@@ -1,0 +1,179 @@
+"""`corefit new`: a complete distribution for a plugin, or a pipeline file, filled in from corefit/templates."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import keyword
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from corefit import __version__
+from corefit.errors import ConfigError, CorefitError, PluginError
+from corefit.pipeline.schema import schema
+from corefit.plugins.host import GROUP, Host
+from corefit.plugins.kinds import BY_WORD
+
+TEMPLATES = Path(__file__).parent / "templates"
+COMMON, PIPELINE = "common", "pipeline"
+NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+LONGEST = 30
+"""Characters of a name, so that no line of what is written grows too long."""
+SCHEMA = "pipeline.schema.json"
+UNWANTED = {"__pycache__", ".ruff_cache"}
+"""What tools leave beside the templates."""
+
+
+def new(kind: str, name: str, folder: Path | None = None) -> list[str]:
+    """Write a plugin of `kind` (a key of BY_WORD), or a pipeline, called `name`; what to say of it, line by line.
+
+    folder  must not exist, or be empty; corefit-NAME by default, NAME for a pipeline
+    CorefitError for a name that cannot be one or is taken; then, and where writing fails, nothing is left behind.
+    """
+    plain = _checked(name)
+    if kind == PIPELINE:
+        target = folder or Path(name)
+        _write(target, {"pipeline.toml": _filled("pipeline.toml", kind, plain), SCHEMA: _schema()})
+        return _next(f"{target / 'pipeline.toml'}: its model and data are yours to name", _pipeline_steps(target))
+    _refuse_taken(kind, plain)
+    target = folder or Path(f"corefit-{_dashed(plain)}")
+    _write(target, dict(_distribution(kind, plain)))
+    said = f'{target}: {BY_WORD[kind].name} {plain!r}, in corefit_{plain}.py; use = "{plain}" once it is installed'
+    return _next(said, _plugin_steps(target, plain))
+
+
+def _checked(name: str) -> str:
+    """With underscores; PluginError unless it can be a module, a class and a distribution."""
+    plain = name.replace("-", "_")
+    suggested = re.sub(r"_+", "_", re.sub(r"[^a-z0-9]", "_", plain.lower())).strip("_0123456789")
+    hint = f"; {suggested!r} would do" if NAME.fullmatch(suggested) and len(suggested) <= LONGEST else ""
+    if not NAME.fullmatch(plain):
+        raise PluginError(
+            f"NAME {name!r} cannot be a module's: write lower-case letters, digits and single _ or -, a letter "
+            f"first{hint}"
+        )
+    if len(plain) > LONGEST:
+        raise PluginError(f"NAME {name!r} has {len(plain)} characters; {LONGEST} is the most")
+    if plain.startswith("corefit_"):
+        rest = plain.removeprefix("corefit_")
+        raise PluginError(f"NAME {name!r}: leave out the first word, which everything gets anyway: {rest!r}")
+    if keyword.iskeyword(plain) or keyword.iskeyword(_class(plain)):
+        raise PluginError(f"NAME {name!r} is a word of Python; choose another, such as {plain + '_plugin'!r}")
+    return plain
+
+
+def _refuse_taken(kind: str, plain: str) -> None:
+    """PluginError where an installed plugin or module has the name, or the template itself needs it."""
+    offer = Host().offers[BY_WORD[kind].key].get(plain)
+    if offer:
+        raise PluginError(
+            f"the {BY_WORD[kind].name} {plain!r} is offered by {offer.owner} already; choose another NAME"
+        )
+    for point in entry_points(group=GROUP):
+        if point.name == plain:
+            owner = point.dist.name if point.dist else point.value
+            raise PluginError(f"{owner} has a plugin called {plain!r} already; choose another NAME")
+    module = f"corefit_{plain}"
+    if importlib.util.find_spec(module):
+        raise PluginError(f"there is a Python module {module} already; choose another NAME, or uninstall it")
+    taken = _class(plain)
+    if any(taken in _names(file) for file in (TEMPLATES / kind).rglob("*.py")):
+        raise PluginError(
+            f"NAME {plain!r} would make a class called {taken}, which the module itself uses; choose another, such as "
+            f"{'my_' + plain!r}"
+        )
+
+
+def _names(file: Path) -> set[str]:
+    """What a module's code calls by a plain name; words of its docstrings are none."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    imported = {
+        alias.asname or alias.name
+        for node in nodes
+        for alias in getattr(node, "names", ())
+        if isinstance(alias, ast.alias)
+    }
+    return imported | {node.id for node in nodes if isinstance(node, ast.Name)}
+
+
+def _distribution(kind: str, plain: str) -> Iterator[tuple[str, str]]:
+    """Path in the distribution, and text, of every file."""
+    for root in (COMMON, kind):
+        for file in sorted((TEMPLATES / root).rglob("*")):
+            path = file.relative_to(TEMPLATES / root)
+            if file.is_file() and not UNWANTED & {*path.parts}:
+                yield _named(path.as_posix(), kind, plain), _filled(path.as_posix(), root, plain, kind)
+
+
+def _filled(path: str, root: str, plain: str, kind: str = "") -> str:
+    text = (TEMPLATES / root / path).read_text(encoding="utf-8")
+    return _named(text, kind, plain)
+
+
+def _named(text: str, kind: str, plain: str) -> str:
+    """The templates are files that work, of a plugin called plugin_name: its names give way to the real ones."""
+    words = {
+        "plugin_name": plain,
+        "plugin-name": _dashed(plain),
+        "PluginName": _class(plain),
+        "PLUGIN_KIND": BY_WORD[kind].name if kind in BY_WORD else kind,
+        "COREFIT_RANGE": _versions(__version__),
+    }
+    return re.sub("|".join(words), lambda found: words[found[0]], text)
+
+
+def _dashed(plain: str) -> str:
+    return plain.replace("_", "-")
+
+
+def _class(plain: str) -> str:
+    return "".join(word[:1].upper() + word[1:] for word in plain.split("_"))
+
+
+def _versions(version: str) -> str:
+    """Releases that keep what a plugin relies on: of 0.x the next x may break it, later the next major number."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return f">={major}.{minor},<{f'0.{minor + 1}' if major == 0 else major + 1}"
+
+
+def _schema() -> str:
+    return json.dumps(schema(Host()), indent=1) + "\n"
+
+
+def _write(target: Path, files: Mapping[str, str]) -> None:
+    """All files or none: they are made beside `target`, or inside it where it is there, and then moved."""
+    try:
+        there = target.is_dir()
+        if target.exists() and not (there and not any(target.iterdir())):
+            raise ConfigError(f"{target} exists already; nothing was written: name another folder with --folder")
+        parent = target.absolute().parent
+        if not parent.is_dir():
+            raise ConfigError(f"{parent} is no folder; nothing was written: make it first")
+        with TemporaryDirectory(prefix=".corefit-new-", dir=target if there else parent) as place:
+            made = Path(place) / "made"
+            made.mkdir()
+            for path, text in files.items():
+                (made / path).parent.mkdir(parents=True, exist_ok=True)
+                (made / path).write_text(text, encoding="utf-8")
+            for each in list(made.iterdir()) if there else [made]:
+                os.replace(each, target / each.name if there else target)
+    except OSError as error:
+        raise CorefitError(f"{target} cannot be written ({error.strerror or error}); nothing was written") from error
+
+
+def _next(said: str, steps: list[str]) -> list[str]:
+    return [said, "next:", *(f"  {step}" for step in steps)]
+
+
+def _plugin_steps(target: Path, plain: str) -> list[str]:
+    return [f"cd {shlex.quote(str(target))} && pip install -e '.[test]'", "pytest", f"pytest --corefit corefit_{plain}"]
+
+
+def _pipeline_steps(target: Path) -> list[str]:
+    return [f"corefit {command} {shlex.quote(str(target / 'pipeline.toml'))}" for command in ("check", "run")]

@@ -1,0 +1,1 @@
+"""Data: from raw examples to encoded ones on the disk, and from those to batches."""

@@ -1,0 +1,11 @@
+"""Where raw examples come from, and how their media are read."""
+
+from corefit.data.sources.folder import ImageFolder
+from corefit.data.sources.jsonl import Jsonl
+from corefit.data.sources.media import View, dimensions, view
+from corefit.data.sources.messages import listed
+from corefit.data.sources.saved import HfDataset
+from corefit.data.sources.text import Text, prompts
+from corefit.data.sources.webdataset import WebDataset
+
+__all__ = ["HfDataset", "ImageFolder", "Jsonl", "Text", "View", "WebDataset", "dimensions", "listed", "prompts", "view"]

@@ -1,0 +1,116 @@
+"""Hugging Face datasets as `save_to_disk` leaves them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from corefit.data.sources.captions import captions
+from corefit.errors import DataError
+from corefit.types import Example, Source, Stored
+
+DECODED = {"Audio", "Image", "Nifti", "Pdf", "Video"}
+"""Features of datasets that come as objects of a decoder."""
+
+
+@frozen
+class HfDataset(Source):
+    """A dataset saved with `dataset.save_to_disk(path)`; columns that are neither prompt nor media become `meta`."""
+
+    path: Path
+    """Its folder; of a DatasetDict that of one split."""
+    prompt: str = "text"
+    """The column of prompts, or of lists of captions."""
+    media: str | None = "image"
+    """The column of images; none for prompts alone."""
+    meta: tuple[str, ...] | None = None
+    """The columns that become metadata; by default all others but those of pictures, sounds and videos."""
+
+    def examples(self) -> Iterator[Example]:
+        """All rows in order; the bytes of an image are read when they are asked for. DataError names the row."""
+        rows = self._rows()
+        names = self._meta(rows)
+        images = None if self.media is None else self._images(rows)
+        for number, row in enumerate(rows.select_columns([*dict.fromkeys([self.prompt, *names])])):
+            yield self._example(number, row, names, images)
+
+    def _rows(self) -> Any:
+        try:
+            from datasets import load_from_disk
+        except ModuleNotFoundError:
+            raise DataError("such datasets are read with their library: pip install 'corefit[datasets]'") from None
+        try:
+            rows: Any = load_from_disk(str(self.path))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise DataError(f"{self.path}: no dataset that save_to_disk wrote, or not all of it ({said})") from None
+        if isinstance(rows, dict):
+            splits = ", ".join(str(self.path / name) for name in rows)
+            raise DataError(f"{self.path} has several splits; name one: {splits}")
+        for column in (self.prompt, self.media, *(self.meta or ())):
+            if column is not None and column not in rows.column_names:
+                raise DataError(f"{self.path} has no column {column!r}; it has {', '.join(rows.column_names)}")
+        return rows
+
+    def _meta(self, rows: Any) -> list[str]:
+        """Names of the columns that become metadata."""
+        decoded = [name for name, feature in rows.features.items() if type(feature).__name__ in DECODED]
+        if self.meta is None:
+            return [name for name in rows.column_names if name not in (self.prompt, self.media, *decoded)]
+        for name in self.meta:
+            if name in decoded:
+                raise self._no_meta(name, type(rows.features[name]).__name__)
+        return list(self.meta)
+
+    def _images(self, rows: Any) -> Any:
+        """The column of images, as bytes."""
+        from datasets import Image
+
+        try:
+            return rows.select_columns([self.media]).cast_column(self.media, Image(decode=False))
+        except (NotImplementedError, TypeError, ValueError):  # pyarrow's are all of these
+            found = rows.features[self.media]
+            raise DataError(f"{self.path}: column {self.media!r} is {found}, expected images") from None
+
+    def _example(self, number: int, row: dict[str, Any], names: list[str], images: Any) -> Example:
+        where = f"{self.path}: row {number}"
+        try:
+            prompt = captions(row[self.prompt])
+        except ValueError as error:
+            raise DataError(f"{where}: {self.prompt!r} {error}") from None
+        meta = {name: row[name] for name in names}
+        if number == 0:
+            self._check_json(meta)
+        stored = (
+            None if images is None else Stored(where, self._reader(where, number, images), self.path / "state.json")
+        )
+        return Example(prompt, stored, meta)
+
+    def _check_json(self, meta: dict[str, Any]) -> None:
+        for name, value in meta.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise self._no_meta(name, type(value).__name__) from None
+
+    def _no_meta(self, name: str, kind: str) -> DataError:
+        return DataError(
+            f"{self.path}: column {name!r} is of {kind}, which JSON has not, so it is no metadata; "
+            "name the columns that are with `meta`, or none: meta = []"
+        )
+
+    def _reader(self, where: str, number: int, images: Any) -> Callable[[], bytes]:
+        def read() -> bytes:
+            image = images[number][self.media]
+            if image is None:
+                raise DataError(f"{where}: there is no {self.media!r}; give the row one")
+            try:
+                return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+            except OSError as error:
+                raise DataError(f"{where}: {image['path']} cannot be read: {error.strerror}") from None
+
+        return read

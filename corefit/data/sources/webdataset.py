@@ -1,0 +1,182 @@
+"""Tar files in the layout of webdataset: members of one name, told apart by their suffixes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+from attrs import field, frozen
+
+from corefit.data.sources.captions import captions
+from corefit.data.sources.media import MEDIA
+from corefit.errors import DataError
+from corefit.types import Example, Source, Stored
+
+RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+CHUNK = 1 << 20
+MOST = 1_000_000
+"""Shards that one pattern may name."""
+
+
+@frozen
+class Member:
+    """Where a file lies in a tar."""
+
+    name: str
+    offset: int
+    size: int
+
+
+Members = Mapping[str, Member]
+"""Of one sample, by suffix."""
+
+
+@frozen
+class WebDataset(Source):
+    """Shards such as data-{000..127}.tar: 0001.jpg with 0001.txt or 0001.json, whose other keys become `meta`."""
+
+    path: Path
+    """One tar, or several: {000..127} counts, * matches."""
+    prompt: str = "prompt"
+    """The key of the .json that holds the prompt, or a list of captions; a .txt is the prompt itself."""
+    _shards: dict[Path, list[Example]] = field(init=False, factory=dict[Path, list[Example]], eq=False, repr=False)
+
+    def examples(self) -> Iterator[Example]:
+        """All samples, in the order of shards and of their first members; media are read when they are asked for.
+
+        DataError names the shard and the sample, also where a tar is cut short between two members.
+        """
+        for shard in self._files():
+            if shard not in self._shards:
+                self._shards[shard] = list(self._read(shard))
+            yield from self._shards[shard]
+
+    def _files(self) -> list[Path]:
+        files = [file for name in _counted(str(self.path)) for file in _matching(Path(name))]
+        if missing := [str(file) for file in files if not file.is_file()] or ([str(self.path)] if not files else []):
+            raise DataError(f"{missing[0]}: no such tar file; `path` must name one, or several with {{000..127}} or *")
+        return files
+
+    def _read(self, shard: Path) -> Iterator[Example]:
+        for key, members in _samples(shard).items():
+            try:
+                prompt, meta = self._said(shard, members)
+                media = [suffix for suffix in members if suffix in MEDIA]
+                if len(media) > 1:
+                    raise ValueError(f"has {' and '.join(media)}, expected one picture or video a sample")
+            except ValueError as error:
+                raise DataError(f"{shard}: {key}: {error}") from None
+            stored = Stored(f"{shard}: {key}{media[0]}", _reader(shard, members[media[0]]), shard) if media else None
+            yield Example(prompt, stored, meta)
+
+    def _said(self, shard: Path, members: Members) -> tuple[str | tuple[str, ...], dict[str, Any]]:
+        """Captions and metadata of a sample; ValueError says what is wrong with them."""
+        meta = _object(_bytes(shard, members[".json"])) if ".json" in members else {}
+        if ".txt" in members:
+            return _text(_bytes(shard, members[".txt"])), meta
+        if self.prompt not in meta:
+            raise ValueError(
+                f"no .txt, and no {self.prompt!r} in a .json; it has {', '.join([*members, *meta])}: "
+                "name the key with `prompt`"
+            )
+        try:
+            return captions(meta.pop(self.prompt)), meta
+        except ValueError as error:
+            raise ValueError(f"{self.prompt!r} of its .json {error}") from None
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its .txt is not UTF-8 text ({error})") from None
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its .json cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"its .json is a {type(found).__name__}, expected an object such as {{...}}")
+    return cast(dict[str, Any], found)
+
+
+def _samples(shard: Path) -> dict[str, dict[str, Member]]:
+    """Members by key and suffix; what is hidden (._1.jpg) is left out. DataError for a tar that is not whole."""
+    samples: dict[str, dict[str, Member]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for info in tar:
+                key, suffix = _split(info.name)
+                if info.isdir() or key.rpartition("/")[2] == "":
+                    continue
+                if not info.isreg() or info.sparse is not None:
+                    raise DataError(f"{shard}: {info.name} is no plain file; write the tar with copies, not links")
+                if suffix in samples.setdefault(key, {}):
+                    raise DataError(f"{shard}: {info.name} is in it twice; give every sample a name of its own")
+                samples[key][suffix] = Member(info.name, info.offset_data, info.size)
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise DataError(
+            f"{shard} is damaged or no tar file: {error}; fetch it again, or unpack it if it is compressed"
+        ) from None
+    _check_end(shard, end)
+    return samples
+
+
+def _check_end(shard: Path, end: int) -> None:
+    """tarfile takes a cut or a damaged header for the end; behind the true one there are zeros alone."""
+    with shard.open("rb") as file:
+        file.seek(end)
+        mark = file.read(tarfile.BLOCKSIZE)
+        if len(mark) < tarfile.BLOCKSIZE or any(mark):
+            raise DataError(f"{shard} is damaged: it is cut off or unreadable from byte {end} on; fetch it again")
+        while rest := file.read(CHUNK):
+            if any(rest):
+                raise DataError(
+                    f"{shard} goes on behind its end: tar files that are joined are read to the end of the first; "
+                    "list them apart"
+                )
+
+
+def _reader(shard: Path, member: Member) -> Callable[[], bytes]:
+    return lambda: _bytes(shard, member)
+
+
+def _bytes(shard: Path, member: Member) -> bytes:
+    with shard.open("rb") as file:
+        file.seek(member.offset)
+        data = file.read(member.size)
+    if len(data) != member.size:
+        raise DataError(f"{shard}: {member.name} is cut off; fetch the file again")
+    return data
+
+
+def _split(name: str) -> tuple[str, str]:
+    """webdataset's: the key ends at the first dot of the last part."""
+    folder, slash, file = name.rpartition("/")
+    key, dot, suffix = file.partition(".")
+    return f"{folder}{slash}{key}", f"{dot}{suffix}".lower()
+
+
+def _counted(pattern: str) -> Iterator[str]:
+    """{000..127} written out."""
+    pieces = RANGE.split(pattern)
+    spans = [range(int(low), int(high) + 1) for low, high in zip(pieces[1::3], pieces[2::3], strict=True)]
+    if math.prod(map(len, spans)) > MOST:
+        raise DataError(f"{pattern} names more than {MOST} tar files; name those that there are")
+    widths = [len(low) for low in pieces[1::3]]
+    for numbers in product(*spans):
+        written = [f"{n:0{width}d}" for n, width in zip(numbers, widths, strict=True)]
+        yield "".join(a + b for a, b in zip(pieces[0::3], (*written, ""), strict=True))
+
+
+def _matching(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(path.name)) if "*" in path.name else [path]

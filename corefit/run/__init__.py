@@ -1,0 +1,1 @@
+"""A run: a pipeline taken through its stages, judged and reported."""

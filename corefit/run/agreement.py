@@ -1,0 +1,115 @@
+"""What all ranks of a run must have in common; where one differs, all of them end before anything is done.
+
+Each process reads the pipeline and imports the plugins itself, perhaps from the disk of another machine. Ranks that
+differ would train on something that nobody asked for, or wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import corefit
+from corefit.errors import ConfigError
+from corefit.system.ranks import Ranks
+
+if TYPE_CHECKING:
+    from corefit.pipeline.pipeline import Pipeline
+
+Facts = Mapping[str, str]
+"""Key -> value, as both are shown."""
+VERSIONS = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "numpy", "safetensors")
+ELSEWHERE = ("out", "plugins", "backbone.path")
+"""Keys that may differ: where files lie on a machine. What the plugins' files and the weights hold is compared."""
+NAMED = 3
+"""Differences that are said; the rest is counted."""
+
+
+def check(ranks: Ranks, pipeline: Pipeline, command: str) -> None:
+    """Raise ConfigError, on all ranks, where pipeline, command, code, versions or launch of one are not the first's."""
+    mine = ranks.attempted(lambda: dict(_facts(ranks, pipeline, command))) if ranks.world > 1 else {}
+    refuse_unlike(ranks, mine)
+
+
+def refuse_unlike(ranks: Ranks, mine: Facts) -> None:
+    """Raise ConfigError, on all ranks, where a value of one of them is not the first's."""
+    first, *rest = ranks.collected(mine)
+    unlike = [_said(rank, key, facts, first) for rank, facts in enumerate(rest, 1) for key in _differing(facts, first)]
+    if unlike:
+        more = f", and {len(unlike) - NAMED} more" if len(unlike) > NAMED else ""
+        raise ConfigError(
+            f"{', '.join(unlike[:NAMED])}{more}: all processes of a run must read the same pipeline with the same "
+            "plugins and versions; start them with one command, from one environment"
+        )
+
+
+def _differing(facts: Facts, first: Facts) -> list[str]:
+    return [key for key in dict.fromkeys([*facts, *first]) if facts.get(key) != first.get(key)]
+
+
+def _said(rank: int, key: str, facts: Facts, first: Facts) -> str:
+    return f"rank {rank} has {key} = {facts.get(key, 'nothing')}, rank 0 has {first.get(key, 'nothing')}"
+
+
+def _facts(ranks: Ranks, pipeline: Pipeline, command: str) -> Iterator[tuple[str, str]]:
+    yield "command", command
+    yield from _keys("", _portable(pipeline.tables(), pipeline.folder))
+    yield "processes", str(ranks.world)
+    yield "sharding", str(ranks.sharded)
+    yield "arithmetic", ranks.accelerator.mixed_precision
+    yield "device", ranks.device.type
+    yield "python", ".".join(platform.python_version_tuple()[:2])
+    yield "corefit", corefit.__version__
+    yield from ((name, metadata.version(name)) for name in VERSIONS)
+    yield from _code(pipeline)
+
+
+def _keys(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Keys as --set writes them, and their values: entries of a list by what they are called."""
+    if path in ELSEWHERE:
+        return
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        names = [str(item.get("name", item.get("use", number))) for number, item in enumerate(value)]
+        yield path, ", ".join(names)
+        unique = len(set(names)) == len(names)
+        value = {name if unique else str(n): item for n, (name, item) in enumerate(zip(names, value, strict=True))}
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _keys(f"{path}.{key}".strip("."), inner)
+    else:
+        yield path, str(value)
+
+
+def _portable(value: Any, folder: Path) -> Any:
+    """Paths inside the project as seen from it: it may lie elsewhere on another machine."""
+    if isinstance(value, dict):
+        return {key: _portable(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_portable(inner, folder) for inner in value]
+    inside = isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(folder)
+    return os.path.relpath(value, folder) if inside else value
+
+
+def _code(pipeline: Pipeline) -> Iterator[tuple[str, str]]:
+    """("code of NAME", hash) of every plugin and of corefit itself."""
+    host = pipeline.host
+    yield "code of corefit", _hash(Path(corefit.__file__))
+    for plugin in host.registered():
+        module = getattr(plugin, "__name__", type(plugin).__module__)
+        top = module.partition(".")[0]
+        file = getattr(sys.modules.get(top), "__file__", None)
+        if top != "corefit" and file:
+            path = Path(file).resolve()
+            yield f"code of {os.path.relpath(path, pipeline.folder) if path in host.files else top}", _hash(path)
+
+
+def _hash(file: Path) -> str:
+    """Short hash of the Python files of a package, or of the one file of a module."""
+    files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:12]

@@ -1,0 +1,46 @@
+"""What a running stage leaves, by the hooks that anyone may use: metrics.jsonl, curves, sample grids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from corefit.plugins.hookspecs import hookimpl
+from corefit.run.report import MetricsLog, curves, grid
+from corefit.types import TrainState
+from corefit.types.stage import Stage
+
+
+@hookimpl
+def corefit_stage_started(stage: Stage, state: TrainState) -> None:
+    """A resumed stage forgets the lines it is about to write again."""
+    _log(state).truncate_after(state.step)
+
+
+@hookimpl
+def corefit_step_finished(stage: Stage, state: TrainState, metrics: Mapping[str, float]) -> None:
+    _log(state).append(state.step, metrics)
+    if stage.samples(state.step):
+        _samples(state)
+
+
+@hookimpl
+def corefit_stage_finished(stage: Stage, state: TrainState) -> None:
+    _samples(state)
+    log = state.folder / "metrics.jsonl"
+    if log.exists():
+        curves(log, state.folder / "metrics.png")
+
+
+def _log(state: TrainState) -> MetricsLog:
+    return MetricsLog(state.folder / "metrics.jsonl")
+
+
+def _samples(state: TrainState) -> None:
+    if state.sample is not None:
+        prompts, media = state.sample()
+        grid(media, prompts, _png(state))
+
+
+def _png(state: TrainState) -> Path:
+    return state.folder / "samples" / f"step-{state.step:06d}.png"

@@ -1,0 +1,108 @@
+"""Data and prompts of a pipeline, encoded: for a run, for a look, or once and for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from corefit.data import cache
+from corefit.data.dataset import Dataset, kept_key
+from corefit.data.settings import Data
+from corefit.pipeline.pipeline import Pipeline
+from corefit.run import agreement
+from corefit.system import files
+from corefit.system.display import Display
+from corefit.system.ranks import Ranks, join
+from corefit.system.signals import ECHO, Signals
+
+
+def prepare(pipeline: Pipeline, display: Display | None = None) -> Dataset:
+    """What `corefit prepare` does: encode what is not encoded, and say what there is. Every rank takes its share."""
+    ranks = join(pipeline.precision, shard=pipeline.shard)
+    shown = display or Display.on(ranks.main)
+    with Signals(shown.say, ECHO).handled():
+        agreement.check(ranks, pipeline, "prepare")
+        with shown, ranks.watched(root(pipeline)), files.written(root(pipeline)):
+            dataset, _ = encoded(pipeline, ranks, shown)
+    for line in summary(dataset):
+        shown.say(line)
+    return dataset
+
+
+def encoded(pipeline: Pipeline, ranks: Ranks, display: Display) -> tuple[Dataset, Dataset | None]:
+    """Data, and the prompts of [eval]: from the cache, or into it now. Text encoders and VAE are released."""
+    pipeline.backbone.place(ranks.device, text_dtype(ranks))
+    dataset = _encoded(pipeline, pipeline.data, ranks, display, "encoding data")
+    prompts = pipeline.eval and _encoded(
+        pipeline, pipeline.eval.data(pipeline.data.size), ranks, display, "encoding prompts", media=False
+    )
+    pipeline.backbone.release()
+    return dataset, prompts
+
+
+def _encoded(
+    pipeline: Pipeline, data: Data, ranks: Ranks, display: Display, title: str, *, media: bool | None = None
+) -> Dataset:
+    wanted = pipeline.needs_media if media is None else media
+    if data.encoded:
+        with ranks.first():
+            return cache.opened(data, pipeline.backbone, root(pipeline), media=wanted)
+    with display.task(title) as progress:
+        folder = cache.prepare(data, pipeline.backbone, root(pipeline), media=wanted, progress=progress, ranks=ranks)
+    return Dataset.open(folder, keep=data.condition, remade=True)
+
+
+def survey(pipeline: Pipeline, data: Any, *, media: bool) -> tuple[str, int, str]:
+    """The key that `encoded` finds data by, how many examples there are, and what it would do; nothing is written.
+
+    After `place` of the backbone.
+    """
+    if data.encoded:
+        found = cache.opened(data, pipeline.backbone, root(pipeline), media=media)
+        return found.key, len(found), f"{counted(len(found), 'example')}, encoded before"
+    count = cache.check(data, media=media) or 0
+    key = cache.key(data, pipeline.backbone, root(pipeline), media=media)
+    there = cache.exists(data, pipeline.backbone, root(pipeline), media=media)
+    kept = f", of which {data.keep!r} keeps some" if data.keep else ""
+    said = f"{counted(count, 'example')}{kept}{', cached' if there else ' to encode'}"
+    return kept_key(key, data.condition), count, said
+
+
+def summary(dataset: Dataset) -> Iterator[str]:
+    """What there is, a line each: examples, buckets, size, and by which values examples were kept."""
+    manifest = dataset.manifest
+    size = sum(shard.raw_data.bytes for shard in dataset.shards.shards)
+    left_out = [f"{manifest.skipped} unreadable and left out"] if manifest.skipped else []
+    enlarged = [f"{manifest.enlarged} smaller than their size"] if manifest.enlarged else []
+    each = f"{size / max(1, manifest.count) / 1024:.1f} KiB each"
+    yield ", ".join([counted(manifest.count, "example"), *left_out, *enlarged, each])
+    for number, rows in dataset.buckets.items():
+        pixels, latents = (" x ".join(map(str, sizes[number])) for sizes in (manifest.sizes, manifest.shapes))
+        yield f"  {pixels} pixels, latents {latents}: {counted(len(rows), 'example')}"
+    if dataset.keep:
+        yield f"kept by {dataset.keep.text!r}: {len(dataset)} of {manifest.count}"
+        for column in dataset.columns:
+            yield from (f"  {column.name} {line}" for line in column.histogram())
+
+
+def root(pipeline: Pipeline) -> Path:
+    """Where encoded data are kept."""
+    return pipeline.folder / ".corefit" / "cache"
+
+
+def precision(ranks: Ranks) -> str:
+    """Of arithmetic: "bf16" or "fp32"."""
+    return "bf16" if ranks.accelerator.mixed_precision == "bf16" else "fp32"
+
+
+def text_dtype(ranks: Ranks) -> Any:
+    """One precision for text in all stages and evaluation, whatever they train."""
+    import torch
+
+    return torch.bfloat16 if precision(ranks) == "bf16" else torch.float32
+
+
+def counted(number: int, what: str) -> str:
+    """'1 example', '2 examples'."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

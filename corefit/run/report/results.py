@@ -1,0 +1,159 @@
+"""Held-out results: means with 95 % intervals, and gains over the stage before, paired on the prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NotRequired, TypedDict, cast
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from corefit.errors import DataError
+from corefit.rng import generator
+from corefit.system.files import write_whole
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+Z = 1.959963984540054
+"""The 97.5 % quantile of the standard normal."""
+
+
+@frozen
+class Scores:
+    """What one stage's model scored on the held-out prompts, and what training it cost.
+
+    values              metric -> one value a prompt; the same prompts and order in every stage
+    categories          one a prompt; empty, "" and "all" mean no category besides "all"
+    seconds             training time; 0 for base
+    samples_per_second  while training; 0 where unknown
+    peak_memory         bytes; 0 where unknown
+    survived            share of the update that rounding has left, None where nothing was rounded
+    """
+
+    stage: str
+    values: Mapping[str, Sequence[float]]
+    categories: Sequence[str] = ()
+    seconds: float = 0.0
+    samples_per_second: float = 0.0
+    peak_memory: int = 0
+    survived: float | None = None
+
+
+class Row(TypedDict):
+    """One entry of results.json; the three gains are absent for the first stage."""
+
+    stage: str
+    metric: str
+    category: str
+    value: float
+    low: float
+    high: float
+    n: int
+    gain: NotRequired[float]
+    gain_low: NotRequired[float]
+    gain_high: NotRequired[float]
+
+
+KEYS = {"stage", "metric", "category", "value", "low", "high", "n"}
+
+
+def results(stages: Sequence[Scores]) -> list[Row]:
+    """Rows by stage, metric, category ("all" first, then as the prompts name them); no global randomness.
+
+    Intervals are 95 %: Wilson's where a metric is 0 or 1 throughout, else the percentile bootstrap over
+    prompts; gains over the stage before have the percentile bootstrap of the paired differences' mean.
+    Raises DataError for a value that is not finite.
+    """
+    if not stages:
+        return []
+    table = {metric: _table(stages, metric) for metric in stages[0].values}
+    groups = _groups(stages)
+    return [
+        _row(stages[i].stage, metric, category, values[: i + 1, rows], _binary(values))
+        for i in range(len(stages))
+        for metric, values in table.items()
+        for category, rows in groups.items()
+    ]
+
+
+def write_results(path: Path, rows: Sequence[Row]) -> None:
+    """Replace results.json as a whole."""
+    write_whole(path, (json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_results(path: Path) -> list[Row]:
+    """What `write_results` wrote. Raises DataError if it is anything else."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); run the pipeline again, which writes it anew") from error
+    listed = cast(list[Row], rows) if isinstance(rows, list) else [None]
+    found = [row for row in listed if isinstance(row, dict) and row.keys() >= KEYS]
+    if len(found) < len(listed):
+        raise DataError(f"{path}: not a list of results; run the pipeline again, which writes it anew")
+    return found
+
+
+def wilson(successes: float, n: int) -> Interval:
+    """The 95 % score interval of a proportion (Wilson, 1927)."""
+    p, z2 = successes / n, Z * Z / n
+    centre = (p + z2 / 2) / (1 + z2)
+    half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+def bootstrap(values: Floats, resamples: int = 2000) -> Interval:
+    """The 95 % percentile bootstrap interval of the mean of `values` [n]; equal on every call."""
+    draw, n = generator("report", "bootstrap"), len(values)
+    block = max(1, 2**20 // n)  # resamples at once: bounds the memory
+    sizes = [min(block, resamples - done) for done in range(0, resamples, block)]
+    means = [values[draw.integers(0, n, (size, n))].mean(1) for size in sizes]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _row(stage: str, metric: str, category: str, values: Floats, binary: bool) -> Row:
+    """The row of the last stage in `values` [stages so far, n]."""
+    now = values[-1]
+    low, high = wilson(float(now.sum()), len(now)) if binary else bootstrap(now)
+    row = Row(stage=stage, metric=metric, category=category, value=float(now.mean()), low=low, high=high, n=len(now))
+    if len(values) > 1:
+        differences = now - values[-2]
+        row["gain"] = float(differences.mean())
+        row["gain_low"], row["gain_high"] = bootstrap(differences)
+    return row
+
+
+def _table(stages: Sequence[Scores], metric: str) -> Floats:
+    """Values of one metric, [stages, prompts], finite."""
+    assert all(stage.values.keys() == stages[0].values.keys() for stage in stages), "metrics differ"
+    values = [np.asarray(stage.values[metric], np.float64) for stage in stages]
+    assert {v.shape for v in values} == {(len(values[0]),)}, "stages were scored on different prompts"
+    if not len(values[0]):
+        raise DataError("no held-out prompts were scored; give [eval] prompts")
+    for stage, v in zip(stages, values, strict=True):
+        bad = np.flatnonzero(~np.isfinite(v))
+        if len(bad):
+            raise DataError(
+                f"stage {stage.stage!r}: metric {metric!r} is {v[bad[0]]} for held-out prompt {bad[0]} "
+                f"(of {len(bad)} such); a reward must raise or return a number"
+            )
+    return np.stack(values)
+
+
+def _groups(stages: Sequence[Scores]) -> dict[str, NDArray[np.intp]]:
+    """Category -> rows of its prompts."""
+    names = list(stages[0].categories)
+    n = len(next(iter(stages[0].values.values()), ()))
+    assert all(list(stage.categories) == names for stage in stages), "categories differ between stages"
+    assert len(names) in (0, n), "one category a prompt"
+    named = [name for name in dict.fromkeys(names) if name not in ("", "all")]
+    return {"all": np.arange(n)} | {c: np.flatnonzero([name == c for name in names]) for c in named}
+
+
+def _binary(values: Floats) -> bool:
+    return bool(np.isin(values, (0.0, 1.0)).all())

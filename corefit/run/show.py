@@ -1,0 +1,91 @@
+"""A look at what a stage will see: its first batches, decoded from the cache, with prompt, bucket and crop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from corefit.data.dataset import Dataset
+from corefit.data.order import Walk
+from corefit.errors import ConfigError
+from corefit.pipeline.pipeline import Pipeline
+from corefit.run import report
+from corefit.run.prepare import encoded, summary, text_dtype
+from corefit.system.display import Display
+from corefit.system.ranks import join
+from corefit.types.stage import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def show(pipeline: Pipeline, number: int, file: Path | None = None, display: Display | None = None) -> Path:
+    """Write a grid of the first `number` different examples of the first stage that trains on media.
+
+    They are encoded now if they are not. The file is data.png in the run's folder unless named.
+    """
+    stage = next((stage for stage in pipeline.stage if "media" in stage.objective.uses), None)
+    if stage is None:
+        raise ConfigError("no stage trains on media, so there is nothing to show; the prompts are in the source")
+    ranks = join(pipeline.precision, shard=pipeline.shard)
+    shown, png = display or Display.on(ranks.main), file or pipeline.run_folder / "data.png"
+    with shown:
+        dataset, _ = encoded(pipeline, ranks, shown)
+    pipeline.backbone.place(ranks.device, text_dtype(ranks))
+    drawn = list(islice(_drawn(pipeline, stage, dataset), number))
+    media = [_decoded(pipeline, dataset, index, turn) for index, turn in drawn]
+    pipeline.backbone.release()
+    png.parent.mkdir(parents=True, exist_ok=True)
+    report.grid(_framed([pixels for pixels, _ in media]), [said for _, said in media], png)
+    for line in summary(dataset):
+        shown.say(line)
+    shown.say(f"the first {len(drawn)} are in {png}")
+    return png
+
+
+def _drawn(pipeline: Pipeline, stage: Stage, dataset: Dataset) -> Iterator[tuple[int, float]]:
+    """(example, which caption) in the order of training, each example once."""
+    walk = Walk(
+        buckets=list(dataset.buckets.values()),
+        batch=stage.rows,
+        group=stage.objective.rows_per_prompt,
+        seed=pipeline.seed,
+        stage=stage.name,
+        order=pipeline.data.order,
+    )
+    seen: set[int] = set()
+    for step in count():
+        for index, turn in zip(walk.at(step), walk.turns(step), strict=True):
+            if index not in seen:
+                seen.add(index)
+                yield index, turn
+        if len(seen) == len(dataset):
+            return
+
+
+def _decoded(pipeline: Pipeline, dataset: Dataset, index: int, turn: float) -> tuple[Tensor, str]:
+    """[3, H, W] or [3, T, H, W] of an example, and what to write below it."""
+    import torch
+
+    batch, view = dataset.batch([index], [0], [turn]), dataset.view(index)
+    with torch.no_grad():
+        media = pipeline.backbone.decode(batch.clean)[0].cpu()
+    *_, height, width = view["size"]
+    left, top, right, bottom = (round(edge) for edge in view["crop"])
+    whole = view["source"]
+    crop = "all" if (left, top, right, bottom) == (0, 0, whole[1], whole[0]) else f"{left},{top} to {right},{bottom}"
+    return media, f"{batch.prompts[0]} | {width} x {height}, {crop} of {whole[1]} x {whole[0]}"
+
+
+def _framed(media: Sequence[Tensor]) -> Tensor:
+    """Media of all buckets on white sheets of one size, [n, 3, (T,) H, W]."""
+    import torch
+
+    height, width = (max(m.shape[axis] for m in media) for axis in (-2, -1))
+    sheets = torch.ones(len(media), *media[0].shape[:-2], height, width)
+    for sheet, m in zip(sheets, media, strict=True):
+        top, left = (height - m.shape[-2]) // 2, (width - m.shape[-1]) // 2
+        sheet[..., top : top + m.shape[-2], left : left + m.shape[-1]] = m
+    return sheets

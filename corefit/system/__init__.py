@@ -1,0 +1,1 @@
+"""The machine: files, processes, memory, the terminal, signals."""

@@ -1,0 +1,152 @@
+"""Memory of this process: keeping it between steps on a CPU, its peak, what code holds in tensors, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import weakref
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, field
+
+from corefit.errors import TrainingError
+
+if TYPE_CHECKING:
+    import torch
+
+
+ASKED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
+"""In the messages of both of torch's allocators: of CUDA's "2.50 GiB", of the CPU's "2684354560 bytes"."""
+CPU = "DefaultCPUAllocator: can't allocate memory"
+
+
+def keep_freed() -> None:
+    """Keep main memory that is freed, for the next step (glibc; elsewhere nothing).
+
+    A step frees and asks for the same activations again. Given back to the system in between, every page faults
+    anew: on the digits example that costs 40 % of the speed of training on a CPU.
+    """
+    import ctypes
+
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 1 << 30)
+        mallopt(m_top_pad, 1 << 28)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far. Where main memory's cannot be reset (not Linux), it goes on."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: torch.device) -> int:
+    """Bytes: allocated on the GPU, or resident in main memory."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@define(eq=False)
+class Held:
+    """Bytes of the storages that were made while it watched and are alive."""
+
+    now: int = 0
+    peak: int = 0
+    kept: int = 0
+    """For who watches to note `now` at a moment of interest."""
+    _alive: set[int] = field(factory=set[int])
+
+    def see(self, tensor: torch.Tensor) -> None:
+        """A tensor that an operation gave back: of memory that is new, or was there."""
+        storage = tensor.untyped_storage()
+        place, size = storage._cdata, storage.nbytes()  # pyright: ignore[reportPrivateUsage]
+        if place not in self._alive:
+            self._alive.add(place)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, place, size)
+
+    def _gone(self, place: int, size: int) -> None:
+        self._alive.discard(place)
+        self.now -= size
+
+
+@contextlib.contextmanager
+def held() -> Generator[Held]:
+    """Watch what is held inside, in tensors of any device and in fake ones; memory inside kernels is not seen."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    found = Held()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            before = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            made = func(*args, **(kwargs or {}))
+            for t in tree_leaves(made):
+                if isinstance(t, torch.Tensor) and _place(t) not in before:
+                    found.see(t)
+            return made
+
+    with Watch():
+        yield found
+
+
+def _place(t: torch.Tensor) -> int:
+    return t.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
+@contextlib.contextmanager
+def explain_exhaustion(where: str, helps: Sequence[str], kept: str = "") -> Generator[None]:
+    """Turn memory that runs out inside into a TrainingError.
+
+    where  what was computed, such as "stage soar, step 3, term 2"
+    helps  keys that would take less memory
+    kept   what is not lost
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_exhausted(error):
+            raise
+        asked = found[1] if (found := ASKED.search(str(error))) else ""
+        sought = f"; {asked} more were asked for" if asked else ""
+        would = (
+            f"What would help: {', or '.join(helps)}"
+            if helps
+            else ("All keys that save memory are set: take a smaller [data] size, or a device with more memory")
+        )
+        raise TrainingError(f"{where}: out of memory{sought}. {would}{f'. {kept}' if kept else ''}") from error
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether main memory or a device's ran out."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU in str(error)
+
+
+def size(count: int) -> str:
+    """Bytes in MiB or GiB; a dash for 0."""
+    if not count:
+        return "-"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

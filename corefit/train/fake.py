@@ -1,0 +1,87 @@
+"""A step on tensors that have a shape and no memory: how much a real one would hold."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from corefit.system import memory
+from corefit.types import Condition, Sized
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def peak(backbone: Sized, shape: tuple[int, ...], *, half: bool, gpu: bool) -> int | None:
+    """Bytes that the velocity of latents of `shape` [B, ...] and its backward hold at most, besides weights, gradients.
+
+    None where what is computed depends on values, which fake tensors do not have.
+
+    backbone  with its blank network, which takes fake tensors for weights. Of several networks, one row goes through
+              each and all others through the first: what one keeps of its weights may be more than of a row
+    half      under autocast to bfloat16, a GPU's or the CPU's
+    """
+    from torch._subclasses import fake_tensor
+
+    rows, *one = shape
+    first, *others = backbone.routes()[:rows]
+    # of the CPU: its kernels keep what a GPU's keep, while attention on the meta device would keep its matrix
+    with fake_tensor.FakeTensorMode():
+        try:
+            kept = sum(_step(backbone, network, (1, *one), half, gpu).kept for network in others)
+            return kept + _step(backbone, first, (rows - len(others), *one), half, gpu).peak
+        except (
+            fake_tensor.DynamicOutputShapeException,
+            fake_tensor.DataDependentOutputException,
+            fake_tensor.UnsupportedOperatorException,
+        ):
+            return None
+
+
+def _step(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: bool) -> memory.Held:
+    import torch
+    from torch import nn
+
+    if half and gpu:
+        for norm in (m for m in network.modules() if type(m) in (nn.LayerNorm, nn.GroupNorm)):
+            _norm_like_a_gpu(norm)
+    _materialise(network)
+    x, sigma = torch.empty(shape), torch.empty(shape[0])
+    cond = Condition({name: torch.empty(shape[0], *one) for name, one in backbone.condition_shapes().items()})
+    whole, backbone.transformer = backbone.transformer, network
+    try:
+        with memory.held() as held:
+            with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+                v = backbone.velocity(x, sigma, cond)
+            held.kept = held.now
+            v.square().mean().backward()
+    finally:
+        backbone.transformer = whole
+    return held
+
+
+def _materialise(network: nn.Module) -> None:
+    """Fake tensors in place of those on the meta device, and gradients, to which backward adds in place."""
+    import torch
+    from torch import nn
+
+    for module in network.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            made = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+            made.grad = torch.empty_like(made) if p.requires_grad else None
+            setattr(module, name, made)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        for name, value in list(vars(module).items()):  # tables that are no buffers, as some networks of diffusers have
+            if isinstance(value, torch.Tensor):
+                setattr(module, name, torch.empty(value.shape, dtype=value.dtype))
+
+
+def _norm_like_a_gpu(norm: nn.Module) -> None:
+    """Autocast computes norms in float32 on a GPU, which keeps them so, and not on the CPU."""
+    norm.float()
+    norm.register_forward_pre_hook(_in_float)
+
+
+def _in_float(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() for x in args)

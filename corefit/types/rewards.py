@@ -1,0 +1,61 @@
+"""Rewards are asked here, and their scores are checked here, whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from corefit.errors import NonFinite, PluginError, shown
+from corefit.types.blame import place
+from corefit.types.protocols import Reward
+from corefit.types.values import Meta, Weighted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def score(entry: Weighted[Reward], media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
+    """The scores [B] of media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1]: float64, detached, on the CPU.
+
+    PluginError, with the reward's name and file, for anything but one real number a sample. Scores may be NaN or
+    infinite: `refuse_non_finite` is asked where all ranks can be.
+    """
+    import torch
+
+    found: Any = entry.value.score(media, prompts, meta)
+    try:
+        scores = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise _wrong(entry, shown(found), len(prompts)) from None
+    readable = not scores.is_meta and scores.layout == torch.strided
+    if not readable or scores.is_complex() or scores.shape != (len(prompts),):
+        kind = str(scores.dtype if readable else "meta" if scores.is_meta else scores.layout).removeprefix("torch.")
+        raise _wrong(entry, f"{kind} {list(scores.shape)}", len(prompts))
+    return scores.detach().cpu().double()
+
+
+def _wrong(entry: Weighted[Reward], found: str, number: int) -> PluginError:
+    return PluginError(
+        f"reward {entry.name!r}, {place(type(entry.value))}: score() gave {found} for {number} samples; it must "
+        f"return one real number a sample, a tensor [{number}]"
+    )
+
+
+def refuse_non_finite(
+    scores: Mapping[str, Tensor], names: Sequence[str], gather: Callable[[Tensor], Tensor] = lambda x: x
+) -> None:
+    """NonFinite, on every rank that `gather` reaches, if a reward's scores [B] hold NaN or infinity on any of them.
+
+    names  what messages call the samples, B of them
+    """
+    import torch
+
+    if not scores:
+        return
+    fine = torch.stack([values.isfinite() for values in scores.values()])
+    if gather(fine.all(0)).all():
+        return
+    rewards = ", ".join(repr(name) for name, row in zip(scores, fine, strict=True) if not row.all())
+    wrong = [names[index] for index in (~fine.all(0)).nonzero().flatten().tolist()]
+    what = f"reward {rewards} is not finite for {wrong[:3]}" if wrong else "a reward on another rank is not finite"
+    raise NonFinite(f"{what}; raise an error in score() instead")

@@ -1,0 +1,85 @@
+"""Conditions over metadata: what they mean, what is refused, what they leave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from corefit.data.filter import Column, Keep, kept
+from corefit.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "holds"),
+    [
+        ("a >= 6.8", {"a": 6.8}, True),
+        ("a >= 6.8", {"a": 6.79}, False),
+        ("1 < a <= 3", {"a": 3}, True),
+        ("1 < a <= 3", {"a": 1}, False),
+        ("not a > 1 or b == 'x'", {"a": 2, "b": "x"}, True),
+        ("not a > 1", {"a": 2}, False),
+        ("not a > 1", {"a": 1}, True),
+        ("not (a > 1 and b == 'x')", {"a": 2, "b": "x"}, False),
+        ("a > 1 and b != 'x'", {"a": 2, "b": "x"}, False),
+        ("b in ['x', 'y']", {"b": "y"}, True),
+        ("b not in ('x', 'y')", {"b": "y"}, False),
+        ("'cat' in tags", {"tags": ["dog", "cat"]}, True),
+        ("safe", {"safe": True}, True),
+        ("a > -1", {"a": 0}, True),
+    ],
+)
+def test_it_means_what_python_means(text: str, row: dict[str, Any], holds: bool) -> None:
+    assert Keep.of(text).holds(row) is holds
+
+
+@pytest.mark.parametrize(
+    "text", ["f(a)", "a.b > 1", "a >", "a + 1 > 2", "[x for x in a]", "a is None", "__import__('os')"]
+)
+def test_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="write comparisons of metadata with values"):
+        Keep.of(text)
+
+
+def test_examples_that_cannot_be_asked_are_named() -> None:
+    with pytest.raises(DataError, match="example 2 has no 'a'; it has b"):
+        kept(Keep.of("a > 1"), [{"a": 2}, {"b": 2}])
+    with pytest.raises(DataError, match="example 1: '>' not supported"):
+        kept(Keep.of("a > 1"), [{"a": "x"}])
+
+
+def test_nan_is_named() -> None:
+    with pytest.raises(DataError, match="example 2: 'a' is NaN, which is neither more nor less than anything"):
+        kept(Keep.of("a > 1"), [{"a": 2.0}, {"a": float("nan")}])
+    assert kept(Keep.of("a > 1"), [{"a": 2.0, "b": float("nan")}]) == [True], "of what is not asked for"
+
+
+def test_infinite_and_huge_numbers_are_compared() -> None:
+    values = [float("inf"), float("-inf"), 10**400, 2.0, 0.0]
+    held = kept(Keep.of("a > 1"), [{"a": value} for value in values])
+    assert held == [True, False, True, True, False]
+    lines = list(Column("a", values, held).histogram())
+    assert (lines[0][-6:], lines[-1][-6:]) == ("0 of 1", "1 of 1")
+
+
+@pytest.mark.parametrize("values", [[float("inf")] * 2, [10**400, 3.0], [1e308, -1e308], [0.0, 5e-324]])
+def test_values_without_bins_have_no_histogram_or_one_bin(values: list[float]) -> None:
+    assert len(list(Column("a", values, [True, True]).histogram())) in (0, 16)
+
+
+def test_spans() -> None:
+    assert Column("a", [3, 1, 2], [False] * 3).span() == "a is 1 to 3"
+    assert Column("a", [3, "x", None, 3], [False] * 4).span() == "a is 3, 'x', None"
+    assert Column("a", [*map(str, range(9)), 1], [False] * 10).span() == "a is '0', '1', '2', '3', '4', ..."
+    assert Column("a", [], []).span() == ""
+
+
+def test_a_histogram_counts_everything_and_what_is_kept() -> None:
+    column = Column("a", [0.0] * 10 + [1.0] * 30, [False] * 20 + [True] * 20)
+    lines = list(column.histogram())
+    assert len(lines) == 16
+    assert lines[0].endswith("0 of 10")
+    assert lines[-1].endswith("20 of 30")
+    assert lines[-1].count("█") == 27
+    assert lines[-1].count("░") == 13
+    assert list(Column("a", ["x", "y"], [True, True]).histogram()) == []

@@ -1,0 +1,262 @@
+"""Encoded data from elsewhere: a folder or an S3 store, the same bytes, and whatever is damaged is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import frozen
+from conftest import Project
+from safetensors.torch import load_file
+
+from corefit.data import mds
+
+KEYS: Mapping[str, str] = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+BUCKET = "corefit"
+SHARD = "part-00000/shard.00000.mds"
+PLAIN = ("--set", "precision='fp32'", "--set", "stage.soar.log_every=1")
+
+
+@frozen
+class Store:
+    """A bucket of an S3 server on this machine."""
+
+    client: Any
+
+    def put(self, folder: Path, prefix: str) -> str:
+        """Upload a folder as `aws s3 sync` does; its URL."""
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            self.client.upload_file(str(file), BUCKET, f"{prefix}/{file.relative_to(folder)}")
+        return f"s3://{BUCKET}/{prefix}"
+
+    def change(self, url: str, change: Callable[[bytes], bytes]) -> None:
+        key = url.removeprefix(f"s3://{BUCKET}/")
+        body = self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        self.client.put_object(Bucket=BUCKET, Key=key, Body=change(body))
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def store(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty bucket, and the environment that S3 users have."""
+    import boto3
+
+    for name, value in (*KEYS.items(), ("S3_ENDPOINT_URL", endpoint)):
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket=BUCKET)
+    for found in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        client.delete_object(Bucket=BUCKET, Key=found["Key"])
+    return Store(client)
+
+
+@pytest.fixture
+def encoded(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of `project`, encoded by a run of it (named "source"), moved elsewhere; no raw data remain."""
+    assert project.main("run", "pipeline.toml", "--set", "name='source'", *PLAIN).status == 0
+    root = project.folder / ".corefit" / "cache"
+    (found,) = [f.parent for f in root.glob("*/done.json") if json.loads(f.read_text())["media"]]
+    moved = shutil.move(found, tmp_path_factory.mktemp("encoded") / found.name)
+    (project.folder / "train.jsonl").unlink()
+    (project.folder / "media").unlink()
+    return Path(moved)
+
+
+def reading(project: Project, place: Path | str) -> None:
+    """Let the pipeline read what is encoded at `place`."""
+    project.swap(('source = { use = "jsonl", path = "train.jsonl" }', f'encoded = "{place}"'))
+
+
+def left(project: Project, name: str) -> dict[str, bytes]:
+    """The bytes of all weights of a run."""
+    files = (project.folder / "runs" / name).glob("*/model/*.safetensors")
+    return {str(f.relative_to(project.folder / "runs" / name)): f.read_bytes() for f in files}
+
+
+def test_a_folder_of_encoded_data_trains_as_its_source_does(project, encoded):
+    reading(project, encoded)
+    before = sorted(encoded.rglob("*"))
+    assert project.main("run", "pipeline.toml", *PLAIN).status == 0
+    assert left(project, "tiny") == left(project, "source") != {}
+    assert sorted(encoded.rglob("*")) == before
+    assert "8 examples, encoded before" in project.main("run", "--dry-run", "pipeline.toml", *PLAIN).out
+
+
+def test_a_store_of_encoded_data_trains_as_its_source_does(project, encoded, store):
+    reading(project, store.put(encoded, "caches/abc"))
+    assert project.main("check", "pipeline.toml").status == 0
+    assert project.main("run", "pipeline.toml", *PLAIN).status == 0
+    assert left(project, "tiny") == left(project, "source") != {}
+    # fetched once: what is here is used while it is whole
+    (copy,) = (project.folder / ".corefit" / "cache").glob("remote-*")
+    fetched = {f.name: f.stat().st_mtime_ns for f in copy.rglob("*.mds")}
+    assert fetched
+    assert project.main("run", "pipeline.toml", *PLAIN, "--set", "name='again'").status == 0
+    assert {f.name: f.stat().st_mtime_ns for f in copy.rglob("*.mds")} == fetched
+    assert left(project, "again") == left(project, "source")
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+HARM: Mapping[str, tuple[str, Callable[[Path], object], str]] = {
+    "flipped bit": (SHARD, lambda f: f.write_bytes(flip(f.read_bytes())), "its xxh64 is not the one"),
+    "missing shard": (SHARD, lambda f: f.unlink(), "it is missing"),
+    "truncated shard": (SHARD, lambda f: f.write_bytes(f.read_bytes()[:-7]), r"it has \d+ bytes instead"),
+    "flipped null": ("null.safetensors", lambda f: f.write_bytes(flip(f.read_bytes())), "its sha256 is not the one"),
+    "index of others": ("index.json", lambda f: f.write_text('{"version": 2, "shards": []}'), "its sha256 is not"),
+    "half a manifest": ("done.json", lambda f: f.write_bytes(f.read_bytes()[:50]), "it cannot be read"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_damage_is_named_and_not_trained_on(project, encoded, harm):
+    name, do, said = HARM[harm]
+    do(encoded / name)
+    reading(project, encoded)
+    refused(project, name, said)
+
+
+def refused(project: Project, name: str, said: str) -> None:
+    import re
+
+    ended = project.main("run", "pipeline.toml", *PLAIN)
+    assert ended.status == 2
+    assert re.search(rf"error: .*{re.escape(name)} .*{said}", ended.err), ended.err
+    assert "Traceback" not in ended.err
+    stage = project.folder / "runs" / "tiny" / "01-soar"
+    assert not (stage / "metrics.jsonl").exists()
+    assert not (stage / "model").exists()
+
+
+@pytest.mark.parametrize("harm", ["flipped bit", "missing shard", "flipped null", "half a manifest"])
+def test_damage_in_a_store_is_named_and_not_trained_on(project, encoded, store, harm):
+    name, do, said = HARM[harm]
+    url = store.put(encoded, "caches/bad")
+    if harm == "missing shard":
+        store.client.delete_object(Bucket=BUCKET, Key=f"caches/bad/{name}")
+        said = "cannot be fetched"
+    else:
+        do(encoded / name)
+        store.client.upload_file(str(encoded / name), BUCKET, f"caches/bad/{name}")
+    reading(project, url)
+    refused(project, name, said)
+
+
+def test_a_damaged_copy_is_fetched_again(project, encoded, store):
+    reading(project, store.put(encoded, "caches/abc"))
+    assert project.main("run", "pipeline.toml", *PLAIN).status == 0
+    (copy,) = (project.folder / ".corefit" / "cache").glob("remote-*")
+    for file in (copy / SHARD, copy / "null.safetensors"):
+        file.write_bytes(flip(file.read_bytes()))
+    assert project.main("run", "pipeline.toml", *PLAIN, "--set", "name='again'").status == 0
+    assert left(project, "again") == left(project, "source")
+
+
+def test_a_store_that_cannot_be_reached_is_named(project, encoded, store, monkeypatch):
+    url = store.put(encoded, "caches/abc")
+    reading(project, "s3://nobody/caches/abc")
+    refused(project, "s3://nobody/caches/abc/done.json", "cannot be fetched")
+    reading_again = project.text.replace("s3://nobody/caches/abc", url)
+    project.write(reading_again)
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    refused(project, f"{url}/done.json", "cannot be fetched: EndpointConnectionError")
+    project.write(reading_again.replace("s3://", "floppy://"))
+    refused(project, "floppy://corefit/caches/abc/done.json", "Unsupported remote path")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("data.size=[32, 32]",), "was encoded with another size than this pipeline has"),
+        (("backbone.max_sequence_length=12",), "was encoded with another text_length"),
+    ],
+    ids=["size", "text length"],
+)
+def test_encoded_data_must_fit(project, encoded, settings, said):
+    reading(project, encoded)
+    ended = project.main("run", "pipeline.toml", *PLAIN, *(w for key in settings for w in ("--set", key)))
+    assert ended.status == 2
+    assert said in ended.err
+    assert "encode its data again" in ended.err
+
+
+def test_media_that_were_not_encoded_are_missed(project, encoded):
+    (prompts,) = (f.parent for f in (project.folder / ".corefit" / "cache").glob("*/done.json"))
+    reading(project, prompts)
+    for command in ("check", "run"):
+        ended = project.main(command, "pipeline.toml")
+        assert ended.status == 2
+        assert "holds prompts alone, and a stage needs media" in ended.err
+
+
+def test_source_and_encoded_exclude_each_other(project):
+    project.swap(("[data]\n", '[data]\nencoded = "here"\n'))
+    ended = project.main("check", "pipeline.toml")
+    assert ended.status == 2
+    assert "data: one of 'source' and 'encoded'" in ended.err
+    project.swap(('encoded = "here"\n', ""), ('source = { use = "jsonl", path = "train.jsonl" }\n', ""))
+    ended = project.main("check", "pipeline.toml")
+    assert ended.status == 2
+    assert "data: one of 'source' and 'encoded'" in ended.err
+
+
+def test_a_download_that_was_killed_is_swept(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with mds.locked(tmp_path):
+            import socket
+
+            (tmp_path / f".shard.00000.mds.{socket.gethostname()}-{os.getpid()}").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.glob(".shard*"))) == 1
+    with mds.locked(tmp_path):
+        assert not list(tmp_path.glob(".shard*"))
+
+
+def test_nothing_of_a_killed_run_is_in_the_way_of_two_more(project):
+    """streaming's own reader leaves shared memory behind, and the next run then fails."""
+    shared = Path("/dev/shm")
+    before = set(shared.iterdir())
+    command = [str(Path(sys.executable).with_name("corefit")), "run", "pipeline.toml", *PLAIN]
+    long = [*command, "--set", "stage.soar.steps=100000"]
+    killed = subprocess.Popen(long, cwd=project.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (project.folder / "runs" / "tiny" / "01-soar" / "metrics.jsonl").exists():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    runs = [
+        subprocess.Popen([*command, "--set", f"name='{name}'"], cwd=project.folder, stderr=subprocess.PIPE, text=True)
+        for name in ("one", "two")
+    ]
+    for run in runs:
+        assert run.wait(timeout=300) == 0, run.communicate()[1]
+    assert left(project, "one") == left(project, "two") != {}
+    assert all(load_file(f) for f in (project.folder / "runs" / "one").glob("*/model/*.safetensors"))
+    assert set(shared.iterdir()) <= before

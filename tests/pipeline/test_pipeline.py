@@ -1,0 +1,225 @@
+"""A pipeline file is read whole: structured, checked, and written again so that it says the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from corefit.data.settings import Data
+from corefit.data.sources import Jsonl
+from corefit.errors import ConfigError, CorefitError, PluginError
+from corefit.pipeline import Full, Lora, Pipeline, Stage, read
+from corefit.rollout.noise import Uniform
+from corefit.rollout.samplers import Cps, FlowSde, Ode
+from corefit.types.stage import Optimizer
+from corefit_backbones.sd3 import Sd3
+from corefit_sft import Sft
+
+
+def refusal(project, *pairs, settings=()):
+    """What read says of the pipeline after replacing text."""
+    project.swap(*pairs)
+    with pytest.raises(CorefitError) as error:
+        read(project.file, settings)
+    return str(error.value)
+
+
+# reading
+
+
+def test_reads_what_the_file_says(project):
+    pipeline = read(project.file)
+    soar, grpo = pipeline.stage
+    assert (pipeline.name, pipeline.seed, pipeline.precision) == ("tiny", 0, "auto")
+    assert (soar.name, soar.steps, soar.batch, soar.objective.points) == ("soar", 2, 4, 2)
+    assert (soar.optimizer.lr, soar.optimizer.betas) == (1e-3, (0.9, 0.999))
+    assert (grpo.sampler, grpo.objective.group) == (FlowSde(0.7), 2)
+    assert [(w.name, w.weight, w.reward.gain) for w in grpo.reward] == [("bright", 1.0, 1.0)]
+    assert pipeline.train == Lora(rank=2)
+    assert pipeline.eval.limit == 4
+
+
+def test_defaults(project):
+    project.swap(('train = { use = "lora", rank = 2 }\n', ""), ("batch = 4\n", ""), ("batch = 4\n", ""))
+    project.swap(('noise = { use = "logit_normal" }\n', ""), ("optimizer = { lr = 1e-3 }\n", ""))
+    pipeline = read(project.file)
+    soar, grpo = pipeline.stage
+    assert pipeline.train == Full()
+    assert (soar.rows, grpo.rows) == (32, 96), "32 samples, or 48 groups"
+    assert (soar.noise, soar.sampler) == (None, None), "the trainer's defaults"
+    assert (grpo.noise, grpo.sampler) == (None, FlowSde(0.7))
+    assert soar.optimizer == Optimizer()
+
+
+def test_paths_are_relative_to_the_file(project, monkeypatch):
+    monkeypatch.chdir("/")
+    pipeline = read(project.file)
+    assert pipeline.data.source.path == project.folder / "train.jsonl"
+    assert pipeline.eval.prompts == project.folder / "heldout.jsonl"
+    assert pipeline.backbone.path == str(project.folder / "base")
+    assert pipeline.run_folder == project.folder / "runs" / "tiny"
+    assert read(project.file, ["out=elsewhere"]).run_folder == project.folder / "elsewhere" / "tiny"
+    assert read(project.file, ["out=/elsewhere"]).run_folder == Path("/elsewhere/tiny")
+
+
+def test_a_relative_pipeline_file(project, monkeypatch):
+    monkeypatch.chdir(project.folder)
+    assert read("pipeline.toml").folder == project.folder
+
+
+def test_settings_override_the_file(project):
+    settings = ["stage.soar.steps=7", "stage.soar.objective={use='sft'}", "stage.grpo.reward.bright.weight=2", "seed=3"]
+    pipeline = read(project.file, settings)
+    soar, grpo = pipeline.stage
+    assert (pipeline.seed, soar.steps, soar.objective, grpo.reward[0].weight) == (3, 7, Sft(), 2.0)
+
+
+def test_soar_becomes_sft_by_one_word(project):
+    project.swap(('use = "soar", points = 2', 'use = "sft"'))
+    assert read(project.file).stage[0].objective == Sft()
+
+
+# the file that a run leaves
+
+
+def test_what_is_written_out_reads_back_the_same_from_any_folder(project, tmp_path_factory):
+    pipeline = read(project.file, ["stage.soar.objective.max_gain=1e9", "stage.soar.ema=0.99", "seed=5"])
+    tables = pipeline.tables()
+    copy = tmp_path_factory.mktemp("copy") / "pipeline.toml"
+    copy.write_text(tomli_w.dumps(tables))
+    again = read(copy)
+    assert again.tables() == tables
+    assert again.run_folder == pipeline.run_folder
+    assert (again.train, again.data, again.eval.limit) == (pipeline.train, pipeline.data, 4)
+
+
+def test_what_is_written_out_names_every_default(project):
+    tables = read(project.file).tables()
+    stage = tables["stage"][0]
+    assert stage["objective"]["use"] == "soar"
+    assert (stage["objective"]["guidance"], stage["optimizer"]["eps"], stage["keep"]) == (4.5, 1e-8, 2)
+    assert tables["backbone"]["train"] == {"use": "lora", "rank": 2}
+    assert tables["stage"][1]["reward"] == [{"use": "bright", "gain": 1.0, "weight": 1.0}]
+    assert (tables["seed"], tables["precision"], tables["data"]["skip"]) == (0, "auto", 0)
+
+
+# in Python
+
+
+def test_the_same_classes_serve_in_python(checkpoint, pictures, tmp_path):
+    pipeline = Pipeline(
+        name="mine",
+        backbone=Sd3(path=str(checkpoint)),
+        data=Data(source=Jsonl(pictures / "train.jsonl"), size=(16, 16)),
+        stage=[Stage(name="sft", steps=1, batch=2, objective=Sft())],
+        out=tmp_path,
+    )
+    pipeline.check()
+    assert isinstance(pipeline.stage, tuple)
+    assert pipeline.run_folder == tmp_path / "mine"
+    assert pipeline.tables()["stage"][0]["objective"] == {"use": "sft", "dropout": 0.0}
+
+
+def test_python_is_checked_as_the_file_is(checkpoint, pictures):
+    pipeline = Pipeline(
+        name="mine",
+        backbone=Sd3(path=str(checkpoint)),
+        data=Data(source=Jsonl(pictures / "train.jsonl"), size=(15, 16)),
+        stage=[Stage(name="sft", steps=1, objective=Sft(), sampler=Ode())],
+    )
+    with pytest.raises(ConfigError, match=r"(?s)stage.sft.sampler: .*remove the key.*backbone: size = .*nearest"):
+        pipeline.check()
+    with pytest.raises(ValueError, match="'steps' must be > 0"):
+        Stage(name="sft", steps=0, objective=Sft())
+    with pytest.raises(ValueError, match="'betas' must be < 1"):
+        Optimizer(betas=(0.9, 1.0))
+
+
+def test_learning_rate_schedules():
+    rates = [
+        Optimizer(lr=1.0, warmup=2, schedule=s).rate(step, 6)
+        for s in ("constant", "linear", "cosine")
+        for step in range(6)
+    ]
+    assert rates == pytest.approx(
+        [0.5, 1, 1, 1, 1, 1, 0.5, 1, 1, 0.75, 0.5, 0.25, 0.5, 1, 1, 0.853553, 0.5, 0.146447], abs=1e-6
+    )
+
+
+# contradictions: told with their place, all at once
+
+
+def test_all_contradictions_are_told_at_once(project):
+    said = refusal(
+        project,
+        ("size = [16, 16]", "size = [15, 16]"),
+        ('noise = { use = "logit_normal" }', 'sampler = { use = "ode" }\noptimizer = { warmup = 9 }'),
+        ("optimizer = { lr = 1e-3 }\n", ""),
+        ('batch = 4\nobjective = { use = "flow', 'batch = 3\nobjective = { use = "flow'),
+        ("heldout", "held"),
+    )
+    starts = [line.split(":")[0] for line in said.splitlines()]
+    assert starts == [
+        "stage.soar.sampler",
+        "stage.soar.optimizer.warmup",
+        "stage.grpo.batch",
+        "backbone",
+        "eval.prompts",
+    ]
+
+
+def test_a_sampler_is_read_where_the_objective_says_so(project):
+    said = refusal(project, ("points = 2", "points = 2, paths = 2"))
+    assert (
+        said == 'stage.soar.sampler is missing; the objective takes stochastic steps, such as sampler = { use = "cps" }'
+    )
+    project.swap(('noise = { use = "logit_normal" }', 'noise = { use = "uniform" }\nsampler = { use = "cps" }'))
+    assert (read(project.file).stage[0].sampler, read(project.file).stage[0].noise) == (Cps(), Uniform())
+
+
+@pytest.mark.parametrize(
+    "sampler", ['{ use = "ode" }', '{ use = "flow_sde", noise = 0 }', '{ use = "cps", noise = 0.0 }']
+)
+def test_a_deterministic_sampler_is_refused_where_noise_is_needed(project, sampler):
+    said = refusal(project, ('{ use = "flow_sde", noise = 0.7 }', sampler))
+    assert said.startswith("stage.grpo.sampler: it is deterministic")
+    assert "flow_sde or cps" in said
+
+
+def test_prompts_alone_are_enough_where_no_stage_reads_media(project):
+    grpo = project.text.split("[[stage]]")
+    project.write(grpo[0].replace("train.jsonl", "heldout.jsonl") + "[[stage]]" + grpo[2])
+    assert not read(project.file).needs_media
+
+
+def test_media_are_needed_where_one_stage_reads_them(project):
+    said = refusal(project, ("train.jsonl", "heldout.jsonl"))
+    assert said.startswith("data: 6 of 6 examples have no media, and a stage needs them")
+
+
+def test_independent_draws_need_enough_prompts(project):
+    said = refusal(project, ("size = [16, 16]", 'size = [16, 16]\norder = "independent"'), ("batch = 4", "batch = 9"))
+    assert said.startswith('stage.soar: order = "independent" draws batch / group = 9')
+    assert "the data have 8; lower batch" in said
+
+
+def test_missing_media_count_against_the_budget(project):
+    rows = [{"prompt": "a sky", "media": f"media/{n}.png"} for n in (0, 1, 98, 99)]
+    project.own("train.jsonl")
+    project.lines("train.jsonl", *rows)
+    said = refusal(project)
+    assert said.startswith("data: 2 of 4 media are missing or unreadable, and 0 may be skipped")
+    assert "98.png" in said
+    assert "set skip = 2 under [data]" in said
+    read(project.file, ["data.skip=2"])
+
+
+def test_kinds_of_errors(project):
+    with pytest.raises(ConfigError, match="there is no pipeline file"):
+        read(project.folder / "none.toml")
+    with pytest.raises(PluginError, match="there is no file"):
+        read(project.file, ["plugins=['none.py']"])
+    with pytest.raises(ConfigError, match=r"backbone: .*no such folder"):
+        read(project.file, ["backbone.path=nowhere"])

@@ -1,0 +1,56 @@
+"""`corefit schema`: it accepts what corefit accepts, and underlines what corefit refuses."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Project
+from jsonschema import Draft202012Validator
+
+ROOT = Path(__file__).parents[2]
+
+
+def validator(project: Project, *files: str) -> Draft202012Validator:
+    ended = project.main("schema", *files)
+    assert ended.status == 0, ended.err
+    described = json.loads(ended.out)
+    Draft202012Validator.check_schema(described)
+    return Draft202012Validator(described)
+
+
+def problems(made: Draft202012Validator, text: str) -> list[Any]:
+    return list(made.iter_errors(tomllib.loads(text)))
+
+
+def test_good_pipelines_are_good(project: Project) -> None:
+    assert problems(validator(project, "bright.py"), project.text) == []
+    digits = ROOT / "examples" / "digits"
+    assert problems(validator(project, str(digits / "digits.py")), (digits / "pipeline.toml").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("steps = 2", "stepps = 2"),
+        ("steps = 2", "steps = 'two'"),
+        ('use = "sd3"', 'use = "sd4"'),
+        ("points = 2", "point = 2"),
+        ("rank = 2", "ranks = 2"),
+        ("size = [16, 16]", "size = 16"),
+        ('name = "soar"', ""),
+    ],
+)
+def test_what_corefit_refuses_is_underlined(project: Project, old: str, new: str) -> None:
+    assert old in project.text
+    assert problems(validator(project, "bright.py"), project.text.replace(old, new, 1))
+
+
+def test_a_plugins_keys_are_in_it(project: Project) -> None:
+    said = project.main("schema").out
+    assert '"const": "flow_grpo"' in said
+    assert '"const": "bright"' not in said
+    assert '"const": "bright"' in project.main("schema", "bright.py").out

@@ -1,0 +1,131 @@
+"""That scores are of their own prompts, and what the judge keeps of its samples, pictures and clips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from corefit.rng import Rng
+from corefit.rollout import generate
+from corefit.run.evaluate import Eval, Judge
+from corefit.system import ranks
+from corefit.testing import ToyBackbone
+from corefit.testing.toy import loaded
+from corefit.types import Batch, Condition, Meta, Reward, Weighted
+
+
+def judge(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, shape: tuple[int, ...], **keys: Any) -> tuple[Judge, list]:
+    """One whose media of row n are n / 10 everywhere, and the numbers of rows it was asked for."""
+    prompts = [f"prompt {n}" for n in range(7)]
+    asked: list[int] = []
+
+    def media(self: Judge, backbone: Any, rows: Any) -> Tensor:
+        asked.append(len(rows))
+        return torch.tensor(rows).reshape(-1, *(1 for _ in shape)).expand(-1, *shape) / 10
+
+    class Prompts:
+        def __len__(self) -> int:
+            return len(prompts)
+
+        def batch(self, rows: Any, turns: Any) -> Any:
+            meta = [{"n": row, "category": "ab"[row % 2]} for row in rows]
+            return Batch(None, Condition({}), [prompts[row] for row in rows], meta, rows, shape)
+
+    monkeypatch.setattr(Judge, "media", media)
+    made: Any = Prompts()
+    ranks: Any = None
+    return Judge(Eval(prompts=tmp_path / "p.txt", **{"reward": (), **keys}), made, 0, ranks), asked
+
+
+def test_samples_are_made_a_batch_at_a_time(monkeypatch, tmp_path):
+    """Sixteen clips at once take a memory that nobody planned for."""
+    of, asked = judge(monkeypatch, tmp_path, (3, 5, 8, 8), batch=2, samples=5)
+    prompts, media = of.samples(None)
+    assert asked == [2, 2, 1]
+    assert prompts == [f"prompt {n}" for n in range(5)]
+    assert torch.allclose(media[:, 0, 0, 0, 0], torch.arange(5) / 10)
+
+
+class Told(Reward):
+    """The number of a row where its media, prompt and metadata all say the same one, and -1 elsewhere."""
+
+    def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
+        told = zip((media[:, 0, 0, 0] * 10).round().tolist(), prompts, meta, strict=True)
+        return torch.tensor([n if (p, m["n"]) == (f"prompt {n:.0f}", n) else -1 for n, p, m in told])
+
+
+@pytest.mark.parametrize(("limit", "world"), [(None, 1), (5, 1), (None, 2), (None, 3)])
+def test_scores_and_categories_are_of_their_own_prompts(monkeypatch, tmp_path, limit, world):
+    """In the prompts' order, whatever number of ranks shares them."""
+    reward = (Weighted("told", Told()),)
+    of, _ = judge(monkeypatch, tmp_path, (3, 4, 4), reward=reward, batch=2, limit=limit)
+    parts: list[Any] = []
+
+    def collected(part: Any) -> list[Any]:
+        parts.append(part)
+        return parts
+
+    for rank in range(world):
+        ranks: Any = SimpleNamespace(world=world, rank=rank, sharded=False, collected=collected)
+        made = attrs.evolve(of, ranks=ranks).score(None)
+    numbers = range(limit or 7)
+    assert made == {"values": {"told": [*numbers]}, "categories": ["ab"[n % 2] for n in numbers]}
+
+
+def test_media_are_of_their_own_prompt_and_noise(tmp_path):
+    """Row by row what a batch of rows gives; other rows, seeds, steps and scales give others."""
+    backbone, prompts = loaded(ToyBackbone((3, 4, 4))), [f"prompt {n}" for n in range(3)]
+
+    def batch(rows: Any, turns: Any) -> Batch:
+        texts = [prompts[row] for row in rows]
+        return Batch(None, backbone.encode_text(texts), texts, [{}] * len(rows), rows, backbone.shape)
+
+    def media(rows: Any, seed: int = 0, **keys: Any) -> Tensor:
+        ranks: Any = SimpleNamespace(device=torch.device("cpu"))
+        dataset: Any = SimpleNamespace(batch=batch, null=backbone.encode_text([""]))
+        eval = Eval(prompts=tmp_path / "p.txt", reward=(), **{"steps": 3, "guidance": 2.0, **keys})
+        return Judge(eval, dataset, seed, ranks).media(backbone, rows)
+
+    whole = media(range(3))
+    for row in range(3):
+        torch.testing.assert_close(media([row]), whole[row : row + 1])
+    noise = Rng((0, "eval"), [2]).randn((1, *backbone.shape))
+    x0 = generate(backbone, noise, backbone.encode_text(prompts[2:]), steps=3, guidance=2.0)
+    torch.testing.assert_close(whole[2:], backbone.decode(x0).detach())
+    others = [media(range(3), **keys) for keys in ({"seed": 1}, {"steps": 4}, {"guidance": 3.0})]
+    assert all(float((other - whole).abs().max()) > 1e-3 for other in others)
+
+
+@pytest.mark.parametrize(("shape", "kept"), [((3, 8, 8), (3, 8, 8)), ((3, 9, 8, 8), (3, 4, 8, 8))])
+def test_kept_samples_are_compared_as_they_were_drawn(monkeypatch, tmp_path, shape, kept):
+    of, _ = judge(monkeypatch, tmp_path, shape, limit=3)
+    for stage in ("base", "soar"):
+        of.keep_samples(of.samples(None), tmp_path / stage)
+    media = load_file(tmp_path / "base" / "last.safetensors")["media"]
+    assert (media.shape[1:], media.dtype) == (kept, torch.uint8)
+    clips = len(shape) == 4
+    names = {"last.safetensors", "last.png", *(["last.webp"] if clips else [])}
+    assert {path.name for path in (tmp_path / "base").iterdir()} == names
+    of.compare(["base", "soar"], [tmp_path / "base", tmp_path / "soar"], tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").exists()
+
+
+def test_drawing_leaves_training_its_own_empty_prompt(job, dataset, tmp_path):
+    """The prompts may have been encoded on another machine than the data; guidance must not change midway."""
+    backbone = job().backbone
+    backbone.load(torch.device("cpu"), torch.float32)
+    keys: Any = {"prompts": tmp_path / "p.txt", "reward": (), "steps": 2, "samples": 2}
+    judge = Judge(Eval(**keys), dataset, 0, ranks.join("fp32"))
+    backbone.empty = dataset.null
+    _, usual = judge.samples(backbone)
+    backbone.empty = own = Condition({name: t + 1 for name, t in dataset.null.tensors.items()})
+    _, media = judge.samples(backbone)
+    assert backbone.empty is own
+    assert torch.equal(media, usual)

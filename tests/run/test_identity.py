@@ -1,0 +1,231 @@
+"""What determines a stage: what changes it, what does not, and how a change is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import corefit
+from corefit.pipeline import read
+from corefit.run import identity
+from corefit.run.identity import Identity, differences
+from corefit.system.files import json_digest
+
+
+def identities(file, *settings, dataset="d", precision="fp32") -> dict[str, Identity]:
+    """Of base, stages and the scores of the last."""
+    pipeline = read(file, settings)
+    found = {"base": identity.of_base(pipeline)}
+    for stage in pipeline.stage:
+        found[stage.name] = identity.of_stage(pipeline, stage, list(found.values())[-1], dataset, precision)
+    return {**found, "scores": identity.of_scores(pipeline, found["grpo"], "p", "")}
+
+
+def changes(old, new) -> dict[str, str]:
+    """Name -> what is said of it, of those whose hash differs, from parts as a file keeps them."""
+    kept = {name: json.loads(json.dumps(one.parts)) for name, one in old.items()}
+    said = {name: new[name].since(kept[name]) for name in new if new[name].hash != old[name].hash}
+    assert all(said.values())
+    return said
+
+
+LATER = {"grpo": "stage soar, which it starts from, changed", "scores": "its weights changed"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("stage.soar.optimizer.lr=5e-4", "optimizer.lr 0.001 -> 0.0005"),
+        ("stage.soar.steps=3", "steps 2 -> 3"),
+        ("stage.soar.ema=0.9", "ema none -> 0.9"),
+        ("stage.soar.objective.points=4", "objective.points 2 -> 4"),
+        ("stage.soar.objective={use='sft'}", "objective soar -> sft"),
+        ("stage.soar.noise={use='uniform'}", "noise logit_normal -> uniform"),
+        ("stage.soar.optimizer.betas=[0.9, 0.99]", "optimizer.betas [0.9, 0.999] -> [0.9, 0.99]"),
+        ("backbone.train={use='lora', rank=4}", "train.rank 2 -> 4"),
+        ("backbone.train={use='full'}", "train lora -> full"),
+        ("data.order='independent'", "data.order epochs -> independent"),
+    ],
+)
+def test_a_key_of_the_first_stage(project, setting, said):
+    assert changes(identities(project.file), identities(project.file, setting)) == {"soar": said, **LATER}
+
+
+def test_a_key_of_the_second_stage_leaves_the_first_alone(project):
+    was = identities(project.file)
+    for setting, said in (
+        ("stage.grpo.reward.bright.weight=2", "reward.bright.weight 1.0 -> 2.0"),
+        ("stage.grpo.sampler={use='cps'}", "sampler flow_sde -> cps"),
+    ):
+        now = changes(was, identities(project.file, setting))
+        assert now == {"grpo": said, "scores": "its weights changed"}
+
+
+def test_what_all_stages_share(project, monkeypatch):
+    was = identities(project.file)
+    seed = changes(was, identities(project.file, "seed=1"))
+    assert seed == {"soar": "seed 0 -> 1", **LATER, "scores": "its weights changed, seed 0 -> 1"}
+    assert changes(was, identities(project.file, precision="bf16")) == {"soar": "precision fp32 -> bf16", **LATER}
+    assert changes(was, identities(project.file, dataset="e")) == {"soar": "its data changed", **LATER}
+    backbone = changes(was, identities(project.file, "backbone.max_sequence_length=8"))
+    assert backbone == dict.fromkeys(("base", "soar"), "backbone.max_sequence_length 16 -> 8") | LATER
+    monkeypatch.setattr(corefit, "__version__", "9.1")
+    version = f"corefit {was['soar'].parts['corefit']} -> 9.1"
+    assert changes(was, identities(project.file)) == {
+        "soar": version,
+        **LATER,
+        "scores": f"its weights changed, {version}",
+    }
+
+
+def test_of_scores_alone(project):
+    was = identities(project.file)
+    assert changes(was, identities(project.file, "eval.steps=9")) == {"scores": "eval.steps 2 -> 9"}
+    assert changes(was, identities(project.file, "eval.guidance=2")) == {"scores": "eval.guidance 4.5 -> 2.0"}
+    assert changes(was, identities(project.file, "eval.limit=3")) == {"scores": "eval.limit 4 -> 3"}
+    assert changes(was, identities(project.file, "eval.reward.bright.gain=2")) == {
+        "scores": "eval.reward.bright.gain 1.0 -> 2.0"
+    }
+    pipeline = read(project.file)
+    prompts = identity.of_scores(pipeline, was["grpo"], "other", "")
+    assert prompts.since(was["scores"].parts) == "the prompts changed"
+    half, exact = (identity.of_scores(pipeline, was["grpo"], "p", held) for held in ("bfloat16", "float32"))
+    assert half.since(exact.parts) == "weights held in float32 -> bfloat16"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "stage.soar.log_every=1",
+        "stage.soar.checkpoint_every=1",
+        "stage.soar.keep=1",
+        "stage.soar.sample_every=1",
+        "eval.samples=1",
+        "stage.soar.train={use='lora', rank=2}",  # what it has from [backbone]
+        "name='other'",
+        "out='elsewhere'",
+    ],
+)
+def test_what_changes_nothing(project, setting):
+    assert changes(identities(project.file), identities(project.file, setting)) == {}
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "said"),
+    [
+        ("stage.soar.micro_batch=2", "soar", "micro_batch none -> 2"),
+        ("stage.soar.objective.chunk=2", "soar", "objective.chunk 1 -> 2"),
+        ("backbone.gradient_checkpointing=true", "soar", "backbone.gradient_checkpointing false -> true"),
+        ("backbone.attention='flash'", "grpo", "backbone.attention native -> flash"),
+        ("backbone.compile=true", "grpo", "backbone.compile false -> true"),
+        ("eval.batch=2", "scores", "eval.batch 16 -> 2"),
+    ],
+)
+def test_what_changes_rounding_alone_is_no_change(project, setting, name, said):
+    was, now = identities(project.file), identities(project.file, setting)
+    assert changes(was, now) == {}
+    assert now[name].rounded(was[name].rounding) == said
+    assert was[name].rounded(was[name].rounding) == was[name].rounded(None) == ""
+
+
+def test_what_changes_rounding_in_a_part_of_a_sum(project):
+    sums = "stage.soar.objective={use='sum', of=[{use='sft'}, {use='soar', chunk=CHUNK, weight=0.5}]}"
+    was, now = (identities(project.file, sums.replace("CHUNK", chunk)) for chunk in "12")
+    assert changes(was, now) == {}
+    assert now["soar"].rounded(was["soar"].rounding) == "objective.of.soar.chunk 1 -> 2"
+
+
+def test_encode_batch_leaves_encoded_data_as_they_are(project):
+    from corefit.data import cache
+
+    was, now = (read(project.file, [f"data.encode_batch={n}"]) for n in (16, 1))
+    for pipeline in (was, now):
+        pipeline.backbone.place("cpu", "float32")
+    keys = {cache.key(one.data, one.backbone, project.folder / "root", media=True) for one in (was, now)}
+    assert len(keys) == 1
+    assert changes(identities(project.file), identities(project.file, "data.encode_batch=1")) == {}
+
+
+def test_what_version_0_1_called_it_is_known(project):
+    """These are its hashes of the same pipeline: rounding was among what determined it."""
+    now = identities(project.file, "stage.soar.objective.chunk=2")
+    assert now["soar"].former["stage"]["objective"]["chunk"] == 2
+    assert now["grpo"].former["before"]["identity"] == json_digest(now["soar"].former)
+    assert now["scores"].former["model"] == json_digest(now["grpo"].former)
+    for one in now.values():
+        assert one.fits({"identity": json_digest(one.former)})
+        assert one.fits({"identity": one.hash, "rounding": {}})
+        assert not one.fits({"identity": one.hash})
+
+
+def test_the_project_may_move(project, tmp_path_factory):
+    was = identities(project.file)
+    moved = tmp_path_factory.mktemp("elsewhere") / "project"
+    shutil.copytree(project.folder, moved)
+    assert changes(was, identities(moved / "pipeline.toml")) == {}
+
+
+def test_code_of_a_plugin_file(project):
+    was = identities(project.file)
+    plugin = project.folder / "bright.py"
+    plugin.write_text(plugin.read_text().replace("mean(1) *", "amax(1) *"))
+    said = "code of bright.py changed"
+    now = identities(project.file)
+    assert changes(was, now) == {"grpo": said, "scores": f"its weights changed, {said}"}
+    assert now["soar"] == was["soar"], "which uses nothing of it"
+
+
+def test_code_of_a_package(project, monkeypatch):
+    was = identities(project.file)
+    real = identity._source
+    monkeypatch.setattr(identity, "_source", lambda file: "new" if file.parent.name == "corefit_soar" else real(file))
+    assert changes(was, identities(project.file)) == {"soar": "code of corefit_soar changed", **LATER}
+
+
+def test_weights_of_the_backbone(project):
+    was = identities(project.file)
+    (file,) = (project.own("base") / "transformer").glob("*.safetensors")
+    save_file({name: t + 1 for name, t in load_file(file).items()}, file)
+    said = "backbone weights changed"
+    assert changes(was, identities(project.file)) == {"base": said, "soar": said, **LATER}
+
+
+def test_many_differences_are_counted(project):
+    keys = ("steps=3", "ema=0.9", "optimizer.eps=1e-3", "max_grad_norm=2", "batch=8")
+    settings = [f"stage.soar.{key}" for key in keys]
+    said = changes(identities(project.file), identities(project.file, *settings))["soar"]
+    assert said == "steps 2 -> 3, batch 4 -> 8, optimizer.eps 1e-08 -> 0.001, and 2 more"
+
+
+def test_a_stage_that_starts_from_another_one(project):
+    was = identities(project.file)["grpo"]
+    project.swap(('name = "soar"', 'name = "warm"'))
+    assert identities(project.file)["grpo"].since(was.parts) == "it starts from stage warm, not soar"
+
+
+def test_former_parts_that_say_nothing(project):
+    now = identities(project.file)["soar"]
+    assert now.since({}) == "what determined the former one is not known"
+    other = {**now.parts, "code": {}}
+    assert now.since(other) == "what determines it changed"
+    assert now.since(now.parts) == ""
+
+
+def test_a_plugin_that_moved_is_named():
+    """Its name and keys are the same; who offers it is not."""
+    was = {"stage": {"name": "a"}, "code": {"corefit_huber": "1", "corefit_sft": "3"}}
+    now = {"stage": {"name": "a"}, "code": {"huber.py": "2", "corefit_sft": "3"}}
+    assert differences(was, now) == ["code of huber.py, formerly of corefit_huber"]
+    assert differences(was, {**now, "stage": {"name": "a", "steps": 3}}) == ["steps none -> 3"]
+
+
+def test_code_of_a_part_of_a_sum(project, monkeypatch):
+    sums = "stage.soar.objective={use='sum', of=[{use='soar', points=2}, {use='sft', weight=0.1}]}"
+    was = identities(project.file, sums)
+    assert changes(was, identities(project.file, sums.replace("0.1", "0.2"))).keys() == {"soar", *LATER}
+    real = identity._source
+    monkeypatch.setattr(identity, "_source", lambda file: "new" if file.parent.name == "corefit_sft" else real(file))
+    assert changes(was, identities(project.file, sums)) == {"soar": "code of corefit_sft changed", **LATER}

@@ -1,0 +1,117 @@
+"""Out of memory: where, how much, which keys would help that are not set, and that nothing is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attrs import frozen
+
+from corefit.errors import TrainingError
+from corefit.system import memory, ranks
+from corefit.train import checkpoint as state
+from corefit.train import loop as train
+from corefit.train import remedies
+from corefit.types import Weighted
+from corefit.types.objective import Sum
+from corefit.types.stage import Full, Lora, Stage
+from corefit_sft import Sft
+from corefit_soar import Soar
+
+
+def cuda() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of ...")
+
+
+def main() -> None:
+    torch.empty(1 << 55, dtype=torch.uint8)
+
+
+def python() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("fill", "asked"),
+    [(cuda, "; 2.50 GiB more were asked for"), (main, f"; {1 << 55} bytes more were asked for"), (python, "")],
+)
+def test_it_is_said(fill, asked):
+    with (
+        pytest.raises(TrainingError) as error,
+        memory.explain_exhaustion("evaluation", ["eval.batch = 8"], "All is kept"),
+    ):
+        fill()
+    assert str(error.value) == f"evaluation: out of memory{asked}. What would help: eval.batch = 8. All is kept"
+
+
+def test_nothing_left_to_set():
+    with (
+        pytest.raises(TrainingError, match="All keys that save memory are set"),
+        memory.explain_exhaustion("encoding", []),
+    ):
+        python()
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="shapes"), memory.explain_exhaustion("encoding", []):
+        raise RuntimeError("shapes")
+
+
+@frozen
+class Saves:
+    """A backbone that can compute activations again."""
+
+    gradient_checkpointing: bool
+
+
+def test_only_what_is_not_set_is_proposed():
+    both = Sum(of=(Weighted("sft", Sft()), Weighted("soar", Soar(chunk=4))))
+    stage = Stage(name="s", steps=1, objective=both, batch=8)
+    assert remedies.step_helps(stage, Full(), Saves(False), 2, sharded=False) == [
+        "stage.s.micro_batch = 2 (now 4)",
+        "stage.s.objective.of.soar.chunk = 2 (now 4)",
+        "backbone.gradient_checkpointing = true",
+        'backbone.train = { use = "lora" }',
+        "shard = true",
+    ]
+    small = Stage(name="s", steps=1, objective=Soar(), batch=8, micro_batch=1)
+    assert remedies.step_helps(small, Lora(), Saves(True), 2, sharded=True) == []
+    assert remedies.step_helps(small, Lora(), None, 1, sharded=False) == ["shard = true on several devices"]
+
+
+def test_a_stage_names_step_and_term_and_goes_on(job, monkeypatch):
+    one = job(steps=2, checkpoint_every=1, micro_batch=2)
+    real, calls = Sft.terms, []
+
+    def terms(self, part, ctx):
+        calls.append(part)
+        if len(calls) == 6:
+            cuda()
+        yield from real(self, part, ctx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sft, "terms", terms)
+        with pytest.raises(
+            TrainingError, match=r"stage s, step 2, term 0: out of memory; 2.50 GiB.*micro_batch = 1 \("
+        ):
+            train.train(one, ranks.join("fp32"))
+    found, damaged = state.latest(one.folder / "checkpoints")
+    assert found is not None
+    assert (found.step, damaged) == (1, [])
+    again = job(steps=2, checkpoint_every=1, micro_batch=1)
+    started = []
+    train.train(train.attrs.evolve(again, folder=one.folder, started=started.append), ranks.join("fp32"))
+    assert started == [1]
+
+
+@pytest.mark.parametrize("where", ["the experience", "the optimizer's step"])
+def test_what_it_happened_in_is_named(job, monkeypatch, where):
+    def full(*args):
+        cuda()
+        yield
+
+    if where == "the experience":
+        monkeypatch.setattr(train, "parts", full)
+    else:
+        monkeypatch.setattr(train.Loop, "_apply", lambda *args: cuda())
+    with pytest.raises(TrainingError, match=f"stage s, step 1, {where}: out of memory; 2.50 GiB"):
+        train.train(job(), ranks.join("fp32"))
