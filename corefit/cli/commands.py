@@ -99,10 +99,15 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
     checked = read(pipeline, _with_out(settings, out))
     stages = ", ".join(f"{stage.name} ({stage.steps} steps of {stage.rows})" for stage in checked.stage)
     from corefit.train import estimate
+    from corefit.train.estimate_cache import Kept
 
     device = estimate.Device.here() if memory is None else estimate.Device.of(memory)
-    found = estimate.estimates(checked, device, ranks)
+    kept = Kept.of(checked, device, ranks)
+    before = kept.read()
+    found = estimate.estimates(checked, device, ranks) if before is None else before
     estimate.refuse(checked, found, device, ranks)
+    if before is None:
+        kept.write(found)
     click.echo(plain(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}"))
     estimate.show(found, device)
 

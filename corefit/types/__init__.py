@@ -2,6 +2,7 @@
 
 from corefit.types.protocols import (
     Backbone,
+    Configured,
     NoiseWeighting,
     Reward,
     Sampler,
@@ -18,6 +19,7 @@ __all__ = [
     "Backbone",
     "Batch",
     "Condition",
+    "Configured",
     "Example",
     "Meta",
     "ModelPath",

@@ -154,6 +154,15 @@ class Sized(Protocol):
         ...
 
 
+@runtime_checkable
+class Configured(Protocol):
+    """What a Sized Backbone may offer besides, so that its need of memory is computed once and not by every check."""
+
+    def config_key(self) -> str:
+        """Hash of all files that `load_blank`, `condition_shapes` and `latent_shape` read."""
+        ...
+
+
 StoredTensors = Mapping[str, Any]
 """Name -> a tensor in a file, of which `stored[name][rows]` reads rows alone, and `stored[name][...]` all."""
 

@@ -153,6 +153,10 @@ class Diffusers(ABC):
         """Shape of each tensor of a condition, of one row; empty where a family does not say."""
         return {}
 
+    def config_key(self) -> str:
+        """Hash of all config files: whatever is read before the weights is in them."""
+        return self.checkpoint.config_key()
+
     def _blank(self, dtype: torch.dtype) -> Any:
         import torch
 
