@@ -10,6 +10,7 @@ from benchmarks.faults import faults
 from benchmarks.hostile import hostile
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
+from benchmarks.start import start
 
 
 @click.group(invoke_without_command=True)
@@ -26,6 +27,7 @@ main.add_command(data)
 main.add_command(faults)
 main.add_command(sharding)
 main.add_command(hostile)
+main.add_command(start)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

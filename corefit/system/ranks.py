@@ -217,9 +217,10 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
     precision  "fp32", "bf16", or "auto": bf16 where a GPU has it
     shard      FSDP2; `accelerate launch --use_fsdp` asks for it too
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
+    with memory.uncollected("accelerate"):
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import GradientAccumulationPlugin
 
     check_launch()
     shard = _asked_for_fsdp() or shard

@@ -11,7 +11,7 @@ from attrs import evolve, frozen
 from corefit.data import buckets
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Pipeline
-from corefit.system import cuda
+from corefit.system import cuda, memory
 from corefit.system.memory import size
 from corefit.system.ranks import is_half
 from corefit.train import fake, weights
@@ -208,7 +208,8 @@ def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, grap
 
 def _blank(pipeline: Pipeline, stage: Stage, device: Device) -> Any:
     """A copy of the backbone as training has it, without weights."""
-    import torch
+    with memory.uncollected("torch"):
+        import torch
 
     small = device.half(pipeline.precision) and pipeline.freezes_in_half(stage)
     backbone: Any = evolve(cast(Any, pipeline.backbone))
