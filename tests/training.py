@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,24 @@ class Pictures(Source):
         for i in range(self.count):
             picture = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
             yield Example(f"a {'red' if i % 2 else 'blue'} {i % 10}", picture, {"n": i})
+
+
+@frozen(kw_only=True, eq=False)
+class Heard(train.Listener):
+    """A listener of functions."""
+
+    on_started: Callable[[int], object] = lambda step: None
+    on_logged: Callable[[int, Mapping[str, float]], object] = lambda step, metrics: None
+    asked: Callable[[], bool] = lambda: False
+
+    def started(self, step: int) -> None:
+        self.on_started(step)
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.on_logged(step, metrics)
+
+    def stopping(self) -> bool:
+        return self.asked()
 
 
 def prepared(checkpoint: Path, root: Path) -> Dataset:

@@ -19,7 +19,7 @@ Order = Literal["epochs", "independent"]
 
 
 @frozen(kw_only=True, eq=False, slots=False)
-class Walk:
+class BatchSampler:
     """A stage's way through the data; a prompt's `group` rows follow each other.
 
     buckets  numbers of the examples of each bucket, none empty; a batch is of one bucket

@@ -24,7 +24,7 @@ from attrs import frozen
 from corefit.errors import PluginError, near
 from corefit.plugins import contract, hookspecs
 from corefit.plugins.kinds import KINDS
-from corefit.types import blame
+from corefit.types import blame, former
 
 GROUP = blame.GROUP
 API = "COREFIT_API"
@@ -183,6 +183,7 @@ def _check_offer(name: Any, cls: Any, kind: str, where: str, found: Found) -> No
             f"{where} offers {name!r}, which is {cls!r} and no attrs class; decorate the class with "
             f"@attrs.frozen, its fields are its configuration. Until then, {found.remedy}"
         )
+    former.adopt(cls)
     if wrong := "; ".join(contract.problems(cls, kind)):
         raise PluginError(
             f"{where} offers {name!r}, {blame.place(cls)}, which is no {KINDS[kind].name}: {wrong}. Write what "
