@@ -39,6 +39,7 @@ class Heard(train.Listener):
 
     on_started: Callable[[int], object] = lambda step: None
     on_logged: Callable[[int, Mapping[str, float]], object] = lambda step, metrics: None
+    on_stepped: Callable[[int], object] = lambda step: None
     asked: Callable[[], bool] = lambda: False
 
     def started(self, step: int) -> None:
@@ -46,6 +47,12 @@ class Heard(train.Listener):
 
     def logged(self, step: int, metrics: Mapping[str, float]) -> None:
         self.on_logged(step, metrics)
+
+    def stepped(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.on_stepped(step)
+
+    def saved(self, step: int, path: Path) -> None:
+        pass
 
     def stopping(self) -> bool:
         return self.asked()
@@ -71,6 +78,7 @@ def job_of(
         dataset=dataset,
         order="epochs",
         folder=folder,
+        listener=Heard(),
     )
 
 

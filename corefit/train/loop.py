@@ -8,13 +8,14 @@ Where the objective is a sum, all but the optimiser step is done for each of its
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from attrs import define, field, frozen
+from attrs import define, frozen
 
 from corefit.data import loader
 from corefit.data.dataset import Dataset
@@ -41,24 +42,47 @@ if TYPE_CHECKING:
 Metrics = Mapping[str, float]
 
 
-class Listener:
-    """What training tells of itself. This one, the default, hears nothing and never asks training to stop."""
+class Listener(ABC):
+    """What training tells of itself, and asks after each step."""
+
+    @abstractmethod
+    def stopping(self) -> bool:
+        """Whether to write a checkpoint now and raise Stopped; one rank's yes is enough."""
+
+    @abstractmethod
+    def stepped(self, step: int, metrics: Metrics) -> None:
+        """Hear of a step that is done; with its metrics where they are logged, with none otherwise."""
+
+    @abstractmethod
+    def started(self, step: int) -> None:
+        """Hear that training starts at `step`. The network has the weights that the stage would leave now."""
+
+    @abstractmethod
+    def logged(self, step: int, metrics: Metrics) -> None:
+        """Hear of a logged step. The network has the weights that the stage would leave now."""
+
+    @abstractmethod
+    def saved(self, step: int, path: Path) -> None:
+        """Hear that `path` is a whole checkpoint. The network has the weights that the stage would leave now."""
+
+
+class Silence(Listener):
+    """Hears nothing and never asks training to stop."""
 
     def stopping(self) -> bool:
-        """Whether to write a checkpoint now and raise Stopped; asked after each step, and one rank's yes is enough."""
         return False
 
     def stepped(self, step: int, metrics: Metrics) -> None:
-        """A step is done; with its metrics where they are logged, with none otherwise."""
+        pass
 
     def started(self, step: int) -> None:
-        """Training starts at `step`. The network has the weights that the stage would leave now."""
+        pass
 
     def logged(self, step: int, metrics: Metrics) -> None:
-        """A logged step is done. The network has the weights that the stage would leave now."""
+        pass
 
     def saved(self, step: int, path: Path) -> None:
-        """`path` is a whole checkpoint. The network has the weights that the stage would leave now."""
+        pass
 
 
 @frozen(kw_only=True, eq=False)
@@ -73,14 +97,14 @@ class Job:
     order: Order
     folder: Path
     """The stage's own folder; checkpoints go to `checkpoints/` in it."""
+    listener: Listener
+    """Hears how training goes, and may ask it to stop."""
     identity: str = ""
     """Hash of what determines the stage's weights; its checkpoints carry it."""
     adapter: Path | None = None
     """The LoRA that the stage before left, if it left one."""
     half: bool = False
     """Whether weights that do not train are held in bfloat16."""
-    listener: Listener = field(factory=Listener)
-    """Hears how training goes, and may ask it to stop."""
 
 
 @frozen

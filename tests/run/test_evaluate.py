@@ -75,7 +75,7 @@ def test_scores_and_categories_are_of_their_own_prompts(monkeypatch, tmp_path, l
         return parts
 
     for rank in range(world):
-        ranks: Any = SimpleNamespace(world=world, rank=rank, sharded=False, collected=collected)
+        ranks: Any = SimpleNamespace(world=world, rank=rank, sharded=False, all_gather_object=collected)
         made = attrs.evolve(of, ranks=ranks).score(None)
     numbers = range(limit or 7)
     assert made == {"values": {"told": [*numbers]}, "categories": ["ab"[n % 2] for n in numbers]}

@@ -141,7 +141,7 @@ def test_a_fault_stops_before_a_weight_is_touched(job, where):
 def test_a_fault_is_skipped_where_the_stage_says_so(job, where):
     lines: list[dict[str, float]] = []
     spoilt = job(Spoilt(at=1, where=where), steps=3, on_nan="skip", ema=0.5, log_every=3)
-    left = trained(train.Job(**{**_fields(spoilt), "logged": lambda step, m: lines.append(dict(m))}))
+    left = trained(train.Job(**{**_fields(spoilt), "listener": Heard(on_logged=lambda step, m: lines.append(dict(m)))}))
     assert lines[-1]["skipped"] == 1
     assert all(np.isfinite(list(lines[-1].values())))
     # as if the batch of that step had not been: weights, averages and Adam's own step count stay
@@ -162,7 +162,7 @@ def test_skipped_steps_are_counted_over_a_resume(job):
     spoilt = job(Spoilt(at=1, until=9), steps=9, on_nan="skip", max_skips=2)
     stops = iter([False, False, True])
     with pytest.raises(train.Stopped):
-        train.train(train.Job(**{**_fields(spoilt), "stop": lambda: next(stops)}), ranks.join("fp32"))
+        train.train(train.Job(**{**_fields(spoilt), "listener": Heard(asked=lambda: next(stops))}), ranks.join("fp32"))
     with pytest.raises(NonFinite, match=r"step 3: the loss of term 0"):
         train.train(spoilt, ranks.join("fp32"))
 
@@ -217,11 +217,11 @@ def test_the_last_step_leaves_a_checkpoint(job):
 
 
 def test_a_stop_in_the_last_step_leaves_nothing_to_do(job):
-    stopped = train.Job(**{**_fields(job(steps=2)), "stop": iter([False, True]).__next__})
+    stopped = train.Job(**{**_fields(job(steps=2)), "listener": Heard(asked=iter([False, True]).__next__)})
     with pytest.raises(train.Stopped):
         train.train(stopped, ranks.join("fp32"))
     taken: list[int] = []
-    again = train.Job(**{**_fields(stopped), "stop": lambda: False, "stepped": lambda step, m: taken.append(step)})
+    again = train.Job(**{**_fields(stopped), "listener": Heard(on_stepped=taken.append)})
     left = trained(again)
     assert taken == []
     assert worst(left, trained(job(steps=2))) == 0
@@ -294,7 +294,7 @@ def test_gradients_are_clipped_to_the_norm(job, limit):
     seen: list[float] = []
     clipped = job(max_grad_norm=limit, steps=1, log_every=1, optimizer=Optimizer(lr=1.0, eps=1e3, weight_decay=0))
     before = {n: p.detach().clone() for n, p in _loaded(clipped).items()}
-    logged = train.Job(**{**_fields(clipped), "logged": lambda step, m: seen.append(m["grad_norm"])})
+    logged = train.Job(**{**_fields(clipped), "listener": Heard(on_logged=lambda step, m: seen.append(m["grad_norm"]))})
     after = trained(logged)
     # with a huge eps, Adam's step is lr g / eps: its length shows the gradient's
     moved = sum(float(((after[n] - before[n]) ** 2).sum()) for n in after) ** 0.5
@@ -324,7 +324,7 @@ def test_a_step_has_its_own_rate_and_no_later_one(job):
 def test_the_rate_that_is_logged_is_that_of_the_step_just_taken(job, every, rates):
     lines: list[float] = []
     mine = job(Empty(), steps=4, log_every=every, optimizer=Optimizer(lr=4e-3, warmup=4))
-    trained(train.Job(**{**_fields(mine), "logged": lambda step, m: lines.append(m["lr"])}))
+    trained(train.Job(**{**_fields(mine), "listener": Heard(on_logged=lambda step, m: lines.append(m["lr"]))}))
     assert lines == pytest.approx(rates)
 
 
@@ -382,7 +382,7 @@ def test_in_bf16_the_weights_that_train_stay_in_float32(job, join, mode):
     stopped = of(listener=Heard(asked=iter([True]).__next__))
     with pytest.raises(train.Stopped):
         train.train(stopped, half)
-    assert worst(trained(train.Job(**{**_fields(stopped), "listener": train.Listener()}), half), rounded) == 0
+    assert worst(trained(train.Job(**{**_fields(stopped), "listener": Heard()}), half), rounded) == 0
     start = dict(_started(of(), half))
     assert worst(trained(of(Empty()), half), start) == 0, "what trains is not rounded when it is read"
     exact = trained(job(**keys), join("fp32"))
@@ -445,10 +445,11 @@ def test_the_reference_stays_while_the_policy_moves(job):
 
 def test_metrics_are_means_over_items_and_steps(job):
     lines: list[dict[str, float]] = []
-    mine = train.Job(**{**_fields(job(log_every=2, steps=4)), "logged": lambda s, m: lines.append(dict(m))})
+    mine = attrs.evolve(job(log_every=2, steps=4), listener=Heard(on_logged=lambda s, m: lines.append(dict(m))))
     trained(mine)
     single: list[dict[str, float]] = []
-    trained(train.Job(**{**_fields(job(log_every=1, steps=4)), "logged": lambda s, m: single.append(dict(m))}))
+    heard = Heard(on_logged=lambda s, m: single.append(dict(m)))
+    trained(attrs.evolve(job(log_every=1, steps=4), listener=heard))
     losses = [m["loss"] for m in single]
     assert [m["loss"] for m in lines] == pytest.approx([np.mean(losses[:2]), np.mean(losses[2:])])
     json.dumps(lines)

@@ -269,7 +269,7 @@ class Middle:
 @frozen
 class Jitter(Sampler):
     def step(self, x, v, sigma, sigma_next):
-        return Step(x + like(sigma_next - sigma, x) * v, 0.1 * sigma_next)
+        return Step(x + expand_like(sigma_next - sigma, x) * v, 0.1 * sigma_next)
 
 
 @hookimpl
