@@ -319,13 +319,11 @@ def _refuse_misspelt(found: Found) -> None:
 
 def _refuse_other_api(found: Found) -> None:
     """A plugin may say which version of corefit's API it is written for: COREFIT_API = "1"."""
-    import corefit
-
     built = getattr(found.plugin, API, None)
-    if built is not None and str(built).partition(".")[0] != corefit.API_VERSION.partition(".")[0]:
+    if built is not None and str(built).partition(".")[0] != hookspecs.API_VERSION.partition(".")[0]:
         raise PluginError(
             f"plugin {found.name!r} of {found.owner} is written for version {built} of corefit's API, and this corefit "
-            f"has {corefit.API_VERSION}; install a release of one for the other. Until then, {found.remedy}"
+            f"has {hookspecs.API_VERSION}; install a release of one for the other. Until then, {found.remedy}"
         )
 
 
