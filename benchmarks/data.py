@@ -106,6 +106,6 @@ def _loop(folder: Path, count: int) -> Loop:
         dataset=dataset,
         order="epochs",
         folder=folder / "stage",
-        listener=Silence(),,
+        listener=Silence(),
     )
     return Loop.build(job, join("fp32"))
