@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from corefit.plugins.hookspecs import Offers, hookimpl
+    from corefit.plugins.hookspecs import API_VERSION, Offers, hookimpl
     from corefit.types import (
         ROUNDING,
         Backbone,
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from corefit.types.objective import Context, Objective, Supervised
 
 __version__ = "0.1.0"
-API_VERSION = "1.0"
-"""Of what plugins are written against: hooks, protocols, the names below. The first number changes when one goes."""
 __all__ = [
     "API_VERSION",
     "ROUNDING",
@@ -43,7 +41,7 @@ __all__ = [
     "hookimpl",
 ]
 _MODULES = {
-    **dict.fromkeys(("Offers", "hookimpl"), "corefit.plugins.hookspecs"),
+    **dict.fromkeys(("API_VERSION", "Offers", "hookimpl"), "corefit.plugins.hookspecs"),
     **dict.fromkeys(("Context", "Objective", "Supervised"), "corefit.types.objective"),
 }
 """Where names lie that are not in corefit.types."""

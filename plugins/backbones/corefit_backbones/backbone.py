@@ -192,9 +192,12 @@ class Diffusers(ABC):
         """Folders of the networks under training; of several, each is a child of `transformer` by that name."""
         return [name for name in self.checkpoint.parts if name.startswith("transformer")]
 
-    def moved(self, folder: Path) -> Self:
+    def from_saved(self, folder: Path) -> Self:
         """The same backbone, unloaded, on the whole pipeline that `save` wrote to `folder`."""
         return evolve(self, path=ModelPath(str(folder)), revision=None, variant=None)
+
+    moved = from_saved
+    """The name that it had in version 0.1."""
 
     def weights_key(self) -> str:
         """sha256 of the files of the networks under training."""
