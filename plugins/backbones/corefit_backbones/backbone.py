@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Codec(Protocol):
-    """How media become the latents that a family is trained on, and back: the module `pictures` or `clips`."""
+    """Converts media to the latents that a family is trained on, and back: the module `pictures` or `clips`."""
 
     def encode(self, vae: Any, media: Tensor) -> Tensor: ...
     def decode(self, vae: Any, x0: Tensor) -> Tensor: ...
@@ -158,7 +158,9 @@ class Diffusers(ABC):
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read the transformer in `dtype`; ModelError for a folder or file that cannot be used."""
         self.check_settings()
-        self._set_up(self.joined([self._read(name, dtype) for name in self.networks]).to(device), device, dtype)
+        kind = _class(self.transformer_class)
+        read = [network.read(kind, self.checkpoint, name, dtype) for name in self.networks]
+        self._set_up(self.joined(read).to(device), device, dtype)
 
     def load_empty(self, dtype: torch.dtype) -> None:
         """Do what `load` does, with parameters on the meta device and real buffers on the CPU."""
@@ -208,12 +210,9 @@ class Diffusers(ABC):
             network.recompute(part)
 
     def joined(self, networks: Sequence[Any]) -> Any:
-        """The networks under training as one module. The default is for a family of one network."""
-        (network,) = networks
-        return network
-
-    def _read(self, name: str, dtype: torch.dtype) -> Any:
-        return network.read(_class(self.transformer_class), self.checkpoint, name, dtype)
+        """Join the networks under training into one module; here for a family that has one network."""
+        (only,) = networks
+        return only
 
     @property
     def networks(self) -> Sequence[str]:
