@@ -183,7 +183,7 @@ SIZES = frozenset(
         *("scale_factor_temporal", "scale_factor_spatial"),
     }
 )
-"""Keys whose values corefit computes with itself: positive integers, or lists of them."""
+"""Keys whose values corefit uses in calculations: positive integers, or lists of them."""
 LEVELS = frozenset(
     {
         *("shift", "flow_shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
