@@ -356,7 +356,7 @@ OFFERED = [
     objective("objective of complex terms", "num_terms = 1j", "num_terms of Bare", "is 1j, not a whole number"),
 ]
 CHECKPOINTS = [
-    swap("no folder", '"base"', '"bass"', "backbone: 'bass': no such folder", "organisation/model"),
+    swap("no folder", '"base"', '"bass"', "backbone: 'bass': no such folder", "organization/model"),
     swap("no checkpoint", 'path = "base"', 'path = "media"', "media: no model_index.json", "diffusers folder"),
     base("no model_index.json", lambda folder: (folder / "model_index.json").unlink(), "base: no model_index.json"),
     base(
