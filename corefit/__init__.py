@@ -1,6 +1,6 @@
 """corefit: pluggable post-training objectives for flow-matching image and video models."""
 
-from corefit.plugins.hookspecs import Offers, hookimpl
+from corefit.plugins.hookspecs import API_VERSION, Offers, hookimpl
 from corefit.types import (
     ROUNDING,
     Backbone,
@@ -17,8 +17,6 @@ from corefit.types import (
 from corefit.types.objective import Context, Objective, Supervised
 
 __version__ = "0.1.0"
-API_VERSION = "1.0"
-"""Of what plugins are written against: hooks, protocols, the names below. The first number changes when one goes."""
 __all__ = [
     "API_VERSION",
     "ROUNDING",

@@ -198,9 +198,9 @@ def completing(shell: str) -> None:
 def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:
     """The checked pipeline, where all processes of a launch could read theirs."""
     from corefit.pipeline.pipeline import read
-    from corefit.system.ranks import attempted
+    from corefit.system.ranks import all_or_none
 
-    return attempted(lambda: read(pipeline, settings, _host((), trace)))
+    return all_or_none(lambda: read(pipeline, settings, _host((), trace)))
 
 
 def _host(files: tuple[Path, ...], trace: bool = False) -> Host:

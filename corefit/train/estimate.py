@@ -210,7 +210,7 @@ def _blank(pipeline: Pipeline, stage: Stage, device: Device) -> Any:
     small = device.half(pipeline.precision) and pipeline.freezes_in_half(stage)
     backbone: Any = evolve(cast(Any, pipeline.backbone))
     backbone.load_blank(torch.bfloat16 if small else torch.float32)
-    weights.trainable(backbone, pipeline.mode(stage))
+    weights.make_trainable(backbone, pipeline.mode(stage))
     return backbone
 
 

@@ -11,10 +11,22 @@ from corefit.types.protocols import (
     Streamed,
 )
 from corefit.types.stage import Samples, TrainState
-from corefit.types.values import ROUNDING, Batch, Condition, Example, Meta, ModelPath, Step, Stored, Term, Weighted
+from corefit.types.values import (
+    ROUNDING,
+    ArchiveMember,
+    Batch,
+    Condition,
+    Example,
+    Meta,
+    ModelPath,
+    Step,
+    Term,
+    Weighted,
+)
 
 __all__ = [
     "ROUNDING",
+    "ArchiveMember",
     "Backbone",
     "Batch",
     "Condition",
@@ -28,10 +40,12 @@ __all__ = [
     "Sized",
     "Source",
     "Step",
-    "Stored",
     "StoredTensors",
     "Streamed",
     "Term",
     "TrainState",
     "Weighted",
 ]
+
+Stored = ArchiveMember
+"""The name that it had in version 0.1."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attrs import frozen
+from training import Heard
 
 from corefit.errors import TrainingError
 from corefit.system import memory, ranks
@@ -99,7 +100,8 @@ def test_a_stage_names_step_and_term_and_goes_on(job, monkeypatch):
     assert (found.step, damaged) == (1, [])
     again = job(steps=2, checkpoint_every=1, micro_batch=1)
     started = []
-    train.train(train.attrs.evolve(again, folder=one.folder, started=started.append), ranks.join("fp32"))
+    heard = Heard(on_started=started.append)
+    train.train(train.attrs.evolve(again, folder=one.folder, listener=heard), ranks.join("fp32"))
     assert started == [1]
 
 

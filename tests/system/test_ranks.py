@@ -144,7 +144,7 @@ import torch
 from attrs import frozen
 
 from corefit import Supervised, Term, hookimpl
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 
 
 @frozen

@@ -219,9 +219,12 @@ class Diffusers(ABC):
         """Folders of the networks under training; if several, these are also their names inside `transformer`."""
         return [name for name in self.checkpoint.parts if name.startswith("transformer")]
 
-    def moved(self, folder: Path) -> Self:
+    def from_saved(self, folder: Path) -> Self:
         """The same backbone, not loaded, for the whole pipeline that `save` wrote to `folder`."""
         return evolve(self, path=ModelPath(str(folder)), revision=None, variant=None)
+
+    moved = from_saved
+    """The name of `from_saved` in version 0.1."""
 
     def weights_key(self) -> str:
         """sha256 of the files of the networks under training."""
@@ -315,8 +318,8 @@ class Diffusers(ABC):
     def save(self, folder: Path) -> None:
         """Write only the LoRA if there is one, otherwise a whole pipeline, its file names without the variant.
 
-        `moved(folder)` reads the pipeline back, and `load_lora(folder)` the LoRA. Parts that were not trained are hard
-        links to the source.
+        `from_saved(folder)` reads the pipeline back, and `load_lora(folder)` the LoRA. Parts that were not trained are
+        hard links to the source.
         """
         self.save_tensors(folder, network.unwrapped(self.transformer).state_dict().items())
 
