@@ -230,7 +230,7 @@ class Diffusers(ABC):
         return evolve(self, path=ModelPath(str(folder)), revision=None, variant=None)
 
     moved = from_saved
-    """The name that it had in version 0.1."""
+    """The name of `from_saved` in version 0.1."""
 
     def weights_key(self) -> str:
         """sha256 of the files of the networks under training."""
