@@ -1,8 +1,8 @@
 """What a user gets wrong: exit status 2, a message with the key or file and the remedy, nothing written.
 
 Every case is a good pipeline with one thing spoilt, given to `corefit check` and to `corefit run`. What reading alone
-refuses (values of the wrong type, keys and names at every level) is in tests/pipeline/test_reader.py, and each thing that
-a source may find wrong is in tests/data/sources/.
+refuses (values of the wrong type, keys and names at every level) is in tests/pipeline/test_reader.py, and what a source
+may find wrong is in tests/data/sources/.
 """
 
 from __future__ import annotations

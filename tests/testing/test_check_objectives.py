@@ -19,6 +19,7 @@ from corefit_soar import Soar
         Sft(dropout=0.5),
         Soar(chunk=4, dropout=0.3),
         Soar(points=2, paths=2, noise="fresh"),
+        Soar(points=3, chunk=2, weight=2.0, normalize="weighted", levels="table"),
         Soar(weight=0),
     ],
     ids=lambda o: type(o).__name__,
