@@ -119,6 +119,7 @@ class Server:
             for pid, status in map(json.loads, lines):
                 if status is None:
                     self._started.append(pid)
+                    self.ended.pop(pid, None)  # of a former process of that number
                 else:
                     self.ended[pid] = status
             timeout = 0
