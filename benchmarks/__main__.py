@@ -9,6 +9,7 @@ from benchmarks.data import data
 from benchmarks.hostile import hostile
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
+from benchmarks.start import start
 
 
 @click.group(invoke_without_command=True)
@@ -24,6 +25,7 @@ main.add_command(checkpoints)
 main.add_command(data)
 main.add_command(sharding)
 main.add_command(hostile)
+main.add_command(start)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

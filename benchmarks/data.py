@@ -21,7 +21,7 @@ from corefit.data.dataset import Dataset
 from corefit.data.settings import Data
 from corefit.system.ranks import join
 from corefit.testing import tiny_sd3
-from corefit.train.loop import Job, Loop
+from corefit.train.loop import Job, Loop, Silence
 from corefit.types import Batch, Example, ModelPath
 from corefit.types.stage import Full, Optimizer, Stage
 from corefit_backbones.sd3 import Sd3
@@ -99,6 +99,13 @@ def _loop(folder: Path, count: int) -> Loop:
     dataset = Dataset.open(cache.prepare(described, backbone, folder / "cache", media=True))
     stage = Stage(name="benchmark", steps=10**6, objective=Sft(), batch=BATCH, optimizer=Optimizer(lr=1e-9))
     job = Job(
-        stage=stage, mode=Full(), seed=0, backbone=backbone, dataset=dataset, order="epochs", folder=folder / "stage"
+        stage=stage,
+        mode=Full(),
+        seed=0,
+        backbone=backbone,
+        dataset=dataset,
+        order="epochs",
+        folder=folder / "stage",
+        listener=Silence(),
     )
     return Loop.build(job, join("fp32"))

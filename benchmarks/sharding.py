@@ -100,7 +100,7 @@ def worker(folder: Path) -> None:
     peaks.watch(train.Loop, "take_step", "train")
     peaks.watch(train.Loop, "save", "checkpoint")
     peaks.watch(weights, "save", "save")
-    peaks.watch(evaluate.Judge, "score", "judge")
+    peaks.watch(evaluate.Evaluator, "score", "judge")
     pipeline.run()
     (folder / f"peaks-{os.environ['RANK']}.json").write_text(json.dumps(peaks.found))
 

@@ -17,7 +17,7 @@ from diffusers import SD3Transformer2DModel
 from corefit.rng import Rng
 from corefit.rollout.noise import LogitNormal
 from corefit.system.ranks import join
-from corefit.train.loop import Job, Loop
+from corefit.train.loop import Job, Loop, Silence
 from corefit.types import Batch, Condition, ModelPath
 from corefit.types.stage import Full, Optimizer, Stage
 from corefit_backbones.sd3 import Sd3
@@ -171,9 +171,10 @@ def _loop(objective: Soar | Sft, bench: Bench) -> Loop:
         dataset=SimpleNamespace(null=Condition(bench.inputs.null)),  # all that a loop asks of it outside `batches`
         order="epochs",
         folder=Path(),
+        listener=Silence(),
     )
     loop = Loop.build(job, join("fp32"))
-    loop.optimizer = bench.loops
+    loop.state.optimizer = bench.loops
     return loop
 
 

@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 Level = TypeVar("Level", float, "Tensor")
 
 
-def like(s: Tensor, x: Tensor) -> Tensor:
+def expand_like(s: Tensor, x: Tensor) -> Tensor:
     """s [B] shaped to broadcast over x [B, ...]."""
     return s.reshape(s.shape + (1,) * (x.ndim - s.ndim))
 
 
-def raised(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x as it is in float64, in float32 otherwise: the precision of all arithmetic on latents."""
     return x if x.dtype.itemsize == 8 else x.float()
 
 
-def mix(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """The state at sigma [B] on the straight line: (1 - sigma) x0 + sigma noise."""
-    s = like(sigma, x0)
+    s = expand_like(sigma, x0)
     return (1 - s) * x0 + s * noise
 
 
@@ -35,14 +35,14 @@ def per_sample(e: Tensor) -> Tensor:
     return e.flatten(1).mean(1)
 
 
-def clean(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+def denoised(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     """The clean sample that velocity v implies at (x, sigma [B]): x - sigma v."""
-    return x - like(sigma, x) * v
+    return x - expand_like(sigma, x) * v
 
 
-def noise_end(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+def predicted_noise(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     """The noise that velocity v implies at (x, sigma [B]): x + (1 - sigma) v."""
-    return x + (1 - like(sigma, x)) * v
+    return x + (1 - expand_like(sigma, x)) * v
 
 
 def shifted(t: Level, shift: float) -> Level:
@@ -61,5 +61,9 @@ def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     std [B] is the whole standard deviation. The scale of published clip ranges depends on this convention
     (flow_grpo, sd3_sde_with_logprob).
     """
-    error = per_sample((raised(x) - mean) ** 2)
+    error = per_sample((upcast(x) - mean) ** 2)
     return -error / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+
+
+like, raised, mix, clean, noise_end = expand_like, upcast, interpolate, denoised, predicted_noise
+"""The names that these had in version 0.1."""

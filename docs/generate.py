@@ -28,6 +28,7 @@ from corefit.pipeline.reader import TABLE
 from corefit.plugins import KINDS, Host, Offer
 from corefit.plugins.kinds import BY_PROTOCOL
 from corefit.types import ModelPath, Weighted
+from corefit.types.former import FORMER
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: (\w+) ?([\w.]*) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -72,7 +73,7 @@ def _class(name: str) -> str:
     node = _found(_tree(module), ast.ClassDef, cls)
     bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
     attributes = [line for child in node.body for line in _attribute(child)]
-    methods = [line for child in node.body for line in _method(child)]
+    methods = [line for child in node.body if getattr(child, "name", "") not in FORMER for line in _method(child)]
     between = [""] if attributes and methods else []
     members = (f"    {line}".rstrip() for line in [*attributes, *between, *methods])
     return _python(f"class {cls}{bases}:", *members)

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from corefit.flow import clean, like, log_prob, mix, noise_end, per_sample, raised, shifted, unshifted
+from corefit.flow import (
+    denoised,
+    expand_like,
+    interpolate,
+    log_prob,
+    per_sample,
+    predicted_noise,
+    shifted,
+    unshifted,
+    upcast,
+)
 
 SHAPES = {
     "image": (3, 4, 2, 6),
@@ -28,7 +38,7 @@ def pair(request):
 
 def test_levels_broadcast_over_rows_only(pair):
     x0, _, sigma = pair
-    spread = like(sigma, x0)
+    spread = expand_like(sigma, x0)
     assert spread.shape == (3, *(1,) * (x0.ndim - 1))
     for row in range(3):
         assert torch.equal((spread * x0)[row], sigma[row] * x0[row])
@@ -36,21 +46,21 @@ def test_levels_broadcast_over_rows_only(pair):
 
 def test_a_state_and_its_velocity_give_back_both_ends(pair):
     x0, noise, sigma = pair
-    x, v = mix(x0, noise, sigma), noise - x0
-    torch.testing.assert_close(clean(x, v, sigma), x0)
-    torch.testing.assert_close(noise_end(x, v, sigma), noise)
+    x, v = interpolate(x0, noise, sigma), noise - x0
+    torch.testing.assert_close(denoised(x, v, sigma), x0)
+    torch.testing.assert_close(predicted_noise(x, v, sigma), noise)
 
 
 def test_ends_of_the_line_are_exact(pair):
     x0, noise, sigma = pair
-    assert torch.equal(mix(x0, noise, 0 * sigma), x0)
-    assert torch.equal(mix(x0, noise, 0 * sigma + 1), noise)
+    assert torch.equal(interpolate(x0, noise, 0 * sigma), x0)
+    assert torch.equal(interpolate(x0, noise, 0 * sigma + 1), noise)
 
 
 def test_velocity_is_the_derivative_of_the_state(pair):
     x0, noise, sigma = pair
     sigma.requires_grad_()
-    (slope,) = torch.autograd.grad(mix(x0, noise, sigma).sum(), sigma)
+    (slope,) = torch.autograd.grad(interpolate(x0, noise, sigma).sum(), sigma)
     torch.testing.assert_close(slope, (noise - x0).flatten(1).sum(1))
 
 
@@ -80,12 +90,12 @@ HALF = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float
 
 @pytest.mark.parametrize(("given", "used"), [*HALF.items(), (torch.float64, torch.float64)])
 def test_arithmetic_is_never_below_float32(given, used):
-    assert raised(torch.zeros(1, dtype=given)).dtype == used
+    assert upcast(torch.zeros(1, dtype=given)).dtype == used
 
 
 def test_log_prob_is_the_mean_over_dimensions_of_the_normal_density(pair):
     x, mean, std = pair
-    normal = torch.distributions.Normal(mean, like(std, mean))
+    normal = torch.distributions.Normal(mean, expand_like(std, mean))
     torch.testing.assert_close(log_prob(x, mean, std), per_sample(normal.log_prob(x)))
 
 

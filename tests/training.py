@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,31 @@ class Pictures(Source):
             yield Example(f"a {'red' if i % 2 else 'blue'} {i % 10}", picture, {"n": i})
 
 
+@frozen(kw_only=True, eq=False)
+class Heard(train.Listener):
+    """A listener of functions."""
+
+    on_started: Callable[[int], object] = lambda step: None
+    on_logged: Callable[[int, Mapping[str, float]], object] = lambda step, metrics: None
+    on_stepped: Callable[[int], object] = lambda step: None
+    asked: Callable[[], bool] = lambda: False
+
+    def started(self, step: int) -> None:
+        self.on_started(step)
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.on_logged(step, metrics)
+
+    def stepped(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.on_stepped(step)
+
+    def saved(self, step: int, path: Path) -> None:
+        pass
+
+    def stopping(self) -> bool:
+        return self.asked()
+
+
 def prepared(checkpoint: Path, root: Path) -> Dataset:
     """The pictures, encoded."""
     backbone = Sd3(path=str(checkpoint), max_sequence_length=12)
@@ -53,6 +78,7 @@ def job_of(
         dataset=dataset,
         order="epochs",
         folder=folder,
+        listener=Heard(),
     )
 
 

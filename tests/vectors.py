@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from corefit import Batch, Condition
-from corefit.flow import like
+from corefit.flow import expand_like
 from corefit.rollout.noise import LogitNormal
 from corefit.types import NoiseWeighting
 
@@ -104,7 +104,7 @@ class Analytic:
         a, b, k = self.params
         self.calls.append(len(x))
         self.asked.append(sigma)
-        return torch.tanh(a * x + like(b * sigma.to(x.dtype) + k * cond.tensors["c"], x))
+        return torch.tanh(a * x + expand_like(b * sigma.to(x.dtype) + k * cond.tensors["c"], x))
 
     def null(self, n: int) -> Condition:
         return Condition({"c": torch.zeros(n, dtype=self.params.dtype)})

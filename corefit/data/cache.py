@@ -30,6 +30,7 @@ from corefit.data.settings import Data
 from corefit.errors import DataError
 from corefit.system import files, memory
 from corefit.system.files import sha256
+from corefit.system.ranks import SINGLE, Ranks
 
 if TYPE_CHECKING:
     from corefit.system.ranks import Ranks
@@ -110,7 +111,7 @@ def prepare(
     *,
     media: bool,
     progress: Progress = lambda done, total: None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = SINGLE,
 ) -> Path:
     """The folder under `root` with `data` encoded: an existing one, or one that is written now.
 
@@ -119,47 +120,32 @@ def prepare(
     DataError: media missing or unreadable beyond `skip`, values that are not finite.
     """
     hashes = Hashes(root / HASHES)
-    main, tell = _crew(ranks)
-    total, digest = tell(lambda: _keyed(data, backbone, media, hashes))
+    total, digest = ranks.from_main(lambda: _keyed(data, backbone, media, hashes))
     folder = _folder(root, digest)
-    work = Work(data, backbone, media, digest, total, folder)
-    if not tell(lambda: _complete(folder, digest)):
-        with _alone(root, work.parts, main):
-            if not tell(lambda: _complete(folder, digest)):  # another run may have been at it until now
+    work = CacheBuilder(data, backbone, media, digest, total, folder)
+    if not ranks.from_main(lambda: _complete(folder, digest)):
+        with _alone(root, work.parts, ranks.main):
+            if not ranks.from_main(lambda: _complete(folder, digest)):  # another run may have been at it until now
                 _make(work, progress, ranks)
-    if main:
+    if ranks.main:
         files.sweep(root)
         hashes.save()
         _within_budget(data, folder)
-    if ranks:
-        ranks.wait()
+    ranks.barrier()
     return folder
 
 
-def _make(work: Work, progress: Progress, ranks: Ranks | None) -> None:
+def _make(work: CacheBuilder, progress: Progress, ranks: Ranks) -> None:
     size = work.data.encode_batch
     helps = [f"encode_batch = {size // 2} (now {size})"] if size > 1 else []
     try:
         with memory.explain_exhaustion("encoding", helps, "Parts that are encoded are kept; the same command goes on"):
-            work.encode(progress, *((ranks.rank, ranks.world) if ranks else (0, 1)))
-        if ranks:
-            ranks.wait()
-        if ranks is None or ranks.main:
+            work.encode(progress, ranks.rank, ranks.world)
+        ranks.barrier()
+        if ranks.main:
             work.publish()
     finally:
         work.backbone.release()
-
-
-def _crew(ranks: Ranks | None) -> tuple[bool, Any]:
-    """Whether this is the first process, and how all hear what the first finds."""
-
-    def tell(find: Callable[[], T]) -> T:
-        if ranks is None:
-            return find()
-        mine: Any = find() if ranks.main else None
-        return ranks.told(mine)
-
-    return ranks is None or ranks.main, tell
 
 
 def _folder(root: Path, digest: str) -> Path:
@@ -213,7 +199,7 @@ def _scorer(entry: Weighted[Reward]) -> Mapping[str, str]:
 
 
 @define(eq=False)
-class Work:
+class CacheBuilder:
     """A cache in the making: its parts lie in `parts`, under another name than the finished folder's."""
 
     data: Data

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 @frozen(eq=False)
-class Read:
+class DecodedExample:
     """An example as it was read: its bucket and what is left of its media, or why that failed."""
 
     example: Example
@@ -68,26 +68,26 @@ class Encoder:
             if len(self.failed) <= self.data.skip:
                 yield from self._encoded(read)
 
-    def _read(self, examples: Sequence[Example]) -> list[Read]:
+    def _read(self, examples: Sequence[Example]) -> list[DecodedExample]:
         """Those that could be."""
         if not self.media:
-            return [Read(example) for example in examples]
+            return [DecodedExample(example) for example in examples]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             tried = list(pool.map(self._try, examples))
         self.failed += [read.failed for read in tried if read.failed]
         self.enlarged += sum(read.view.enlarged for read in tried if read.view)
         return [read for read in tried if read.view]
 
-    def _try(self, example: Example) -> Read:
+    def _try(self, example: Example) -> DecodedExample:
         try:
             bucket = nearest(*dimensions(example.media), self.sizes) if len(self.sizes) > 1 else 0
-            return Read(example, bucket, view(example.media, self.sizes[bucket], self.data.fps))
+            return DecodedExample(example, bucket, view(example.media, self.sizes[bucket], self.data.fps))
         except MemoryError:
             raise
         except Exception as error:  # decoders raise all sorts; each is reported, none is passed over
-            return Read(example, failed=f"{name_of(example)}: {type(error).__name__}: {error}")
+            return DecodedExample(example, failed=f"{name_of(example)}: {type(error).__name__}: {error}")
 
-    def _encoded(self, read: Sequence[Read]) -> Iterator[Row]:
+    def _encoded(self, read: Sequence[DecodedExample]) -> Iterator[Row]:
         """A row each, in order, whatever buckets they are in."""
         texts = self._texts([prompt for one in read for prompt in one.example.prompts])
         media = self._media(read) if self.media else [({}, {}) for _ in read]
@@ -122,7 +122,7 @@ class Encoder:
         packed = [pack(t) for t in tensors.values()]
         return [{COND + name: raw for name, raw in zip(tensors, row, strict=True)} for row in zip(*packed, strict=True)]
 
-    def _media(self, read: Sequence[Read]) -> list[tuple[Row, Row]]:
+    def _media(self, read: Sequence[DecodedExample]) -> list[tuple[Row, Row]]:
         """(latents, scores) of each, made bucket by bucket."""
         made: dict[int, tuple[Row, Row]] = {}
         for bucket in range(len(self.sizes)):
@@ -131,7 +131,7 @@ class Encoder:
                 made.update(zip(part, rows, strict=True))
         return [made[n] for n in range(len(read))]
 
-    def _batch(self, read: Sequence[Read], bucket: int) -> list[tuple[Row, Row]]:
+    def _batch(self, read: Sequence[DecodedExample], bucket: int) -> list[tuple[Row, Row]]:
         import numpy as np
         import torch
 
@@ -164,7 +164,7 @@ class Encoder:
         return {name: t.cpu().contiguous().clone() for name, t in null.items()}
 
 
-def _shown(read: Read, sizes: Sequence[Size]) -> dict[str, Any]:
+def _shown(read: DecodedExample, sizes: Sequence[Size]) -> dict[str, Any]:
     """What became of the media: the size it has now, the size it had, and which part of it was kept."""
     if read.view is None:
         return {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from corefit.data.dataset import Dataset
-from corefit.data.order import Walk, check_batch
+from corefit.data.order import BatchSampler, check_batch
 from corefit.types import Batch, Condition
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def batches(
-    dataset: Dataset, walk: Walk, *, start: int, rank: int, world: int, device: torch.device | str
+    dataset: Dataset, walk: BatchSampler, *, start: int, rank: int, world: int, device: torch.device | str
 ) -> Generator[Batch, None, None]:
     """This rank's batches from step `start` on, endlessly; rows of step s are numbered from s * batch.
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from attrs import frozen
 
-from corefit import rng
 from corefit.errors import ConfigError
+from corefit.rng import generator
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,7 +19,7 @@ Order = Literal["epochs", "independent"]
 
 
 @frozen(kw_only=True, eq=False, slots=False)
-class Walk:
+class BatchSampler:
     """A stage's way through the data; a prompt's `group` rows follow each other.
 
     buckets  numbers of the examples of each bucket, none empty; a batch is of one bucket
@@ -44,7 +44,7 @@ class Walk:
 
     def turns(self, step: int) -> list[float]:
         """Which caption of its example a row gets, [batch] in [0, 1); one for a group."""
-        drawn = rng.generator(self.seed, self.stage, "caption", step).random(self._prompts)
+        drawn = generator(self.seed, self.stage, "caption", step).random(self._prompts)
         return [float(turn) for turn in drawn for _ in range(self.group)]
 
     @property
@@ -59,7 +59,7 @@ class Walk:
         import torch
 
         share = np.cumsum(self._counts) / sum(self._counts)
-        at = rng.generator(self.seed, self.stage, "bucket", step).random() if len(self.buckets) > 1 else 0.0
+        at = generator(self.seed, self.stage, "bucket", step).random() if len(self.buckets) > 1 else 0.0
         bucket = self.buckets[int(np.searchsorted(share, at, side="right"))]
         shuffled = torch.randperm(len(bucket), generator=torch.Generator().manual_seed(self.seed + step))
         return [int(bucket[index]) for index in shuffled[: self._prompts]]
@@ -94,7 +94,7 @@ def _turns(counts: tuple[int, ...], prompts: int, seed: int, stage: str | int, e
         for bucket, count in enumerate(counts)
         for turn in range(epoch * count // prompts, (epoch + 1) * count // prompts)
     ]
-    shuffled = [turns[i] for i in rng.generator(seed, stage, "buckets", epoch).permutation(len(turns))]
+    shuffled = [turns[i] for i in generator(seed, stage, "buckets", epoch).permutation(len(turns))]
     # whatever their order, a bucket's own batches come one after the other
     waiting = {bucket: iter([t for t in turns if t[0] == bucket]) for bucket in range(len(counts))}
     return [next(waiting[bucket]) for bucket, _ in shuffled]
@@ -102,7 +102,7 @@ def _turns(counts: tuple[int, ...], prompts: int, seed: int, stage: str | int, e
 
 @lru_cache(maxsize=64)
 def _permutation(n: int, seed: int, stage: str | int, epoch: int, *bucket: int) -> NDArray[np.int64]:
-    return rng.generator(seed, stage, "order", epoch, *bucket).permutation(n)
+    return generator(seed, stage, "order", epoch, *bucket).permutation(n)
 
 
 def check_batch(n: int, batch: int, group: int, world: int, order: Order) -> None:

@@ -20,7 +20,7 @@ from corefit.errors import DataError, is_unicode
 from corefit.system import files
 from corefit.system.files import sha256
 from corefit.system.ranks import alive
-from corefit.types import Example, Source, Stored
+from corefit.types import ArchiveMember, Example, Source
 from corefit.types.blame import returned
 
 SETTLED = 2_000_000_000
@@ -62,7 +62,7 @@ def _examples(source: Source) -> Iterator[Example]:
             _is_example,
             source,
             "an example",
-            "a corefit.Example with a prompt, or several, and media that are a Path, Stored, an array or None",
+            "a corefit.Example with a prompt, or several, and media that are a Path, ArchiveMember, an array or None",
         )
         yield example
 
@@ -72,7 +72,7 @@ def _is_example(value: Any) -> bool:
         return False
     prompts: Any = (value.prompt,) if isinstance(value.prompt, str) else value.prompt
     meta: Any = value.meta
-    media = value.media is None or isinstance(value.media, (Path, Stored)) or hasattr(value.media, "tobytes")
+    media = value.media is None or isinstance(value.media, (Path, ArchiveMember)) or hasattr(value.media, "tobytes")
     fine = media and isinstance(prompts, Sequence) and len(cast(Any, prompts)) > 0 and isinstance(meta, Mapping)
     return fine and all(isinstance(text, str) and is_unicode(text) for text in cast(Any, prompts))
 
@@ -117,9 +117,9 @@ class Hashes:
         with suppress(FileNotFoundError, files.Damaged):  # without it, everything is read once more
             self.known = files.read_json(self.file)["media"]
 
-    def of(self, media: Path | Stored | Any) -> str:
+    def of(self, media: Path | ArchiveMember | Any) -> str:
         """Of a file, of all files in a folder, of what is stored in an archive, or of an array."""
-        if isinstance(media, Stored):
+        if isinstance(media, ArchiveMember):
             return self._known(media.name, media.file, lambda: hashlib.sha256(media.read()).hexdigest())
         if not isinstance(media, Path):
             return hashlib.sha256(f"{media.dtype} {media.shape} ".encode() + media.tobytes()).hexdigest()

@@ -133,7 +133,7 @@ class Pipeline:
         counted: list[int | None] = []
         yield from _told("data", lambda: counted.append(cache.check(self.data, media=self.needs_media)))
         for stage in self.stage if counted and counted[0] else ():
-            rows, group = stage.rows, stage.objective.rows_per_prompt
+            rows, group = stage.rows, stage.objective.group_size
             if rows % group == 0:
                 yield from _told(
                     f"stage.{stage.name}",

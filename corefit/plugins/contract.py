@@ -11,6 +11,7 @@ import attrs
 from corefit.errors import PluginError
 from corefit.plugins.kinds import KINDS
 from corefit.types.blame import expect, place, returned
+from corefit.types.former import FORMER
 from corefit.types.objective import Objective
 from corefit.types.values import MOST, Term
 
@@ -55,7 +56,11 @@ def term(value: Any, objective: Objective[Any]) -> Term:
 
 def _members(protocol: type) -> Iterator[tuple[str, Any]]:
     for name, value in vars(protocol).items():
-        if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+        if (
+            not name.startswith("_")
+            and name not in FORMER
+            and (inspect.isfunction(value) or isinstance(value, property))
+        ):
             yield name, value
 
 
@@ -111,7 +116,7 @@ DECLARED: Mapping[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
         ("uses", _is_names, 'a set of names such as {"media", "noise"}'),
         ("num_terms", _is_count, COUNT),
         ("num_updates", _is_count, COUNT),
-        ("rows_per_prompt", _is_count, COUNT),
+        ("group_size", _is_count, COUNT),
         ("rows_per_graph", _is_count, COUNT),
     ),
     "samplers": (("stochastic", lambda value: isinstance(value, bool), "true or false"),),

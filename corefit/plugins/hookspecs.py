@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from corefit.types.objective import Objective
     from corefit.types.stage import Stage
 
+API_VERSION = "1.0"
+"""The version of what plugins are written against: hooks, protocols, the names in corefit. The first number changes
+when one of them goes."""
 T = TypeVar("T")
 Offers = Mapping[str, type[T]]
 """Names, as `use = "..."` has them, and the attrs classes behind them."""

@@ -24,7 +24,7 @@ from attrs import frozen
 from corefit.errors import PluginError, near
 from corefit.plugins import contract, hookspecs
 from corefit.plugins.kinds import KINDS
-from corefit.types import blame
+from corefit.types import blame, former
 
 GROUP = blame.GROUP
 API = "COREFIT_API"
@@ -183,6 +183,7 @@ def _check_offer(name: Any, cls: Any, kind: str, where: str, found: Found) -> No
             f"{where} offers {name!r}, which is {cls!r} and no attrs class; decorate the class with "
             f"@attrs.frozen, its fields are its configuration. Until then, {found.remedy}"
         )
+    former.adopt(cls)
     if wrong := "; ".join(contract.problems(cls, kind)):
         raise PluginError(
             f"{where} offers {name!r}, {blame.place(cls)}, which is no {KINDS[kind].name}: {wrong}. Write what "
@@ -318,13 +319,11 @@ def _refuse_misspelt(found: Found) -> None:
 
 def _refuse_other_api(found: Found) -> None:
     """A plugin may say which version of corefit's API it is written for: COREFIT_API = "1"."""
-    import corefit
-
     built = getattr(found.plugin, API, None)
-    if built is not None and str(built).partition(".")[0] != corefit.API_VERSION.partition(".")[0]:
+    if built is not None and str(built).partition(".")[0] != hookspecs.API_VERSION.partition(".")[0]:
         raise PluginError(
             f"plugin {found.name!r} of {found.owner} is written for version {built} of corefit's API, and this corefit "
-            f"has {corefit.API_VERSION}; install a release of one for the other. Until then, {found.remedy}"
+            f"has {hookspecs.API_VERSION}; install a release of one for the other. Until then, {found.remedy}"
         )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from corefit.flow import like
+from corefit.flow import expand_like
 from corefit.rollout.samplers import Ode
 from corefit.types import Backbone, Condition, Sampler, Step
 from corefit.types.blame import returned
@@ -55,7 +55,7 @@ def rollout(
         x_next = step.mean
         if sampler.stochastic:
             assert randn_like is not None, "a stochastic sampler needs randn_like"
-            x_next = x_next + like(step.std, x) * randn_like(x)
+            x_next = x_next + expand_like(step.std, x) * randn_like(x)
         yield Transition(x, x_next, sigma, sigma_next, step)
         x = x_next
 
@@ -71,4 +71,4 @@ def generate(backbone: Backbone, noise: Tensor, cond: Condition, *, steps: int, 
 
 def _select(keep: Tensor, yes: Step, no: Step) -> Step:
     """Rows of `yes` where keep [B] is true, of `no` elsewhere."""
-    return Step(yes.mean.where(like(keep, yes.mean), no.mean), yes.std.where(keep, no.std))
+    return Step(yes.mean.where(expand_like(keep, yes.mean), no.mean), yes.std.where(keep, no.std))

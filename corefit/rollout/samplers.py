@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen, validators
 
-from corefit.flow import clean, like, log_prob, noise_end, per_sample, raised
+from corefit.flow import denoised, expand_like, log_prob, per_sample, predicted_noise, upcast
 from corefit.types import Sampler, Step
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Ode(Sampler):
         return False
 
     def step(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Step:
-        return Step(raised(x) + like(sigma_next - sigma, x) * raised(v), 0 * sigma)
+        return Step(upcast(x) + expand_like(sigma_next - sigma, x) * upcast(v), 0 * sigma)
 
 
 @frozen
@@ -50,7 +50,7 @@ class FlowSde(Sampler):
     def step(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Step:
         finite = sigma_next.where(sigma > NEAR_ONE, sigma)
         sd = self.noise * (sigma / (1 - finite)).sqrt()
-        return _langevin(raised(x), raised(v), sigma, sigma_next, sd)
+        return _langevin(upcast(x), upcast(v), sigma, sigma_next, sd)
 
 
 @frozen
@@ -65,7 +65,7 @@ class DanceSde(Sampler):
         return self.noise > 0
 
     def step(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Step:
-        return _langevin(raised(x), raised(v), sigma, sigma_next, self.noise + 0 * sigma)
+        return _langevin(upcast(x), upcast(v), sigma, sigma_next, self.noise + 0 * sigma)
 
 
 @frozen
@@ -85,16 +85,18 @@ class Cps(Sampler):
         return self.noise > 0
 
     def step(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Step:
-        x, v = raised(x), raised(v)
+        x, v = upcast(x), upcast(v)
         std = sigma_next * math.sin(self.noise * math.pi / 2)
         kept = (sigma_next**2 - std**2).sqrt()
-        mean = like(1 - sigma_next, x) * clean(x, v, sigma) + like(kept, x) * noise_end(x, v, sigma)
+        mean = expand_like(1 - sigma_next, x) * denoised(x, v, sigma) + expand_like(kept, x) * predicted_noise(
+            x, v, sigma
+        )
         return Step(mean, std)
 
     def log_prob(self, x_next: Tensor, step: Step) -> Tensor:
         if self.density == "gaussian":
             return log_prob(x_next, step.mean, step.std)
-        return -per_sample((raised(x_next) - step.mean) ** 2)
+        return -per_sample((upcast(x_next) - step.mean) ** 2)
 
 
 def _langevin(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sd: Tensor) -> Step:
@@ -104,5 +106,5 @@ def _langevin(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sd: Tenso
     """
     dt = sigma_next - sigma
     pull = sd**2 / (2 * sigma)
-    mean = x * like(1 + pull * dt, x) + v * like((1 + pull * (1 - sigma)) * dt, v)
+    mean = x * expand_like(1 + pull * dt, x) + v * expand_like((1 + pull * (1 - sigma)) * dt, v)
     return Step(mean, sd * (-dt).sqrt())

@@ -33,13 +33,13 @@ NAMED = 3
 
 def check(ranks: Ranks, pipeline: Pipeline, command: str) -> None:
     """Raise ConfigError, on all ranks, where pipeline, command, code, versions or launch of one are not the first's."""
-    mine = ranks.attempted(lambda: dict(_facts(ranks, pipeline, command))) if ranks.world > 1 else {}
+    mine = ranks.all_or_none(lambda: dict(_facts(ranks, pipeline, command))) if ranks.world > 1 else {}
     refuse_unlike(ranks, mine)
 
 
 def refuse_unlike(ranks: Ranks, mine: Facts) -> None:
     """Raise ConfigError, on all ranks, where a value of one of them is not the first's."""
-    first, *rest = ranks.collected(mine)
+    first, *rest = ranks.all_gather_object(mine)
     unlike = [_said(rank, key, facts, first) for rank, facts in enumerate(rest, 1) for key in _differing(facts, first)]
     if unlike:
         more = f", and {len(unlike) - NAMED} more" if len(unlike) > NAMED else ""

@@ -25,7 +25,7 @@ KEPT = "last.safetensors"
 
 
 @frozen(eq=False)
-class Judge:
+class Evaluator:
     """Generates and scores the held-out prompts; every row's noise depends on the seed and its number alone."""
 
     eval: Eval
@@ -68,7 +68,7 @@ class Judge:
             categories += [str(m.get("category", "")) for m in batch.meta]
             progress(len(categories), len(rows))
         self._keep_up(backbone, len(rows))
-        parts = self.ranks.collected((values, categories))
+        parts = self.ranks.all_gather_object((values, categories))
         return {
             "values": {name: [v for part, _ in parts for v in part[name]] for name in values},
             "categories": [c for _, part in parts for c in part],

@@ -46,7 +46,7 @@ def _encoded(
 ) -> Dataset:
     wanted = pipeline.needs_media if media is None else media
     if data.encoded:
-        with ranks.first():
+        with ranks.main_first():
             return cache.opened(data, pipeline.backbone, root(pipeline), media=wanted)
     with display.task(title) as progress:
         folder = cache.prepare(data, pipeline.backbone, root(pipeline), media=wanted, progress=progress, ranks=ranks)

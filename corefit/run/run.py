@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +15,11 @@ from corefit.data.dataset import Dataset
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Lora, Pipeline, Stage
 from corefit.run import agreement, plan, report
-from corefit.run.evaluate import KEPT, Judge
+from corefit.run.evaluate import KEPT, Evaluator
 from corefit.run.plan import MODEL, SCORES, Again, Target
 from corefit.run.prepare import encoded, precision, survey, text_dtype
 from corefit.system import files, memory
-from corefit.system.display import Display
+from corefit.system.display import Advance, Display
 from corefit.system.ranks import Ranks, join
 from corefit.system.signals import ECHO, Signals
 from corefit.train import estimate, loop, weights
@@ -34,7 +34,7 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     again  a stage that is run anew with those after it, also where they are finished
     """
     ranks = join(pipeline.precision, shard=pipeline.shard)
-    ranks.attempted(lambda: plan.check_stage(pipeline, again))
+    ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
     shown = display or Display.on(ranks.main)
     signals = Signals(shown.say, ECHO if ranks.world > 1 else 0.0)
     folder = pipeline.run_folder
@@ -76,7 +76,7 @@ class Run:
     signals: Signals
     again: Again
     dataset: Dataset = field(init=False)
-    judge: Judge | None = field(init=False, default=None)
+    judge: Evaluator | None = field(init=False, default=None)
     scores: list[report.Scores] = field(init=False, factory=list[report.Scores])
 
     @property
@@ -122,11 +122,11 @@ class Run:
         """Latents and conditions of data and prompts: from the cache, or into it now."""
         self.dataset, prompts = encoded(self.pipeline, self.ranks, self.display)
         if prompts and self.pipeline.eval:
-            self.judge = Judge(self.pipeline.eval, prompts, self.pipeline.seed, self.ranks)
+            self.judge = Evaluator(self.pipeline.eval, prompts, self.pipeline.seed, self.ranks)
 
     def _stage(self, stage: Stage, target: Target, before: Weights) -> Weights:
         """Train a stage unless it is finished, and judge it; the weights it leaves."""
-        choice = self._decided(lambda: plan.training(target, self.again))
+        choice = self.ranks.from_main(lambda: plan.training(target, self.again))
         if choice.use:
             self.display.say(f"{stage.name}: finished before, used as it is")
             self._mend(target, choice)
@@ -134,7 +134,7 @@ class Run:
         else:
             if self.main:
                 self._claim(target, choice)
-            self.ranks.wait()
+            self.ranks.barrier()
             cost = self._train(stage, target, before)
             if self.main:
                 files = plan.hashes(target.folder / MODEL)
@@ -147,15 +147,10 @@ class Run:
         """Whether a stage holds the weights that it does not train in bfloat16."""
         return precision(self.ranks) == "bf16" and self.pipeline.freezes_in_half(stage)
 
-    def _decided(self, decide: Callable[[], T]) -> T:
-        """What the first rank finds; the others must not look while it may be writing."""
-        mine: Any = decide() if self.main else None
-        return self.ranks.told(mine)
-
     def _left(self, stage: Stage, model: Path, before: Weights) -> Weights:
         if isinstance(self.pipeline.mode(stage), Lora):
             return Weights(before.backbone, model, self._half(stage))
-        moved = before.backbone.moved(model)
+        moved = before.backbone.from_saved(model)
         moved.place(self.ranks.device, text_dtype(self.ranks))
         return Weights(moved, None, half=False)
 
@@ -185,9 +180,9 @@ class Run:
         """Train and save; a signal writes a checkpoint first."""
         folder = target.folder
         memory.reset_peak(self.ranks.device)
-        hook, backbone = self.pipeline.host.hook, before.backbone
+        backbone = before.backbone
         with self.display.task(stage.name) as progress, self.signals.training():
-            observed = _Observed(self, stage, folder, backbone)
+            heard = _Observers(self, stage, folder, backbone, progress)
             job = loop.Job(
                 stage=stage,
                 mode=self.pipeline.mode(stage),
@@ -199,18 +194,14 @@ class Run:
                 identity=target.weights.hash,
                 adapter=before.adapter,
                 half=self._half(stage),
-                stop=lambda: self.signals.asked,
-                stepped=lambda step, metrics: progress(step, stage.steps, metrics),
-                started=lambda step: observed.tell(hook.corefit_stage_started, step),
-                logged=observed.logged,
-                saved=lambda step, path: observed.tell(hook.corefit_checkpoint_saved, step, path=path),
+                listener=heard,
             )
             cost = loop.train(job, self.ranks)
             survived = self._save(stage, folder, backbone)
         if self.main:
-            observed.tell(hook.corefit_stage_finished, stage.steps)
+            heard.call(self.pipeline.host.hook.corefit_stage_finished, stage.steps)
         backbone.transformer = None
-        self.ranks.wait()
+        self.ranks.barrier()
         return attrs.evolve(cost, survived=survived)
 
     def _save(self, stage: Stage, folder: Path, backbone: Backbone) -> float | None:
@@ -229,7 +220,7 @@ class Run:
         """Held-out scores of weights as they were saved, unless they are known."""
         if self.judge is None:
             return
-        choice = self._decided(lambda: plan.judging(target))
+        choice = self.ranks.from_main(lambda: plan.judging(target))
         if choice.harm:
             self.display.say(f"{target.folder.name}: {choice.harm}; it is judged again")
         kept = choice.kept if choice.use else self._judged(self.judge, target, made)
@@ -237,7 +228,7 @@ class Run:
         made.backbone.transformer = None
         self.scores.append(report.Scores(target.name, kept["values"], kept["categories"], **attrs.asdict(cost)))
 
-    def _judged(self, judge: Judge, target: Target, made: Weights) -> dict[str, Any]:
+    def _judged(self, judge: Evaluator, target: Target, made: Weights) -> dict[str, Any]:
         backbone, prepare = made.backbone, self.ranks.accelerator.prepare_model
         weights.load(backbone, self.ranks, half=made.half, adapter=made.adapter)
         backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # computes as training did
@@ -267,17 +258,26 @@ class Run:
 
 
 @frozen(eq=False)
-class _Observed:
-    """Calls observers on the main process with the state of a stage."""
+class _Observers(loop.Listener):
+    """Hands on what training tells of itself: to the progress bar, and on the main process to observers."""
 
     run: Run
     stage: Stage
     folder: Path
     backbone: Backbone
+    progress: Advance
 
-    def tell(self, hook: Any, step: int, **rest: Any) -> None:
-        if self.run.main:
-            hook(stage=self.stage, state=TrainState(step, self.folder, self.backbone, self._samples()), **rest)
+    def stopping(self) -> bool:
+        return self.run.signals.asked
+
+    def stepped(self, step: int, metrics: loop.Metrics) -> None:
+        self.progress(step, self.stage.steps, metrics)
+
+    def started(self, step: int) -> None:
+        self.call(self.run.pipeline.host.hook.corefit_stage_started, step)
+
+    def saved(self, step: int, path: Path) -> None:
+        self.call(self.run.pipeline.host.hook.corefit_checkpoint_saved, step, path=path)
 
     def logged(self, step: int, metrics: loop.Metrics) -> None:
         """Sharded weights make samples only with all ranks, so they do, where samples are due, before anyone asks."""
@@ -288,6 +288,11 @@ class _Observed:
             host, state = self.run.pipeline.host, TrainState(step, self.folder, self.backbone, sample)
             metrics = host.step_metrics(self.stage, state, metrics)
             host.hook.corefit_step_finished(stage=self.stage, state=state, metrics=metrics)
+
+    def call(self, hook: Any, step: int, **rest: Any) -> None:
+        """Call a hook of the observers, on the main process."""
+        if self.run.main:
+            hook(stage=self.stage, state=TrainState(step, self.folder, self.backbone, self._samples()), **rest)
 
     def _samples(self) -> Samples | None:
         judge = self.run.judge
@@ -331,7 +336,7 @@ def _locked(folder: Path, ranks: Ranks) -> Generator[None]:
                 ) from error
             return held.enter_context(files.locked(folder / ".lock", wait=False))
 
-        if not ranks.told(ranks.attempted(lock)):
+        if not ranks.broadcast_object(ranks.all_or_none(lock)):
             raise ConfigError(
                 f"another process is running in {folder}; wait for it, or give this run another name or --out"
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corefit.data.dataset import Dataset
-from corefit.data.order import Walk
+from corefit.data.order import BatchSampler
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Pipeline
 from corefit.run import report
@@ -47,10 +47,10 @@ def show(pipeline: Pipeline, number: int, file: Path | None = None, display: Dis
 
 def _drawn(pipeline: Pipeline, stage: Stage, dataset: Dataset) -> Iterator[tuple[int, float]]:
     """(example, which caption) in the order of training, each example once."""
-    walk = Walk(
+    walk = BatchSampler(
         buckets=list(dataset.buckets.values()),
         batch=stage.rows,
-        group=stage.objective.rows_per_prompt,
+        group=stage.objective.group_size,
         seed=pipeline.seed,
         stage=stage.name,
         order=pipeline.data.order,

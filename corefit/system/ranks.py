@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attrs import define
 
 from corefit.errors import ConfigError, CorefitError, PluginError, RankError
-from corefit.system import memory
+from corefit.system import cuda, memory
 
 if TYPE_CHECKING:
     import torch
@@ -53,53 +53,55 @@ ENGINES = {
 class Ranks:
     """This process among those of the run.
 
-    sharded  whether weights, gradients and optimiser state are split over the processes (FSDP2) or each has all
+    By default it is alone, and has no accelerator: enough to write checkpoints and caches, not to train.
+
+    rank     its number, from 0, and how many there are (world)
+    sharded  whether weights, gradients and optimizer state are split over the processes (FSDP2) or each has all
     host     a group for what the hosts alone must know; it never waits for a GPU. None for a single process
     """
 
-    accelerator: Accelerator
+    rank: int = 0
+    world: int = 1
     sharded: bool = False
     host: ProcessGroup | None = None
+    joined: Accelerator | None = None
 
     @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    @property
-    def world(self) -> int:
-        return self.accelerator.num_processes
+    def accelerator(self) -> Accelerator:
+        assert self.joined, "a process that did not join a run has no accelerator"
+        return self.joined
 
     @property
     def main(self) -> bool:
-        return self.accelerator.is_main_process
+        return self.rank == 0
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def summed(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """x added up over all ranks, on the device."""
         total: Any = self.accelerator.reduce(x, "sum") if self.world > 1 else x
         return total
 
-    def gathered(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """Rows [B, ...] of all ranks in global order [global B, ...]; ranks' shares are contiguous and equal."""
         if self.world == 1:
             return x
         every: Any = self.accelerator.gather(x.to(self.device))
         return every.to(x.device)
 
-    def collected(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """The values of all ranks, by rank, on each of them."""
         return _gathered(value, self.world, self.host)
 
-    def attempted(self, attempt: Callable[[], T]) -> T:
+    def all_or_none(self, attempt: Callable[[], T]) -> T:
         """What `attempt` gives, once it has given something on all ranks; where it fails on one, it fails on all."""
-        return _attempted(attempt, self.world, self.host)
+        return _all_or_none(attempt, self.world, self.host)
 
     def refuse_same_noise(self, drawn: list[float], stage: str) -> None:
         """PluginError, on all ranks, if two of them drew the same noise: it would make their batches one."""
-        every = self.collected(drawn)
+        every = self.all_gather_object(drawn)
         for rank, mine in enumerate(every):
             for other in range(rank):
                 if set(mine) & set(every[other]):
@@ -108,32 +110,37 @@ class Ranks:
                         "rows of its part (ctx.rand, ctx.randn_like, ctx.rng), never for a row's place in the batch"
                     )
 
-    def told(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """The first rank's value, on every rank."""
         import torch.distributed as dist
 
         box: list[Any] = [value]
         if self.world > 1:
-            self.wait()
+            self.barrier()
             dist.broadcast_object_list(box, src=0, group=self.host)
         return box[0]
+
+    def from_main(self, find: Callable[[], T]) -> T:
+        """What `find` gives on the first rank, on every rank; the others must not look while it may be writing."""
+        found: Any = find() if self.main else None
+        return self.broadcast_object(found)
 
     def any(self, flag: bool) -> bool:
         """Whether a rank says so; the same on all of them. Waits for the other hosts, not for a device."""
         return _any(flag, self.host) if self.world > 1 else flag
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every rank is here."""
         self.any(False)
 
     @contextmanager
-    def first(self) -> Generator[None]:
+    def main_first(self) -> Generator[None]:
         """The first rank does what follows before the others."""
         if not self.main:
-            self.wait()
+            self.barrier()
         yield
         if self.main:
-            self.wait()
+            self.barrier()
 
     @contextmanager
     def watched(self, folder: Path) -> Generator[None]:
@@ -168,7 +175,7 @@ class Ranks:
             if cause:
                 raise RankError(cause) from None
             raise
-        self.wait()
+        self.barrier()
         if self.main:
             shutil.rmtree(notes, ignore_errors=True)
 
@@ -180,9 +187,9 @@ class Ranks:
                 shutil.rmtree(notes, ignore_errors=True)
                 notes.mkdir(parents=True)
 
-        self.attempted(cleared)
+        self.all_or_none(cleared)
         self._note(notes, "")
-        self.wait()
+        self.barrier()
 
     def _stopped(self, reason: str) -> str:
         return f"rank {self.rank} stopped: {reason}"
@@ -211,15 +218,20 @@ class Ranks:
             time.sleep(0.1)
 
 
+SINGLE = Ranks()
+"""A process by itself: what it writes, it writes alone."""
+
+
 def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
     """This process's place in the run.
 
     precision  "fp32", "bf16", or "auto": bf16 where a GPU has it
     shard      FSDP2; `accelerate launch --use_fsdp` asks for it too
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
+    with memory.uncollected("accelerate"):
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import GradientAccumulationPlugin
 
     check_launch()
     shard = _asked_for_fsdp() or shard
@@ -237,12 +249,17 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
     )
     if made.device.type == "cpu" and not shard:  # sharded weights come and go in all sizes, and would leave holes
         memory.keep_freed()
-    if made.num_processes == 1:
-        return Ranks(made)
-    return Ranks(made, shard, _hosts())
+    several = made.num_processes > 1
+    return Ranks(
+        rank=made.process_index,
+        world=made.num_processes,
+        sharded=several and shard,
+        host=_hosts() if several else None,
+        joined=made,
+    )
 
 
-def attempted(attempt: Callable[[], T]) -> T:
+def all_or_none(attempt: Callable[[], T]) -> T:
     """What `attempt` gives, once it has given something on all processes of the launch.
 
     They meet before `join`, for what it takes to join: so none waits for one whose pipeline cannot be read. Raises
@@ -257,7 +274,7 @@ def attempted(attempt: Callable[[], T]) -> T:
         check_launch()
         return attempt()
 
-    return _attempted(checked, state.num_processes, _hosts() if state.num_processes > 1 else None)
+    return _all_or_none(checked, state.num_processes, _hosts() if state.num_processes > 1 else None)
 
 
 def _check_variables() -> None:
@@ -287,10 +304,11 @@ def check_launch() -> None:
 
 def is_half(precision: str) -> bool:
     """Whether "fp32", "bf16" or "auto" is bfloat16 here."""
+    if precision != "auto" or not cuda.may_be_there():
+        return precision == "bf16"
     import torch
 
-    auto = precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return precision == "bf16" or auto
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 def _asked_for_fsdp() -> bool:
@@ -360,8 +378,8 @@ def _gathered(value: T, world: int, group: Any) -> list[T]:
     return every
 
 
-def _attempted(attempt: Callable[[], T], world: int, group: Any) -> T:
-    """As `attempted`, among `world` ranks that are connected by `group`."""
+def _all_or_none(attempt: Callable[[], T], world: int, group: Any) -> T:
+    """As `all_or_none`, among `world` ranks that are connected by `group`."""
     if world == 1:
         return attempt()
     value: Any = None

@@ -231,7 +231,7 @@ def _check_saved(backbone: Backbone, call: Call, media: Tensor, prompt: str) -> 
             folder.mkdir()
             expected = backbone.velocity(call.x, call.sigma, call.cond)
             backbone.save(folder)
-            moved = backbone.moved(folder)
+            moved = backbone.from_saved(folder)
             moved.check()
             moved.load(torch.device("cpu"), torch.float32)
             v = moved.velocity(call.x, call.sigma, call.cond)
@@ -239,12 +239,12 @@ def _check_saved(backbone: Backbone, call: Call, media: Tensor, prompt: str) -> 
                 v, expected, "velocity after save, moved and load is not that of the weights when they were saved"
             )
             expect(
-                moved.weights_key() == backbone.moved(folder).weights_key() != backbone.weights_key(),
+                moved.weights_key() == backbone.from_saved(folder).weights_key() != backbone.weights_key(),
                 "weights_key() must be a hash of the weights' files: equal for equal files, another for others",
             )
             check_timesteps(moved, folder, media, prompt, call.x[:1], call.cond[:1])
-            check_half(backbone.moved(folder), call.x, call.cond, call.sigma, v)
-            check_lora(lambda: backbone.moved(folder), Path(name) / "lora", call.x, call.cond, call.sigma)
+            check_half(backbone.from_saved(folder), call.x, call.cond, call.sigma, v)
+            check_lora(lambda: backbone.from_saved(folder), Path(name) / "lora", call.x, call.cond, call.sigma)
     finally:
         for parameter, value in zip(parameters, found, strict=True):
             parameter.copy_(value)

@@ -123,7 +123,7 @@ class Case:
 
         media  whether it has media although the objective reads none
         """
-        group = self.objective.rows_per_prompt
+        group = self.objective.group_size
         groups = max(RANKS, -(-least // group))
         rows = (groups + groups % RANKS) * group
         media = media or "media" in self.objective.uses

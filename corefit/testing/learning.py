@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 from attrs import evolve, frozen
 
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 from corefit.rng import Rng
 from corefit.rollout.noise import LogitNormal
 from corefit.testing.case import Case, keyed
@@ -41,7 +41,7 @@ class _FlowMatching(Supervised):
 
     def terms(self, part: Batch, ctx: Context, /) -> Iterator[Term]:
         noise, sigma = ctx.randn_like(part.clean), ctx.sigma(part.clean)
-        v = ctx.backbone.velocity(mix(part.clean, noise, sigma), sigma, part.cond)
+        v = ctx.backbone.velocity(interpolate(part.clean, noise, sigma), sigma, part.cond)
         yield Term.of(per_sample((v - (noise - part.clean)) ** 2))
 
 
@@ -158,7 +158,7 @@ def _flow_error(backbone: ToyBackbone, rows: int = 32) -> float:
     noise = Rng(("held out",), batch.rows).randn((rows, *batch.shape))
     sigma = (torch.arange(rows) + 0.5) / rows
     with torch.no_grad():
-        v = backbone.velocity(mix(batch.clean, noise, sigma), sigma, batch.cond)
+        v = backbone.velocity(interpolate(batch.clean, noise, sigma), sigma, batch.cond)
         return float(((v - (noise - batch.clean)) ** 2).mean())
 
 

@@ -71,7 +71,7 @@ def check_objective(
             expect(
                 not difference,
                 f"the same numbers as {case.layout} and as {cases[0].layout} give other losses ({difference}): use "
-                "corefit.flow.like and per_sample, or pass the one shape that this objective is for",
+                "corefit.flow.expand_like and per_sample, or pass the one shape that this objective is for",
             )
         _check_syncs(cases[0])
         plain = isinstance(objective, Supervised) and objective.uses <= {"media", "noise", "sampler"}

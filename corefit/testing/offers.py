@@ -15,7 +15,7 @@ from corefit.rng import Rng
 from corefit.testing.checks import close, expect, global_seed, normal
 from corefit.testing.keys import check_keys
 from corefit.testing.syncs import watched
-from corefit.types import Example, NoiseWeighting, Reward, Source, Stored
+from corefit.types import ArchiveMember, Example, NoiseWeighting, Reward, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -241,13 +241,13 @@ def _check_example(number: int, example: Example) -> None:
         raise AssertionError(f"the meta of {where} is not JSON ({error}); give plain values") from None
     if isinstance(example.media, Path):
         expect(example.media.exists(), f"the media of {where} are {example.media}, which does not exist")
-    elif isinstance(example.media, Stored):
+    elif isinstance(example.media, ArchiveMember):
         expect(len(example.media.read()) > 0, f"the media of {where}, {example.media.name}, have no bytes")
 
 
 def _place(example: Example) -> object:
     media = example.media
-    return media.name if isinstance(media, Stored) else str(media) if isinstance(media, Path) else media is None
+    return media.name if isinstance(media, ArchiveMember) else str(media) if isinstance(media, Path) else media is None
 
 
 class _named:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from corefit.flow import mix
+from corefit.flow import interpolate
 from corefit.testing.checks import LAYOUTS, close, expect, normal
 from corefit.testing.keys import check_keys
 from corefit.testing.syncs import watched
@@ -33,7 +33,7 @@ class State:
     @staticmethod
     def at(sigma: Tensor, dimensions: int = 48) -> State:
         x0, noise = (normal(seed, (len(sigma), dimensions)).to(sigma.dtype) for seed in (1, 2))
-        return State(x0, noise, mix(x0, noise, sigma), noise - x0, sigma)
+        return State(x0, noise, interpolate(x0, noise, sigma), noise - x0, sigma)
 
 
 def check_sampler(sampler: Sampler, *, density: bool = True, marginals: bool = True) -> None:
@@ -87,7 +87,7 @@ def _check_transitions(sampler: Sampler) -> None:
     expect(
         step.mean.shape == state.x.shape and step.std.shape == sigma.shape,
         f"for x {list(state.x.shape)} and sigma {list(sigma.shape)}, mean is {list(step.mean.shape)} and std "
-        f"{list(step.std.shape)}; mean has x's shape, std is [B] (corefit.flow.like broadcasts it)",
+        f"{list(step.std.shape)}; mean has x's shape, std is [B] (corefit.flow.expand_like broadcasts it)",
     )
     finite = step.mean.isfinite().all(1) & step.std.isfinite()
     worst = [(round(float(s), 4), round(float(n), 4)) for s, n, ok in zip(sigma, after, finite, strict=True) if not ok]
@@ -129,7 +129,7 @@ def _check_dtypes(sampler: Sampler) -> None:
         step, exact = sampler.step(x, v, sigma, after), sampler.step(x.float(), v.float(), sigma, after)
         expect(
             step.mean.dtype == torch.float32 and close(step.mean, exact.mean, 1e-6),
-            f"{half} inputs are stepped in {step.mean.dtype} or rounded: use corefit.flow.raised(x) and raised(v)",
+            f"{half} inputs are stepped in {step.mean.dtype} or rounded: use corefit.flow.upcast(x) and raised(v)",
         )
 
 
@@ -150,10 +150,10 @@ def _check_rows_and_layouts(sampler: Sampler) -> None:
         try:
             step = sampler.step(state.x.reshape(layout), state.v.reshape(layout), sigma, after)
         except Exception as error:
-            raise AssertionError(f"step() fails on {name}: {error}; broadcast with corefit.flow.like") from error
+            raise AssertionError(f"step() fails on {name}: {error}; broadcast with corefit.flow.expand_like") from error
         expect(
             step.mean.shape == layout and close(step.mean.reshape(state.x.shape), whole.mean, 1e-9),
-            f"the same numbers as {name} give another mean: elementwise arithmetic and corefit.flow.like only",
+            f"the same numbers as {name} give another mean: elementwise arithmetic and corefit.flow.expand_like only",
         )
         expect(close(step.std, whole.std, 1e-9), f"the same numbers as {name} give another std")
 
@@ -221,7 +221,7 @@ def _check_marginals(sampler: Sampler) -> None:
     if not sampler.stochastic:
         state, after = State.at(sigma), sigma - 0.15
         expect(
-            close(sampler.step(state.x, state.v, sigma, after).mean, mix(state.x0, state.noise, after), 1e-6),
+            close(sampler.step(state.x, state.v, sigma, after).mean, interpolate(state.x0, state.noise, after), 1e-6),
             "a deterministic step with an exact velocity leaves the straight line from noise to x0",
         )
 

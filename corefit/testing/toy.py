@@ -13,7 +13,7 @@ import numpy as np
 from attrs import define, evolve, field, frozen, validators
 
 from corefit.errors import ConfigError, ModelError
-from corefit.flow import like, shifted
+from corefit.flow import expand_like, shifted
 from corefit.rng import Rng, generator
 from corefit.rollout.noise import LogitNormal
 from corefit.rollout.samplers import Ode
@@ -71,7 +71,7 @@ class ToyBackbone(Backbone):
         network.load_state_dict(self._weights())
         self.transformer = network.to(device, dtype)
 
-    def moved(self, folder: Path) -> ToyBackbone:
+    def from_saved(self, folder: Path) -> ToyBackbone:
         return evolve(self, path=folder)
 
     def weights_key(self) -> str:
@@ -245,7 +245,7 @@ def toy_batch(
     if media:
         draws = np.stack([generator("toy data", row).standard_normal(backbone.shape, np.float32) for row in rows])
         spread = 0.3 * torch.from_numpy(draws)
-        x0 = spread + like(torch.tensor([prompt_code(prompt) for prompt in prompts]), spread)
+        x0 = spread + expand_like(torch.tensor([prompt_code(prompt) for prompt in prompts]), spread)
     metas = [{"row": row} if meta is None else _meta(meta, row // group) for row in rows]
     return Batch(x0, cond, prompts, metas, rows, tuple(backbone.shape))
 
@@ -297,7 +297,7 @@ def _network_class() -> Any:
             self.gate = nn.Linear(2, 8)
 
         def forward(self, x: Tensor, sigma: Tensor, code: Tensor) -> Tensor:
-            row = torch.stack([like(sigma, x).expand_as(x), like(code[:, 0], x).expand_as(x)], -1)
+            row = torch.stack([expand_like(sigma, x).expand_as(x), expand_like(code[:, 0], x).expand_as(x)], -1)
             hidden = self.inner(torch.cat([x[..., None], row], -1)).tanh() * self.gate(row)
             return self.outer(hidden)[..., 0]
 

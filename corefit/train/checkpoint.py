@@ -19,11 +19,10 @@ from attrs import frozen
 
 from corefit.errors import TrainingError
 from corefit.system import files
+from corefit.system.ranks import SINGLE, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from corefit.system.ranks import Ranks
 
 MANIFEST = "manifest.json"
 FORMAT = 3
@@ -64,44 +63,40 @@ def save(
     tensors: Mapping[str, Tensor],
     info: Mapping[str, Any],
     keep: int,
-    ranks: Ranks | None = None,
+    ranks: Ranks = SINGLE,
 ) -> Path:
     """Write the checkpoint of `step` into `folder` and keep the newest `keep`.
 
-    ranks  those that hold shards of `tensors`, all of which call this; None where this process has everything.
+    ranks  those that hold shards of `tensors`, all of which call this; SINGLE where this process has everything.
     TrainingError where the disk is full or not writable; what was there stays.
     """
     final, partial = folder / _name(step), folder / f"{PARTIAL}{step:06d}"
-    main = ranks is None or ranks.main
-    with _disk(folder, step, partial if main else None):
-        if main:
+    with _disk(folder, step, partial if ranks.main else None):
+        if ranks.main:
             sweep(folder)
             partial.mkdir(parents=True)
         hashes = _written(partial, tensors, ranks)
-        if main:
+        if ranks.main:
             manifest = {"format": FORMAT, "step": step, "info": dict(info), "sha256": hashes}
             files.write_json(partial / MANIFEST, manifest)
             files.publish(partial, final)
-    if main:
+    if ranks.main:
         prune(folder, keep)
     return final
 
 
-def _written(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks | None) -> dict[str, str]:
+def _written(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
     """Write the tensors; file name -> sha256, each file hashed by the rank that wrote it."""
     from torch.distributed import checkpoint as dcp
 
-    if ranks is not None:
-        ranks.wait()
-    numbers = _files(tensors, ranks.world if ranks else 1)
+    ranks.barrier()
+    numbers = _files(tensors, ranks.world)
     writer = dcp.HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=numbers, save_distributed=True)
-    group = ranks.host if ranks else None
     values = {name: t.detach() for name, t in tensors.items()}
     with _quiet():
-        dcp.save(values, storage_writer=writer, process_group=group, no_dist=ranks is None)
-    number = ranks.rank + 1 if ranks else 1
-    mine = {f.name: files.sha256(f) for f in partial.glob(f"shard-{number:05d}-*.safetensors")}
-    every = ranks.collected(mine) if ranks else [mine]
+        dcp.save(values, storage_writer=writer, process_group=ranks.host, no_dist=ranks.world == 1)
+    mine = {f.name: files.sha256(f) for f in partial.glob(f"shard-{ranks.rank + 1:05d}-*.safetensors")}
+    every = ranks.all_gather_object(mine)
     return {name: digest for part in every for name, digest in part.items()}
 
 
@@ -117,7 +112,7 @@ def _files(tensors: Mapping[str, Tensor], world: int) -> dict[str, int]:
     return found
 
 
-def latest(folder: Path, ranks: Ranks | None = None) -> tuple[Checkpoint | None, list[str]]:
+def latest(folder: Path, ranks: Ranks = SINGLE) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with newer ones; with `ranks`, all agree on it."""
     damaged: list[str] = []
     for path in reversed(_steps(folder)):
@@ -128,10 +123,9 @@ def latest(folder: Path, ranks: Ranks | None = None) -> tuple[Checkpoint | None,
     return None, damaged
 
 
-def _verified(path: Path, ranks: Ranks | None) -> tuple[Checkpoint | None, str]:
+def _verified(path: Path, ranks: Ranks) -> tuple[Checkpoint | None, str]:
     """The checkpoint in `path`, or what is wrong with it; every rank hashes its share of the files."""
     found, wrong = None, ""
-    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
     try:
         manifest = files.read_json(path / MANIFEST, lambda content: content.get("format") == UNDIGESTED)
         found = Checkpoint(path, manifest["step"], manifest["info"])
@@ -139,14 +133,14 @@ def _verified(path: Path, ranks: Ranks | None) -> tuple[Checkpoint | None, str]:
             raise ValueError(f"{MANIFEST} is of step {found.step}")
         if manifest["sha256"].keys() != {file.name for file in path.glob("*.safetensors")}:
             raise ValueError(f"its files are not those that {MANIFEST} names")
-        for name in sorted(manifest["sha256"])[rank::world]:
+        for name in sorted(manifest["sha256"])[ranks.rank :: ranks.world]:
             if files.sha256(path / name) != manifest["sha256"][name]:
                 raise ValueError(f"{name} does not have the hash that {MANIFEST} gives")
     except files.Damaged as error:
         wrong = f"{MANIFEST}: {error}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         wrong = str(error) or type(error).__name__
-    every = ranks.collected(wrong) if ranks else [wrong]
+    every = ranks.all_gather_object(wrong)
     faults = [fault for fault in every if fault]
     return (None, faults[0]) if faults else (found, "")
 

@@ -11,6 +11,7 @@ from attrs import evolve, frozen
 from corefit.data import buckets
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Pipeline
+from corefit.system import cuda, memory
 from corefit.system.memory import size
 from corefit.system.ranks import is_half
 from corefit.train import fake, weights
@@ -41,10 +42,12 @@ class Device:
     def here() -> Device:
         """This machine's."""
         import psutil
-        import torch
 
-        if torch.cuda.is_available():
-            return Device(torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[1]), gpu=True)
+        if cuda.may_be_there():
+            import torch
+
+            if torch.cuda.is_available():
+                return Device(torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[1]), gpu=True)
         return Device("main memory", float(psutil.virtual_memory().total), gpu=False)
 
     @staticmethod
@@ -205,12 +208,13 @@ def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, grap
 
 def _blank(pipeline: Pipeline, stage: Stage, device: Device) -> Any:
     """A copy of the backbone as training has it, without weights."""
-    import torch
+    with memory.uncollected("torch"):
+        import torch
 
     small = device.half(pipeline.precision) and pipeline.freezes_in_half(stage)
     backbone: Any = evolve(cast(Any, pipeline.backbone))
     backbone.load_blank(torch.bfloat16 if small else torch.float32)
-    weights.trainable(backbone, pipeline.mode(stage))
+    weights.make_trainable(backbone, pipeline.mode(stage))
     return backbone
 
 

@@ -22,7 +22,7 @@ class Gradients:
     It takes the memory of one more gradient, and none where nothing is held.
     """
 
-    named: weights.Named
+    named: weights.Trainable
     ranks: Ranks
     _held: dict[torch.nn.Parameter, Tensor] = field(factory=dict["torch.nn.Parameter", "Tensor"])
 
@@ -31,7 +31,7 @@ class Gradients:
         import torch
 
         norm = torch.nn.utils.get_total_norm(self._local())
-        return self.ranks.summed(norm.to(self.ranks.device) ** 2).sqrt() if self.ranks.sharded else norm
+        return self.ranks.all_reduce(norm.to(self.ranks.device) ** 2).sqrt() if self.ranks.sharded else norm
 
     def multiply(self, factor: Tensor) -> None:
         """Multiply all by `factor` []."""

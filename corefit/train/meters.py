@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @define(eq=False)
-class Means:
+class MetricMeans:
     """Sums and counts of what is logged, kept on the device until someone asks."""
 
     sums: dict[str, Tensor] = field(factory=dict[str, "Tensor"])
@@ -42,7 +42,7 @@ class Means:
         self._new = {}
 
     def take(self, ranks: Ranks) -> dict[str, float]:
-        """Means over all ranks, and start anew; names of which there is nothing are left out."""
+        """MetricMeans over all ranks, and start anew; names of which there is nothing are left out."""
         import torch
 
         names = sorted(self.sums)
@@ -50,7 +50,7 @@ class Means:
             return {}
         table = torch.stack([self.sums[name].to(ranks.device) for name in names])
         self.sums = {}
-        rows: list[list[float]] = ranks.summed(table).tolist()
+        rows: list[list[float]] = ranks.all_reduce(table).tolist()
         return {name: s / n for name, (s, n) in zip(names, rows, strict=True) if n}
 
     def by_rank(self, ranks: Ranks) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class Means:
         import torch
 
         mine = {name: self.sums[name].cpu() for name in sorted(self.sums)}
-        every = ranks.collected(mine)
+        every = ranks.all_gather_object(mine)
         return {name: torch.stack([rank[name] for rank in every]) for name in mine}
 
     def restore(self, tables: dict[str, Tensor], ranks: Ranks) -> None:
@@ -69,7 +69,7 @@ class Means:
 
 
 @define(eq=False)
-class Fault:
+class NonFiniteGuard:
     """Non-finite losses and gradients, noted on the device without waiting for it.
 
     terms    what messages call the terms of a step
@@ -86,11 +86,13 @@ class Fault:
     now: Tensor
 
     @staticmethod
-    def none(device: torch.device, terms: Sequence[str], limit: int = 0) -> Fault:
+    def none(device: torch.device, terms: Sequence[str], limit: int = 0) -> NonFiniteGuard:
         import torch
 
         no = torch.zeros((), dtype=torch.bool, device=device)
-        return Fault(terms, limit, torch.zeros((), dtype=torch.long, device=device), torch.zeros(2, device=device), no)
+        return NonFiniteGuard(
+            terms, limit, torch.zeros((), dtype=torch.long, device=device), torch.zeros(2, device=device), no
+        )
 
     def see(self, value: Tensor, step: int, term: int) -> None:
         """Note whether `value` is finite."""
@@ -119,7 +121,7 @@ class Fault:
         """NonFinite, on all ranks alike, if there were too many; waits for the device."""
         if not self.over:
             return
-        step, term = max(place for place in ranks.collected([int(n) for n in self.place.tolist()]))
+        step, term = max(place for place in ranks.all_gather_object([int(n) for n in self.place.tolist()]))
         what = "the gradient" if term < 0 else f"the loss of {self.terms[term]}"
         past = f" (max_skips = {self.limit} optimizer steps were skipped before)" if self.limit else ""
         raise NonFinite(

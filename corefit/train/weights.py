@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
-Named = Mapping[str, "Parameter"]
+Trainable = Mapping[str, "Parameter"]
 
 
 def load(
@@ -36,7 +36,7 @@ def load(
     adapter: Path | None = None,
     mode: Full | Lora | None = None,
     seed: int = 0,
-) -> Named:
+) -> Trainable:
     """Read the network onto this rank's device, whole or this rank's shards of it; the parameters that train.
 
     Training and evaluation both read weights here, so what is judged is computed as it was trained.
@@ -57,19 +57,19 @@ def load(
     if adapter:
         backbone.load_lora(adapter)
     if mode:
-        trainable(backbone, mode)
+        make_trainable(backbone, mode)
         if isinstance(mode, Lora) and not adapter:
             _materialize_adapter(backbone.transformer)
-            seeded_adapter(named_trainable(backbone.transformer), seed)
+            seeded_adapter(trainable(backbone.transformer), seed)
     if ranks.sharded:
         shard(backbone.transformer, ranks.device)
         if streamed:
             fill(backbone.transformer, streamed, ranks.device)
         backbone.place(ranks.device, dtype)
-    return named_trainable(backbone.transformer) if mode else {}
+    return trainable(backbone.transformer) if mode else {}
 
 
-def trainable(backbone: Backbone, mode: Full | Lora) -> Named:
+def make_trainable(backbone: Backbone, mode: Full | Lora) -> Trainable:
     """Set up full or LoRA training of a loaded backbone; the parameters that train, by name, in float32.
 
     An adapter that is there already (of the stage before) trains on.
@@ -81,13 +81,13 @@ def trainable(backbone: Backbone, mode: Full | Lora) -> Named:
         transformer.requires_grad_(False)
         _adapt(transformer, mode, mode.targets or tuple(backbone.lora_targets))
     transformer.train()
-    named = named_trainable(transformer)
-    for parameter in named.values():
+    trained = trainable(transformer)
+    for parameter in trained.values():
         parameter.data = parameter.data.float()
-    return named
+    return trained
 
 
-def named_trainable(transformer: torch.nn.Module) -> Named:
+def trainable(transformer: torch.nn.Module) -> Trainable:
     """The parameters that train, by name."""
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
@@ -113,7 +113,7 @@ def _materialize_adapter(transformer: Any) -> None:
     """Give a new adapter memory where its network has none yet; peft puts it beside the weights that it adapts."""
     import torch
 
-    blank = {name: p for name, p in named_trainable(transformer).items() if p.is_meta}
+    blank = {name: p for name, p in trainable(transformer).items() if p.is_meta}
     made = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in blank.items()}
     transformer.load_state_dict(made, strict=False, assign=True)
 
@@ -129,13 +129,13 @@ def _check_rank(transformer: torch.nn.Module, rank: int, targets: tuple[str, ...
         )
 
 
-def seeded_adapter(named: Named, seed: int) -> None:
+def seeded_adapter(trained: Trainable, seed: int) -> None:
     """Draw the adapter's random half again, keyed, so that every rank and every start has the same."""
     import torch
 
     from corefit.rng import generator
 
-    for name, parameter in named.items():
+    for name, parameter in trained.items():
         if ".lora_A." in name:
             draw = generator(seed, "lora", name).standard_normal(tuple(parameter.shape), "float32")
             parameter.data.copy_(torch.from_numpy(draw) / parameter.shape[0])
@@ -262,7 +262,7 @@ def _save_whole(backbone: Backbone, folder: Path, tensors: Iterable[tuple[str, T
     if is_sharded(backbone.transformer):
         made = copy.copy(backbone)
         made.load(torch.device("cpu"), torch.float32)
-        trainable(made, mode)
+        make_trainable(made, mode)
     parameters = dict(made.transformer.named_parameters())
     for name, tensor in tensors:
         if name in parameters:
@@ -291,49 +291,49 @@ class Ema:
     average: dict[str, Tensor]
 
     @staticmethod
-    def of(named: Named, decay: float) -> Ema:
-        return Ema(decay, {name: p.detach().clone() for name, p in named.items()})
+    def of(trained: Trainable, decay: float) -> Ema:
+        return Ema(decay, {name: p.detach().clone() for name, p in trained.items()})
 
-    def update(self, named: Named, skipped: Tensor) -> None:
+    def update(self, trained: Trainable, skipped: Tensor) -> None:
         """average <- decay average + (1 - decay) weights unless skipped (bool []), without a sync."""
         import torch
 
         share = torch.where(skipped, 0.0, 1 - self.decay)
-        old, new = local(self.average.values()), local(named.values())
+        old, new = local(self.average.values()), local(trained.values())
         torch._foreach_lerp_(old, new, [share] * len(old))  # pyright: ignore[reportPrivateUsage]
 
     @contextmanager
-    def shown(self, transformer: torch.nn.Module, named: Named) -> Generator[None]:
+    def in_place_of(self, transformer: torch.nn.Module, trained: Trainable) -> Generator[None]:
         """Let the network have the average for a while; the weights are then again what they were, to the bit."""
-        self._swap(transformer, named)
+        self._swap(transformer, trained)
         try:
             yield
         finally:
-            self._swap(transformer, named)
+            self._swap(transformer, trained)
 
-    def _swap(self, transformer: Any, named: Named) -> None:
+    def _swap(self, transformer: Any, trained: Trainable) -> None:
         """Exchange average and weights, one tensor at a time, so that no copy of all of them is made."""
         if is_sharded(transformer):
             transformer.reshard()  # what is still gathered is of the weights before
-        for mine, other in zip(local(named.values()), local(self.average.values()), strict=True):
+        for mine, other in zip(local(trained.values()), local(self.average.values()), strict=True):
             kept = mine.clone()
             mine.copy_(other)
             other.copy_(kept)
 
 
-def reference(backbone: Backbone, named: Named) -> Backbone:
+def reference(backbone: Backbone, trained: Trainable) -> Backbone:
     """The policy as it is now, frozen: the same network called with copies of the trained weights alone."""
     from torch import nn
     from torch.func import functional_call
 
     transformer = backbone.transformer
-    start = {name: p.detach().clone() for name, p in named.items()}
+    start = {name: p.detach().clone() for name, p in trained.items()}
 
     class Frozen(nn.Module):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if not is_sharded(transformer):
                 return functional_call(transformer, start, args, kwargs)
-            with _exchanged(transformer, named, start):
+            with _exchanged(transformer, trained, start):
                 return transformer(*args, **kwargs)
 
     frozen = copy.copy(backbone)
@@ -342,11 +342,11 @@ def reference(backbone: Backbone, named: Named) -> Backbone:
 
 
 @contextmanager
-def _exchanged(transformer: Any, named: Named, start: Mapping[str, Tensor]) -> Generator[None]:
+def _exchanged(transformer: Any, trained: Trainable, start: Mapping[str, Tensor]) -> Generator[None]:
     """The shards of `start` in place of the model's. FSDP2 gathers parameters itself, so they cannot be passed in."""
     import torch
 
-    mine, other = local(named.values()), local(start.values())
+    mine, other = local(trained.values()), local(start.values())
     kept = [t.clone() for t in mine]
     transformer.reshard()
     torch._foreach_copy_(mine, other)  # pyright: ignore[reportPrivateUsage]

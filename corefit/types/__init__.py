@@ -2,6 +2,7 @@
 
 from corefit.types.protocols import (
     Backbone,
+    Configured,
     NoiseWeighting,
     Reward,
     Sampler,
@@ -11,13 +12,26 @@ from corefit.types.protocols import (
     Streamed,
 )
 from corefit.types.stage import Samples, TrainState
-from corefit.types.values import ROUNDING, Batch, Condition, Example, Meta, ModelPath, Step, Stored, Term, Weighted
+from corefit.types.values import (
+    ROUNDING,
+    ArchiveMember,
+    Batch,
+    Condition,
+    Example,
+    Meta,
+    ModelPath,
+    Step,
+    Term,
+    Weighted,
+)
 
 __all__ = [
     "ROUNDING",
+    "ArchiveMember",
     "Backbone",
     "Batch",
     "Condition",
+    "Configured",
     "Example",
     "Meta",
     "ModelPath",
@@ -28,10 +42,12 @@ __all__ = [
     "Sized",
     "Source",
     "Step",
-    "Stored",
     "StoredTensors",
     "Streamed",
     "Term",
     "TrainState",
     "Weighted",
 ]
+
+Stored = ArchiveMember
+"""The name that it had in version 0.1."""

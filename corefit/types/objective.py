@@ -11,6 +11,7 @@ from attrs import evolve, field, frozen
 
 from corefit.errors import ConfigError
 from corefit.types.blame import expect, returned
+from corefit.types.former import adopt
 from corefit.types.protocols import Backbone, NoiseWeighting, Reward, Sampler
 from corefit.types.values import Batch, Condition, Term, Weighted
 
@@ -98,9 +99,15 @@ class Objective(Protocol, Generic[P]):
                      gives it less, or something that it does not read, is refused
     num_terms        terms that `terms` yields, known from the configuration and equal on every rank
     num_updates      parts that `experience` yields: optimiser steps a batch
-    rows_per_prompt  consecutive rows that share a prompt and stay on one rank: 1, or a group's size
+    group_size       consecutive rows that share a prompt and stay on one rank: 1, or a group's size
     rows_per_graph   rows that a term's graph holds for each row of a micro-batch; memory is estimated from it
     """
+
+    if not TYPE_CHECKING:  # no member that a class must have to be one
+
+        def __init_subclass__(cls, **keys: Any) -> None:
+            super().__init_subclass__(**keys)
+            adopt(cls)
 
     @property
     @abstractmethod
@@ -115,8 +122,13 @@ class Objective(Protocol, Generic[P]):
         return 1
 
     @property
-    def rows_per_prompt(self) -> int:
+    def group_size(self) -> int:
         return 1
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """`group_size`, under the name that it had in version 0.1."""
+        return self.group_size
 
     @property
     def rows_per_graph(self) -> int:
@@ -160,7 +172,7 @@ def _can_be_added(_: Any, __: Any, of: tuple[Weighted[Objective[Any]], ...]) -> 
     for each in of:
         if not 0 < each.weight < math.inf:
             raise ConfigError(f"'of' must give {each.name!r} a weight above 0, not {each.weight}")
-    for what, says in (("rows_per_prompt", "samples a prompt"), ("num_updates", "optimiser steps a batch")):
+    for what, says in (("group_size", "samples a prompt"), ("num_updates", "optimiser steps a batch")):
         told = {each.name: int(getattr(each.value, what)) for each in of}
         if len(set(told.values()) - {1}) > 1:
             both = ", ".join(f"{name} takes {number}" for name, number in told.items())
@@ -193,8 +205,8 @@ class Sum(Objective[Any]):
         return max(each.value.num_updates for each in self.of)
 
     @property
-    def rows_per_prompt(self) -> int:
-        return max(each.value.rows_per_prompt for each in self.of)
+    def group_size(self) -> int:
+        return max(each.value.group_size for each in self.of)
 
     @property
     def rows_per_graph(self) -> int:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from corefit.types.former import adopt
 from corefit.types.values import Condition, Example, Meta, Step
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ class Backbone(Protocol):
     lora_targets: Sequence[str]
     """Module names that a LoRA adapts by default."""
 
+    if not TYPE_CHECKING:  # no member that a class must have to be one
+
+        def __init_subclass__(cls, **keys: Any) -> None:
+            super().__init_subclass__(**keys)
+            adopt(cls)
+
     @property
     def distilled(self) -> bool:
         """Whether the scale of guidance is an input of the network: `guided` is one call then, and has no halves."""
@@ -51,7 +58,7 @@ class Backbone(Protocol):
         ...
 
     @abstractmethod
-    def moved(self, folder: Path) -> Backbone:
+    def from_saved(self, folder: Path) -> Backbone:
         """The same backbone, unloaded, with the weights that `save` wrote to `folder`."""
         ...
 
@@ -151,6 +158,15 @@ class Sized(Protocol):
 
     def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of each tensor of a condition, of one row; empty where that is not known."""
+        ...
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """What a Sized Backbone may offer besides, so that its need of memory is computed once and not by every check."""
+
+    def config_key(self) -> str:
+        """Hash of all files that `load_blank`, `condition_shapes` and `latent_shape` read."""
         ...
 
 

@@ -132,7 +132,7 @@ class Stage:
     @property
     def rows(self) -> int:
         """Samples, or rollouts, a step over all ranks."""
-        group = self.objective.rows_per_prompt
+        group = self.objective.group_size
         return self.batch or (32 if group == 1 else 48 * group)
 
     def problems(self) -> Iterator[str]:
@@ -157,7 +157,7 @@ class Stage:
             yield f"reward: {name!r} is listed twice; give it one entry with the sum of the weights"
 
     def _batch_problems(self) -> Iterator[str]:
-        group = self.objective.rows_per_prompt
+        group = self.objective.group_size
         if self.rows > MOST:
             yield f"batch: {self.rows} rollouts a step, 48 groups of {group}, are more than {MOST}; set it lower"
         if self.rows % group:

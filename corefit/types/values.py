@@ -156,7 +156,7 @@ class Term:
 
 
 @frozen(eq=False)
-class Stored:
+class ArchiveMember:
     """Media inside an archive.
 
     name  what messages call it; its suffix says what it is
@@ -179,7 +179,7 @@ class Example:
     """
 
     prompt: str | Sequence[str]
-    media: Path | Stored | Any | None = None
+    media: Path | ArchiveMember | Any | None = None
     meta: Meta = field(factory=dict[str, Any])
 
     @property

@@ -194,7 +194,7 @@ def write_held_out(path: Path) -> None:
 
 
 @frozen
-class Judge:
+class Evaluator:
     """Whether a picture shows what its prompt asks for: digits, colours, count and places."""
 
     strict: bool = True
@@ -330,4 +330,4 @@ def corefit_sources() -> dict[str, type]:
 
 @hookimpl
 def corefit_rewards() -> dict[str, type]:
-    return {"digits_judge": Judge}
+    return {"digits_judge": Evaluator}

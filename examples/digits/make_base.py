@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from attrs import frozen
 from diffusers import StableDiffusion3Pipeline
-from digits import CATEGORIES, WORDS, DigitScenes, Judge, Scene, draw, held_out_prompts, write_held_out
+from digits import CATEGORIES, WORDS, DigitScenes, Evaluator, Scene, draw, held_out_prompts, write_held_out
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from corefit.flow import like, mix, shifted
+from corefit.flow import expand_like, interpolate, shifted
 from corefit.testing.checkpoints import tiny_sd3
 
 HERE = Path(__file__).parent
@@ -160,7 +160,7 @@ class Learner:
         # torch's fused attention has a backward pass that is slow on CPUs where the sequence is short
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             embeddings, pooled = embed(self.model, ids)
-            v = self.model["transformer"](mix(x0, noise, sigma), embeddings, pooled, 1000 * sigma)[0]
+            v = self.model["transformer"](interpolate(x0, noise, sigma), embeddings, pooled, 1000 * sigma)[0]
         loss = F.mse_loss(v.float(), noise - x0)
         self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, step / 200)
         self.optimizer.zero_grad()
@@ -185,7 +185,7 @@ def train_flow(pipeline: StableDiffusion3Pipeline, out: Path, keep: Path | None)
     started, losses = time.monotonic(), list[float]()
     for step, batch in enumerate(rows(len(x0), BATCH, STEPS), 1):
         dropped = torch.rand(len(batch), generator=rng) < DROPPED
-        losses.append(learner.step(x0[batch], torch.where(like(dropped, ids), empty, ids[batch]), step, rng))
+        losses.append(learner.step(x0[batch], torch.where(expand_like(dropped, ids), empty, ids[batch]), step, rng))
         if step % 100 == 0:
             seconds = time.monotonic() - started
             print(f"step {step} loss {np.mean(losses[-100:]):.4f} {seconds:.0f} s", flush=True)
@@ -209,7 +209,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     wanted = list(held_out_prompts(count))
     rng = torch.Generator().manual_seed(SEED)
     right = [
-        Judge().score(
+        Evaluator().score(
             pipeline(
                 [row["prompt"] for row in wanted[i : i + 64]],
                 num_inference_steps=SAMPLER_STEPS,
@@ -238,7 +238,7 @@ def legible(vae: Any) -> dict[str, float]:
     decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in media.split(250)])
     meta = [scene.meta for scene in wanted]
     scores = {
-        name: Judge().score((x / 2 + 0.5).clamp(0, 1), [], meta)
+        name: Evaluator().score((x / 2 + 0.5).clamp(0, 1), [], meta)
         for name, x in {"as drawn": media, "through the VAE": decoded}.items()
     }
     return {name: round(s.mean().item(), 4) for name, s in scores.items()}

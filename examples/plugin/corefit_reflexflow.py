@@ -10,7 +10,7 @@ from attrs import field, frozen, validators
 from torch import Tensor
 
 from corefit import Batch, Context, Objective, Offers, Supervised, Term, hookimpl
-from corefit.flow import like, mix, per_sample
+from corefit.flow import expand_like, interpolate, per_sample
 
 COREFIT_API = "1.0"
 share = [validators.ge(0), validators.le(1)]
@@ -38,15 +38,15 @@ class ReflexFlow(Supervised):
     def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
         x0 = batch.clean
         noise, sigma, cond = ctx.randn_like(x0), ctx.sigma(x0), ctx.dropout(batch.cond, self.dropout)
-        target, straight = noise - x0, mix(x0, noise, sigma)
+        target, straight = noise - x0, interpolate(x0, noise, sigma)
         with torch.no_grad():
             above = sigma + (1 - sigma) * self.reach * ctx.rand(len(x0)).to(sigma.device, non_blocking=True)
-            start = mix(x0, noise, above)
-            drifted = start + like(sigma - above, x0) * ctx.backbone.velocity(start, above, cond)
+            start = interpolate(x0, noise, above)
+            drifted = start + expand_like(sigma - above, x0) * ctx.backbone.velocity(start, above, cond)
             undrifted = ctx.backbone.velocity(straight, sigma, cond)
         v = ctx.backbone.velocity(drifted, sigma, cond)
         gap = (v.detach() - undrifted).abs()
-        weight = 1 + self.alpha * gap / like(per_sample(gap).clamp(min=1e-8), x0)
+        weight = 1 + self.alpha * gap / expand_like(per_sample(gap).clamp(min=1e-8), x0)
         matched = per_sample((weight * (v - target)) ** 2)
         rectified = per_sample((_direction(v) - _direction(drifted - x0)) ** 2)
         drift = per_sample((drifted - straight) ** 2).sqrt()
@@ -55,7 +55,7 @@ class ReflexFlow(Supervised):
 
 def _direction(x: Tensor) -> Tensor:
     """x [B, ...] with a mean square of 1 in each row."""
-    return x / like(per_sample(x**2).clamp(min=1e-12).sqrt(), x)
+    return x / expand_like(per_sample(x**2).clamp(min=1e-12).sqrt(), x)
 
 
 @hookimpl

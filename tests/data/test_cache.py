@@ -485,7 +485,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_between_the_last_byte_and_the_rename(data: Data, root: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(cache.Work, "publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(cache.CacheBuilder, "publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     process = run(lambda: prepare(data, Toy(), root, media=True))
     process.join(200)
     monkeypatch.undo()
@@ -586,7 +586,7 @@ def killed_before_publishing(data: Data, root: Path, monkeypatch: Any) -> Path:
 
     with monkeypatch.context() as patched:
         patched.setattr(cache, "PART", 3)
-        patched.setattr(cache.Work, "publish", killed)
+        patched.setattr(cache.CacheBuilder, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(data, Toy(), root, media=True)
     (parts,) = root.glob("*.parts")

@@ -17,7 +17,7 @@ from torch import Tensor
 from corefit.data.cache import prepare
 from corefit.data.dataset import Dataset, Spec, pack, unpack
 from corefit.data.loader import batches
-from corefit.data.order import Walk, check_batch
+from corefit.data.order import BatchSampler, check_batch
 from corefit.data.settings import Data
 from corefit.errors import ConfigError, DataError
 from corefit.types import Batch, Condition, Example
@@ -65,9 +65,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset.open(prepare(data, Toy(), tmp_path_factory.mktemp("cache"), media=True))  # type: ignore[arg-type]
 
 
-def walk(dataset: Dataset, **changes: Any) -> Walk:
+def walk(dataset: Dataset, **changes: Any) -> BatchSampler:
     given: dict[str, Any] = {"batch": 8, "group": 2, "seed": 0, "stage": "soar", "order": "epochs"}
-    return Walk(buckets=list(dataset.buckets.values()), **{**given, **changes})
+    return BatchSampler(buckets=list(dataset.buckets.values()), **{**given, **changes})
 
 
 def stream(

@@ -16,17 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corefit.data.order import Walk
+from corefit.data.order import BatchSampler
 
 GOLDEN = Path(__file__).parents[1] / "golden/k_repeat.json"
 
 
-def walk(*counts: int, **changes: Any) -> Walk:
+def walk(*counts: int, **changes: Any) -> BatchSampler:
     """Through buckets of so many examples, numbered one after the other."""
     ends = np.cumsum([0, *counts])
     buckets = [np.arange(low, high) for low, high in itertools.pairwise(ends)]
     given: dict[str, Any] = {"batch": 8, "group": 2, "seed": 3, "stage": "a", "order": "epochs"}
-    return Walk(buckets=buckets, **{**given, **changes})
+    return BatchSampler(buckets=buckets, **{**given, **changes})
 
 
 @pytest.mark.parametrize(("n", "batch", "group"), [(10, 8, 2), (10, 4, 1), (3, 16, 1), (7, 6, 3), (10, 10, 1)])
@@ -82,9 +82,9 @@ def test_epochs_stages_and_seeds_differ_and_repeat() -> None:
 
 def test_a_step_does_not_depend_on_those_before() -> None:
     code = (
-        "import numpy as np; from corefit.data.order import Walk;"
-        "print(Walk(buckets=[np.arange(10), np.arange(10, 17)], batch=8, group=2, seed=3, stage='a', order='epochs')"
-        ".at(7))"
+        "import numpy as np; from corefit.data.order import BatchSampler;"
+        "buckets = [np.arange(10), np.arange(10, 17)];"
+        "print(BatchSampler(buckets=buckets, batch=8, group=2, seed=3, stage='a', order='epochs').at(7))"
     )
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours = walk(10, 7)

@@ -138,15 +138,15 @@ def test_the_judge_reads_digits_that_it_never_saw(part):
 
 
 def test_the_judge_finds_real_scenes_right(examples):
-    scores = digits.Judge().score(media(e.media for e in examples), [], [e.meta for e in examples])
+    scores = digits.Evaluator().score(media(e.media for e in examples), [], [e.meta for e in examples])
     assert scores.mean() >= 0.94
 
 
 def test_the_judge_finds_other_scenes_wrong(examples):
     others = examples[5:] + examples[:5]
     pictures, meta = media(e.media for e in others), [e.meta for e in examples]
-    strict = digits.Judge().score(pictures, [], meta)
-    graded = digits.Judge(strict=False).score(pictures, [], meta)
+    strict = digits.Evaluator().score(pictures, [], meta)
+    graded = digits.Evaluator(strict=False).score(pictures, [], meta)
     assert strict.mean() < 0.02
     assert 0.1 < graded.mean() < 0.6
     assert ((graded >= 0) & (graded <= 1)).all()
@@ -155,7 +155,7 @@ def test_the_judge_finds_other_scenes_wrong(examples):
 def test_a_score_does_not_depend_on_the_batch(examples):
     pictures, meta = media(e.media for e in examples[:64]), [e.meta for e in examples[:64]]
     pictures = (pictures + 0.1 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
-    judge = digits.Judge(strict=False)
+    judge = digits.Evaluator(strict=False)
     together = judge.score(pictures, [], meta)
     alone = torch.cat([judge.score(pictures[i : i + 1], [], meta[i : i + 1]) for i in range(64)])
     assert torch.equal(together, alone)
@@ -192,7 +192,7 @@ def test_smudges_and_darkness_are_no_digits():
 
 def test_media_of_another_size_are_refused():
     with pytest.raises(ValueError, match="16, 16"):
-        digits.Judge().score(torch.zeros(1, 3, 32, 32), [""], [{}])
+        digits.Evaluator().score(torch.zeros(1, 3, 32, 32), [""], [{}])
 
 
 def test_the_base_is_small():
@@ -241,5 +241,5 @@ def test_the_base_draws_about_half_of_the_prompts_right(base, held_out):
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).images
-    share = digits.Judge().score(images, [], wanted).mean()
+    share = digits.Evaluator().score(images, [], wanted).mean()
     assert 0.3 < share < 0.75

@@ -119,10 +119,10 @@ def test_an_offer_that_lacks_a_member_is_refused_by_name(tmp_path):
         ("uses", "media", "is 'media', not a set of names"),
         ("uses", {1}, "not a set of names"),
         ("num_terms", 0, "is 0, not a whole number from 1 to 1000000"),
-        ("rows_per_prompt", 10**12, "is 1000000000000, not a whole number from 1"),
+        ("group_size", 10**12, "is 1000000000000, not a whole number from 1"),
         ("num_terms", 1.0, "is 1.0, not a whole number"),
         ("num_updates", None, "num_updates of Says"),
-        ("rows_per_prompt", 1j, "is 1j, not a whole number"),
+        ("group_size", 1j, "is 1j, not a whole number"),
         ("rows_per_graph", True, "is True, not a whole number"),
     ],
 )

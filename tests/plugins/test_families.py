@@ -266,9 +266,9 @@ def test_weights_are_saved_a_tensor_at_a_time(family: Family, folder: Path, tmp_
         assert len(files) > 3
         assert all(file.stat().st_size < 40_000 or len(load_file(file)) == 1 for file in files)
     expected = backbone.transformer.state_dict()
-    again = backbone.moved(tmp_path / "model")
+    again = backbone.from_saved(tmp_path / "model")
     again.load(CPU, torch.float32)
-    streamed = backbone.moved(tmp_path / "model")
+    streamed = backbone.from_saved(tmp_path / "model")
     streamed.load_empty(torch.float32)
     weights.fill(streamed.transformer, streamed, CPU)
     for read in (again, streamed):
@@ -364,7 +364,7 @@ def test_a_saved_pipeline_has_the_same_bits_here_and_in_diffusers(
     for parameter in backbone.transformer.parameters():
         parameter.data += 0.01
     backbone.save(tmp_path)
-    moved = backbone.moved(tmp_path)
+    moved = backbone.from_saved(tmp_path)
     moved.load(CPU, torch.float32)
     assert backbone.weights_key() != moved.weights_key()
     parts = pipeline(family, tmp_path).components

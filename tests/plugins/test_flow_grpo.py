@@ -16,7 +16,7 @@ from vectors import Analytic, golden
 
 from corefit import Batch, Condition, Context, Step
 from corefit.errors import NonFinite, PluginError, TrainingError
-from corefit.flow import like, per_sample
+from corefit.flow import expand_like, per_sample
 from corefit.rng import Rng, generator
 from corefit.rollout.noise import LogitNormal
 from corefit.rollout.samplers import Cps, DanceSde, FlowSde
@@ -257,7 +257,7 @@ def test_as_many_parts_and_terms_as_promised(keys):
 
 
 def test_groups_are_whole():
-    assert toy(group=6).rows_per_prompt == 6
+    assert toy(group=6).group_size == 6
 
 
 # ---- on policy
@@ -650,7 +650,7 @@ class Rescaled(Analytic):
     def combine(self, v_cond, v_null, scale):
         joined = super().combine(v_cond, v_null, scale)
         size = [v.flatten(1).norm(dim=1) for v in (v_cond, joined)]
-        return joined * like(size[0] / size[1], joined)
+        return joined * expand_like(size[0] / size[1], joined)
 
 
 def test_a_detached_half_is_joined_as_the_backbone_joins_it():

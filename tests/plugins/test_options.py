@@ -39,7 +39,7 @@ def loaded(folder: Path, kind: type[Any] = Sd3, **keys: Any) -> Any:
 
 def adapted(backbone: Any) -> Any:
     """With a LoRA that does something."""
-    for name, p in weights.trainable(backbone, Lora(rank=2)).items():
+    for name, p in weights.make_trainable(backbone, Lora(rank=2)).items():
         torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     return backbone
 

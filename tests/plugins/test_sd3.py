@@ -271,7 +271,7 @@ def test_a_saved_pipeline_has_the_same_bits_here_and_in_diffusers(folder, tmp_pa
     with torch.no_grad():
         backbone.transformer.proj_out.weight.add_(1)
     backbone.save(tmp_path / "saved")
-    moved = backbone.moved(tmp_path / "saved")
+    moved = backbone.from_saved(tmp_path / "saved")
     moved.load(CPU, dtype)
     again = moved.transformer
     theirs = StableDiffusion3Pipeline.from_pretrained(tmp_path / "saved", torch_dtype=dtype).transformer
@@ -293,7 +293,7 @@ def test_a_variant_is_upcast_and_saved_under_plain_names(folder, tmp_path):
     assert {p.dtype for p in backbone.transformer.parameters()} == {torch.float32}
     backbone.save(tmp_path / "saved")
     assert not list((tmp_path / "saved").rglob("*fp16*"))
-    moved = backbone.moved(tmp_path / "saved")
+    moved = backbone.from_saved(tmp_path / "saved")
     moved.load(CPU, torch.float32)
     cond, again = backbone.encode_text(PROMPTS), moved.encode_text(PROMPTS)
     assert torch.equal(cond.tensors["prompt_embeds"], again.tensors["prompt_embeds"])

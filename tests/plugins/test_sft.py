@@ -5,7 +5,7 @@ import torch
 from vectors import DTYPES, Analytic, Draws, Given, batch_of, golden
 
 from corefit import Context
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 from corefit.rng import Rng
 from corefit.rollout.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
 from corefit.rollout.samplers import Ode
@@ -53,7 +53,7 @@ def test_gradient_is_that_of_the_formula():
     term = only(Sft(), batch, context(Analytic(params), noise=SigmaSqrt()))
     (grad,) = torch.autograd.grad(term.total, params)
     noise, s = rng.randn(batch.x0.shape), SigmaSqrt().sample(4, 3.0, rng)
-    v = Analytic(params).velocity(mix(batch.x0, noise, s), s, batch.cond)
+    v = Analytic(params).velocity(interpolate(batch.x0, noise, s), s, batch.cond)
     loss = (s**-2 * per_sample((v - (noise - batch.x0)) ** 2)).sum()
     torch.testing.assert_close(grad, torch.autograd.grad(loss, params)[0])
 
@@ -106,7 +106,7 @@ def test_one_forward_and_one_term():
     assert list(Sft().experience(batch, context(model))) == [batch]
     only(Sft(), batch, context(model))
     assert model.calls == [4]
-    assert (Sft().num_terms, Sft().num_updates, Sft().rows_per_prompt) == (1, 1, 1)
+    assert (Sft().num_terms, Sft().num_updates, Sft().group_size) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

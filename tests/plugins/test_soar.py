@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vectors import DTYPES, Analytic, Draws, Given, batch_of, golden
 
 from corefit import Condition, Context
-from corefit.flow import clean, like, mix, per_sample, shifted, unshifted
+from corefit.flow import denoised, expand_like, interpolate, per_sample, shifted, unshifted
 from corefit.rng import Rng
 from corefit.rollout.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
 from corefit.rollout.samplers import Cps, FlowSde, Ode
@@ -98,7 +98,7 @@ def test_rollout_step_is_the_published_one(mode, sampler, scale, precision):
     )
     assert float(s.max()) < 1
     step = sampler(scale).step(x, v, s, s_star)
-    vectors.check(f"{mode}.a{scale}.{precision}", step.mean + like(step.std, x) * noise)
+    vectors.check(f"{mode}.a{scale}.{precision}", step.mean + expand_like(step.std, x) * noise)
 
 
 def points_of(vectors):
@@ -115,7 +115,7 @@ def deltas(vectors, sampler, z, v, dtype):
     for path in range(1, vectors.meta["num_paths"]):
         step = sampler(vectors.meta["scale"]).step(z, v, s, s_star)
         noise = vectors[f"path_noise.path{path}"].to(dtype)
-        yield step.mean + like(step.std, z) * noise - mix(z0, eps, s_star)
+        yield step.mean + expand_like(step.std, z) * noise - interpolate(z0, eps, s_star)
 
 
 @pytest.mark.parametrize(("file", "sampler"), PATHS.items())
@@ -128,7 +128,7 @@ def test_rollout_is_the_published_one(file, sampler):
     vectors.check("t1", next_time(shifted(vectors["t0"], SHIFT), SHIFT, steps))
     vectors.check("sigma_t1", table.sigma_at(t1, SHIFT))
     vectors.check("active", (t1 > 0).to(torch.uint8))
-    z = mix(vectors["z_0"], vectors["z_1"], sigma)
+    z = interpolate(vectors["z_0"], vectors["z_1"], sigma)
     vectors.check("z_t0", z)
     model = Analytic(torch.tensor([vectors.meta[name] for name in "abk"]))
     v = model.guided(z, sigma, Condition({"c": vectors["cond"]}), vectors.meta["cfg"])
@@ -161,7 +161,9 @@ def test_states_in_float64():
     end = Ode().step(z, v, s, s_star).mean
     vectors.check("z_tilde.f64", end)
     for number, _, _ in points_of(vectors):
-        state, _ = renoised(z0, eps, end - mix(z0, eps, s_star), s_star, vectors[f"point{number}.sigmas"].double())
+        state, _ = renoised(
+            z0, eps, end - interpolate(z0, eps, s_star), s_star, vectors[f"point{number}.sigmas"].double()
+        )
         vectors.check(f"point{number}.latents.f64", state)
 
 
@@ -176,7 +178,7 @@ def test_target_of_each_published_state(file):
         rows = vectors[f"point{number}.sample_indices"]
         z0, eps, s_star = (vectors[name].double()[rows] for name in ("z_0", "z_1", "sigma_t1"))
         state, level = vectors[f"point{number}.latents"].double(), vectors[f"point{number}.sigmas"].double()
-        delta = (state - mix(z0, eps, level)) * like((1 - s_star) / (1 - level), state)
+        delta = (state - interpolate(z0, eps, level)) * expand_like((1 - s_star) / (1 - level), state)
         _, target = renoised(z0, eps, delta, s_star, level)
         vectors.check(f"point{number}.v_corr.f64", target)
 
@@ -266,7 +268,7 @@ def test_an_exact_rollout_leaves_the_ordinary_target(place):
     assert torch.equal(delta, torch.zeros_like(z0))
     z, target = renoised(z0, eps, delta, s_star, level)
     assert torch.equal(target, eps - z0)
-    torch.testing.assert_close(z, mix(z0, eps, level))
+    torch.testing.assert_close(z, interpolate(z0, eps, level))
 
 
 def test_at_level_1_any_rollout_is_forgotten(place):
@@ -279,12 +281,12 @@ def test_at_level_1_any_rollout_is_forgotten(place):
 def test_the_target_leads_back_to_the_data(place):
     z0, eps, v, s, s_star, level = place
     z, target = renoised(z0, eps, deviation(v, z0, eps, s, s_star), s_star, level)
-    torch.testing.assert_close(clean(z, target, level), z0)
+    torch.testing.assert_close(denoised(z, target, level), z0)
 
 
 def test_at_the_rollouts_end_the_state_is_the_rollouts(place):
     z0, eps, v, s, s_star, _ = place
-    end = Ode().step(mix(z0, eps, s), v, s, s_star).mean
+    end = Ode().step(interpolate(z0, eps, s), v, s, s_star).mean
     z, _ = renoised(z0, eps, deviation(v, z0, eps, s, s_star), s_star, s_star)
     torch.testing.assert_close(z, end)
 
@@ -294,11 +296,11 @@ def test_states_are_those_of_the_paper(place, fresh):
     """z' = (1 - alpha) z~ + alpha noise, v_corr = (z' - z0) / s', alpha = (s' - s*) / (1 - s*)."""
     z0, eps, v, s, s_star, level = place
     noise = torch.randn_like(eps) if fresh else eps
-    alpha = like((level - s_star) / (1 - s_star), z0)
-    end = Ode().step(mix(z0, eps, s), v, s, s_star).mean
-    z, target = renoised(z0, eps, end - mix(z0, eps, s_star), s_star, level, noise if fresh else None)
+    alpha = expand_like((level - s_star) / (1 - s_star), z0)
+    end = Ode().step(interpolate(z0, eps, s), v, s, s_star).mean
+    z, target = renoised(z0, eps, end - interpolate(z0, eps, s_star), s_star, level, noise if fresh else None)
     torch.testing.assert_close(z, (1 - alpha) * end + alpha * noise)
-    torch.testing.assert_close(target, (z - z0) / like(level, z0))
+    torch.testing.assert_close(target, (z - z0) / expand_like(level, z0))
 
 
 def test_gain_is_how_much_an_error_grows(place):
@@ -478,7 +480,7 @@ def test_what_the_model_is_told_is_where_the_state_is():
     class Oracle(Analytic):
         def velocity(self, x, sigma, cond):
             times = len(x) // len(batch)
-            return (x - batch.x0.repeat(times, 1, 1, 1)) / like(sigma, x)
+            return (x - batch.x0.repeat(times, 1, 1, 1)) / expand_like(sigma, x)
 
     for soar in (Soar(guidance=1.0), Soar(guidance=4.5, paths=3, noise="fresh", chunk=4)):
         for term in soar.terms(batch, context(Oracle(), noise=Uniform())):

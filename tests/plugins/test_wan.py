@@ -16,7 +16,7 @@ from torch import Tensor
 from vectors import golden
 
 from corefit.errors import ConfigError
-from corefit.flow import like
+from corefit.flow import expand_like
 from corefit.rollout.samplers import DanceSde
 from corefit.testing import check_backbone, tiny_wan
 from corefit_backbones import wan
@@ -60,7 +60,7 @@ def test_a_step_of_the_published_sde() -> None:
     for row, noise in enumerate((vectors["vid.sigma_max"] * sigma).tolist()):
         one, sampler = slice(row, row + 1), DanceSde(noise)
         step = sampler.step(x[one], v[one], sigma[one], sigma_next[one])
-        x_next = step.mean + like(step.std, x[one]) * draw[one]
+        x_next = step.mean + expand_like(step.std, x[one]) * draw[one]
         vectors.check("vid.mean.f32", step.mean, [row])
         vectors.check("vid.next.f32", x_next, [row])
         vectors.check("vid.log_prob.f32", sampler.log_prob(x_next, step), [row])

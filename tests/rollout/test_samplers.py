@@ -7,7 +7,7 @@ import pytest
 import torch
 from vectors import DTYPES, golden
 
-from corefit.flow import clean, like, log_prob, mix, noise_end
+from corefit.flow import denoised, expand_like, interpolate, log_prob, predicted_noise
 from corefit.rollout.samplers import Cps, DanceSde, FlowSde, Ode
 
 CASES = {
@@ -46,7 +46,7 @@ def test_transition_is_the_published_one(file, case, precision):
         case, ["sample", "velocity", "noise", "sigma", "sigma_next"], DTYPES[precision]
     )
     step = sampler.step(x, v, sigma, sigma_next)
-    x_next = step.mean + like(step.std, x) * noise
+    x_next = step.mean + expand_like(step.std, x) * noise
     check(vectors, f"{case}.mean.{precision}", step.mean)
     check(vectors, f"{case}.next.{precision}", x_next)
     check(vectors, f"{case}.log_prob.{precision}", sampler.log_prob(x_next, step))
@@ -128,7 +128,7 @@ def state():
     torch.manual_seed(1)
     x0, noise = torch.randn(2, 4, 3, 5, 5).double()
     sigma, sigma_next = torch.tensor([0.95, 0.8, 0.5, 0.2]).double(), torch.tensor([0.9, 0.5, 0.45, 0.0]).double()
-    return x0, noise, mix(x0, noise, sigma), noise - x0, sigma, sigma_next
+    return x0, noise, interpolate(x0, noise, sigma), noise - x0, sigma, sigma_next
 
 
 @pytest.mark.parametrize("sampler", [FlowSde(0), DanceSde(0), Cps(0)], ids=repr)
@@ -142,7 +142,7 @@ def test_without_noise_every_sampler_is_the_ode(sampler, state):
 
 def test_the_ode_stays_on_the_straight_line_of_an_exact_velocity(state):
     x0, noise, x, v, sigma, sigma_next = state
-    torch.testing.assert_close(Ode().step(x, v, sigma, sigma_next).mean, mix(x0, noise, sigma_next))
+    torch.testing.assert_close(Ode().step(x, v, sigma, sigma_next).mean, interpolate(x0, noise, sigma_next))
 
 
 @pytest.mark.parametrize("noise_level", [0.2, 0.7, 1.0])
@@ -150,15 +150,15 @@ def test_cps_preserves_both_coefficients(noise_level, state):
     """FlowCPS: signal 1 - sigma_next and, in quadrature, noise sigma_next, whatever the noise level."""
     x0, noise, x, v, sigma, sigma_next = state
     step = Cps(noise_level).step(x, v, sigma, sigma_next)
-    kept = (step.mean - like(1 - sigma_next, x) * x0) / noise
-    torch.testing.assert_close(kept, like((sigma_next**2 - step.std**2).sqrt(), x).expand_as(x))
+    kept = (step.mean - expand_like(1 - sigma_next, x) * x0) / noise
+    torch.testing.assert_close(kept, expand_like((sigma_next**2 - step.std**2).sqrt(), x).expand_as(x))
 
 
 def test_cps_with_noise_1_redraws_all_noise(state):
     x0, _, x, v, sigma, sigma_next = state
     step = Cps(1.0).step(x, v, sigma, sigma_next)
     torch.testing.assert_close(step.std, sigma_next)
-    torch.testing.assert_close(step.mean, like(1 - sigma_next, x) * x0)
+    torch.testing.assert_close(step.mean, expand_like(1 - sigma_next, x) * x0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
@@ -217,8 +217,8 @@ def test_flow_sde_drifts_as_dance_sde_with_its_own_noise(state):
 def test_dance_sde_as_published(state):
     """mean = z + (v + a^2/2 x1 / s) dt with x1 = z + (1 - s) v."""
     _, _, x, v, sigma, sigma_next = state
-    drift = v + 0.3**2 / 2 * noise_end(x, v, sigma) / like(sigma, x)
-    expected = x + drift * like(sigma_next - sigma, x)
+    drift = v + 0.3**2 / 2 * predicted_noise(x, v, sigma) / expand_like(sigma, x)
+    expected = x + drift * expand_like(sigma_next - sigma, x)
     torch.testing.assert_close(DanceSde(0.3).step(x, v, sigma, sigma_next).mean, expected)
 
 
@@ -239,7 +239,7 @@ def test_cps_densities_differ_by_scale_only(state):
     _, noise, x, v, sigma, sigma_next = (t[:3] for t in state)
     gaussian, quadratic = Cps(0.7), Cps(0.7, density="published")
     step = gaussian.step(x, v, sigma, sigma_next)
-    x_next = step.mean + like(step.std, x) * noise
+    x_next = step.mean + expand_like(step.std, x) * noise
     torch.testing.assert_close(gaussian.log_prob(x_next, step), log_prob(x_next, step.mean, step.std))
     torch.testing.assert_close(
         gaussian.log_prob(x_next, step) - gaussian.log_prob(step.mean, step),
@@ -250,7 +250,7 @@ def test_cps_densities_differ_by_scale_only(state):
 def test_the_last_step_of_cps_is_the_clean_estimate(state):
     _, _, x, v, sigma, _ = state
     step = Cps(0.7).step(x, v, sigma, 0 * sigma)
-    torch.testing.assert_close(step.mean, clean(x, v, sigma))
+    torch.testing.assert_close(step.mean, denoised(x, v, sigma))
     assert torch.equal(step.std, 0 * sigma)
 
 

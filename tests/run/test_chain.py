@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from corefit.data.dataset import Dataset
 from corefit.pipeline import Pipeline, read
-from corefit.run.evaluate import Judge
+from corefit.run.evaluate import Evaluator
 from corefit.run.run import run
 from corefit.system import ranks
 
@@ -131,14 +131,14 @@ def fall(before: Weights, after: Weights) -> float:
 
 def brightness(pipeline: Pipeline, model: Path | None, *, lora: bool) -> torch.Tensor:
     """What the reward `bright` says of each held-out prompt, from the files that a stage left; None is the base."""
-    backbone = pipeline.backbone.moved(model) if model and not lora else pipeline.backbone
+    backbone = pipeline.backbone.from_saved(model) if model and not lora else pipeline.backbone
     backbone.load(torch.device("cpu"), torch.float32)
     if model and lora:
         backbone.load_lora(model)
     caches = [Dataset.open(done.parent) for done in pipeline.folder.glob(".corefit/cache/*/done.json")]
     (prompts,) = (cache for cache in caches if not cache.has_media)
     assert pipeline.eval is not None
-    judge = Judge(pipeline.eval, prompts, pipeline.seed, ranks.join("fp32"))
+    judge = Evaluator(pipeline.eval, prompts, pipeline.seed, ranks.join("fp32"))
     return torch.cat([judge.media(backbone, [row]) for row in range(6)]).flatten(1).mean(1).double()
 
 

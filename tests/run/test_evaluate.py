@@ -14,19 +14,21 @@ from torch import Tensor
 
 from corefit.rng import Rng
 from corefit.rollout import generate
-from corefit.run.evaluate import Eval, Judge
+from corefit.run.evaluate import Eval, Evaluator
 from corefit.system import ranks
 from corefit.testing import ToyBackbone
 from corefit.testing.toy import loaded
 from corefit.types import Batch, Condition, Meta, Reward, Weighted
 
 
-def judge(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, shape: tuple[int, ...], **keys: Any) -> tuple[Judge, list]:
+def evaluator(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, shape: tuple[int, ...], **keys: Any
+) -> tuple[Evaluator, list]:
     """One whose media of row n are n / 10 everywhere, and the numbers of rows it was asked for."""
     prompts = [f"prompt {n}" for n in range(7)]
     asked: list[int] = []
 
-    def media(self: Judge, backbone: Any, rows: Any) -> Tensor:
+    def media(self: Evaluator, backbone: Any, rows: Any) -> Tensor:
         asked.append(len(rows))
         return torch.tensor(rows).reshape(-1, *(1 for _ in shape)).expand(-1, *shape) / 10
 
@@ -38,15 +40,15 @@ def judge(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, shape: tuple[int, ...]
             meta = [{"n": row, "category": "ab"[row % 2]} for row in rows]
             return Batch(None, Condition({}), [prompts[row] for row in rows], meta, rows, shape)
 
-    monkeypatch.setattr(Judge, "media", media)
+    monkeypatch.setattr(Evaluator, "media", media)
     made: Any = Prompts()
     ranks: Any = None
-    return Judge(Eval(prompts=tmp_path / "p.txt", **{"reward": (), **keys}), made, 0, ranks), asked
+    return Evaluator(Eval(prompts=tmp_path / "p.txt", **{"reward": (), **keys}), made, 0, ranks), asked
 
 
 def test_samples_are_made_a_batch_at_a_time(monkeypatch, tmp_path):
     """Sixteen clips at once take a memory that nobody planned for."""
-    of, asked = judge(monkeypatch, tmp_path, (3, 5, 8, 8), batch=2, samples=5)
+    of, asked = evaluator(monkeypatch, tmp_path, (3, 5, 8, 8), batch=2, samples=5)
     prompts, media = of.samples(None)
     assert asked == [2, 2, 1]
     assert prompts == [f"prompt {n}" for n in range(5)]
@@ -65,7 +67,7 @@ class Told(Reward):
 def test_scores_and_categories_are_of_their_own_prompts(monkeypatch, tmp_path, limit, world):
     """In the prompts' order, whatever number of ranks shares them."""
     reward = (Weighted("told", Told()),)
-    of, _ = judge(monkeypatch, tmp_path, (3, 4, 4), reward=reward, batch=2, limit=limit)
+    of, _ = evaluator(monkeypatch, tmp_path, (3, 4, 4), reward=reward, batch=2, limit=limit)
     parts: list[Any] = []
 
     def collected(part: Any) -> list[Any]:
@@ -73,7 +75,7 @@ def test_scores_and_categories_are_of_their_own_prompts(monkeypatch, tmp_path, l
         return parts
 
     for rank in range(world):
-        ranks: Any = SimpleNamespace(world=world, rank=rank, sharded=False, collected=collected)
+        ranks: Any = SimpleNamespace(world=world, rank=rank, sharded=False, all_gather_object=collected)
         made = attrs.evolve(of, ranks=ranks).score(None)
     numbers = range(limit or 7)
     assert made == {"values": {"told": [*numbers]}, "categories": ["ab"[n % 2] for n in numbers]}
@@ -91,7 +93,7 @@ def test_media_are_of_their_own_prompt_and_noise(tmp_path):
         ranks: Any = SimpleNamespace(device=torch.device("cpu"))
         dataset: Any = SimpleNamespace(batch=batch, null=backbone.encode_text([""]))
         eval = Eval(prompts=tmp_path / "p.txt", reward=(), **{"steps": 3, "guidance": 2.0, **keys})
-        return Judge(eval, dataset, seed, ranks).media(backbone, rows)
+        return Evaluator(eval, dataset, seed, ranks).media(backbone, rows)
 
     whole = media(range(3))
     for row in range(3):
@@ -105,7 +107,7 @@ def test_media_are_of_their_own_prompt_and_noise(tmp_path):
 
 @pytest.mark.parametrize(("shape", "kept"), [((3, 8, 8), (3, 8, 8)), ((3, 9, 8, 8), (3, 4, 8, 8))])
 def test_kept_samples_are_compared_as_they_were_drawn(monkeypatch, tmp_path, shape, kept):
-    of, _ = judge(monkeypatch, tmp_path, shape, limit=3)
+    of, _ = evaluator(monkeypatch, tmp_path, shape, limit=3)
     for stage in ("base", "soar"):
         of.keep_samples(of.samples(None), tmp_path / stage)
     media = load_file(tmp_path / "base" / "last.safetensors")["media"]
@@ -122,7 +124,7 @@ def test_drawing_leaves_training_its_own_empty_prompt(job, dataset, tmp_path):
     backbone = job().backbone
     backbone.load(torch.device("cpu"), torch.float32)
     keys: Any = {"prompts": tmp_path / "p.txt", "reward": (), "steps": 2, "samples": 2}
-    judge = Judge(Eval(**keys), dataset, 0, ranks.join("fp32"))
+    judge = Evaluator(Eval(**keys), dataset, 0, ranks.join("fp32"))
     backbone.empty = dataset.null
     _, usual = judge.samples(backbone)
     backbone.empty = own = Condition({name: t + 1 for name, t in dataset.null.tensors.items()})

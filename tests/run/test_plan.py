@@ -23,7 +23,7 @@ from corefit import Condition
 from corefit.errors import ConfigError, DataError, Stopped
 from corefit.pipeline import Pipeline, read
 from corefit.run import observers, plan, report, run
-from corefit.run.evaluate import Judge
+from corefit.run.evaluate import Evaluator
 from corefit.system import files
 from corefit.train import checkpoint as state
 from corefit.train import loop as train
@@ -88,7 +88,7 @@ class Toy:
         found, _ = state.latest(job.folder / "checkpoints")
         first, stage = found.step if found else 0, job.stage
         self.trained.append((stage.name, first))
-        job.started(first)
+        job.listener.started(first)
         for step in range(first + 1, stage.steps + 1):
             stopping = self.stop == (stage.name, step)
             if stopping or (step % stage.checkpoint_every == 0 and step < stage.steps):
@@ -112,7 +112,7 @@ def toy(project, monkeypatch, capsys) -> Toy:
     monkeypatch.setattr(gc, "collect", lambda *args: 0)  # a third of a second each time that memory is freed
     monkeypatch.setattr(os, "fsync", lambda *args: None)
     monkeypatch.setattr(run.Run, "_refuse_too_large", lambda *args: None)
-    monkeypatch.setattr(Judge, "media", lambda judge, backbone, rows: torch.full((len(rows), 3, 16, 16), 0.5))
+    monkeypatch.setattr(Evaluator, "media", lambda judge, backbone, rows: torch.full((len(rows), 3, 16, 16), 0.5))
     monkeypatch.setattr(Diffusers, "save_tensors", save)
     monkeypatch.setattr(Sd3, "load", lambda backbone, *args: setattr(backbone, "transformer", torch.nn.Identity()))
     monkeypatch.setattr(Sd3, "load_lora", lambda *args: None)
@@ -447,7 +447,7 @@ def test_scores_are_not_kept_beside_the_samples_of_others(toy, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(Judge, "keep_samples", killed)
+        patched.setattr(Evaluator, "keep_samples", killed)
         with pytest.raises(Killed):
             toy.run("eval.steps=3")
     assert foreseen(toy) == {"judge base": NEW}

@@ -28,6 +28,7 @@ from corefit.run.report import curves
 from corefit.run.run import run
 from corefit.system import files, ranks, signals
 from corefit.train import loop as train
+from corefit.train import state
 
 LOCAL = '''
 import torch
@@ -186,16 +187,16 @@ def test_what_a_run_leaves_and_that_diffusers_makes_the_same(spec, checkpoint, m
 def run_media(pipeline: Pipeline, model: Path, *, lora: bool) -> torch.Tensor:
     """The same by corefit, from the saved files."""
     from corefit.data.dataset import Dataset
-    from corefit.run.evaluate import Judge
+    from corefit.run.evaluate import Evaluator
 
-    backbone = pipeline.backbone if lora else pipeline.backbone.moved(model)
+    backbone = pipeline.backbone if lora else pipeline.backbone.from_saved(model)
     backbone.load(torch.device("cpu"), torch.float32)
     if lora:
         backbone.load_lora(model)
     caches = [Dataset.open(p) for p in (pipeline.folder / ".corefit" / "cache").iterdir() if (p / "done.json").exists()]
     prompts = next(c for c in caches if not c.has_media)
     assert pipeline.eval is not None
-    return Judge(pipeline.eval, prompts, pipeline.seed, ranks.join("fp32")).media(backbone, [1])
+    return Evaluator(pipeline.eval, prompts, pipeline.seed, ranks.join("fp32")).media(backbone, [1])
 
 
 def stopping(pipeline: Pipeline, monkeypatch, steps: Sequence[int]) -> int:
@@ -291,13 +292,13 @@ def test_a_damaged_model_is_trained_again_to_the_same_bytes(spec):
 
 def test_a_stage_that_was_stopped_and_then_changed_starts_at_step_0(spec, monkeypatch):
     path, first = unjudged(spec()), []
-    real = train.Loop.resume
+    real = state.State.resume
 
-    def resume(self):
-        real(self)
-        first.append((self.job.stage.name, self.step))
+    def resume(self, keep):
+        real(self, keep)
+        first.append((self.stage, self.step))
 
-    monkeypatch.setattr(train.Loop, "resume", resume)
+    monkeypatch.setattr(state.State, "resume", resume)
     monkeypatch.setattr(signals.Signals, "asked", property(lambda self: True, lambda self, value: None))
     for settings in (SFT, SFT, [*SFT, "stage.soar.optimizer.lr=5e-4"]):
         with pytest.raises(train.Stopped):
@@ -320,7 +321,7 @@ def test_a_lora_after_full_training_is_one_on_that_stages_model(spec):
     folder = run(pipeline)
     assert all("lora" in name for name in weights(folder / "02-grpo"))
     made = generated(pipeline, folder / "01-soar" / "model", "a blue 1", lora=folder / "02-grpo" / "model")
-    pipeline.backbone = pipeline.backbone.moved(folder / "01-soar" / "model")
+    pipeline.backbone = pipeline.backbone.from_saved(folder / "01-soar" / "model")
     ours = run_media(pipeline, folder / "02-grpo" / "model", lora=True)
     assert float((made - ours).abs().max()) < 1e-4
 

@@ -32,7 +32,7 @@ import torch
 from attrs import frozen
 
 from corefit import Supervised, Term, hookimpl
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 
 
 @frozen
@@ -46,7 +46,7 @@ class Odd(Supervised):
         x0, sigma = batch.clean, ctx.sigma(batch.clean)
         rng = ctx.rng.of("place", list(range(len(batch)))) if self.how == "placed" else ctx.rng
         noise = rng.randn(tuple(x0.shape))
-        loss = per_sample((ctx.backbone.velocity(mix(x0, noise, sigma), sigma, batch.cond) - noise + x0) ** 2)
+        loss = per_sample((ctx.backbone.velocity(interpolate(x0, noise, sigma), sigma, batch.cond) - noise + x0) ** 2)
         wrong = torch.tensor([row // 4 == self.at and row % 4 >= 2 for row in batch.rows])
         if self.how == "raises" and wrong.any():
             raise RuntimeError("the disk of this rank is on fire")

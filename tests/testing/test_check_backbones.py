@@ -181,7 +181,7 @@ class SavesTheOld(ToyBackbone):
 
 
 class ForgetsItsFolder(ToyBackbone):
-    def moved(self, folder):
+    def from_saved(self, folder):
         return type(self)(self.shape)
 
 

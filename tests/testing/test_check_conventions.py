@@ -8,7 +8,7 @@ import torch
 from attrs import frozen
 
 from corefit import Supervised, Term
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 from corefit.testing import check_objective
 
 
@@ -17,7 +17,7 @@ class Matched(Supervised):
     """Flow matching, to be spoilt."""
 
     def state(self, x0, noise, sigma):
-        return mix(x0, noise, sigma)
+        return interpolate(x0, noise, sigma)
 
     def level(self, sigma):
         return sigma
@@ -37,12 +37,12 @@ class Matched(Supervised):
 
 class Swapped(Matched):
     def state(self, x0, noise, sigma):
-        return mix(noise, x0, sigma)
+        return interpolate(noise, x0, sigma)
 
 
 class OtherState(Matched):
     def state(self, x0, noise, sigma):
-        return mix(x0, noise, 1 - sigma)
+        return interpolate(x0, noise, 1 - sigma)
 
 
 class OtherLevel(Matched):
@@ -65,7 +65,9 @@ class IgnoresPrompts(Matched):
         cond = ctx.dropout(batch.cond, 1.0)
         x0 = batch.clean
         noise, sigma = ctx.randn_like(x0), ctx.sigma(x0)
-        yield Term.of(per_sample((ctx.backbone.velocity(mix(x0, noise, sigma), sigma, cond) - (noise - x0)) ** 2))
+        yield Term.of(
+            per_sample((ctx.backbone.velocity(interpolate(x0, noise, sigma), sigma, cond) - (noise - x0)) ** 2)
+        )
 
 
 class MeanOfBatch(Matched):

@@ -11,7 +11,7 @@ import torch
 from attrs import define, evolve, field, frozen
 
 from corefit import Objective, Reward, Supervised, Term
-from corefit.flow import clean, mix, per_sample
+from corefit.flow import denoised, interpolate, per_sample
 from corefit.rollout import generate, rollout
 from corefit.rollout.samplers import Ode
 from corefit.testing import ToyReward, check_objective, toy_context
@@ -27,7 +27,7 @@ def errors(x0, batch, ctx, backbone):
     """Flow matching's error of clean latents, [B], from the draws of a context that was not used yet."""
     fresh = ctx.at(deepcopy(ctx.rng))
     noise, sigma = fresh.randn_like(x0), fresh.sigma(x0)
-    return per_sample((backbone.velocity(mix(x0, noise, sigma), sigma, batch.cond) - (noise - x0)) ** 2)
+    return per_sample((backbone.velocity(interpolate(x0, noise, sigma), sigma, batch.cond) - (noise - x0)) ** 2)
 
 
 # pairs
@@ -157,7 +157,7 @@ class Refl(Objective):
         with torch.no_grad():
             *_, late = rollout(ctx.backbone, Ode(), noise, batch.cond, ctx.backbone.sigmas(4, batch.shape))
         v = ctx.backbone.velocity(late.x, late.sigma, batch.cond)
-        media = ctx.backbone.decode(clean(late.x, v, late.sigma))
+        media = ctx.backbone.decode(denoised(late.x, v, late.sigma))
         yield Term.of(self.loss(self.judged(media, batch, ctx)) + self.anchor * per_sample(v**2))
 
     def judged(self, media, batch, ctx):

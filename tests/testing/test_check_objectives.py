@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from corefit import Objective, Supervised, Term
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 from corefit.testing import check_objective
 from corefit_sft import Sft
 from corefit_soar import Soar
@@ -36,7 +36,7 @@ def matched(batch, ctx, noise=None):
     """noise, sigma and the velocity at the mix, as SFT has them."""
     x0 = batch.clean
     noise, sigma = ctx.randn_like(x0) if noise is None else noise, ctx.sigma(x0)
-    return noise, sigma, ctx.backbone.velocity(mix(x0, noise, sigma), sigma, batch.cond)
+    return noise, sigma, ctx.backbone.velocity(interpolate(x0, noise, sigma), sigma, batch.cond)
 
 
 def errors(batch, ctx, noise=None):
@@ -71,7 +71,7 @@ class TimeReversed(Supervised):
     def terms(self, batch, ctx):
         x0 = batch.clean
         noise, sigma = ctx.randn_like(x0), ctx.sigma(x0)
-        v = ctx.backbone.velocity(mix(noise, x0, sigma), sigma, batch.cond)
+        v = ctx.backbone.velocity(interpolate(noise, x0, sigma), sigma, batch.cond)
         yield Term.of(per_sample((v - (x0 - noise)) ** 2))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from corefit import Sampler, Step
-from corefit.flow import clean, like, noise_end, raised
+from corefit.flow import denoised, expand_like, predicted_noise, upcast
 from corefit.rollout.samplers import Cps, DanceSde, FlowSde, Ode
 from corefit.testing import check_sampler
 
@@ -26,7 +26,7 @@ def test_a_documented_density_passes_when_told():
 
 
 def euler(x, v, sigma, sigma_next):
-    return raised(x) + like(sigma_next - sigma, x) * raised(v)
+    return upcast(x) + expand_like(sigma_next - sigma, x) * upcast(v)
 
 
 class Deterministic(Sampler):
@@ -42,9 +42,12 @@ class Stochastic(Sampler):
     """Cps to spoil: half of the noise variance is drawn anew."""
 
     def step(self, x, v, sigma, sigma_next):
-        x, v = raised(x), raised(v)
+        x, v = upcast(x), upcast(v)
         std = sigma_next * 0.5**0.5
-        return Step(like(1 - sigma_next, x) * clean(x, v, sigma) + like(std, x) * noise_end(x, v, sigma), std)
+        return Step(
+            expand_like(1 - sigma_next, x) * denoised(x, v, sigma) + expand_like(std, x) * predicted_noise(x, v, sigma),
+            std,
+        )
 
 
 class WrongTime(Deterministic):
@@ -89,13 +92,13 @@ class PerUnitTime(Sampler):
 
 class TooFar(Deterministic):
     def step(self, x, v, sigma, sigma_next):
-        return Step(raised(x) + 1.5 * like(sigma_next - sigma, x) * raised(v), 0 * sigma)
+        return Step(upcast(x) + 1.5 * expand_like(sigma_next - sigma, x) * upcast(v), 0 * sigma)
 
 
 class Curved(Deterministic):
     def step(self, x, v, sigma, sigma_next):
         dt = sigma_next - sigma
-        return Step(euler(x, v, sigma, sigma_next) + like(dt**2, x) * raised(v), 0 * sigma)
+        return Step(euler(x, v, sigma, sigma_next) + expand_like(dt**2, x) * upcast(v), 0 * sigma)
 
 
 class NoConstant(Stochastic):
@@ -110,7 +113,7 @@ class Summed(Stochastic):
 
 class PerElement(Stochastic):
     def log_prob(self, x_next, step):
-        std = like(step.std, x_next)
+        std = expand_like(step.std, x_next)
         return -((x_next - step.mean) ** 2) / (2 * std**2) - std.log() - 0.918939
 
 
@@ -121,7 +124,7 @@ class NoGradient(Stochastic):
 
 class Halves(Deterministic):
     def step(self, x, v, sigma, sigma_next):
-        dt = like(sigma_next - sigma, x)
+        dt = expand_like(sigma_next - sigma, x)
         return Step(x + dt.to(x.dtype) * v, 0 * sigma)
 
 
@@ -134,30 +137,30 @@ class ImageSampler(Deterministic):
     def step(self, x, v, sigma, sigma_next):
         dt = (sigma_next - sigma).view(-1, *(1,) * (max(x.ndim, 4) - 1))
         return Step(
-            (raised(x) + dt * raised(v)).reshape(x.shape) if x.ndim > 2 else euler(x, v, sigma, sigma_next), 0 * sigma
+            (upcast(x) + dt * upcast(v)).reshape(x.shape) if x.ndim > 2 else euler(x, v, sigma, sigma_next), 0 * sigma
         )
 
 
 class FirstRowsTime(Deterministic):
     def step(self, x, v, sigma, sigma_next):
-        return Step(raised(x) + (sigma_next - sigma)[0] * raised(v), 0 * sigma)
+        return Step(upcast(x) + (sigma_next - sigma)[0] * upcast(v), 0 * sigma)
 
 
 class Drawing(Stochastic):
     def step(self, x, v, sigma, sigma_next):
         step = super().step(x, v, sigma, sigma_next)
-        return Step(step.mean + like(step.std, x) * torch.randn(x.shape), step.std)
+        return Step(step.mean + expand_like(step.std, x) * torch.randn(x.shape), step.std)
 
 
 class Spoiling(Deterministic):
     def step(self, x, v, sigma, sigma_next):
-        return Step(x.add_(like(sigma_next - sigma, x) * v), 0 * sigma)
+        return Step(x.add_(expand_like(sigma_next - sigma, x) * v), 0 * sigma)
 
 
 class WideStd(Stochastic):
     def step(self, x, v, sigma, sigma_next):
         step = super().step(x, v, sigma, sigma_next)
-        return Step(step.mean, like(step.std, x))
+        return Step(step.mean, expand_like(step.std, x))
 
 
 WRONG_SAMPLERS = [

@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 
 from corefit import Objective, Reward, Sampler, Step, Supervised, Term
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 from corefit.rollout.noise import LogitNormal
 from corefit.rollout.samplers import FlowSde, Ode
 from corefit.testing import check_noise, check_objective, check_sampler
@@ -23,7 +23,7 @@ def errors(batch, ctx):
     """SFT's loss of each row, [B]."""
     x0 = batch.clean
     noise, sigma = ctx.randn_like(x0), ctx.sigma(x0)
-    v = ctx.backbone.velocity(mix(x0, noise, sigma), sigma, batch.cond)
+    v = ctx.backbone.velocity(interpolate(x0, noise, sigma), sigma, batch.cond)
     return per_sample((v - (noise - x0)) ** 2)
 
 
@@ -141,7 +141,7 @@ class Steps(Supervised):
 
     def terms(self, batch, ctx):
         x0, sigma = batch.clean, ctx.sigma(batch.clean)
-        v = ctx.backbone.velocity(mix(x0, ctx.randn_like(x0), sigma), sigma, batch.cond)
+        v = ctx.backbone.velocity(interpolate(x0, ctx.randn_like(x0), sigma), sigma, batch.cond)
         yield Term.of(ctx.noise.weight(sigma) * per_sample((ctx.sampler.step(x0, v, sigma, 0.9 * sigma).mean) ** 2))
 
 

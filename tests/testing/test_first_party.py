@@ -15,7 +15,7 @@ import torch
 from conftest import WORDS
 
 from corefit import testing
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 from corefit.plugins import Host, Offer
 from corefit.types import Weighted
 from corefit_sft import Sft
@@ -69,7 +69,7 @@ def fit(backbone, batch):
     """How little the model errs on held-out rows, [B]."""
     ctx = testing.toy_context(backbone, batch.rows)
     noise, sigma = ctx.randn_like(batch.clean), ctx.sigma(batch.clean)
-    v = backbone.velocity(mix(batch.clean, noise, sigma), sigma, batch.cond)
+    v = backbone.velocity(interpolate(batch.clean, noise, sigma), sigma, batch.cond)
     return -per_sample((v - (noise - batch.clean)) ** 2)
 
 

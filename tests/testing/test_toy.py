@@ -64,7 +64,7 @@ def test_the_toy_says_what_it_cannot(tmp_path):
         ToyBackbone().moved(tmp_path).check()
     (tmp_path / "toy.safetensors").write_bytes(b"half")
     with pytest.raises(ModelError, match=r"toy\.safetensors: cannot be read"):
-        loaded(ToyBackbone().moved(tmp_path))
+        loaded(ToyBackbone().from_saved(tmp_path))
     with pytest.raises(ConfigError, match=r"media of \[8, 8\]"):
         toy().latent_shape([16, 16])
     with pytest.raises(ConfigError, match="have media"):

@@ -63,7 +63,7 @@ def test_it_is_what_a_loaded_network_is(family: Pipeline, train: str, checkpoint
     pipeline = read(family.folder / "pipeline.toml", settings)
     found, backbone = of(pipeline), pipeline.backbone
     backbone.load(torch.device("cpu"), torch.float32)
-    named = weights.trainable(backbone, pipeline.mode(pipeline.stage[0]))
+    named = weights.make_trainable(backbone, pipeline.mode(pipeline.stage[0]))
     parameters = sum(p.numel() for p in backbone.transformer.parameters())
     trained = sum(p.numel() for p in named.values())
     assert (found.parameters, found.trainable) == (parameters, trained)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from attrs import frozen
-from training import trained, worst
+from training import Heard, trained, worst
 
 from corefit import Batch, Context, Supervised, Term
 from corefit.errors import NonFinite, PluginError, TrainingError
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 from corefit.system import ranks
 from corefit.train import loop as train
 from corefit.train import weights
@@ -82,7 +82,7 @@ def test_observers_see_the_average_and_leave_training_as_it_is(job, mode):
         network = watched.backbone.transformer
         seen[step] = {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
 
-    left = trained(attrs.evolve(watched, logged=look))
+    left = trained(attrs.evolve(watched, listener=Heard(on_logged=look)))
     assert worst(left, trained(job(mode=mode, steps=3, ema=0.5))) == 0
     assert [worst(seen[n], trained(job(mode=mode, steps=n, ema=0.5))) for n in (1, 2, 3)] == [0, 0, 0]
     assert worst(seen[1], seen[2]) > 1e-6
@@ -90,21 +90,21 @@ def test_observers_see_the_average_and_leave_training_as_it_is(job, mode):
 
 def test_the_average_goes_back_where_an_observer_raises(job):
     loop = train.Loop.build(job(ema=0.5), ranks.join("fp32"))
-    assert loop.ema
-    for p in loop.named.values():
+    assert loop.state.ema
+    for p in loop.state.trainable.values():
         p.data.add_(1)
-    before = {n: p.detach().clone() for n, p in loop.named.items()}
+    before = {n: p.detach().clone() for n, p in loop.state.trainable.items()}
     moved = []
 
     def observe() -> None:
-        with loop.shown():
-            moved.append(worst(dict(loop.named), before))
+        with loop.state.to_be_left():
+            moved.append(worst(dict(loop.state.trainable), before))
             raise RuntimeError("the tracker is away")
 
     with pytest.raises(RuntimeError, match="away"):
         observe()
     assert moved == pytest.approx([1], abs=1e-5)
-    assert worst(dict(loop.named), before) == 0
+    assert worst(dict(loop.state.trainable), before) == 0
 
 
 @frozen
@@ -118,7 +118,7 @@ class Spoilt(Supervised):
     def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
         x0 = batch.clean
         noise, sigma = ctx.randn_like(x0), ctx.sigma(x0)
-        v = ctx.backbone.velocity(mix(x0, noise, sigma), sigma, batch.cond)
+        v = ctx.backbone.velocity(interpolate(x0, noise, sigma), sigma, batch.cond)
         bad = self.at <= batch.rows[0] // 8 <= (self.at if self.until is None else self.until)
         if bad and self.where == "gradient":
             v = (v - v.detach()).abs().sqrt() + v.detach()  # sqrt'(0) is infinite
@@ -141,7 +141,7 @@ def test_a_fault_stops_before_a_weight_is_touched(job, where):
 def test_a_fault_is_skipped_where_the_stage_says_so(job, where):
     lines: list[dict[str, float]] = []
     spoilt = job(Spoilt(at=1, where=where), steps=3, on_nan="skip", ema=0.5, log_every=3)
-    left = trained(train.Job(**{**_fields(spoilt), "logged": lambda step, m: lines.append(dict(m))}))
+    left = trained(train.Job(**{**_fields(spoilt), "listener": Heard(on_logged=lambda step, m: lines.append(dict(m)))}))
     assert lines[-1]["skipped"] == 1
     assert all(np.isfinite(list(lines[-1].values())))
     # as if the batch of that step had not been: weights, averages and Adam's own step count stay
@@ -162,7 +162,7 @@ def test_skipped_steps_are_counted_over_a_resume(job):
     spoilt = job(Spoilt(at=1, until=9), steps=9, on_nan="skip", max_skips=2)
     stops = iter([False, False, True])
     with pytest.raises(train.Stopped):
-        train.train(train.Job(**{**_fields(spoilt), "stop": lambda: next(stops)}), ranks.join("fp32"))
+        train.train(train.Job(**{**_fields(spoilt), "listener": Heard(asked=lambda: next(stops))}), ranks.join("fp32"))
     with pytest.raises(NonFinite, match=r"step 3: the loss of term 0"):
         train.train(spoilt, ranks.join("fp32"))
 
@@ -217,11 +217,11 @@ def test_the_last_step_leaves_a_checkpoint(job):
 
 
 def test_a_stop_in_the_last_step_leaves_nothing_to_do(job):
-    stopped = train.Job(**{**_fields(job(steps=2)), "stop": iter([False, True]).__next__})
+    stopped = train.Job(**{**_fields(job(steps=2)), "listener": Heard(asked=iter([False, True]).__next__)})
     with pytest.raises(train.Stopped):
         train.train(stopped, ranks.join("fp32"))
     taken: list[int] = []
-    again = train.Job(**{**_fields(stopped), "stop": lambda: False, "stepped": lambda step, m: taken.append(step)})
+    again = train.Job(**{**_fields(stopped), "listener": Heard(on_stepped=taken.append)})
     left = trained(again)
     assert taken == []
     assert worst(left, trained(job(steps=2))) == 0
@@ -294,7 +294,7 @@ def test_gradients_are_clipped_to_the_norm(job, limit):
     seen: list[float] = []
     clipped = job(max_grad_norm=limit, steps=1, log_every=1, optimizer=Optimizer(lr=1.0, eps=1e3, weight_decay=0))
     before = {n: p.detach().clone() for n, p in _loaded(clipped).items()}
-    logged = train.Job(**{**_fields(clipped), "logged": lambda step, m: seen.append(m["grad_norm"])})
+    logged = train.Job(**{**_fields(clipped), "listener": Heard(on_logged=lambda step, m: seen.append(m["grad_norm"]))})
     after = trained(logged)
     # with a huge eps, Adam's step is lr g / eps: its length shows the gradient's
     moved = sum(float(((after[n] - before[n]) ** 2).sum()) for n in after) ** 0.5
@@ -324,7 +324,7 @@ def test_a_step_has_its_own_rate_and_no_later_one(job):
 def test_the_rate_that_is_logged_is_that_of_the_step_just_taken(job, every, rates):
     lines: list[float] = []
     mine = job(Empty(), steps=4, log_every=every, optimizer=Optimizer(lr=4e-3, warmup=4))
-    trained(train.Job(**{**_fields(mine), "logged": lambda step, m: lines.append(m["lr"])}))
+    trained(train.Job(**{**_fields(mine), "listener": Heard(on_logged=lambda step, m: lines.append(m["lr"]))}))
     assert lines == pytest.approx(rates)
 
 
@@ -379,10 +379,10 @@ def test_in_bf16_the_weights_that_train_stay_in_float32(job, join, mode):
     assert {t.dtype for t in rounded.values()} == {torch.float32}
     still = {p.dtype for p in mine.backbone.transformer.parameters() if not p.requires_grad}
     assert still == ({torch.bfloat16} if isinstance(mode, Lora) else set())
-    stopped = of(stop=iter([True]).__next__)
+    stopped = of(listener=Heard(asked=iter([True]).__next__))
     with pytest.raises(train.Stopped):
         train.train(stopped, half)
-    assert worst(trained(train.Job(**{**_fields(stopped), "stop": lambda: False}), half), rounded) == 0
+    assert worst(trained(train.Job(**{**_fields(stopped), "listener": Heard()}), half), rounded) == 0
     start = dict(_started(of(), half))
     assert worst(trained(of(Empty()), half), start) == 0, "what trains is not rounded when it is read"
     exact = trained(job(**keys), join("fp32"))
@@ -432,12 +432,12 @@ def test_schedules_are_those_of_transformers(schedule, warmup):
 def test_the_reference_stays_while_the_policy_moves(job):
     mine = job()
     loop = train.Loop.build(mine, ranks.join("fp32"))
-    frozen = weights.reference(mine.backbone, loop.named)
+    frozen = weights.reference(mine.backbone, loop.state.trainable)
     x, sigma = torch.randn(2, *mine.dataset.shape), torch.tensor([0.3, 0.8])
     cond = mine.dataset.batch([0, 1], [0, 1]).cond
     with torch.no_grad():
         before = mine.backbone.velocity(x, sigma, cond)
-        for p in loop.named.values():
+        for p in loop.state.trainable.values():
             p.add_(0.01)
         assert torch.equal(frozen.velocity(x, sigma, cond), before)
         assert not torch.equal(mine.backbone.velocity(x, sigma, cond), before)
@@ -445,10 +445,11 @@ def test_the_reference_stays_while_the_policy_moves(job):
 
 def test_metrics_are_means_over_items_and_steps(job):
     lines: list[dict[str, float]] = []
-    mine = train.Job(**{**_fields(job(log_every=2, steps=4)), "logged": lambda s, m: lines.append(dict(m))})
+    mine = attrs.evolve(job(log_every=2, steps=4), listener=Heard(on_logged=lambda s, m: lines.append(dict(m))))
     trained(mine)
     single: list[dict[str, float]] = []
-    trained(train.Job(**{**_fields(job(log_every=1, steps=4)), "logged": lambda s, m: single.append(dict(m))}))
+    heard = Heard(on_logged=lambda s, m: single.append(dict(m)))
+    trained(attrs.evolve(job(log_every=1, steps=4), listener=heard))
     losses = [m["loss"] for m in single]
     assert [m["loss"] for m in lines] == pytest.approx([np.mean(losses[:2]), np.mean(losses[2:])])
     json.dumps(lines)

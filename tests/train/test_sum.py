@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 from attrs import evolve, frozen
-from training import trained, worst
+from training import Heard, trained, worst
 
 from corefit import Batch, Context, Supervised, Term
 from corefit.errors import ConfigError, NonFinite, Stopped
-from corefit.flow import like, mix, per_sample
+from corefit.flow import expand_like, interpolate, per_sample
 from corefit.rollout.samplers import FlowSde
 from corefit.system import ranks
 from corefit.train.gradients import Gradients
@@ -35,7 +35,7 @@ class Half(Supervised):
 
     def terms(self, part: Batch, ctx: Context, /):
         sigma, noise = ctx.sigma(part.clean), ctx.randn_like(part.clean)
-        v = ctx.backbone.velocity(mix(part.clean, noise, like(sigma, noise)), sigma, part.cond)
+        v = ctx.backbone.velocity(interpolate(part.clean, noise, expand_like(sigma, noise)), sigma, part.cond)
         loss = per_sample((v - (noise - part.clean)) ** 2)
         kept = torch.tensor([not self.sparse or row % 2 == 0 for row in part.rows]).float()
         yield Term((loss * kept).sum() * self.copies, kept.sum() * self.copies, {"loss": loss.detach()})
@@ -48,7 +48,7 @@ def added(*parts: tuple[str, object, float]) -> Sum:
 def logged(made) -> dict[str, float]:
     """Trains a job; the last metrics."""
     last: dict[str, float] = {}
-    trained(evolve(made, logged=lambda step, metrics: last.update(metrics)))
+    trained(evolve(made, listener=Heard(on_logged=lambda _, metrics: last.update(metrics))))
     return last
 
 
@@ -138,15 +138,15 @@ def test_a_stopped_sum_goes_on_to_the_same_weights_and_metrics(job, tmp_path):
     keys = {"sampler": FlowSde(), "reward": (Weighted("mean", Mean()),), "steps": 5, "log_every": 3, "ema": 0.9}
 
     def run(folder: str, told: dict[int, dict[str, float]], **more):
-        made = evolve(job(sums, Lora(rank=2), **keys), folder=tmp_path / folder, **more)
-        return trained(evolve(made, logged=lambda step, metrics: told.update({step: timeless(metrics)})))
+        heard = Heard(on_logged=lambda step, metrics: told.update({step: timeless(metrics)}), **more)
+        return trained(evolve(job(sums, Lora(rank=2), **keys), folder=tmp_path / folder, listener=heard))
 
     one: dict[int, dict[str, float]] = {}
     two: dict[int, dict[str, float]] = {}
     whole = run("whole", one)
     stops = iter([False, True])
     with pytest.raises(Stopped):
-        run("parts", two, stop=lambda: next(stops))
+        run("parts", two, asked=lambda: next(stops))
     assert worst(whole, run("parts", two)) == 0
     assert one == two
     assert one.keys() == {3, 5}
@@ -181,7 +181,7 @@ def test_what_cannot_be_added_is_refused(of, problem):
 def test_a_sum_declares_what_its_parts_declare():
     both = added(("grpo", FlowGrpo(group=6, updates=2, beta=0.1), 1.0), ("soar", Soar(points=3, paths=1), 0.5))
     assert both.uses == {"media", "noise", "sampler", "reward", "reference"}
-    assert (both.rows_per_prompt, both.num_updates) == (6, 2)
+    assert (both.group_size, both.num_updates) == (6, 2)
     assert both.num_terms == FlowGrpo(group=6, updates=2, beta=0.1).num_terms + Soar(points=3, paths=1).num_terms
 
 
@@ -254,7 +254,7 @@ MIXED = """\
 from attrs import frozen
 
 from corefit import Offers, Sampler, Step, hookimpl
-from corefit.flow import like
+from corefit.flow import expand_like
 
 
 @frozen
@@ -269,7 +269,7 @@ class Middle:
 @frozen
 class Jitter(Sampler):
     def step(self, x, v, sigma, sigma_next):
-        return Step(x + like(sigma_next - sigma, x) * v, 0.1 * sigma_next)
+        return Step(x + expand_like(sigma_next - sigma, x) * v, 0.1 * sigma_next)
 
 
 @hookimpl

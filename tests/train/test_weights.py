@@ -40,7 +40,7 @@ def frozen(transformer: Any) -> dict[str, torch.Tensor]:
 def held(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, list[Any]]:
     """The weights that are judged, and those that each stage's first step finds; where autocast was on."""
     seen: dict[str, list[Any]] = {"judged": [], "trained": [], "autocast": []}
-    score, step = evaluate.Judge.score, train.Loop.take_step
+    score, step = evaluate.Evaluator.score, train.Loop.take_step
 
     def seen_score(judge: Any, backbone: Any, *args: Any) -> Any:
         seen["judged"].append(frozen(backbone.transformer))
@@ -50,11 +50,11 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, list[Any]]:
         return score(judge, backbone, *args)
 
     def seen_step(loop: Any, batch: Any) -> None:
-        if loop.step == 0:
+        if loop.state.step == 0:
             seen["trained"].append(frozen(loop.transformer))
         step(loop, batch)
 
-    monkeypatch.setattr(evaluate.Judge, "score", seen_score)
+    monkeypatch.setattr(evaluate.Evaluator, "score", seen_score)
     monkeypatch.setattr(train.Loop, "take_step", seen_step)
     return seen
 

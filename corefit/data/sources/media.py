@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from corefit.data.sources import pictures, video
-from corefit.types import Stored
+from corefit.types import ArchiveMember
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ class View:
     crop: tuple[float, float, float, float]
 
 
-def view(media: Path | Stored | Any, size: Sequence[int], fps: float | None = None) -> View:
+def view(media: Path | ArchiveMember | Any, size: Sequence[int], fps: float | None = None) -> View:
     """Media as pixels of `size`, [height, width] for pictures or [frames, height, width] for clips.
 
     Upright (EXIF), transparency over white, 16-bit grey scaled; the shortest side is resized (Lanczos, antialiased)
@@ -56,23 +56,23 @@ def view(media: Path | Stored | Any, size: Sequence[int], fps: float | None = No
     return View(np.stack(fitted) if frames else fitted[0], enlarged, (first.height, first.width), crop)
 
 
-def dimensions(media: Path | Stored | Any) -> tuple[int, int]:
+def dimensions(media: Path | ArchiveMember | Any) -> tuple[int, int]:
     """Height and width, upright, without decoding a picture's pixels or more than a clip's first frame."""
     import numpy as np
 
-    if not isinstance(media, (Path, Stored)):
+    if not isinstance(media, (Path, ArchiveMember)):
         height, width = np.asarray(media).shape[-3:-1]
         return int(height), int(width)
     return video.dimensions(media) if video.moves(media) else pictures.dimensions(media)
 
 
-def _still(media: Path | Stored | Any) -> Image:
+def _still(media: Path | ArchiveMember | Any) -> Image:
     if video.moves(media):
         raise ValueError("this is a clip, and size = [height, width] is of pictures; give [frames, height, width]")
     return pictures.upright(media)
 
 
-def _moving(media: Path | Stored | Any) -> Any:
+def _moving(media: Path | ArchiveMember | Any) -> Any:
     if not video.moves(media):
         raise ValueError("this is a picture, and size = [frames, height, width] is of clips; give [height, width]")
     return media

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corefit.types import Stored
+from corefit.types import ArchiveMember
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,14 +18,14 @@ LATE = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 """Chunks of a PNG that may hold EXIF or XMP."""
 
 
-def upright(media: Path | Stored | Any) -> Image:
+def upright(media: Path | ArchiveMember | Any) -> Image:
     """A picture in RGB, turned as its EXIF says, transparency over white, 16-bit grey scaled.
 
     Raises whatever the decoder finds wrong, ValueError for pixels without an agreed range or of another layout.
     """
     from PIL import Image, ImageOps
 
-    if not isinstance(media, (Path, Stored)):
+    if not isinstance(media, (Path, ArchiveMember)):
         return in_memory(media)
     with Image.open(opened(media)) as image:
         return _rgb(ImageOps.exif_transpose(image))
@@ -42,7 +42,7 @@ def in_memory(media: Any) -> Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def dimensions(media: Path | Stored) -> tuple[int, int]:
+def dimensions(media: Path | ArchiveMember) -> tuple[int, int]:
     """Height and width, upright; pixels are not decoded."""
     from PIL import Image
 
@@ -51,7 +51,7 @@ def dimensions(media: Path | Stored) -> tuple[int, int]:
         return (image.width, image.height) if exif.get(ORIENTATION, 1) >= 5 else (image.height, image.width)
 
 
-def opened(media: Path | Stored) -> Any:
+def opened(media: Path | ArchiveMember) -> Any:
     """What a decoder opens."""
     return media if isinstance(media, Path) else io.BytesIO(media.read())
 

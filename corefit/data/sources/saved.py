@@ -11,7 +11,7 @@ from attrs import frozen
 
 from corefit.data.sources.captions import captions
 from corefit.errors import DataError
-from corefit.types import Example, Source, Stored
+from corefit.types import ArchiveMember, Example, Source
 
 DECODED = {"Audio", "Image", "Nifti", "Pdf", "Video"}
 """Features of datasets that come as objects of a decoder."""
@@ -86,7 +86,9 @@ class HfDataset(Source):
         if number == 0:
             self._check_json(meta)
         stored = (
-            None if images is None else Stored(where, self._reader(where, number, images), self.path / "state.json")
+            None
+            if images is None
+            else ArchiveMember(where, self._reader(where, number, images), self.path / "state.json")
         )
         return Example(prompt, stored, meta)
 

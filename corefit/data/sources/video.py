@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from corefit.data.sources import pictures
 from corefit.errors import DataError
-from corefit.types import Stored
+from corefit.types import ArchiveMember
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,15 +28,15 @@ BT601, FULL = 5, 2
 """FFmpeg's numbers of a colour matrix and a range."""
 
 
-def moves(media: Path | Stored | Any) -> bool:
+def moves(media: Path | ArchiveMember | Any) -> bool:
     """Whether it is a clip: a video file, a folder, an array [T, H, W, 3]."""
-    if isinstance(media, (Path, Stored)):
+    if isinstance(media, (Path, ArchiveMember)):
         name = media if isinstance(media, Path) else Path(media.name)
         return name.suffix.lower() in VIDEOS or (isinstance(media, Path) and media.is_dir())
     return getattr(media, "ndim", 0) == 4
 
 
-def frames(media: Path | Stored | Any, number: int, fps: float | None) -> Iterator[Image]:
+def frames(media: Path | ArchiveMember | Any, number: int, fps: float | None) -> Iterator[Image]:
     """The first `number` frames at `fps`, or at the clip's own rate, upright and in RGB, one at a time.
 
     ValueError, after the last, where there are not so many, and for `fps` where frames have no times.
@@ -50,7 +50,7 @@ def frames(media: Path | Stored | Any, number: int, fps: float | None) -> Iterat
         raise ValueError(f"it has {found} frames{at}, and size asks for {number}; ask for fewer, or leave it out")
 
 
-def dimensions(media: Path | Stored) -> tuple[int, int]:
+def dimensions(media: Path | ArchiveMember) -> tuple[int, int]:
     """Height and width, upright, of the first frame."""
     if isinstance(media, Path) and media.is_dir():
         return pictures.dimensions(_files(media)[0])
@@ -61,8 +61,8 @@ def dimensions(media: Path | Stored) -> tuple[int, int]:
         return (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
 
 
-def _all(media: Path | Stored | Any, fps: float | None) -> Iterator[Image]:
-    if isinstance(media, Stored) or (isinstance(media, Path) and not media.is_dir()):
+def _all(media: Path | ArchiveMember | Any, fps: float | None) -> Iterator[Image]:
+    if isinstance(media, ArchiveMember) or (isinstance(media, Path) and not media.is_dir()):
         return _decoded(media, fps)
     if fps:
         where = "a folder" if isinstance(media, Path) else "memory"
@@ -83,7 +83,7 @@ def _numbered(file: Path) -> tuple[list[str | int], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)], file.name
 
 
-def _decoded(media: Path | Stored, fps: float | None) -> Iterator[Image]:
+def _decoded(media: Path | ArchiveMember, fps: float | None) -> Iterator[Image]:
     with _stream(media) as stream:
         stream.thread_type = "AUTO"
         decoded = stream.container.decode(stream)
@@ -132,7 +132,7 @@ def _turns(frame: Any) -> int:
 
 
 @contextmanager
-def _stream(media: Path | Stored) -> Generator[Any]:
+def _stream(media: Path | ArchiveMember) -> Generator[Any]:
     """The first video stream of a file; ValueError where there is none."""
     try:
         import av

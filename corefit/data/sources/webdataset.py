@@ -16,7 +16,7 @@ from attrs import field, frozen
 from corefit.data.sources.captions import captions
 from corefit.data.sources.media import MEDIA
 from corefit.errors import DataError
-from corefit.types import Example, Source, Stored
+from corefit.types import ArchiveMember, Example, Source
 
 RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 CHUNK = 1 << 20
@@ -72,7 +72,9 @@ class WebDataset(Source):
                     raise ValueError(f"has {' and '.join(media)}, expected one picture or video a sample")
             except ValueError as error:
                 raise DataError(f"{shard}: {key}: {error}") from None
-            stored = Stored(f"{shard}: {key}{media[0]}", _reader(shard, members[media[0]]), shard) if media else None
+            stored = (
+                ArchiveMember(f"{shard}: {key}{media[0]}", _reader(shard, members[media[0]]), shard) if media else None
+            )
             yield Example(prompt, stored, meta)
 
     def _said(self, shard: Path, members: Members) -> tuple[str | tuple[str, ...], dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -153,6 +155,10 @@ class Diffusers(ABC):
         """Shape of each tensor of a condition, of one row; empty where a family does not say."""
         return {}
 
+    def config_key(self) -> str:
+        """Hash of all config files: whatever is read before the weights is in them."""
+        return self.checkpoint.config_key()
+
     def _blank(self, dtype: torch.dtype) -> Any:
         import torch
 
@@ -186,9 +192,12 @@ class Diffusers(ABC):
         """Folders of the networks under training; of several, each is a child of `transformer` by that name."""
         return [name for name in self.checkpoint.parts if name.startswith("transformer")]
 
-    def moved(self, folder: Path) -> Self:
+    def from_saved(self, folder: Path) -> Self:
         """The same backbone, unloaded, on the whole pipeline that `save` wrote to `folder`."""
         return evolve(self, path=ModelPath(str(folder)), revision=None, variant=None)
+
+    moved = from_saved
+    """The name that it had in version 0.1."""
 
     def weights_key(self) -> str:
         """sha256 of the files of the networks under training."""
@@ -311,6 +320,19 @@ class Diffusers(ABC):
 
 
 def _class(name: str) -> Any:
-    import diffusers
+    """A class of diffusers. What the first import makes is not searched for garbage, neither then nor later.
 
-    return getattr(diffusers, name)
+    That would be a fifth of the time to the first step: there are half a million objects, and nearly all of them stay.
+    """
+    first = "diffusers" not in sys.modules and gc.isenabled()
+    if first:
+        gc.collect()
+        gc.disable()
+    try:
+        import diffusers
+
+        return getattr(diffusers, name)
+    finally:
+        if first:
+            gc.freeze()
+            gc.enable()

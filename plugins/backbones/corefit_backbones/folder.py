@@ -93,6 +93,15 @@ class Checkpoint:
             raise ModelError(f"{self.path}: its model_index.json has no {part}; it has {', '.join(self.parts)}")
         return _json(_described(self.path, self.revision) / part / file, f"{part} cannot be read without it")
 
+    def config_key(self) -> str:
+        """sha256 over the names and bytes of model_index.json and of all config files of the parts."""
+        folder, total = _described(self.path, self.revision), hashlib.sha256()
+        configs = (file for part in self.parts for file in (folder / part).glob("*config.json"))
+        for file in (folder / "model_index.json", *sorted(configs)):
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            total.update(f"{file.relative_to(folder).as_posix()} {digest}\n".encode())
+        return total.hexdigest()
+
     @property
     def folder(self) -> Path:
         """Where all files are; those of a hub name are fetched now, weights included."""

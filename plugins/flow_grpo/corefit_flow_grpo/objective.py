@@ -80,7 +80,7 @@ class FlowGrpo(Objective[Rollouts]):
         return frozenset({"sampler", "reward"} | ({"reference"} if self.beta else set()))
 
     @property
-    def rows_per_prompt(self) -> int:
+    def group_size(self) -> int:
         return self.group
 
     @property

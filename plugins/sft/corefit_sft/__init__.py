@@ -8,7 +8,7 @@ from typing import Any
 from attrs import field, frozen, validators
 
 from corefit import Batch, Context, Objective, Offers, Supervised, Term, hookimpl
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 
 
 @frozen
@@ -22,7 +22,7 @@ class Sft(Supervised):
         x0 = batch.clean
         noise, sigma = ctx.randn_like(x0), ctx.sigma(x0)
         cond = ctx.dropout(batch.cond, self.dropout)
-        v = ctx.backbone.velocity(mix(x0, noise, sigma), sigma, cond)
+        v = ctx.backbone.velocity(interpolate(x0, noise, sigma), sigma, cond)
         yield Term.of(ctx.noise.weight(sigma) * per_sample((v - (noise - x0)) ** 2))
 
 

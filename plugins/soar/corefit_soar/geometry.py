@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from corefit.flow import like, shifted, unshifted
+from corefit.flow import expand_like, shifted, unshifted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ def next_level(sigma: Tensor, shift: float, steps: int, floor: float) -> Tensor:
 
 def deviation(v: Tensor, z0: Tensor, eps: Tensor, s: Tensor, s_star: Tensor) -> Tensor:
     """Delta of the ODE step with velocity v: (s* - s)(v - (eps - z0)); 0 where the model is exact."""
-    return like(s_star - s, v) * (v - (eps - z0))
+    return expand_like(s_star - s, v) * (v - (eps - z0))
 
 
 def renoised(
@@ -38,8 +38,8 @@ def renoised(
     v_corr = (z' - z0) / s', written without the cancellation that costs 23 % at s' = 0.01 in bf16:
     (eps - z0) + (1 - alpha) Delta / s'. `fresh` re-noises toward another noise than eps (the paper's ablation).
     """
-    stay = like((1 - level) / (1 - s_star).clamp(min=1e-12), z0).clamp(max=1)
-    s = like(level, z0)
+    stay = expand_like((1 - level) / (1 - s_star).clamp(min=1e-12), z0).clamp(max=1)
+    s = expand_like(level, z0)
     noise = eps if fresh is None else eps + (1 - stay) / s * (fresh - eps)
     v_corr = noise - z0 + stay * delta / s
     return z0 + s * v_corr, v_corr

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from attrs import field, frozen, validators
 
 from corefit import ROUNDING, Batch, Condition, Context, Supervised, Term
-from corefit.flow import like, mix, per_sample, unshifted
+from corefit.flow import expand_like, interpolate, per_sample, unshifted
 from corefit_soar import table
 from corefit_soar.geometry import deviation, gain, next_level, next_time, renoised
 
@@ -86,7 +86,7 @@ class Soar(Supervised):
         eps = ctx.randn_like(z0)
         s, s_star, room = self._levels(ctx.sigma(z0), shift)
         cond = ctx.dropout(batch.cond, self.dropout)
-        z = mix(z0, eps, s)
+        z = interpolate(z0, eps, s)
         v = ctx.backbone.velocity(z, s, cond)
         base = ctx.noise.weight(s) * per_sample((v - (eps - z0)) ** 2)
         v = v.detach()
@@ -119,10 +119,10 @@ class Soar(Supervised):
         """
         if path == 0:
             return deviation(roll.v, roll.z0, roll.eps, roll.s, roll.s_star), roll.s > 0
-        z = mix(roll.z0, roll.eps, roll.s)
+        z = interpolate(roll.z0, roll.eps, roll.s)
         step = ctx.sampler.step(z, roll.v, roll.s, roll.s_star)
-        z = step.mean + like(step.std, z) * ctx.randn_like(z)
-        return z - mix(roll.z0, roll.eps, roll.s_star), roll.room
+        z = step.mean + expand_like(step.std, z) * ctx.randn_like(z)
+        return z - interpolate(roll.z0, roll.eps, roll.s_star), roll.room
 
     def _correction(
         self,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from corefit.data.sources import dimensions, pictures, view
 from corefit.errors import DataError
-from corefit.types import Stored
+from corefit.types import ArchiveMember
 
 SHADES = [20 * n for n in range(12)]
 
@@ -66,7 +66,7 @@ def test_a_playlist_under_the_name_of_a_clip_opens_no_other_file(kind: str, stor
     (tmp_path / "list.mp4").write_text(PLAYLISTS[kind])
     media: object = tmp_path / "list.mp4"
     if stored:
-        media = Stored("list.mp4", (tmp_path / "list.mp4").read_bytes, tmp_path / "list.mp4")
+        media = ArchiveMember("list.mp4", (tmp_path / "list.mp4").read_bytes, tmp_path / "list.mp4")
     with pytest.raises((ValueError, OSError), match="Invalid"):
         dimensions(media)
 

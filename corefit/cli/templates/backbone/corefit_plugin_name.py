@@ -153,7 +153,7 @@ class PluginName(Backbone):
     def routes(self) -> Sequence[Any]:
         return [self.transformer]
 
-    def moved(self, folder: Path) -> PluginName:
+    def from_saved(self, folder: Path) -> PluginName:
         return evolve(self, path=folder)
 
     def release(self) -> None:

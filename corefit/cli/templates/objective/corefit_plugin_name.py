@@ -8,7 +8,7 @@ from typing import Any
 from attrs import field, frozen, validators
 
 from corefit import Batch, Context, Objective, Offers, Supervised, Term, hookimpl
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 
 COREFIT_API = "1.0"
 
@@ -23,7 +23,7 @@ class PluginName(Supervised):
     def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
         x0 = batch.clean  # [B, ...]: pictures, clips or tokens; no shape is assumed
         noise, sigma = ctx.randn_like(x0), ctx.sigma(x0)  # keyed: the same on any number of GPUs, resumed or not
-        v = ctx.backbone.velocity(mix(x0, noise, sigma), sigma, batch.cond)
+        v = ctx.backbone.velocity(interpolate(x0, noise, sigma), sigma, batch.cond)
         error = (v - (noise - x0)).abs()
         squared, absolute = error**2 / 2, self.delta * (error - self.delta / 2)
         loss = per_sample(squared.where(error < self.delta, absolute))  # [B]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen, validators
 
 from corefit import Offers, Sampler, Step, hookimpl
-from corefit.flow import clean, like, mix, noise_end, raised
+from corefit.flow import denoised, expand_like, interpolate, predicted_noise, upcast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,12 +30,12 @@ class PluginName(Sampler):
         return self.eta > 0
 
     def step(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Step:
-        x, v = raised(x), raised(v)  # float32 at least, whatever the network computes in
+        x, v = upcast(x), upcast(v)  # float32 at least, whatever the network computes in
         down = sigma_next * (1 + self.eta * (sigma_next / sigma - 1))  # [B], from 0 to sigma_next
-        state = mix(clean(x, v, sigma), noise_end(x, v, sigma), down)
+        state = interpolate(denoised(x, v, sigma), predicted_noise(x, v, sigma), down)
         shrink = (1 - sigma_next) / (1 - down)  # what the signal loses on its way back up
         variance = sigma_next**2 - (shrink * down) ** 2
-        return Step(like(shrink, x) * state, variance.clamp(min=0).sqrt())
+        return Step(expand_like(shrink, x) * state, variance.clamp(min=0).sqrt())
 
 
 @hookimpl

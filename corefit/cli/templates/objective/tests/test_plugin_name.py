@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import huber_loss
 
-from corefit.flow import mix, per_sample
+from corefit.flow import interpolate, per_sample
 from corefit.testing import ToyBackbone, check_objective, toy_batch, toy_context
 from corefit_plugin_name import PluginName
 
@@ -26,7 +26,7 @@ def backbone() -> ToyBackbone:
 def test_its_loss_is_torchs(delta: float):
     batch, ctx = toy_batch(backbone(), 8), toy_context(backbone(), range(8))
     noise, sigma = ctx.randn_like(batch.clean), ctx.sigma(batch.clean)
-    v = ctx.backbone.velocity(mix(batch.clean, noise, sigma), sigma, batch.cond)
+    v = ctx.backbone.velocity(interpolate(batch.clean, noise, sigma), sigma, batch.cond)
     expected = per_sample(huber_loss(v, noise - batch.clean, reduction="none", delta=delta)).sum()
 
     again = toy_context(backbone(), range(8))  # draws the same noise

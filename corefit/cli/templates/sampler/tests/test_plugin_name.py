@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from corefit.flow import mix
+from corefit.flow import interpolate
 from corefit.testing import check_sampler
 from corefit_plugin_name import PluginName
 
@@ -19,8 +19,8 @@ def test_it_is_a_sampler(eta: float):
 
 def test_without_overshoot_it_is_euler():
     x0, noise = torch.full((3, 4), 2.0), torch.full((3, 4), -1.0)
-    step = PluginName(eta=0).step(mix(x0, noise, SIGMA), noise - x0, SIGMA, AFTER)
-    torch.testing.assert_close(step.mean, mix(x0, noise, AFTER))
+    step = PluginName(eta=0).step(interpolate(x0, noise, SIGMA), noise - x0, SIGMA, AFTER)
+    torch.testing.assert_close(step.mean, interpolate(x0, noise, AFTER))
     assert step.std.tolist() == [0, 0, 0]
 
 
