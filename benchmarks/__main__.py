@@ -6,7 +6,6 @@ import click
 
 from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
-from benchmarks.faults import faults
 from benchmarks.hostile import hostile
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
@@ -24,7 +23,6 @@ def main(context: click.Context) -> None:
 main.add_command(soar_step)
 main.add_command(checkpoints)
 main.add_command(data)
-main.add_command(faults)
 main.add_command(sharding)
 main.add_command(hostile)
 main.add_command(start)
