@@ -17,6 +17,7 @@ import corefit
 import corefit.testing
 from corefit.cli import cli
 from corefit.pipeline import Data, Eval, Full, Lora, Optimizer, Pipeline, Stage
+from corefit.pipeline.meanings import meanings
 from corefit.plugins import KINDS
 from corefit.plugins.host import HOOKS
 from corefit.rollout.samplers import Cps, DanceSde, FlowSde
@@ -91,8 +92,8 @@ def test_the_page_of_errors_keeps_its_causes_and_says_what_to_add() -> None:
 
 @pytest.mark.parametrize("cls", [*TABLES, *(offer.cls for offer in OFFERS)], ids=lambda cls: cls.__name__)
 def test_every_key_has_a_meaning(cls: type) -> None:
-    said = generate.meanings(cls)
-    missing = [f.name for f in attrs.fields(cls) if f.init and not said.get(f.name) and f.name != "train"]
+    texts = meanings(cls)
+    missing = [f.name for f in attrs.fields(cls) if f.init and not texts.get(f.name) and f.name != "train"]
     assert not missing, f"{cls.__name__}: write a docstring below {', '.join(missing)}"
 
 
