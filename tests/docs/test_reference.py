@@ -97,6 +97,18 @@ def test_every_key_has_a_meaning(cls: type) -> None:
     assert not missing, f"{cls.__name__}: write a docstring below {', '.join(missing)}"
 
 
+def test_what_the_page_of_the_house_names_is_where_it_says() -> None:
+    """`Loop.take_step` in [...](file): the class or function is defined in the file."""
+    rows = re.findall(r"^\|.*?`([\w.]+)` in \[[^]]+\]\(([^)]+)\)", (DOCS / "house.md").read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    for named, file in rows:
+        tree: ast.AST = ast.parse((DOCS / file).read_text())
+        for part in named.split("."):
+            children = {getattr(node, "name", ""): node for node in ast.iter_child_nodes(tree)}
+            assert part in children, f"{file} has no {named}"
+            tree = children[part]
+
+
 @pytest.mark.parametrize("hook", HOOKS)
 def test_every_hook_has_its_signature_on_one_page(hook: str) -> None:
     pages = [page.name for page in KINDS_OF_PAGES if f"<!-- generated: hook {hook} -->" in page.read_text()]
