@@ -219,7 +219,7 @@ class Loop:
         """One batch: experience, then an optimiser step on each of its parts."""
         started = time.perf_counter()
         stage = self.job.stage
-        ctx = attrs.evolve(self.ctx, first=self._first)
+        ctx = attrs.evolve(self.ctx, first_batch=self._first)
         drawn: list[float] | None = [] if self._first and self.ranks.world > 1 else None
         for group in self.state.optimizer.param_groups:
             group["lr"] = stage.optimizer.rate(self.state.step, stage.steps)
@@ -307,12 +307,12 @@ class Loop:
         """
         count: float | Tensor = 0.0
         terms = objective.terms(part, ctx)
-        blame.returned(terms, lambda it: isinstance(it, Iterator), objective, "terms()", "a generator of terms")
+        blame.require_result(terms, lambda it: isinstance(it, Iterator), objective, "terms()", "a generator of terms")
         number = objective.num_terms
         for index in range(number):
             with self._memory(f"{label}term {index}"), self._exchange(last and index == number - 1):
                 made = next(terms, None)
-                blame.expect(made is not None, objective, f"yielded {index} terms, not num_terms = {number}")
+                blame.require(made is not None, objective, f"yielded {index} terms, not num_terms = {number}")
                 term = contract.term(made, objective)
                 del made  # or its graph would live on
                 self.ranks.accelerator.backward(term.total)
@@ -321,7 +321,7 @@ class Loop:
                 self.state.means.add(label + name, values)
             count = count + term.count
             del term
-        blame.expect(next(terms, None) is None, objective, f"yields more than num_terms = {number} terms")
+        blame.require(next(terms, None) is None, objective, f"yields more than num_terms = {number} terms")
         return count
 
     def _exchange(self, now: bool) -> Any:

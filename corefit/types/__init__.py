@@ -1,4 +1,4 @@
-"""What plugins and the trainer say to each other: values, the protocols of plugins, objectives, a stage's settings."""
+"""The types that plugins and the trainer share: values, protocols of plugins, objectives, a stage's settings."""
 
 from corefit.types.protocols import (
     Backbone,
@@ -50,4 +50,4 @@ __all__ = [
 ]
 
 Stored = ArchiveMember
-"""The name that it had in version 0.1."""
+"""`ArchiveMember`, under the name that it had in version 0.1."""

@@ -210,23 +210,23 @@ PLUGINS = [
         "brigth.py",
         "relative to the pipeline file",
     ),
-    plugin("plugin of no python", "def f(:\n", "bright.py:1 cannot be run (SyntaxError", "mend it"),
+    plugin("plugin of no python", "def f(:\n", "bright.py:1 cannot be run (SyntaxError", "fix it"),
     plugin(
         "plugin that does not import",
         "import os\nimport not_there\n",
         "bright.py:2 cannot be run (ModuleNotFoundError",
-        "mend it",
+        "fix it",
     ),
     plugin(
-        "misspelt hook",
+        "misspelled hook",
         "from corefit import hookimpl\n@hookimpl\ndef corefit_reward():\n    return {}\n",
-        "implements 'corefit_reward', which is no hook",
+        "implements 'corefit_reward', which is not a hook",
         "did you mean 'corefit_rewards'",
     ),
     plugin(
         "unmarked hook",
         "def corefit_rewards():\n    return {}\n",
-        "bright.py: corefit_rewards() is not marked",
+        "bright.py: corefit_rewards() is not marked as a hook",
         "@corefit.hookimpl",
     ),
     plugin(
@@ -282,7 +282,7 @@ OFFERED = [
         bare("rewards", "bright", "weight: float = 1.0", "(Reward)"),
         "bright.py",
         "offers 'bright'",
-        "which is no reward: it has no score(media, prompts, meta)",
+        "which is not a valid reward: it has no score(media, prompts, meta)",
     ),
     plugin(
         "reward that looks like none",
@@ -294,7 +294,7 @@ OFFERED = [
         "reward of one argument",
         bare("rewards", "bright", "def score(self, media): return media"),
         "bright.py",
-        "its score does not take what it is given, score(media, prompts, meta)",
+        "its score does not accept the arguments of score(media, prompts, meta)",
     ),
     plugin(
         "reward that exits",

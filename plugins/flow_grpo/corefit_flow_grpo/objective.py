@@ -217,7 +217,7 @@ class FlowGrpo(Objective[Rollouts]):
         reference = self._reference(x, sigma, sigma_next, part, ctx)
         step = ctx.sampler.step(x, self._velocity(x, sigma, part, ctx), sigma, sigma_next)
         log_ratio = ctx.sampler.log_prob(x_next, step) - part.log_probs[:, j]
-        if ctx.first and part.update == 0:
+        if ctx.first_batch and part.update == 0:
             self._on_policy(log_ratio)
         ratio = log_ratio.exp()
         high = self.clip if self.clip_high is None else self.clip_high
