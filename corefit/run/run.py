@@ -23,6 +23,7 @@ from corefit.system.display import Advance, Display
 from corefit.system.ranks import Ranks, join
 from corefit.system.signals import ECHO, Signals
 from corefit.train import estimate, loop, weights
+from corefit.train.job import Cost, Job, Listener, Metrics
 from corefit.types import Backbone, Samples, TrainState, blame
 
 T = TypeVar("T")
@@ -97,7 +98,7 @@ class Run:
         base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
         agreement.refuse_unlike(self.ranks, {"weights of the base": base.weights.hash[:12]})
         start = Weights(self.pipeline.backbone, None, self._half(self.pipeline.stage[0]))
-        self._judge(base, start, loop.Cost(0, 0, 0))
+        self._judge(base, start, Cost(0, 0, 0))
         if self.main:
             self.again.keep()
         for stage, target in zip(self.pipeline.stage, targets, strict=True):
@@ -130,7 +131,7 @@ class Run:
         if choice.use:
             self.display.say(f"{stage.name}: finished before, used as it is")
             self._mend(target, choice)
-            cost = loop.Cost(**choice.kept["cost"])
+            cost = Cost(**choice.kept["cost"])
         else:
             if self.main:
                 self._claim(target, choice)
@@ -176,14 +177,14 @@ class Run:
             self.display.say(f"{target.folder.name}: {choice.harm}; its copy is not, and it is written again")
             plan.note(target, choice.kept)
 
-    def _train(self, stage: Stage, target: Target, before: Weights) -> loop.Cost:
+    def _train(self, stage: Stage, target: Target, before: Weights) -> Cost:
         """Train and save; a signal writes a checkpoint first."""
         folder = target.folder
         memory.reset_peak(self.ranks.device)
         backbone = before.backbone
         with self.display.task(stage.name) as progress, self.signals.training():
             heard = _Observers(self, stage, folder, backbone, progress)
-            job = loop.Job(
+            job = Job(
                 stage=stage,
                 mode=self.pipeline.mode(stage),
                 seed=self.pipeline.seed,
@@ -216,7 +217,7 @@ class Run:
             files.publish(partial, folder / MODEL)
         return survived
 
-    def _judge(self, target: Target, made: Weights, cost: loop.Cost) -> None:
+    def _judge(self, target: Target, made: Weights, cost: Cost) -> None:
         """Held-out scores of weights as they were saved, unless they are known."""
         if self.judge is None:
             return
@@ -258,7 +259,7 @@ class Run:
 
 
 @frozen(eq=False)
-class _Observers(loop.Listener):
+class _Observers(Listener):
     """Hands on what training tells of itself: to the progress bar, and on the main process to observers."""
 
     run: Run
@@ -270,7 +271,7 @@ class _Observers(loop.Listener):
     def stopping(self) -> bool:
         return self.run.signals.asked
 
-    def stepped(self, step: int, metrics: loop.Metrics) -> None:
+    def stepped(self, step: int, metrics: Metrics) -> None:
         self.progress(step, self.stage.steps, metrics)
 
     def started(self, step: int) -> None:
@@ -279,7 +280,7 @@ class _Observers(loop.Listener):
     def saved(self, step: int, path: Path) -> None:
         self.call(self.run.pipeline.host.hook.corefit_checkpoint_saved, step, path=path)
 
-    def logged(self, step: int, metrics: loop.Metrics) -> None:
+    def logged(self, step: int, metrics: Metrics) -> None:
         """Sharded weights make samples only with all ranks, so they do, where samples are due, before anyone asks."""
         judge, sample = self.run.judge, self._samples()
         if judge and not sample and self.stage.samples(step):

@@ -54,7 +54,7 @@ def test_lora_trains_the_adapter_alone(job):
     assert any(float(p.abs().max()) > 0 for n, p in adapter.items() if "lora_B" in n)
 
 
-def _started(job: train.Job, on: ranks.Ranks) -> weights.Named:
+def _started(job: train.Job, on: ranks.Ranks) -> weights.Trainable:
     """What trains, as the first step finds it."""
     return weights.load(job.backbone, on, half=job.half, mode=job.mode, seed=job.seed)
 
@@ -97,7 +97,7 @@ def test_the_average_goes_back_where_an_observer_raises(job):
     moved = []
 
     def observe() -> None:
-        with loop.state.to_be_left():
+        with loop.state.ema_applied():
             moved.append(worst(dict(loop.state.trainable), before))
             raise RuntimeError("the tracker is away")
 
