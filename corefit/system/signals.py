@@ -1,7 +1,7 @@
-"""Signals that ask for an end: a run ends at once, but in training only after the step and its checkpoint.
+"""Signals that request a stop: a run stops at once, but during training only after the step and its checkpoint.
 
 SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal or the connection is gone) and SIGUSR1 (a scheduler's warning before
-its limit) mean the same.
+its time limit) all mean the same.
 """
 
 from __future__ import annotations
@@ -16,14 +16,22 @@ from contextlib import contextmanager, suppress
 from attrs import define
 
 ECHO = 3.0
-"""Seconds in which a signal is taken for the first one's echo: a launcher passes on what the terminal sent to all."""
+"""Seconds after a signal in which another one is taken for its echo and ignored.
+
+A Ctrl-C reaches the launcher and its processes alike, and the launcher then passes it on to the processes once more.
+"""
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-"""Not every platform has all of them."""
+"""Names of the signals; not every platform has all of them."""
 
 
 @define(eq=False)
 class Signals:
-    """What this process was asked to do. A second request in training ends it at once."""
+    """Handles the signals of this process: during training the first one requests a stop, the second stops at once.
+
+    say    prints a line
+    echo   seconds after a signal in which another one does not count
+    asked  whether a stop is requested
+    """
 
     say: Callable[[str], None]
     echo: float = 0.0
@@ -33,8 +41,8 @@ class Signals:
 
     @contextmanager
     def handled(self) -> Generator[None]:
-        """The signals come here for a while."""
-        former = {number: signal.signal(number, self._note) for number in heard()}
+        """Within, this object handles the signals; afterwards the former handlers do again."""
+        former = {number: signal.signal(number, self._handle) for number in heard()}
         try:
             yield
         finally:
@@ -43,7 +51,7 @@ class Signals:
 
     @contextmanager
     def training(self) -> Generator[None]:
-        """A signal sets `asked`; if nobody has stopped for it by the end, the run stops then."""
+        """Within, the first signal only sets `asked`; KeyboardInterrupt is raised at the end if it is still set."""
         self._training = True
         try:
             yield
@@ -52,7 +60,7 @@ class Signals:
         if self.asked:
             raise KeyboardInterrupt
 
-    def _note(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if number == getattr(signal, "SIGHUP", None):
             leave_terminal()
@@ -60,7 +68,7 @@ class Signals:
             return
         if self._training and not self.asked:
             self.asked, self._since = True, now
-            with suppress(OSError):  # nobody reads it any more, and the step and its checkpoint are still due
+            with suppress(OSError):  # if the terminal is gone, the step and its checkpoint are still due
                 self.say("stopping after this step; once more to stop now")
             return
         self.asked, self._since = True, now
@@ -68,22 +76,22 @@ class Signals:
 
 
 def heard() -> list[signal.Signals]:
-    """The signals of this platform that ask for an end; a SIGHUP that is ignored, as nohup has it, stays ignored."""
+    """List the signals to handle on this platform. SIGHUP is left out where it is ignored, as nohup sets it."""
     every = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     return [n for n in every if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def ignore() -> None:
-    """Take no notice of signals any more: this process has been stopped, and is ending with the status that says so."""
+    """Ignore the signals from now on: this process is ending already, with the status that says why."""
     for number in heard():
         signal.signal(number, signal.SIG_IGN)
 
 
 def leave_terminal() -> None:
-    """Send what is printed from now on nowhere, where it went to a terminal: writing to one that is gone fails."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Discard what would be printed to a terminal from now on: writing to one that is gone fails."""
+    null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode):
-                os.dup2(nowhere, stream)
-    os.close(nowhere)
+                os.dup2(null, stream)
+    os.close(null)
