@@ -54,7 +54,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Rename the folder `partial` to `final`, which appears whole, also after a power cut; an old `final` is removed."""
+    """Rename the folder `partial` to `final`, which appears whole, also after a power cut; an old `final` goes."""
     mode = partial.stat().st_mode & 0o666
     for file in partial.rglob("*"):
         if file.is_file() and not file.is_symlink():
