@@ -55,7 +55,7 @@ class Heard(Listener):
     def saved(self, step: int, path: Path) -> None:
         pass
 
-    def stopping(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.asked()
 
 

@@ -248,7 +248,7 @@ def _leave_pipe() -> None:
 
 def _status() -> int:
     try:
-        with blame.no_exit(), files.written(Path(".")):
+        with blame.no_exit(), files.explain_write_errors(Path(".")):
             status = cli(standalone_mode=False)
     except click.ClickException as error:
         try:

@@ -37,11 +37,17 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     ranks = join(pipeline.precision, shard=pipeline.shard)
     ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
     shown = display or Display.on(ranks.main)
-    signals = Signals(shown.say, ECHO if ranks.world > 1 else 0.0)
+    signals = Signals(shown.print, ECHO if ranks.world > 1 else 0.0)
     folder = pipeline.run_folder
     with signals.handled():
         agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
-        with _locked(folder, ranks), shown, ranks.watched(folder), blame.no_exit(), files.written(folder):
+        with (
+            _locked(folder, ranks),
+            shown,
+            ranks.share_failures(folder),
+            blame.no_exit(),
+            files.explain_write_errors(folder),
+        ):
             Run(pipeline, ranks, shown, signals, Again.of(pipeline, again)).all()
     return pipeline.run_folder
 
@@ -54,7 +60,7 @@ def dry_run(pipeline: Pipeline, display: Display | None = None, *, again: str = 
     lines = list(_foreseen(pipeline, ranks, Again.of(pipeline, again)))
     width = max(len(name) for name, _ in lines)
     for name, what in lines:
-        shown.say(f"{name:{width}}  {what}")
+        shown.print(f"{name:{width}}  {what}")
 
 
 @frozen
@@ -129,7 +135,7 @@ class Run:
         """Train a stage unless it is finished, and judge it; the weights it leaves."""
         choice = self.ranks.from_main(lambda: plan.training(target, self.again))
         if choice.use:
-            self.display.say(f"{stage.name}: finished before, used as it is")
+            self.display.print(f"{stage.name}: finished before, used as it is")
             self._mend(target, choice)
             cost = Cost(**choice.kept["cost"])
         else:
@@ -163,18 +169,18 @@ class Run:
         name = target.folder.name
         if choice.aside:
             former = plan.put_aside(target.folder)
-            self.display.say(f"{name}: {choice.why}; the former one is in {former.parent.name}/{former.name}")
+            self.display.print(f"{name}: {choice.why}; the former one is in {former.parent.name}/{former.name}")
         elif choice.kept or choice.harm:
-            self.display.say(f"{name}: {choice.harm or choice.why}; it is trained again from its newest checkpoint")
+            self.display.print(f"{name}: {choice.harm or choice.why}; it is trained again from its newest checkpoint")
         if choice.going:
-            self.display.say(f"{name}: goes on {choice.going}")
+            self.display.print(f"{name}: goes on {choice.going}")
         self.again.moved(name)
         plan.note(target, {"finished": False})
 
     def _mend(self, target: Target, choice: plan.Choice) -> None:
         """Write a done.json that is damaged or missing again, from its copy."""
         if self.main and choice.harm:
-            self.display.say(f"{target.folder.name}: {choice.harm}; its copy is not, and it is written again")
+            self.display.print(f"{target.folder.name}: {choice.harm}; its copy is not, and it is written again")
             plan.note(target, choice.kept)
 
     def _train(self, stage: Stage, target: Target, before: Weights) -> Cost:
@@ -194,7 +200,7 @@ class Run:
                 folder=folder,
                 identity=target.weights.hash,
                 adapter=before.adapter,
-                half=self._half(stage),
+                frozen_in_bf16=self._half(stage),
                 listener=heard,
             )
             cost = loop.train(job, self.ranks)
@@ -212,7 +218,7 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         half = stage.save_dtype == "bf16"
-        survived = weights.save(backbone, partial, self.ranks, self.pipeline.mode(stage), half=half)
+        survived = weights.save(backbone, partial, self.ranks, self.pipeline.mode(stage), in_bf16=half)
         if self.main:
             files.publish(partial, folder / MODEL)
         return survived
@@ -223,7 +229,7 @@ class Run:
             return
         choice = self.ranks.from_main(lambda: plan.judging(target))
         if choice.harm:
-            self.display.say(f"{target.folder.name}: {choice.harm}; it is judged again")
+            self.display.print(f"{target.folder.name}: {choice.harm}; it is judged again")
         kept = choice.kept if choice.use else self._judged(self.judge, target, made)
         made.backbone.release()
         made.backbone.transformer = None
@@ -231,7 +237,7 @@ class Run:
 
     def _judged(self, judge: Evaluator, target: Target, made: Weights) -> dict[str, Any]:
         backbone, prepare = made.backbone, self.ranks.accelerator.prepare_model
-        weights.load(backbone, self.ranks, half=made.half, adapter=made.adapter)
+        weights.load(backbone, self.ranks, frozen_in_bf16=made.half, adapter=made.adapter)
         backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # computes as training did
         with self.display.task(f"{target.name}: {judge.count} held-out prompts") as progress:
             scored = judge.score(backbone, progress)
@@ -268,8 +274,8 @@ class _Observers(Listener):
     backbone: Backbone
     progress: Advance
 
-    def stopping(self) -> bool:
-        return self.run.signals.asked
+    def stop_requested(self) -> bool:
+        return self.run.signals.stop_requested
 
     def stepped(self, step: int, metrics: Metrics) -> None:
         self.progress(step, self.stage.steps, metrics)
@@ -329,7 +335,7 @@ def _locked(folder: Path, ranks: Ranks) -> Generator[None]:
             if not ranks.main:
                 return True
             try:
-                with files.written(folder):
+                with files.explain_write_errors(folder):
                     folder.mkdir(parents=True, exist_ok=True)
             except FileNotFoundError as error:  # of a file system such as /proc
                 raise ConfigError(

@@ -55,7 +55,7 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line."""
         self.console.print(plain(text), markup=False, soft_wrap=True)
 
@@ -63,7 +63,7 @@ class Display:
     def task(self, title: str) -> Generator[Advance]:
         """Show a bar, or print lines, for as long as the block runs; it reports its progress to what is yielded."""
         task = self._progress.add_task(plain(title), total=None, note="")
-        lines = _Lines(title, self.say if not self._live else lambda text: None)
+        lines = _Lines(title, self.print if not self._live else lambda text: None)
 
         def advance(done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
             note = plain(_note(metrics or {}))

@@ -130,7 +130,7 @@ def read_json(file: Path, is_former: Callable[[Mapping[str, Any]], bool] = lambd
 
 
 @contextmanager
-def written(folder: Path) -> Generator[None]:
+def explain_write_errors(folder: Path) -> Generator[None]:
     """Turn a file system's refusal inside into a DataError with a remedy; it names `folder` where no file is known."""
     try:
         yield
@@ -170,7 +170,7 @@ def locked(file: Path, *, wait: bool = True) -> Generator[bool]:
     # a soft lock, held as long as its file exists, would outlive a killed process
     lock = FileLock(file, blocking=wait, fallback_to_soft=False)
     try:
-        with written(file):
+        with explain_write_errors(file):
             lock.acquire()
     except Timeout:
         yield False
@@ -189,18 +189,17 @@ def locked(file: Path, *, wait: bool = True) -> Generator[bool]:
 
 
 @contextmanager
-def held(file: Path) -> Generator[None]:
+def temporary_lock(file: Path) -> Generator[None]:
     """Wait for the lock `file` and hold it; the file is removed afterwards."""
     with locked(file):
         try:
             yield
         finally:
-            file.unlink(
-                missing_ok=True
-            )  # while it is held: another process that waits sees that its file is gone, and makes a new one
+            # while the lock is held: filelock does not take a lock whose file is gone, and makes the file anew
+            file.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_stale_locks(folder: Path) -> None:
     """Remove the lock files (*.lock) of a folder that no process holds: killed processes left them."""
     for file in folder.glob("*.lock"):
         with suppress(OSError, DataError), locked(file, wait=False) as free:

@@ -65,8 +65,8 @@ def peak(device: torch.device) -> int:
 
 
 @define(eq=False)
-class Held:
-    """Bytes of the tensors that were allocated while `held` tracked them and are still alive, now and at most."""
+class LiveBytes:
+    """Bytes of the live tensors that were allocated inside `track_live_bytes`, now and at most."""
 
     now: int = 0
     peak: int = 0
@@ -90,13 +90,13 @@ class Held:
 
 
 @contextlib.contextmanager
-def held() -> Generator[Held]:
+def track_live_bytes() -> Generator[LiveBytes]:
     """Track the tensors that are allocated inside, on any device and fake ones too; kernels' own memory is not seen."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    held = Held()
+    held = LiveBytes()
 
     class Track(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -145,7 +145,7 @@ class Ranks:
             self.barrier()
 
     @contextmanager
-    def watched(self, folder: Path) -> Generator[None]:
+    def share_failures(self, folder: Path) -> Generator[None]:
         """Within, a rank that fails or is stopped leaves a note that says why, and the others raise for that reason.
 
         Raises RankError where another rank failed, in place of the lost connection that this rank saw, and

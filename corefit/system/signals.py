@@ -29,20 +29,20 @@ class Signals:
     """Handles the signals of this process: during training the first one requests a stop, the second stops at once.
 
     say    prints a line
-    echo   seconds after a signal in which another one does not count
-    asked  whether a stop is requested
+    echo            seconds after a signal in which another one does not count
+    stop_requested  whether a signal has requested a stop
     """
 
     say: Callable[[str], None]
     echo: float = 0.0
-    asked: bool = False
+    stop_requested: bool = False
     _training: bool = False
     _since: float = 0.0
 
     @contextmanager
     def handled(self) -> Generator[None]:
         """Within, this object handles the signals; afterwards the former handlers do again."""
-        former = {number: signal.signal(number, self._handle) for number in heard()}
+        former = {number: signal.signal(number, self._handle) for number in stop_signals()}
         try:
             yield
         finally:
@@ -51,31 +51,31 @@ class Signals:
 
     @contextmanager
     def training(self) -> Generator[None]:
-        """Within, the first signal only sets `asked`; KeyboardInterrupt is raised at the end if it is still set."""
+        """Within, the first signal only sets `stop_requested`; KeyboardInterrupt is raised at the end if it is set."""
         self._training = True
         try:
             yield
         finally:
             self._training = False
-        if self.asked:
+        if self.stop_requested:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if number == getattr(signal, "SIGHUP", None):
             leave_terminal()
-        if self.asked and now - self._since < self.echo:
+        if self.stop_requested and now - self._since < self.echo:
             return
-        if self._training and not self.asked:
-            self.asked, self._since = True, now
+        if self._training and not self.stop_requested:
+            self.stop_requested, self._since = True, now
             with suppress(OSError):  # if the terminal is gone, the step and its checkpoint are still due
                 self.say("stopping after this step; once more to stop now")
             return
-        self.asked, self._since = True, now
+        self.stop_requested, self._since = True, now
         raise KeyboardInterrupt
 
 
-def heard() -> list[signal.Signals]:
+def stop_signals() -> list[signal.Signals]:
     """List the signals to handle on this platform. SIGHUP is left out where it is ignored, as nohup sets it."""
     every = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     return [n for n in every if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
@@ -83,7 +83,7 @@ def heard() -> list[signal.Signals]:
 
 def ignore() -> None:
     """Ignore the signals from now on: this process is ending already, with the status that says why."""
-    for number in heard():
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -34,7 +34,7 @@ class Job:
     """Hash of what determines the stage's weights; its checkpoints carry it."""
     adapter: Path | None = None
     """The LoRA that the previous stage left, if it left one."""
-    half: bool = False
+    frozen_in_bf16: bool = False
     """Whether weights that do not train are held in bfloat16."""
 
 
@@ -62,7 +62,7 @@ class Listener(ABC):
     """
 
     @abstractmethod
-    def stopping(self) -> bool:
+    def stop_requested(self) -> bool:
         """Return whether to write a checkpoint now and raise Stopped; one rank's True stops all."""
 
     @abstractmethod
@@ -85,7 +85,7 @@ class Listener(ABC):
 class Silence(Listener):
     """Ignores every event and never stops training."""
 
-    def stopping(self) -> bool:
+    def stop_requested(self) -> bool:
         return False
 
     def started(self, step: int) -> None:

@@ -32,7 +32,7 @@ from corefit.train.job import Cost, Job, Metrics
 from corefit.train.meters import NonFiniteGuard
 from corefit.train.state import State
 from corefit.types import Batch, Weighted, blame
-from corefit.types.objective import Context, Objective, Part, parts, summands, term_names
+from corefit.types.objective import Context, Objective, Part, checked_parts, term_names, weighted_objectives
 from corefit.types.stage import Stage
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def train(job: Job, ranks: Ranks) -> Cost:
         while loop.state.step < job.stage.steps:
             loop.take_step(next(batches))
             loop.report_step()
-            if ranks.any(job.listener.stopping()):
+            if ranks.any(job.listener.stop_requested()):
                 raise Stopped(loop.save())
             if loop.checkpoint_is_due():
                 loop.save()
@@ -92,7 +92,9 @@ class Loop:
     def build(job: Job, ranks: Ranks) -> Loop:
         """Load the network, choose the weights that train, and put everything on the device."""
         stage, backbone, device = job.stage, job.backbone, ranks.device
-        trainable = weights.load(backbone, ranks, half=job.half, adapter=job.adapter, mode=job.mode, seed=job.seed)
+        trainable = weights.load(
+            backbone, ranks, frozen_in_bf16=job.frozen_in_bf16, adapter=job.adapter, mode=job.mode, seed=job.seed
+        )
         backbone.empty = job.dataset.null.to(device)
         uses = stage.objective.uses
         ctx = Context(
@@ -117,7 +119,7 @@ class Loop:
             ema=weights.Ema.of(trainable, stage.ema) if stage.ema is not None else None,
             guard=NonFiniteGuard.none(device, term_names(stage.objective), stage.skips),
         )
-        objectives, gradients = summands(stage.objective), Gradients(trainable, ranks)
+        objectives, gradients = weighted_objectives(stage.objective), Gradients(trainable, ranks)
         return Loop(job=job, ranks=ranks, objectives=objectives, ctx=ctx, gradients=gradients, state=state)
 
     def batches(self) -> Generator[Batch, None, None]:
@@ -176,7 +178,7 @@ class Loop:
         for index, each in enumerate(self.objectives):
             stride = whole.group_size // each.value.group_size
             rows = batch[::stride] if stride > 1 else batch
-            stream = parts(each.value, rows, ctx.at(self._rng("experience", 0, rows, index)))
+            stream = checked_parts(each.value, rows, ctx.at(self._rng("experience", 0, rows, index)))
             repeated = each.value.num_updates < whole.num_updates
             streams.append([*stream] * whole.num_updates if repeated else stream)
         with self._explain_exhaustion("the experience"):

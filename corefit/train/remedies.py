@@ -8,7 +8,7 @@ from typing import Any
 from attrs import fields, has
 
 from corefit.types import ROUNDING
-from corefit.types.objective import summands
+from corefit.types.objective import weighted_objectives
 from corefit.types.stage import Full, Lora, Stage
 
 KEPT = "Checkpoints are whole, and the same command goes on from the newest"
@@ -19,7 +19,7 @@ def step_helps(stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sh
     rows = min(stage.micro_batch or stage.rows, stage.rows // world)
     name = f"stage.{stage.name}"
     helps = [f"{name}.micro_batch = {rows // 2} (now {rows})"] if rows > 1 else []
-    for each in summands(stage.objective):
+    for each in weighted_objectives(stage.objective):
         path = f"{name}.objective{f'.of.{each.name}' if each.name else ''}"
         helps += [f"{path}.{key} = {value // 2} (now {value})" for key, value in _larger(each.value)]
     if getattr(backbone, "gradient_checkpointing", True) is False:

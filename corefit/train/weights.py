@@ -33,7 +33,7 @@ def load(
     backbone: Backbone,
     ranks: Ranks,
     *,
-    half: bool,
+    frozen_in_bf16: bool,
     adapter: Path | None = None,
     mode: Full | Lora | None = None,
     seed: int = 0,
@@ -42,14 +42,14 @@ def load(
 
     Training and evaluation both read weights here, so that what is evaluated is computed as it was trained.
 
-    half     hold weights that do not train in bfloat16
-    adapter  folder of a LoRA to put on the network
-    mode     which weights train; None for none, in evaluation
-    seed     seed of a new adapter's random factor (lora_A)
+    frozen_in_bf16  whether weights that do not train are held in bfloat16
+    adapter         folder of a LoRA to put on the network
+    mode            which weights train; None for none, in evaluation
+    seed            seed of a new adapter's random factor (lora_A)
     """
     import torch
 
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = torch.bfloat16 if frozen_in_bf16 else torch.float32
     streamed = backbone if ranks.sharded and isinstance(backbone, Streamed) else None
     if streamed:
         streamed.load_empty(dtype)
@@ -207,18 +207,18 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def save(backbone: Backbone, folder: Path, ranks: Ranks, mode: Full | Lora, *, half: bool = False) -> float | None:
+def save(backbone: Backbone, folder: Path, ranks: Ranks, mode: Full | Lora, *, in_bf16: bool = False) -> float | None:
     """Write what `mode` has trained to `folder`, which rank 0 has made; every rank must call this.
 
     Sharded weights are gathered one at a time, and rank 0 writes them.
 
-    half  round the weights to bfloat16, and return how much of training the rounding left: of the numbers that
-          training moved, the share that still differ from the start once both are rounded. None is returned where
-          nothing is rounded, or where the backbone's files cannot be read again (Streamed) for a comparison.
+    in_bf16  round the weights to bfloat16, and return how much of training the rounding left: of the numbers that
+             training moved, the share that still differ from the start once both are rounded. None is returned where
+             nothing is rounded, or where the backbone's files cannot be read again (Streamed) for a comparison.
     """
     streamed = backbone if isinstance(backbone, Streamed) else None
-    with streamed.stored() if streamed and half and ranks.main else nullcontext({}) as start:
-        saved = Saved(whole(backbone.transformer), start, half=half)
+    with streamed.stored() if streamed and in_bf16 and ranks.main else nullcontext({}) as start:
+        saved = Saved(whole(backbone.transformer), start, in_bf16=in_bf16)
         if ranks.main and streamed:
             streamed.save_tensors(folder, saved)
         elif ranks.main:
@@ -229,7 +229,7 @@ def save(backbone: Backbone, folder: Path, ranks: Ranks, mode: Full | Lora, *, h
 
 @define(eq=False)
 class Saved:
-    """Iterates over (name, tensor) of what is saved, rounded to bfloat16 where `half`, and counts what that changes.
+    """Iterates over (name, tensor) of what is saved, rounded to bfloat16 where `in_bf16`, and counts what that changes.
 
     start  the weights before training, where they are known
     moved  how many numbers training has changed
@@ -238,13 +238,13 @@ class Saved:
 
     tensors: Iterator[tuple[str, Tensor]]
     start: StoredTensors
-    half: bool
+    in_bf16: bool
     moved: int = 0
     kept: int = 0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.tensors:
-            yield name, self._rounded(name, tensor) if self.half and tensor.is_floating_point() else tensor
+            yield name, self._rounded(name, tensor) if self.in_bf16 and tensor.is_floating_point() else tensor
 
     def _rounded(self, name: str, tensor: Tensor) -> Tensor:
         import torch

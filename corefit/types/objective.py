@@ -213,22 +213,22 @@ class Sum(Objective[Any]):
         return max(each.value.rows_per_graph for each in self.of)
 
     def experience(self, batch: Batch, ctx: Context, /) -> Iterable[Any]:
-        """The trainer asks the summands (`summands`), so it never comes here."""
+        """The trainer asks the weighted_objectives (`weighted_objectives`), so it never comes here."""
         raise AssertionError("a sum has no experience of its own")
 
     def terms(self, part: Any, ctx: Context, /) -> Iterator[Term]:
-        """The trainer asks the summands (`summands`), so it never comes here."""
+        """The trainer asks the weighted_objectives (`weighted_objectives`), so it never comes here."""
         raise AssertionError("a sum has no terms of its own")
 
 
-def summands(objective: Objective[Any]) -> tuple[Weighted[Objective[Any]], ...]:
+def weighted_objectives(objective: Objective[Any]) -> tuple[Weighted[Objective[Any]], ...]:
     """What the trainer runs for an objective: the parts of a sum, or the objective alone, without a name."""
     return objective.of if isinstance(objective, Sum) else (Weighted("", objective),)
 
 
 def term_names(objective: Objective[Any]) -> list[str]:
     """What messages call the terms of a step, in order."""
-    every = [(each.name, index) for each in summands(objective) for index in range(each.value.num_terms)]
+    every = [(each.name, index) for each in weighted_objectives(objective) for index in range(each.value.num_terms)]
     return [f"term {index}{f' of {name}' if name else ''}" for name, index in every]
 
 
@@ -236,7 +236,7 @@ def _is_part(value: Any) -> bool:
     return all(hasattr(value, name) for name in ("rows", "metrics", "__len__", "__getitem__"))
 
 
-def parts(objective: Objective[Any], batch: Batch, ctx: Context) -> Iterator[Part]:
+def checked_parts(objective: Objective[Any], batch: Batch, ctx: Context) -> Iterator[Part]:
     """What a batch's experience yields, part by part; PluginError unless they are `num_updates`."""
     number, every = objective.num_updates, objective.experience(batch, ctx)
     returned(every, lambda it: isinstance(it, Iterable), objective, "experience()", "an iterable of parts")
