@@ -52,7 +52,7 @@ def test_progress_shows_no_escapes_and_no_markup(live, monkeypatch):
     )
     monkeypatch.setattr("corefit.system.display.PAUSE", 0.0)
     with Display.on() as display:
-        display.say("said \x1b[2J")
+        display.print("said \x1b[2J")
         with display.task("title \x1b[5m") as progress:
             progress(1, 2, {"\x1b[31m[red]/loss": 1.0})
     said = file.getvalue()

@@ -289,7 +289,7 @@ def _called() -> int | None:
         from corefit.system import files
         from corefit.types import blame
 
-        with blame.no_exit(), files.written(Path(".")):
+        with blame.no_exit(), files.explain_write_errors(Path(".")):
             raise
 
 

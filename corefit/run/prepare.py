@@ -21,12 +21,12 @@ def prepare(pipeline: Pipeline, display: Display | None = None) -> Dataset:
     """What `corefit prepare` does: encode what is not encoded, and say what there is. Every rank takes its share."""
     ranks = join(pipeline.precision, shard=pipeline.shard)
     shown = display or Display.on(ranks.main)
-    with Signals(shown.say, ECHO).handled():
+    with Signals(shown.print, ECHO).handled():
         agreement.check(ranks, pipeline, "prepare")
-        with shown, ranks.watched(root(pipeline)), files.written(root(pipeline)):
+        with shown, ranks.share_failures(root(pipeline)), files.explain_write_errors(root(pipeline)):
             dataset, _ = encoded(pipeline, ranks, shown)
     for line in summary(dataset):
-        shown.say(line)
+        shown.print(line)
     return dataset
 
 

@@ -40,8 +40,8 @@ def show(pipeline: Pipeline, number: int, file: Path | None = None, display: Dis
     png.parent.mkdir(parents=True, exist_ok=True)
     report.grid(_framed([pixels for pixels, _ in media]), [said for _, said in media], png)
     for line in summary(dataset):
-        shown.say(line)
-    shown.say(f"the first {len(drawn)} are in {png}")
+        shown.print(line)
+    shown.print(f"the first {len(drawn)} are in {png}")
     return png
 
 

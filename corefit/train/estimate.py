@@ -16,7 +16,7 @@ from corefit.system.memory import size
 from corefit.system.ranks import is_half
 from corefit.train import fake, weights
 from corefit.types import Sized
-from corefit.types.objective import summands
+from corefit.types.objective import weighted_objectives
 from corefit.types.stage import Full, Stage
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, grap
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     share = world if pipeline.shard else 1
     copies = (stage.ema is not None) + ("reference" in stage.objective.uses)
-    held = 1 + (len(summands(stage.objective)) > 1)  # a sum's so far, while the next part makes its own
+    held = 1 + (len(weighted_objectives(stage.objective)) > 1)  # a sum's so far, while the next part makes its own
     return Estimate(
         stage=stage.name,
         parameters=sum(p.numel() for p in parameters),

@@ -247,14 +247,14 @@ class Sum(Objective[Any]):
         raise AssertionError("a sum has no terms of its own")
 
 
-def summands(objective: Objective[Any]) -> tuple[Weighted[Objective[Any]], ...]:
+def weighted_objectives(objective: Objective[Any]) -> tuple[Weighted[Objective[Any]], ...]:
     """Return the objectives that the trainer runs: those of a sum, or the objective alone, without a name."""
     return objective.of if isinstance(objective, Sum) else (Weighted("", objective),)
 
 
 def term_names(objective: Objective[Any]) -> list[str]:
     """Return the names of a step's terms in messages, in order: "term 0", or "term 0 of soar" in a sum."""
-    terms = [(each.name, index) for each in summands(objective) for index in range(each.value.num_terms)]
+    terms = [(each.name, index) for each in weighted_objectives(objective) for index in range(each.value.num_terms)]
     return [f"term {index}{f' of {name}' if name else ''}" for name, index in terms]
 
 
@@ -262,7 +262,7 @@ def _is_part(value: Any) -> bool:
     return all(hasattr(value, name) for name in ("rows", "metrics", "__len__", "__getitem__"))
 
 
-def parts(objective: Objective[Any], batch: Batch, ctx: Context) -> Iterator[Part]:
+def checked_parts(objective: Objective[Any], batch: Batch, ctx: Context) -> Iterator[Part]:
     """Yield the parts of a batch's experience; raise PluginError unless there are exactly `num_updates`."""
     number, experience = objective.num_updates, objective.experience(batch, ctx)
     require_result(experience, lambda it: isinstance(it, Iterable), objective, "experience()", "an iterable of parts")

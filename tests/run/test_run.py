@@ -212,7 +212,9 @@ def stopping(pipeline: Pipeline, monkeypatch, steps: Sequence[int]) -> int:
     stopped = 0
     with monkeypatch.context() as patched:
         patched.setattr(train.Loop, "take_step", take_step)
-        patched.setattr(signals.Signals, "asked", property(lambda self: taken in stops, lambda self, value: None))
+        patched.setattr(
+            signals.Signals, "stop_requested", property(lambda self: taken in stops, lambda self, value: None)
+        )
         while True:
             try:
                 run(pipeline)
@@ -299,7 +301,7 @@ def test_a_stage_that_was_stopped_and_then_changed_starts_at_step_0(spec, monkey
         first.append((self.stage, self.step))
 
     monkeypatch.setattr(state.State, "resume", resume)
-    monkeypatch.setattr(signals.Signals, "asked", property(lambda self: True, lambda self, value: None))
+    monkeypatch.setattr(signals.Signals, "stop_requested", property(lambda self: True, lambda self, value: None))
     for settings in (SFT, SFT, [*SFT, "stage.soar.optimizer.lr=5e-4"]):
         with pytest.raises(train.Stopped):
             run(read(path, settings))

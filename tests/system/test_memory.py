@@ -115,9 +115,9 @@ def test_what_it_happened_in_is_named(job, monkeypatch, where):
         yield
 
     if where == "the experience":
-        monkeypatch.setattr(train, "parts", full)
+        monkeypatch.setattr(train, "checked_parts", full)
     else:
-        monkeypatch.setattr(train.Loop, "_apply", lambda *args: cuda())
+        monkeypatch.setattr(train.Loop, "_apply_gradient", lambda *args: cuda())
     with pytest.raises(TrainingError, match=f"stage s, step 1, {where}: out of memory; 2.50 GiB"):
         train.train(job(), ranks.join("fp32"))
 

@@ -51,7 +51,7 @@ def measured(pipeline: Pipeline, rows: int) -> int:
     cond = backbone.encode_text(["a red sky"] * rows)
     for p in backbone.transformer.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    with memory.held() as held:
+    with memory.track_live_bytes() as held:
         backbone.velocity(x, sigma, Condition(cond.tensors)).square().mean().backward()
     return held.peak
 
