@@ -198,7 +198,7 @@ class Loop:
     def batches(self) -> Generator[Batch, None, None]:
         """This rank's share of each step's batch, from the next step on."""
         stage, dataset = self.job.stage, self.job.dataset
-        walk = BatchSampler(
+        sampler = BatchSampler(
             buckets=list(dataset.buckets.values()),
             batch=stage.rows,
             group=stage.objective.group_size,
@@ -208,7 +208,7 @@ class Loop:
         )
         return loader.batches(
             dataset,
-            walk,
+            sampler,
             start=self.state.step,
             rank=self.ranks.rank,
             world=self.ranks.world,

@@ -20,11 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from corefit.data import cache, mds
-from corefit.data import scan as survey
+from corefit.data import cache, mds, scan
 from corefit.data.cache import check, exists, key, prepare
 from corefit.data.dataset import Dataset, Manifest
-from corefit.data.filter import Keep
+from corefit.data.filter import Filter
 from corefit.data.settings import Data
 from corefit.data.sources import Jsonl
 from corefit.errors import ConfigError, DataError
@@ -138,9 +137,9 @@ def test_everything_is_encoded_once_and_read_back(data: Data, root: Path) -> Non
 
 
 def test_a_second_start_reads_no_picture_and_encodes_nothing(data: Data, root: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(survey, "SETTLED", -1)
+    monkeypatch.setattr(scan, "SETTLED", -1)
     folder = prepare(data, Toy(), root, media=True)
-    monkeypatch.setattr(survey, "sha256", lambda file: pytest.fail(f"{file} was read again"))
+    monkeypatch.setattr(scan, "sha256", lambda file: pytest.fail(f"{file} was read again"))
     toy = Toy(on_encode=lambda n: pytest.fail("encoded again"))
     assert prepare(data, toy, root, media=True) == folder
     assert exists(data, toy, root, media=True)
@@ -220,7 +219,7 @@ def test_pictures_of_mixed_sizes_go_to_buckets(root: Path) -> None:
 @pytest.mark.parametrize("part", [2, 5, 512])
 def test_parts_do_not_change_what_is_read(root: Path, monkeypatch: Any, part: int) -> None:
     whole = Dataset.open(prepare(mixed(), Steps(), root / "whole", media=True))
-    monkeypatch.setattr(cache, "PART", part)
+    monkeypatch.setattr(cache, "PARTITION", part)
     parts = Dataset.open(prepare(mixed(), Steps(), root / "parts", media=True))
     assert parts.manifest.parts == -(-12 // part)
     for n in range(12):
@@ -258,14 +257,14 @@ def test_scores_are_metadata_by_which_examples_are_kept(root: Path) -> None:
     assert sum(reward.asked) == 12
     everything = Dataset.open(folder)
     assert everything.batch([3], [0]).meta[0]["bright"] == pytest.approx(30 / 255)
-    dataset = Dataset.open(folder, keep=Keep.of("bright > 0.2 and n != 9"))
+    dataset = Dataset.open(folder, keep=Filter.parse("bright > 0.2 and n != 9"))
     assert {n: rows.tolist() for n, rows in dataset.buckets.items()} == {0: [6], 1: [7, 10], 2: [8, 11]}
     assert len(dataset) == 5
-    assert dataset.key not in (everything.key, Dataset.open(folder, keep=Keep.of("n > 3")).key)
+    assert dataset.key not in (everything.key, Dataset.open(folder, keep=Filter.parse("n > 3")).key)
     assert [column.name for column in dataset.columns] == ["bright", "n"]
     with pytest.raises(DataError, match=r"keeps none of 12 examples: n is 0 to 11"):
-        Dataset.open(folder, keep=Keep.of("n > 11"))
-    with pytest.raises(DataError, match=r"'n' is metadata of .* already"):
+        Dataset.open(folder, keep=Filter.parse("n > 11"))
+    with pytest.raises(DataError, match=r"'n' is already metadata of"):
         prepare(attrs.evolve(data, score=(Weighted("n", reward),)), Steps(), root, media=True)
 
 
@@ -318,7 +317,7 @@ def test_the_rate_of_clips_is_part_of_the_key(root: Path) -> None:
 
 def test_other_bytes_of_equal_size_and_time_are_seen(data: Data, root: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """As `cp -p`, `rsync -t` and `touch -r` leave them: the time of change tells."""
-    monkeypatch.setattr(survey, "SETTLED", -1)
+    monkeypatch.setattr(scan, "SETTLED", -1)
     folder = prepare(data, Toy(), root, media=True)
     file = tmp_path / "0.png"
     was, whole = file.stat(), file.read_bytes()
@@ -460,7 +459,7 @@ def run(work: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
 def test_a_killed_process_leaves_its_finished_parts(
     data: Data, root: Path, monkeypatch: Any, at: int, parts: int
 ) -> None:
-    monkeypatch.setattr(cache, "PART", 2)
+    monkeypatch.setattr(cache, "PARTITION", 2)
 
     def die(n: int) -> None:
         if n == at:
@@ -540,22 +539,22 @@ def test_damage_is_named(data: Data, root: Path, name: str, harm: Any) -> None:
     folder = prepare(data, Toy(), root, media=True)
     harm(folder / name)
     with pytest.raises(DataError, match="is damaged") as error:
-        Dataset.open(folder, remade=True).batch([0], [0])
+        Dataset.open(folder, rebuildable=True).batch([0], [0])
     assert str(folder / name) in str(error.value)
-    assert f"Delete {folder}; it is then made again from the source" in str(error.value)
+    assert f"Delete {folder}; it is then encoded again from the source" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["part-00000/shard.00000.mds", "part-00000/rows.jsonl", "index.json", "done.json"])
 def test_nothing_that_cannot_be_made_again_is_said_to_be_deleted(data: Data, root: Path, name: str) -> None:
     folder = prepare(data, Toy(), root, media=True)
     flip(folder / name)
-    with pytest.raises(DataError, match=r"is damaged: .* Put a whole copy of the cache there, or give its source"):
+    with pytest.raises(DataError, match=r"is damaged: .* Copy the whole cache there again, or give its source"):
         Dataset.open(folder).batch([0], [0])
     flip(folder / name)
     mine = folder.rename(root / "mine")
     flip(mine / name)
     with pytest.raises(DataError, match="is damaged") as error:
-        Dataset.open(mine, remade=True).batch([0], [0])
+        Dataset.open(mine, rebuildable=True).batch([0], [0])
     assert "elete" not in str(error.value), "it has not the name of a folder that corefit makes"
 
 
@@ -585,7 +584,7 @@ def killed_before_publishing(data: Data, root: Path, monkeypatch: Any) -> Path:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "PART", 3)
+        patched.setattr(cache, "PARTITION", 3)
         patched.setattr(cache.CacheBuilder, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(data, Toy(), root, media=True)
@@ -601,7 +600,7 @@ def test_a_part_with_a_damaged_small_file_is_encoded_again_and_it_alone(
     file = parts / "part-00001" / name
     whole, others = file.read_bytes(), {p: p.stat().st_mtime_ns for p in parts.glob("part-0000[02]/*")}
     file.write_bytes(whole.replace(b"3", b"4", 1) if b"3" in whole else whole[:-2])
-    monkeypatch.setattr(cache, "PART", 3)
+    monkeypatch.setattr(cache, "PARTITION", 3)
     folder = prepare(data, Toy(), root, media=True)
     assert {p: (folder / p.relative_to(parts)).stat().st_mtime_ns for p in others} == others
     assert (folder / "part-00001" / name).read_bytes() == whole
@@ -610,7 +609,7 @@ def test_a_part_with_a_damaged_small_file_is_encoded_again_and_it_alone(
 
 def test_damaged_hashes_of_media_are_made_again(data: Data, root: Path, monkeypatch: Any) -> None:
     """A digit in media.json would make another key, and everything be encoded again."""
-    monkeypatch.setattr(survey, "SETTLED", -1)
+    monkeypatch.setattr(scan, "SETTLED", -1)
     folder, file = prepare(data, Toy(), root, media=True), root / cache.HASHES
     content = json.loads(file.read_text())
     for entry in content["media"].values():
@@ -631,8 +630,8 @@ def test_the_umask_says_who_may_read_a_cache(data: Data, root: Path, umask: int)
 
 
 def test_shards_are_hashed_once_each_when_first_read(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(mds, "SHARD", 2000)
-    with mds.writing(tmp_path / "s", {"n": "json", "raw": "bytes"}) as writer:
+    monkeypatch.setattr(mds, "SHARD_BYTES", 2000)
+    with mds.open_writer(tmp_path / "s", {"n": "json", "raw": "bytes"}) as writer:
         for n in range(20):
             writer.append({"n": n, "raw": bytes(500)})
     shards = mds.Shards(tmp_path / "s")
@@ -646,9 +645,9 @@ def test_shards_are_hashed_once_each_when_first_read(tmp_path: Path, monkeypatch
 
 
 def test_nothing_pickled_is_written_or_read(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="pickled"), mds.writing(tmp_path / "s", {"n": "pkl"}):
+    with pytest.raises(AssertionError, match="pickled"), mds.open_writer(tmp_path / "s", {"n": "pkl"}):
         pass
-    with mds.writing(tmp_path / "t", {"n": "json"}) as writer:
+    with mds.open_writer(tmp_path / "t", {"n": "json"}) as writer:
         writer.append({"n": 1})
     index = tmp_path / "t/index.json"
     index.write_text(index.read_text().replace('"json"', '"pkl"'))
@@ -663,5 +662,8 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(MDSWriter, "finish", full)
-    with pytest.raises(DataError, match="cannot be written: No space left"), mds.writing(tmp_path / "s", {"n": "json"}):
+    with (
+        pytest.raises(DataError, match="cannot be written: No space left"),
+        mds.open_writer(tmp_path / "s", {"n": "json"}),
+    ):
         pass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from corefit.data.cache import prepare
-from corefit.data.dataset import Dataset, Spec, pack, unpack
+from corefit.data.dataset import Dataset, TensorSpec, pack, unpack
 from corefit.data.loader import batches
 from corefit.data.order import BatchSampler, check_batch
 from corefit.data.settings import Data
@@ -87,7 +87,7 @@ def take(source: Iterator[Batch], n: int) -> list[Batch]:
 
 def test_rows_media_prompts_and_meta_belong_together(dataset: Dataset) -> None:
     for step, batch in enumerate(take(stream(dataset), 5)):
-        wanted = walk(dataset).at(step)
+        wanted = walk(dataset).indices(step)
         assert list(batch.rows) == list(range(8 * step, 8 * step + 8))
         assert batch.clean[:, 0, 0, 0].tolist() == wanted
         assert batch.cond.tensors["text"][:, 0].tolist() == wanted
@@ -167,10 +167,10 @@ def test_one_thread_reads_ahead_and_ends_with_the_iterator(dataset: Dataset) -> 
 def test_what_goes_wrong_in_the_thread_is_raised_at_its_step(dataset: Dataset, monkeypatch: Any) -> None:
     read = Dataset.batch
 
-    def broken(self: Dataset, indices: Sequence[int], rows: Sequence[int], turns: Sequence[float]) -> Batch:
+    def broken(self: Dataset, indices: Sequence[int], rows: Sequence[int], caption_choices: Sequence[float]) -> Batch:
         if rows[0] >= 16:
             raise DataError("shard.00000.mds is damaged")
-        return read(self, indices, rows, turns)
+        return read(self, indices, rows, caption_choices)
 
     monkeypatch.setattr(Dataset, "batch", broken)
     source = stream(dataset)
@@ -184,7 +184,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_at_its_step(dataset: Dataset, m
 @pytest.mark.parametrize("shape", [(), (3,), (2, 5)])
 def test_any_dtype_survives_as_bytes(dtype: str, shape: tuple[int, ...]) -> None:
     tensor = (torch.arange(4 * max(1, torch.Size(shape).numel())) % 2).reshape(4, *shape).to(getattr(torch, dtype))
-    back = unpack(pack(tensor), Spec(dtype, shape))
+    back = unpack(pack(tensor), TensorSpec(dtype, shape))
     assert back.dtype == tensor.dtype
     assert back.view(torch.uint8).equal(tensor.view(torch.uint8)) if shape else back.float().equal(tensor.float())
 

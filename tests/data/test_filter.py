@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from corefit.data.filter import Column, Keep, kept
+from corefit.data.filter import Column, Filter, filter_rows
 from corefit.errors import DataError
 
 
@@ -30,7 +30,7 @@ from corefit.errors import DataError
     ],
 )
 def test_it_means_what_python_means(text: str, row: dict[str, Any], holds: bool) -> None:
-    assert Keep.of(text).holds(row) is holds
+    assert Filter.parse(text).matches(row) is holds
 
 
 @pytest.mark.parametrize(
@@ -38,25 +38,25 @@ def test_it_means_what_python_means(text: str, row: dict[str, Any], holds: bool)
 )
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="write comparisons of metadata with values"):
-        Keep.of(text)
+        Filter.parse(text)
 
 
 def test_examples_that_cannot_be_asked_are_named() -> None:
     with pytest.raises(DataError, match="example 2 has no 'a'; it has b"):
-        kept(Keep.of("a > 1"), [{"a": 2}, {"b": 2}])
+        filter_rows(Filter.parse("a > 1"), [{"a": 2}, {"b": 2}])
     with pytest.raises(DataError, match="example 1: '>' not supported"):
-        kept(Keep.of("a > 1"), [{"a": "x"}])
+        filter_rows(Filter.parse("a > 1"), [{"a": "x"}])
 
 
 def test_nan_is_named() -> None:
-    with pytest.raises(DataError, match="example 2: 'a' is NaN, which is neither more nor less than anything"):
-        kept(Keep.of("a > 1"), [{"a": 2.0}, {"a": float("nan")}])
-    assert kept(Keep.of("a > 1"), [{"a": 2.0, "b": float("nan")}]) == [True], "of what is not asked for"
+    with pytest.raises(DataError, match="example 2: 'a' is NaN, which cannot be compared"):
+        filter_rows(Filter.parse("a > 1"), [{"a": 2.0}, {"a": float("nan")}])
+    assert filter_rows(Filter.parse("a > 1"), [{"a": 2.0, "b": float("nan")}]) == [True], "of what is not asked for"
 
 
 def test_infinite_and_huge_numbers_are_compared() -> None:
     values = [float("inf"), float("-inf"), 10**400, 2.0, 0.0]
-    held = kept(Keep.of("a > 1"), [{"a": value} for value in values])
+    held = filter_rows(Filter.parse("a > 1"), [{"a": value} for value in values])
     assert held == [True, False, True, True, False]
     lines = list(Column("a", values, held).histogram())
     assert (lines[0][-6:], lines[-1][-6:]) == ("0 of 1", "1 of 1")
@@ -68,10 +68,10 @@ def test_values_without_bins_have_no_histogram_or_one_bin(values: list[float]) -
 
 
 def test_spans() -> None:
-    assert Column("a", [3, 1, 2], [False] * 3).span() == "a is 1 to 3"
-    assert Column("a", [3, "x", None, 3], [False] * 4).span() == "a is 3, 'x', None"
-    assert Column("a", [*map(str, range(9)), 1], [False] * 10).span() == "a is '0', '1', '2', '3', '4', ..."
-    assert Column("a", [], []).span() == ""
+    assert Column("a", [3, 1, 2], [False] * 3).value_range() == "a is 1 to 3"
+    assert Column("a", [3, "x", None, 3], [False] * 4).value_range() == "a is 3, 'x', None"
+    assert Column("a", [*map(str, range(9)), 1], [False] * 10).value_range() == "a is '0', '1', '2', '3', '4', ..."
+    assert Column("a", [], []).value_range() == ""
 
 
 def test_a_histogram_counts_everything_and_what_is_kept() -> None:

@@ -124,7 +124,7 @@ def flip(data: bytes) -> bytes:
 
 
 HARM: Mapping[str, tuple[str, Callable[[Path], object], str]] = {
-    "flipped bit": (SHARD, lambda f: f.write_bytes(flip(f.read_bytes())), "its xxh64 is not the one"),
+    "flipped bit": (SHARD, lambda f: f.write_bytes(flip(f.read_bytes())), "its xxh64 does not match index.json"),
     "missing shard": (SHARD, lambda f: f.unlink(), "it is missing"),
     "truncated shard": (SHARD, lambda f: f.write_bytes(f.read_bytes()[:-7]), r"it has \d+ bytes instead"),
     "flipped null": ("null.safetensors", lambda f: f.write_bytes(flip(f.read_bytes())), "its sha256 is not the one"),
@@ -211,18 +211,18 @@ def test_media_that_were_not_encoded_are_missed(project, encoded):
     for command in ("check", "run"):
         ended = project.main(command, "pipeline.toml")
         assert ended.status == 2
-        assert "holds prompts alone, and a stage needs media" in ended.err
+        assert "has prompts without media, and a stage needs media" in ended.err
 
 
 def test_source_and_encoded_exclude_each_other(project):
     project.swap(("[data]\n", '[data]\nencoded = "here"\n'))
     ended = project.main("check", "pipeline.toml")
     assert ended.status == 2
-    assert "data: one of 'source' and 'encoded'" in ended.err
+    assert "data: set exactly one of 'source' (raw examples) and 'encoded'" in ended.err
     project.swap(('encoded = "here"\n', ""), ('source = { use = "jsonl", path = "train.jsonl" }\n', ""))
     ended = project.main("check", "pipeline.toml")
     assert ended.status == 2
-    assert "data: one of 'source' and 'encoded'" in ended.err
+    assert "data: set exactly one of 'source' (raw examples) and 'encoded'" in ended.err
 
 
 def test_a_download_that_was_killed_is_swept(tmp_path):

@@ -32,7 +32,7 @@ def walk(*counts: int, **changes: Any) -> BatchSampler:
 @pytest.mark.parametrize(("n", "batch", "group"), [(10, 8, 2), (10, 4, 1), (3, 16, 1), (7, 6, 3), (10, 10, 1)])
 def test_every_example_once_an_epoch(n: int, batch: int, group: int) -> None:
     ours = walk(n, batch=batch, group=group)
-    steps = [ours.at(s) for s in range(4 * n)]
+    steps = [ours.indices(s) for s in range(4 * n)]
     assert all(len(step) == batch for step in steps)
     assert all(len(set(step[i : i + group])) == 1 for step in steps for i in range(0, batch, group))
     walked = [i for step in steps for i in step[::group]]
@@ -42,7 +42,7 @@ def test_every_example_once_an_epoch(n: int, batch: int, group: int) -> None:
 
 def test_every_epoch_of_one_bucket_has_an_order_of_its_own() -> None:
     ours = walk(30, batch=30, group=1)
-    assert len({tuple(ours.at(epoch)) for epoch in range(4)}) == 4
+    assert len({tuple(ours.indices(epoch)) for epoch in range(4)}) == 4
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,7 +52,7 @@ def test_every_bucket_has_its_turn(counts: Sequence[int], batch: int, seed: int)
     ours = walk(*counts, batch=batch, group=1, seed=seed)
     number_of = {int(n): b for b, bucket in enumerate(ours.buckets) for n in bucket}
     epochs = 6
-    steps = [ours.at(s) for s in range(sum(epochs * n // batch for n in counts))]
+    steps = [ours.indices(s) for s in range(sum(epochs * n // batch for n in counts))]
     assert all(len({number_of[n] for n in step}) == 1 for step in steps)
     seen: dict[int, list[int]] = {b: [] for b in range(len(counts))}
     for step in steps:
@@ -66,14 +66,14 @@ def test_every_bucket_has_its_turn(counts: Sequence[int], batch: int, seed: int)
 
 def test_buckets_are_mixed_over_an_epoch() -> None:
     ours = walk(400, 400, batch=4, group=1)
-    first = [ours.at(s)[0] < 400 for s in range(200)]
+    first = [ours.indices(s)[0] < 400 for s in range(200)]
     assert sum(first) == 100
     assert 20 < sum(first[:100]) < 80
 
 
 def test_epochs_stages_and_seeds_differ_and_repeat() -> None:
     def order(step: int, **changes: Any) -> list[int]:
-        return walk(30, 20, batch=50, group=1, **changes).at(step)
+        return walk(30, 20, batch=50, group=1, **changes).indices(step)
 
     different = [order(0), order(1), order(0, seed=1), order(0, stage="b")]
     assert len(set(map(tuple, different))) == 4
@@ -84,17 +84,19 @@ def test_a_step_does_not_depend_on_those_before() -> None:
     code = (
         "import numpy as np; from corefit.data.order import BatchSampler;"
         "buckets = [np.arange(10), np.arange(10, 17)];"
-        "print(BatchSampler(buckets=buckets, batch=8, group=2, seed=3, stage='a', order='epochs').at(7))"
+        "print(BatchSampler(buckets=buckets, batch=8, group=2, seed=3, stage='a', order='epochs').indices(7))"
     )
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours = walk(10, 7)
-    assert json.loads(fresh.stdout) == [ours.at(step) for step in range(8)][7]
+    assert json.loads(fresh.stdout) == [ours.indices(step) for step in range(8)][7]
 
 
 def test_independent_is_the_published_draw() -> None:
     for record in json.loads(GOLDEN.read_text())["records"]:
         batch, k = record["batch"] * record["replicas"], record["k"]
-        ours = walk(record["n"], batch=batch, group=k, seed=record["seed"], order="independent").at(record["epoch"])
+        ours = walk(record["n"], batch=batch, group=k, seed=record["seed"], order="independent").indices(
+            record["epoch"]
+        )
         published = [i for rank in record["per_rank_indices"] for i in rank]
         assert Counter(ours) == Counter(published)
         assert all(len(set(ours[i : i + k])) == 1 for i in range(0, batch, k))
@@ -102,7 +104,7 @@ def test_independent_is_the_published_draw() -> None:
 
 def test_independent_draws_are_of_one_bucket_as_often_as_it_is_large() -> None:
     ours = walk(300, 100, order="independent")
-    steps = [ours.at(s) for s in range(400)]
+    steps = [ours.indices(s) for s in range(400)]
     first = [step[0] < 300 for step in steps]
     assert all((n < 300) == of for step, of in zip(steps, first, strict=True) for n in step)
     assert 260 < sum(first) < 340
@@ -110,8 +112,8 @@ def test_independent_draws_are_of_one_bucket_as_often_as_it_is_large() -> None:
 
 def test_a_group_has_one_caption_and_captions_come_in_turn() -> None:
     ours = walk(10)
-    turns = [ours.turns(step) for step in range(200)]
+    turns = [ours.caption_choices(step) for step in range(200)]
     assert all(step[i] == step[i + 1] for step in turns for i in range(0, 8, 2))
     flat = np.array(turns)[:, ::2].ravel()
     assert np.histogram(flat, 4, (0, 1))[0].min() > 150
-    assert walk(10, seed=4).turns(0) != turns[0] == walk(10).turns(0)
+    assert walk(10, seed=4).caption_choices(0) != turns[0] == walk(10).caption_choices(0)

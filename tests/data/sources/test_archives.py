@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corefit.data.sources import HfDataset, ImageFolder, Jsonl, Text, WebDataset, dimensions, prompts, view
+from corefit.data.sources import HfDataset, ImageFolder, Jsonl, Text, WebDataset, dimensions, prompt_source, view
 from corefit.errors import DataError
 
 
@@ -102,7 +102,7 @@ def test_a_tar_that_is_not_whole_is_never_read_short(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"a\.tar is damaged: .* byte {2 * sample} on"):
         list(WebDataset(path).examples())
     path.write_bytes(whole + whole)
-    with pytest.raises(DataError, match=r"a\.tar goes on behind its end: .* list them apart"):
+    with pytest.raises(DataError, match=r"a\.tar has data after its end: .* name them separately"):
         list(WebDataset(path).examples())
 
 
@@ -116,7 +116,7 @@ def test_compressed_tars_links_and_names_that_come_twice_are_refused(tmp_path: P
         link = tarfile.TarInfo("2.txt")
         link.type, link.linkname = tarfile.LNKTYPE, "1.txt"
         file.addfile(link)
-    with pytest.raises(DataError, match=r"l\.tar: 2\.txt is no plain file; write the tar with copies, not links"):
+    with pytest.raises(DataError, match=r"l\.tar: 2\.txt is not a regular file; write the tar with copies, not links"):
         list(WebDataset(tmp_path / "l.tar").examples())
     with tarfile.open(tmp_path / "d.tar", "w") as file:
         file.addfile(tarfile.TarInfo("1.txt"))
@@ -161,7 +161,7 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "s")
     with pytest.raises(DataError, match=r"several splits; name one: .*train"):
         list(HfDataset(tmp_path / "s").examples())
-    with pytest.raises(DataError, match="no dataset that save_to_disk wrote"):
+    with pytest.raises(DataError, match="not a complete dataset that save_to_disk wrote"):
         list(HfDataset(tmp_path).examples())
 
 
@@ -172,7 +172,11 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
         ({"text": [1]}, {"media": None}, r"row 0: 'text' is 1, expected a string"),
         ({"text": [["a"], []]}, {"media": None}, r"row 1: 'text' is \[\], expected one or more strings"),
         ({"text": ["a"], "image": [3]}, {}, r"column 'image' is .*int64.*, expected images"),
-        ({"text": ["a"], "day": [date(2026, 1, 2)]}, {"media": None}, r"column 'day' is of date, .* meta = \[\]"),
+        (
+            {"text": ["a"], "day": [date(2026, 1, 2)]},
+            {"media": None},
+            r"column 'day' has values of type date, .* meta = \[\]",
+        ),
         ({"text": ["a"]}, {"media": None, "meta": ("score",)}, r"no column 'score'; it has text"),
     ],
 )
@@ -196,14 +200,14 @@ def test_images_that_are_not_there_name_their_row(tmp_path: Path) -> None:
         view(none.media, (4, 4))
     with pytest.raises(DataError, match=r"row 1: .*gone\.png cannot be read: No such file"):
         view(gone.media, (4, 4))
-    with pytest.raises(DataError, match="column 'mask' is of Image"):
+    with pytest.raises(DataError, match="column 'mask' has values of type Image"):
         list(HfDataset(tmp_path / "d", meta=("mask",)).examples())
 
 
 def test_a_saved_dataset_that_is_damaged(tmp_path: Path) -> None:
     pytest.importorskip("datasets").Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "d")
     (tmp_path / "d/state.json").write_text("{}")
-    with pytest.raises(DataError, match=r"d: no dataset that save_to_disk wrote, or not all of it \(KeyError"):
+    with pytest.raises(DataError, match=r"d: not a complete dataset that save_to_disk wrote \(KeyError"):
         list(HfDataset(tmp_path / "d", media=None).examples())
 
 
@@ -213,8 +217,8 @@ def test_a_saved_dataset_that_is_damaged(tmp_path: Path) -> None:
 def test_text_files_and_jsonl_are_told_apart_by_suffix(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\ufeffone\n\n two \n", "utf-8")
     (tmp_path / "p.jsonl").write_text('{"prompt": "three"}')
-    assert [e.prompt for e in prompts(tmp_path / "p.txt").examples()] == ["one", "two"]
-    assert [e.prompt for e in prompts(tmp_path / "p.jsonl").examples()] == ["three"]
+    assert [e.prompt for e in prompt_source(tmp_path / "p.txt").examples()] == ["one", "two"]
+    assert [e.prompt for e in prompt_source(tmp_path / "p.jsonl").examples()] == ["three"]
     (tmp_path / "u.txt").write_text("one\u2028line\x0c, still\r\ntwo\n", "utf-8", newline="")
     assert [e.prompt for e in Text(tmp_path / "u.txt").examples()] == ["one\u2028line\x0c, still", "two"]
     (tmp_path / "empty.txt").write_text(" \n")
@@ -235,7 +239,9 @@ def test_several_captions(tmp_path: Path) -> None:
     (example,) = ImageFolder(tmp_path, captions="lines").examples()
     assert example.prompts == ("a dog", "it runs")
     (tmp_path / "x.txt").write_text("\n \n")
-    with pytest.raises(DataError, match=r"x\.txt is empty: with captions = \"lines\" it has one or more"):
+    with pytest.raises(
+        DataError, match=r"x\.txt is empty: with captions = \"lines\" it must have at least one caption"
+    ):
         list(ImageFolder(tmp_path, captions="lines").examples())
 
 

@@ -187,7 +187,7 @@ def test_frames_of_a_folder_have_one_size(tmp_path: Path, size: tuple[int, int])
 def test_a_rate_of_frames_without_times_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 6)).save(tmp_path / "1.png")
     for clip, where in ((tmp_path, "a folder"), (np.zeros((3, 6, 8, 3), np.uint8), "memory")):
-        with pytest.raises(ValueError, match=f"frames in {where} have no rate, so fps says nothing"):
+        with pytest.raises(ValueError, match=f"frames in {where} have no frame rate, so fps cannot be applied"):
             view(clip, (1, 6, 8), 12)
 
 
