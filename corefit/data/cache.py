@@ -26,7 +26,7 @@ from attrs import define, field, frozen
 from corefit.data import buckets, mds
 from corefit.data.dataset import COND, DONE, NULL, ROWS, X0, Dataset, Manifest, TensorSpec, partition_name
 from corefit.data.encode import Encoder, chunks
-from corefit.data.scan import MediaHashes, check_readable, scan, too_many
+from corefit.data.scan import MediaHashes, check_readable, scan, too_many_unreadable
 from corefit.data.settings import Data
 from corefit.errors import DataError
 from corefit.system import files, memory
@@ -119,10 +119,10 @@ def prepare(
 ) -> Path:
     """Return the folder under `root` with the cache of `data`, and encode the data first if there is none.
 
-    media=False encodes prompts only. Text encoders and VAE are used and then released. `progress` is called with the
-    examples that this process has encoded and those it will encode. Ranks share the partitions, and partitions that
-    a killed rank completed are kept. DataError for more missing or unreadable media than `skip`, and for values that
-    are not finite.
+    media=False encodes prompts only. Text encoders and VAE are used and then released. `progress` is called with two
+    numbers: how many examples this process has encoded, and how many it has to encode. The ranks divide the
+    partitions among them, and those that a killed process completed are kept. DataError for more missing or
+    unreadable media than `skip`, and for values that are not finite.
     """
     hashes = MediaHashes(root / HASHES)
     total, digest = ranks.from_main(lambda: _count_and_key(data, backbone, media, hashes))
@@ -130,9 +130,8 @@ def prepare(
     builder = CacheBuilder(data, backbone, media, digest, total, folder)
     if not ranks.from_main(lambda: _complete(folder, digest)):
         with _exclusive(root, builder.unfinished, ranks.main):
-            if not ranks.from_main(
-                lambda: _complete(folder, digest)
-            ):  # another run may have completed it while this one waited for the lock
+            # another run may have completed it while this one waited for the lock
+            if not ranks.from_main(lambda: _complete(folder, digest)):
                 _build(builder, progress, ranks)
     if ranks.main:
         files.sweep(root)
@@ -146,9 +145,8 @@ def _build(builder: CacheBuilder, progress: Progress, ranks: Ranks) -> None:
     size = builder.data.encode_batch
     remedies = [f"encode_batch = {size // 2} (now {size})"] if size > 1 else []
     try:
-        with memory.explain_exhaustion(
-            "encoding", remedies, "Partitions that are encoded are kept; the same command continues"
-        ):
+        kept = "Partitions that are encoded are kept; the same command continues"
+        with memory.explain_exhaustion("encoding", remedies, kept):
             builder.encode(progress, ranks.rank, ranks.world)
         ranks.barrier()
         if ranks.main:
@@ -162,6 +160,7 @@ def _folder(root: Path, digest: str) -> Path:
 
 
 def _complete(folder: Path, digest: str) -> bool:
+    """Return whether `folder` has a complete cache; DataError if it is the cache of another key."""
     if not (folder / DONE).exists():
         return False
     if Manifest.read(folder, rebuildable=True).key != digest:
@@ -173,13 +172,14 @@ def _check_skipped(data: Data, folder: Path) -> None:
     """Raise DataError if the cache was encoded with a larger `skip` and leaves out more than `skip` allows now."""
     if (manifest := Manifest.read(folder, rebuildable=True)).skipped > data.skip:
         total = manifest.skipped + manifest.count
-        raise DataError(too_many(json.loads((folder / SKIPPED).read_bytes()), total, data.skip))
+        raise DataError(too_many_unreadable(json.loads((folder / SKIPPED).read_bytes()), total, data.skip))
 
 
 # keys
 
 
 def _count_and_key(data: Data, backbone: Backbone, media: bool, hashes: MediaHashes) -> tuple[int, str]:
+    """Return the number of examples, and the key of their cache."""
     total, examples = scan(data, media, hashes.digest)
     scores = {entry.name: _score_key(entry) for entry in data.score} if media else {}
     content = {**_compatibility(data, backbone, media), "media": media, "examples": examples, "scores": scores}
@@ -230,6 +230,7 @@ class CacheBuilder:
 
     @property
     def unfinished(self) -> Path:
+        """The folder of the partitions until all are complete."""
         return self.folder.with_name(f"{self.folder.name}.parts")
 
     def encode(self, progress: Progress, rank: int, world: int) -> None:
@@ -251,9 +252,7 @@ class CacheBuilder:
         if final.exists() and (record := PartitionRecord.load(final)):
             self.encoder.failed += record.failed
             return
-        shutil.rmtree(
-            final, ignore_errors=True
-        )  # one of its small files is damaged: only this partition is encoded again
+        shutil.rmtree(final, ignore_errors=True)  # a small file in it is damaged: only this partition is encoded again
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         encoder, failed, enlarged = self.encoder, len(self.encoder.failed), self.encoder.enlarged
@@ -296,9 +295,8 @@ class CacheBuilder:
 
         encoder, names = self.encoder, [partition_name(number) for number in range(len(records))]
         encoder.cond = next(dict(record.cond) for record in records if record.cond)
-        (self.unfinished / NULL).write_bytes(
-            save(encoder.null())
-        )  # save_file would ignore the umask and let only the owner read it
+        # safetensors' save_file would ignore the umask and let only the owner read the file
+        (self.unfinished / NULL).write_bytes(save(encoder.null()))
         mds.merge_indexes(self.unfinished, [name for name, record in zip(names, records, strict=True) if record.count])
         (self.unfinished / SKIPPED).write_text(json.dumps(failed, indent=1))
         small_files = [mds.INDEX, NULL, SKIPPED, *(f"{name}/{ROWS}" for name in names)]

@@ -48,7 +48,7 @@ class Encoder:
 
     sizes     the size of each bucket, in pixels
     shapes    the shape of one row's latents in each bucket
-    failed    a message for each unreadable medium so far
+    failed    a message for each example whose media could not be read so far
     cond      dtype and shape of each tensor of a condition, known after the first prompt
     texts     the encoded prompts that are kept in memory
     enlarged  how many media were smaller than their bucket's size

@@ -83,6 +83,7 @@ def _is_example(value: Any) -> bool:
 
 
 def _exists(file: Path) -> bool:
+    """Return whether a file exists; a name that no file can have does not."""
     try:
         return file.exists()
     except (OSError, ValueError):  # the name is too long or contains NUL
@@ -90,6 +91,7 @@ def _exists(file: Path) -> bool:
 
 
 def _fingerprint(number: int, example: Example, content: str) -> bytes:
+    """Return a line with everything that is hashed of an example; `content` is the digest of its media."""
     try:
         return json.dumps([example.prompts, dict(example.meta), content], sort_keys=True).encode() + b"\n"
     except (TypeError, ValueError) as error:
@@ -97,13 +99,14 @@ def _fingerprint(number: int, example: Example, content: str) -> bytes:
 
 
 def check_readable(failed: Sequence[str], total: int, skip: int) -> None:
+    """Raise DataError if more than `skip` media, or all of them, failed to be read; `failed` has their messages."""
     if len(failed) > skip:
-        raise DataError(too_many(failed, total, skip))
+        raise DataError(too_many_unreadable(failed, total, skip))
     if len(failed) == total:
         raise DataError(f"none of the {total} media can be read:\n{listed(failed)}")
 
 
-def too_many(failed: Sequence[str], total: int, skip: int) -> str:
+def too_many_unreadable(failed: Sequence[str], total: int, skip: int) -> str:
     return (
         f"{len(failed)} of {total} media are missing or unreadable, and {skip} may be skipped:\n{listed(failed)}\n"
         f"repair them, or set skip = {len(failed)} under [data] to leave them out"

@@ -47,15 +47,15 @@ class Data:
     encoded: ModelPath | None = None
     """A cache that was encoded before, instead of `source`: a folder, or a URL such as s3://bucket/cache/0123456789abcdef."""
     size: tuple[int, ...] = field(default=(512, 512), validator=_check_size)
-    """[height, width] in pixels, or [frames, height, width] for clips. Media are resized to cover it, then cropped."""
+    """[height, width] in pixels, or [frames, height, width] for clips; media are resized and center-cropped to it."""
     aspects: tuple[str, ...] = field(default=(), validator=_parses(Aspect.parse))
-    """Aspect ratios of buckets with the area of `size`, such as ["1:1", "4:3"]; media go to the nearest."""
+    """Aspect ratios, width:height, such as ["1:1", "4:3"]: buckets of the area of `size`; media go to the nearest."""
     fps: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
     """The frames per second at which clips are sampled; by default each clip keeps its own frame rate."""
     score: tuple[Weighted[Reward], ...] = ()
     """Rewards that score the media once, during encoding; each score becomes metadata under the reward's name."""
     keep: str | None = field(default=None, validator=validators.optional(_parses(Filter.parse)))
-    """A filter over metadata, such as "aesthetic >= 6.8": others are not trained on. To change it costs no encoding."""
+    """A filter over metadata, such as "aesthetic >= 6.8", for what is trained on; changing it encodes nothing again."""
     skip: int = field(default=0, validator=validators.ge(0))
     """How many missing or unreadable media may be left out (they are counted); with more, the run stops."""
     order: Order = "epochs"

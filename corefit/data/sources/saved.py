@@ -26,7 +26,7 @@ class HfDataset(Source):
     prompt: str = "text"
     """The column of prompts, or of lists of captions."""
     media: str | None = "image"
-    """The column of images; None for prompts without media."""
+    """The column of images, or none for prompts without media."""
     meta: tuple[str, ...] | None = None
     """The columns that become metadata; by default all other columns except images, audio and video."""
 
