@@ -1,4 +1,4 @@
-"""`corefit schema`: what a pipeline file may say, as JSON Schema, from the installed plugins."""
+"""`corefit schema`: the JSON Schema of pipeline files, made from the installed plugins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import attrs
 
 from corefit.pipeline.pipeline import CHOICES, Pipeline
-from corefit.pipeline.reader import TABLE, elsewhere
+from corefit.pipeline.reader import TABLE, fields_of_other_tables
 from corefit.plugins.host import Host
 from corefit.plugins.kinds import BY_PROTOCOL
 from corefit.types import ModelPath, Weighted
@@ -22,9 +22,9 @@ Schema = dict[str, Any]
 
 
 def schema(host: Host) -> Schema:
-    """Of a whole pipeline; what an editor completes and underlines."""
+    """Return the JSON Schema of a pipeline file, by which an editor completes and checks it."""
     whole = _Writer(host).table(Pipeline)
-    for field in elsewhere(Pipeline):
+    for field in fields_of_other_tables(Pipeline):
         key = whole["properties"].pop(field.name)
         for table in whole["properties"][field.metadata[TABLE]]["anyOf"]:
             table["properties"][field.name] = key
@@ -36,24 +36,24 @@ class _Writer:
     host: Host
 
     def table(self, cls: type[Any], use: str | None = None) -> Schema:
-        """Of an attrs class; `use` names it among others."""
+        """Return the schema of an attrs class; `use` is its name, if a table chooses it with `use`."""
         attrs.resolve_types(cls, include_extras=True)
         fields = [f for f in attrs.fields(cls) if f.init]
         properties = {f.name: self.of(f.type) | _default(f.default) for f in fields}
         required = [f.name for f in fields if f.default is attrs.NOTHING]
         if use is not None:
             properties, required = {"use": {"const": use}, **properties}, ["use", *required]
-        said = next(iter((cls.__doc__ or "").splitlines()), "")
+        description = next(iter((cls.__doc__ or "").splitlines()), "")
         return {
             "type": "object",
-            **({"description": said} if said else {}),
+            **({"description": description} if description else {}),
             "properties": properties,
             "additionalProperties": False,
             **({"required": required} if required else {}),
         }
 
     def of(self, kind: Any) -> Schema:
-        """Of a field's type."""
+        """Return the schema of a field's type."""
         choices = next((classes for known, classes in CHOICES.items() if known == kind), None)
         if choices:
             return {"anyOf": [self.table(cls, use) for use, cls in choices.items()]}
@@ -81,12 +81,12 @@ class _Writer:
         return {"type": PLAIN[kind]} if kind in PLAIN else {}
 
     def _weighted(self, kind: str) -> Schema:
-        """Of any one of a kind with a `weight`; sums hold no sums."""
+        """Return the schema of any plugin of a kind with a `weight` beside its keys. A sum may not hold a sum."""
         offers = {name: offer.cls for name, offer in sorted(self.host.offers[kind].items()) if offer.cls is not Sum}
-        made = [self.table(cls, name) for name, cls in offers.items()]
-        for one in made:
-            one["properties"]["weight"] = {"type": "number", "default": 1.0}
-        return {"anyOf": made or [{}]}
+        tables = [self.table(cls, name) for name, cls in offers.items()]
+        for table in tables:
+            table["properties"]["weight"] = {"type": "number", "default": 1.0}
+        return {"anyOf": tables or [{}]}
 
 
 def _list(kinds: Sequence[Any], of: Any) -> Schema:
@@ -101,6 +101,6 @@ def _list(kinds: Sequence[Any], of: Any) -> Schema:
 
 
 def _default(default: Any) -> Schema:
-    """What the key is if it is left out, where JSON can say it."""
+    """Return the `default` entry of a key, if its default is a value that JSON has."""
     plain = isinstance(default, (bool, int, float, str))
     return {"default": default} if plain else {}

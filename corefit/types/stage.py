@@ -1,4 +1,4 @@
-"""What a pipeline says of one stage: the tables of TOML as classes, and what contradicts what."""
+"""The classes behind one `[[stage]]` of a pipeline file, and the checks that its keys go together."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ share: Any = [validators.ge(0), validators.lt(1)]
 
 @frozen(kw_only=True)
 class Optimizer:
-    """AdamW, and how its learning rate moves."""
+    """AdamW and the schedule of its learning rate."""
 
     lr: float = field(default=2e-5, validator=positive)
-    """Learning rate, after the warm-up."""
+    """The learning rate once the warm-up is over."""
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=validators.deep_iterable(share))
-    """Decay of the running means of the gradient and of its square."""
+    """Decay rates of the running means of the gradient and of its square."""
     eps: float = field(default=1e-8, validator=positive)
-    """Added to the denominator."""
+    """A small number that AdamW adds to the denominator, against division by zero."""
     weight_decay: float = field(default=1e-2, validator=validators.ge(0))
-    """Decoupled weight decay."""
+    """Decoupled weight decay, applied to all trainable weights."""
     warmup: int = field(default=0, validator=validators.ge(0))
-    """Steps over which the rate rises linearly, from lr / warmup in the first to lr in the last of them."""
+    """Number of warm-up steps. The learning rate rises linearly from lr / warmup in the first to lr in the last."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the rate does after the warm-up: stay, or fall to what would be 0 after the last step."""
+    """What the learning rate does after the warm-up: stay constant, or fall along a line or a cosine towards 0."""
 
     def rate(self, step: int, steps: int) -> float:
-        """Learning rate of `step`, counted from 0, of `steps`.
+        """Return the learning rate of `step` (counted from 0) in a stage of `steps` steps.
 
-        It falls as transformers' schedules of these names do, so `linear` takes the last step at
-        lr / (steps - warmup). Their warm-up is one step behind: its first step has the rate 0 and moves nothing.
+        The rate falls as in transformers' schedules of the same names, so the last step of `linear` has the rate
+        lr / (steps - warmup). The warm-up is one step ahead of theirs, whose first step has the rate 0.
         """
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
@@ -62,11 +62,11 @@ class Lora:
     """Train a low-rank adapter (peft) on the transformer's projections."""
 
     rank: int = field(default=16, validator=positive)
-    """Rank of the two factors."""
+    """Rank of the adapter: the inner size of its two factors."""
     alpha: float | None = field(default=None, validator=some_positive)
-    """Scale of the adapter times rank; the rank itself by default."""
+    """The adapter's output is scaled by alpha / rank; by default alpha is the rank, so the scale is 1."""
     targets: tuple[str, ...] | None = None
-    """Names of the modules to adapt; the backbone's own choice by default."""
+    """Names of the modules that get an adapter; by default the backbone chooses them."""
 
 
 Training = Full | Lora
@@ -74,69 +74,73 @@ Training = Full | Lora
 
 @frozen(kw_only=True)
 class Stage:
-    """One `[[stage]]`: what is learned, from what, for how long."""
+    """One `[[stage]]`: what is trained, on what, and for how long."""
 
     name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"))
-    """Of its folder, its row in the results, and in `--set` and `--from`."""
+    """The stage's name: it names the folder, the row in the results, and the stage in `--set` and `--from`."""
     steps: int = field(validator=[positive, validators.le(1_000_000_000)])
-    """Batches; an objective may take several optimiser steps on each."""
+    """Number of batches to train on. Some objectives take several optimizer steps on each batch."""
     objective: Objective[Any]
-    """What is learned."""
+    """The objective, which defines the loss."""
     batch: int | None = field(default=None, validator=some_rows)
-    """Samples a step over all ranks, or rollouts where the objective rolls out; 32, or 48 groups, by default."""
+    """Samples per step over all GPUs, or rollouts if the objective makes them; by default 32 samples, or 48 groups."""
     micro_batch: int | None = field(default=None, validator=some_rows, metadata=ROUNDING)
-    """Samples a forward and rank; the whole share of a rank by default. Changes memory and rounding, not results."""
+    """Samples per forward pass on one GPU; by default the GPU's whole share of the batch. It changes memory use and
+    rounding, nothing else."""
     noise: NoiseWeighting | None = None
-    """logit_normal where the objective reads one and none is given."""
+    """The distribution of noise levels in training. By default logit_normal, if the objective draws noise levels."""
     sampler: Sampler | None = None
-    """How a step is taken, where the objective takes stochastic ones."""
+    """The sampler of the rollouts; objectives that learn from rollouts need one that adds noise."""
     reward: tuple[Weighted[Reward], ...] = ()
-    """Rewards to learn from, each with its weight; their weighted sum counts."""
+    """The rewards to learn from. The objective sees their sum, each multiplied by its `weight`."""
     train: Training | None = None
-    """Which weights train; those of [backbone] train by default."""
+    """Which weights are trainable in this stage; by default what `train` of `[backbone]` says."""
     optimizer: Optimizer = field(factory=Optimizer)
-    """AdamW and its learning rate."""
+    """Settings of AdamW, the optimizer."""
     max_grad_norm: float = field(default=1.0, validator=positive)
-    """The gradient is scaled down to this norm where it is larger."""
+    """A gradient with a larger norm is scaled down to this norm (gradient clipping)."""
     ema: float | None = field(default=None, validator=validators.optional(share))
-    """Decay of an average of the weights, which is what the stage then leaves."""
+    """Decay of an exponential moving average of the weights. If it is set, the stage saves the average."""
     save_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of the weights that full training saves. bf16 halves the folder, and the rounded weights are what is judged
-    and what the next stage starts from; small updates do not survive that, and the table says what share did."""
+    """Dtype in which full training saves its weights. bf16 halves the folder. The rounded weights are then what is
+    evaluated and what the next stage starts from; rounding loses small updates, and the results say what share is left.
+    """
     log_every: int = field(default=10, validator=positive)
-    """Steps between lines of metrics.jsonl, each the means since the last."""
+    """Steps between two lines of metrics.jsonl. Each line has the means over the steps since the line before."""
     checkpoint_every: int = field(default=500, validator=positive)
-    """Steps between checkpoints; one is also written when a signal stops the run."""
+    """Steps between checkpoints. Stopping the run with Ctrl-C or SIGTERM writes one, too."""
     keep: int = field(default=2, validator=positive)
-    """Checkpoints kept."""
+    """How many checkpoints are kept; older ones are deleted."""
     sample_every: int | None = field(default=None, validator=some_positive)
-    """Steps between sample grids of the [eval] prompts, of the average if there is one; one at the end in any case."""
+    """Steps between sample grids, drawn from the first `[eval]` prompts with the weights that the stage would save now.
+    One more is drawn when the stage is finished, in any case."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What a loss, gradient or reward that is not finite does: stop before weights change, or skip that step."""
+    """What happens when a loss, gradient or reward is NaN or infinite: stop the run before weights change, or skip that
+    optimizer step."""
     max_skips: int | None = field(default=None, validator=some_positive)
-    """Optimizer steps that `skip` may leave out before the stage stops after all; 10 by default."""
+    """How many optimizer steps `on_nan = "skip"` may skip before the run stops after all; 10 by default."""
 
     def reports(self, step: int) -> bool:
-        """Whether metrics are logged after `step` steps."""
+        """Return whether metrics are logged after `step` steps."""
         return step == self.steps or step % self.log_every == 0 or self.samples(step)
 
     def samples(self, step: int) -> bool:
-        """Whether a sample grid is drawn after `step` steps; the last one is drawn when the stage is finished."""
+        """Return whether `sample_every` asks for a sample grid after `step` steps; the last step's is always drawn."""
         return self.sample_every is not None and step % self.sample_every == 0 and step < self.steps
 
     @property
     def skips(self) -> int:
-        """Optimizer steps that may be skipped."""
+        """The number of optimizer steps that may be skipped."""
         return (self.max_skips or 10) if self.on_nan == "skip" else 0
 
     @property
     def rows(self) -> int:
-        """Samples, or rollouts, a step over all ranks."""
+        """Samples, or rollouts, per step over all ranks."""
         group = self.objective.group_size
         return self.batch or (32 if group == 1 else 48 * group)
 
     def problems(self) -> Iterator[str]:
-        """What cannot work, or would be read by nobody, each with its key."""
+        """Yield one message, with its key, for each setting that cannot work or that nothing would read."""
         uses = self.objective.uses
         for key, given in (("noise", self.noise), ("sampler", self.sampler), ("reward", self.reward)):
             if given and key not in uses:
@@ -168,18 +172,19 @@ class Stage:
 
 
 Samples = Callable[[], tuple[Sequence[str], "Tensor"]]
-"""Makes prompts and their media."""
+"""Generates samples: returns prompts, and media [n, 3, (T,) H, W] in [0, 1]."""
 
 
 @frozen(eq=False)
 class TrainState:
-    """What observers may read of a running stage.
+    """The state of a running stage that observers are given.
 
-    step     steps finished
-    folder   the stage's own, runs/<name>/01-soar for example; `model/` in it once the stage has finished
-    backbone with the weights that the stage would leave now: their average where the stage has `ema`
-    sample   makes (prompts, media [n, 3, H, W], or clips, in [0, 1]): the first [eval] prompts, always from the same
-             noise; None without [eval], and of sharded weights but for the steps where the stage's own samples are due
+    step      number of steps that are finished
+    folder    the stage's folder, such as runs/<name>/01-soar; it has `model/` once the stage is finished
+    backbone  the backbone with the weights that the stage would save now: their average if the stage has `ema`
+    sample    generates samples of the first [eval] prompts, always from the same noise, and returns (prompts, media
+              [n, 3, H, W] or clips, in [0, 1]). None without [eval]; with sharded weights also None, except at
+              steps where the stage's own sample grid is due
     """
 
     step: int
