@@ -85,13 +85,13 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(project):
     before = project.tree()
     said = said_by("run", "--dry-run", "pipeline.toml", cwd=project.folder)
     assert said.splitlines() == [
-        "data        8 examples to encode",
-        "prompts     6 examples to encode",
-        "judge base  on 4 held-out prompts: not judged yet",
-        "01-soar     train 2 steps: not trained yet",
-        "judge soar  on 4 held-out prompts: not judged yet",
-        "02-grpo     train 1 step: not trained yet",
-        "judge grpo  on 4 held-out prompts: not judged yet",
+        "data           8 examples to encode",
+        "prompts        6 examples to encode",
+        "evaluate base  on 4 held-out prompts: not evaluated yet",
+        "01-soar        train 2 steps: not trained yet",
+        "evaluate soar  on 4 held-out prompts: not evaluated yet",
+        "02-grpo        train 1 step: not trained yet",
+        "evaluate grpo  on 4 held-out prompts: not evaluated yet",
         "status 0",
         "heavy ['accelerate', 'torch']",
     ]
