@@ -71,7 +71,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Print what would be done and why, and do nothing.")
 @TRACE
 def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str, dry_run: bool, trace: bool) -> None:
-    """Run PIPELINE, or continue it: train its stages in order, and evaluate the base and every stage.
+    """Run PIPELINE, or continue it: train its stages in order and evaluate each.
 
     On several GPUs: accelerate launch -m corefit run PIPELINE
     """
@@ -98,7 +98,7 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
     help="Memory of a GPU, such as 24GiB [this machine's].",
 )
 def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: int, memory: float | None) -> None:
-    """Check PIPELINE and its data for mistakes, and whether it fits into memory, without loading weights."""
+    """Check PIPELINE and its data, and whether it fits into memory, without weights."""
     from corefit.pipeline.pipeline import read
 
     checked = read(pipeline, _with_out(settings, out))
@@ -116,7 +116,7 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
 @PIPELINE
 @SET
 def prepare(pipeline: Path, settings: tuple[str, ...]) -> None:
-    """Encode the data of PIPELINE now, and print a summary of them.
+    """Encode the data of PIPELINE now, and print a summary.
 
     `corefit run` does so, too. On several GPUs: accelerate launch -m corefit prepare PIPELINE
     """
@@ -137,7 +137,7 @@ def prepare(pipeline: Path, settings: tuple[str, ...]) -> None:
     help="PNG to write [data.png in the run's folder].",
 )
 def show(pipeline: Path, settings: tuple[str, ...], out: Path | None, count: int, file: Path | None) -> None:
-    """Draw the first examples that PIPELINE trains on: decoded latents, with prompt, size and crop."""
+    """Draw the first examples that PIPELINE trains on, with prompt, size and crop."""
     from corefit.pipeline.pipeline import read
 
     checked = read(pipeline, _with_out(settings, out))
@@ -159,7 +159,7 @@ def plugins(files: tuple[Path, ...], trace: bool) -> None:
 @cli.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 def schema(files: tuple[Path, ...]) -> None:
-    """Print the JSON Schema of pipeline files, for the installed plugins and local FILES.
+    """Print the JSON Schema of pipeline files, with all installed plugins and local FILES.
 
     After `corefit schema > pipeline.schema.json`, editors complete and check a pipeline file whose first line is
     "#:schema pipeline.schema.json".
@@ -194,7 +194,7 @@ def new(kind: str, name: str, folder: Path | None) -> None:
 @cli.command(name="completion")
 @click.argument("shell", type=click.Choice(completion.SHELLS), metavar="SHELL")
 def completing(shell: str) -> None:
-    """Print a script by which SHELL (bash, zsh or fish) completes commands, pipeline files and stages.
+    """Print the script by which SHELL (bash, zsh or fish) completes commands and stages.
 
     \b
     ~/.bashrc:  eval "$(corefit completion bash)"
