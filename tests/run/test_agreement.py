@@ -1,4 +1,4 @@
-"""Ranks that differ are refused, with rank and key; what may differ between machines is not asked for."""
+"""Ranks that differ are refused, with rank and key; paths, which may differ between machines, are not compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one stage hands to the next, to the evaluator and to the results: cut any of it, and a test here fails.
+"""Everything that a stage passes to the next one, to the evaluator and to the results: a test fails if it is cut.
 
 The objective takes every weight that trains down by its learning rate in each step, so that weights tell what they
 started from; its steps and the evaluator's rewards note what they were given.
@@ -130,7 +130,7 @@ def fall(before: Weights, after: Weights) -> float:
 
 
 def brightness(pipeline: Pipeline, model: Path | None, *, lora: bool) -> torch.Tensor:
-    """What the reward `bright` says of each held-out prompt, from the files that a stage left; None is the base."""
+    """Return the scores of the reward `bright` per held-out prompt, with the weights that a stage saved; None: base."""
     backbone = pipeline.backbone.from_saved(model) if model and not lora else pipeline.backbone
     backbone.load(torch.device("cpu"), torch.float32)
     if model and lora:
@@ -143,7 +143,7 @@ def brightness(pipeline: Pipeline, model: Path | None, *, lora: bool) -> torch.T
 
 
 def rows(folder: Path, metric: str) -> dict[tuple[str, str], Any]:
-    """Of results.json, by stage and category."""
+    """Read results.json, by stage and category."""
     every = json.loads((folder / "results.json").read_text())
     return {(row["stage"], row["category"]): row for row in every if row["metric"] == metric}
 
@@ -163,7 +163,7 @@ def test_what_is_handed_on(chain, settings, first, second):
 
 
 def start(chain: Project, left: Weights) -> Weights:
-    """What the first stage starts from, of the tensors that it left: the base, or a new LoRA's zeros."""
+    """Return what the tensors that the first stage saved were before it: the base, or a new LoRA's zeros."""
     (file,) = (chain.folder / "base" / "transformer").glob("*.safetensors")
     base = load_file(file)
     zeros = {name: torch.zeros_like(t) for name, t in left.items() if ".lora_B." in name}

@@ -1,4 +1,4 @@
-"""That scores are of their own prompts, and what the evaluator keeps of its samples, pictures and clips."""
+"""Scores belong to their own prompts, and the evaluator keeps its samples, of pictures and clips."""
 
 from __future__ import annotations
 

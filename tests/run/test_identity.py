@@ -1,4 +1,4 @@
-"""What determines a stage: what changes it, what does not, and how a change is said."""
+"""Which keys and files change a stage's identity, which do not, and how messages name a change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corefit.system.files import json_digest
 
 
 def identities(file, *settings, dataset="d", precision="fp32") -> dict[str, Identity]:
-    """Of base, stages and the scores of the last."""
+    """Return the identities of base, stages and the scores of the last stage."""
     pipeline = read(file, settings)
     found = {"base": identity.of_base(pipeline)}
     for stage in pipeline.stage:

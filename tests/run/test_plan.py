@@ -1,4 +1,4 @@
-"""What a run decides: that --dry-run says what the run then does, and that a kill between any two writes is harmless.
+"""The decisions of a run: --dry-run says what the run then does, and a kill between any two writes is harmless.
 
 Training writes its checkpoints and a model, but loads and learns nothing; all else is the run itself.
 """
@@ -133,7 +133,7 @@ ANEW = {
     "evaluate soar": NEW,
     "evaluate grpo": NEW,
 }
-"""What follows where the first stage is another one."""
+"""The lines of the later stages if the first stage has changed."""
 
 
 def superseded(toy: Toy) -> set[str]:
@@ -341,7 +341,7 @@ HARMS = {
     "emptied hashes": (lambda file: swap(file, '"transformer/weights"', '"transformer/weight"'), "is damaged (its"),
     "no digest": (lambda file: swap(file, '"digest"', '"digesu"'), "is damaged (it has no digest)"),
 }
-"""What may become of done.json, and what is then said of it."""
+"""Damage to done.json, and the message about it."""
 
 
 def swap(file: Path, old: str, new: str) -> None:
