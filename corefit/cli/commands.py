@@ -1,4 +1,4 @@
-"""The command line. What a user got wrong is a message and exit status 2, never a traceback."""
+"""The command line. A user's mistake ends in a message and exit status 2, never in a traceback."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ SET = click.option(
     metavar="KEY=VALUE",
     help="Override a key, such as stage.soar.steps=100. May be given several times.",
 )
-TRACE = click.option("--trace", is_flag=True, help="Say each hook that is called, whose it is and what it gives.")
-OUT = click.option("--out", type=click.Path(path_type=Path), help="Where run folders go; runs/ beside PIPELINE.")
+TRACE = click.option("--trace", is_flag=True, help="Print each hook call: whose it is, and what it returns.")
+OUT = click.option("--out", type=click.Path(path_type=Path), help="Folder of run folders [runs/ beside PIPELINE].")
 PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
 NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "pipeline")
 """Words of corefit.plugins.kinds.KINDS, which help texts and shells would else wait for; and a pipeline."""
 LARGEST = 1e9
-"""No size of memory is this or more, in any unit."""
+"""Sizes of memory must be smaller than this number, in any unit."""
 UNITS = {"": 1 << 30, "gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
 
 
 def memory_size(text: str) -> float:
-    """Bytes of "24GiB", "24GB" or "24", which is GiB."""
+    """Return the bytes of "24GiB", "24GB" or "24", which means GiB."""
     found = re.fullmatch(r"(\d+\.?\d*) *([a-zA-Z]*)", text)
     unit = UNITS.get(found[2].lower()) if found else None
     if not found or unit is None or not 0 < float(found[1]) < LARGEST:
@@ -63,13 +63,13 @@ def cli() -> None:
     "again",
     default="",
     metavar="STAGE",
-    help="Run STAGE and those after it anew.",
+    help="Run STAGE and all stages after it anew.",
     shell_complete=completion.stages,
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done and why, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done and why, and do nothing.")
 @TRACE
 def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str, dry_run: bool, trace: bool) -> None:
-    """Run PIPELINE, or continue it: every stage in order, judged before and after.
+    """Run PIPELINE, or continue it: train its stages in order and evaluate each.
 
     On several GPUs: accelerate launch -m corefit run PIPELINE
     """
@@ -88,10 +88,15 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
 @PIPELINE
 @SET
 @OUT
-@click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes it will run on.")
-@click.option("--memory", type=memory_size, metavar="SIZE", help="Of a GPU that is not here, such as 24GiB.")
+@click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes that it will run on.")
+@click.option(
+    "--memory",
+    type=memory_size,
+    metavar="SIZE",
+    help="Memory of a GPU, such as 24GiB [this machine's].",
+)
 def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: int, memory: float | None) -> None:
-    """Find what is wrong with PIPELINE and its data, and whether it fits, without loading weights."""
+    """Check PIPELINE and its data, and whether it fits into memory, without weights."""
     from corefit.pipeline.pipeline import read
 
     checked = read(pipeline, _with_out(settings, out))
@@ -114,9 +119,9 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
 @PIPELINE
 @SET
 def prepare(pipeline: Path, settings: tuple[str, ...]) -> None:
-    """Encode the data of PIPELINE now, and say what there is.
+    """Encode the data of PIPELINE now, and print a summary.
 
-    A run does so too. On several GPUs: accelerate launch -m corefit prepare PIPELINE
+    `corefit run` does so, too. On several GPUs: accelerate launch -m corefit prepare PIPELINE
     """
     checked = _read(pipeline, settings)
     from corefit.run.prepare import prepare as preparing
@@ -128,10 +133,14 @@ def prepare(pipeline: Path, settings: tuple[str, ...]) -> None:
 @PIPELINE
 @SET
 @OUT
-@click.option("--count", default=32, show_default=True, type=click.IntRange(1), help="How many examples.")
-@click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="PNG to write; data.png of the run.")
+@click.option("--count", default=32, show_default=True, type=click.IntRange(1), help="Number of examples.")
+@click.option(
+    "--file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PNG to write [data.png in the run's folder].",
+)
 def show(pipeline: Path, settings: tuple[str, ...], out: Path | None, count: int, file: Path | None) -> None:
-    """Draw what PIPELINE's first stage will see: latents decoded, with prompt, bucket and crop."""
+    """Draw the first examples that PIPELINE trains on, with prompt, size and crop."""
     from corefit.pipeline.pipeline import read
 
     checked = read(pipeline, _with_out(settings, out))
@@ -144,7 +153,7 @@ def show(pipeline: Path, settings: tuple[str, ...], out: Path | None, count: int
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @TRACE
 def plugins(files: tuple[Path, ...], trace: bool) -> None:
-    """List who offers what, with its keys. FILES are local plugin files to include."""
+    """List all plugins with their keys and owners. FILES are local plugin files to include."""
     from corefit.plugins.listing import listing
 
     click.echo(plain(listing(_host(files, trace))))
@@ -153,10 +162,10 @@ def plugins(files: tuple[Path, ...], trace: bool) -> None:
 @cli.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 def schema(files: tuple[Path, ...]) -> None:
-    """Write the JSON Schema of pipeline files, from the installed plugins and local FILES.
+    """Print the JSON Schema of pipeline files, with all installed plugins and local FILES.
 
-    corefit schema > pipeline.schema.json, and "#:schema pipeline.schema.json" as a pipeline's first line, lets editors
-    complete and check it.
+    After `corefit schema > pipeline.schema.json`, editors complete and check a pipeline file whose first line is
+    "#:schema pipeline.schema.json".
     """
     import json
 
@@ -171,13 +180,13 @@ def schema(files: tuple[Path, ...]) -> None:
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
-    help="Where it is written; corefit-NAME, or NAME for a pipeline. It must not exist, or be empty.",
+    help="Folder to write, new or empty [corefit-NAME; for a pipeline NAME].",
 )
 def new(kind: str, name: str, folder: Path | None) -> None:
     """Write a plugin of KIND called NAME: a distribution that works as it is, with tests and CI.
 
-    KIND is objective, backbone, sampler, noise, reward or source; or pipeline: a commented pipeline file, and the
-    schema that lets editors complete it.
+    KIND is objective, backbone, sampler, noise, reward or source; or pipeline, for a commented pipeline file and the
+    schema by which editors complete it.
     """
     from corefit.cli.new import new as writing
 
@@ -188,7 +197,7 @@ def new(kind: str, name: str, folder: Path | None) -> None:
 @cli.command(name="completion")
 @click.argument("shell", type=click.Choice(completion.SHELLS), metavar="SHELL")
 def completing(shell: str) -> None:
-    """Write what lets SHELL (bash, zsh or fish) complete commands, pipeline files and stages.
+    """Print the script by which SHELL (bash, zsh or fish) completes commands and stages.
 
     \b
     ~/.bashrc:  eval "$(corefit completion bash)"
@@ -199,7 +208,7 @@ def completing(shell: str) -> None:
 
 
 def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:
-    """The checked pipeline, where all processes of a launch could read theirs."""
+    """Read and check the pipeline; if one process of a launch fails to, all of them do."""
     from corefit.pipeline.pipeline import read
     from corefit.system.ranks import all_or_none
 
@@ -209,13 +218,13 @@ def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipel
 def _host(files: tuple[Path, ...], trace: bool = False) -> Host:
     from corefit.plugins.host import Host
 
-    host = Host(trace=_traced if trace else None)
+    host = Host(trace=_print_trace if trace else None)
     for file in files:
         host.add_file(file)
     return host
 
 
-def _traced(line: str) -> None:
+def _print_trace(line: str) -> None:
     click.echo(plain(line))
 
 
@@ -224,10 +233,10 @@ def _with_out(settings: tuple[str, ...], out: Path | None) -> list[str]:
 
 
 def main() -> None:
-    """Entry point: exit status 0 done, 2 something to mend, 130 stopped."""
+    """Run the command line. Exit status: 0 done, 2 an error the user can correct, 1 a bug, 130 stopped."""
     status = _status()
-    if _several():  # one that is gone cannot be waited for, nor what is still owed to a GPU
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
+    if _is_distributed():  # a normal exit would wait for processes that are gone, and for work on the GPU
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed stream is None
             with suppress(BrokenPipeError):
                 stream.flush()
         os._exit(status)
@@ -235,18 +244,18 @@ def main() -> None:
 
 
 def _say(text: str) -> None:
-    """One line to stderr; where nobody reads it any more, the status still says how it ended."""
+    """Print a line to stderr; if its reader is gone, the exit status still tells how the command ended."""
     try:
         click.echo(plain(text), err=True)
     except BrokenPipeError:
-        _leave_pipe()
+        _mute()
 
 
-def _leave_pipe() -> None:
-    """Let nothing more go to a pipe that nobody reads: Python would complain of it on its way out."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+def _mute() -> None:
+    """Send further output to /dev/null: at exit Python would complain about a pipe without a reader."""
+    null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
-        os.dup2(nowhere, stream)
+        os.dup2(null, stream)
 
 
 def _status() -> int:
@@ -256,27 +265,27 @@ def _status() -> int:
         try:
             error.show()
         except BrokenPipeError:
-            _leave_pipe()
+            _mute()
     except (KeyboardInterrupt, click.Abort) as error:
-        if _several():
+        if _is_distributed():
             from corefit.system import signals
 
-            signals.ignore()  # a launcher may pass on to all what one of them has heard
+            signals.ignore()  # a launcher may pass on to all processes a signal that one has received
         _say("stopped; the same command continues")
         if isinstance(error, Stopped):
-            _part()
+            _leave_group()
         return 130
     except CorefitError as error:
         _say(f"error: {error}")
     except PermissionError as error:
         _say(f"error: {error.filename}: permission denied; change its mode, or name another")
     except Exception:
-        if not _several():
+        if not _is_distributed():
             raise
         traceback.print_exc()
         return 1
     else:
-        _part()
+        _leave_group()
         return status or 0
     return 2
 
@@ -293,12 +302,12 @@ def _called() -> int | None:
             raise
 
 
-def _several() -> bool:
-    """Whether this is still one of several processes."""
+def _is_distributed() -> bool:
+    """Return whether this is (still) one of several processes."""
     return "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
 
 
-def _part() -> None:
-    """All processes end together. Unless they say so, threads of torch may abort one on its way out."""
-    if _several():
+def _leave_group() -> None:
+    """Leave the process group; otherwise torch's threads may abort a process while it exits."""
+    if _is_distributed():
         sys.modules["torch.distributed"].destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a shell completes: pipeline files and stages of one. Read on every key press, so quick and silent."""
+"""Shell completion of pipeline files and stages. It runs at every press of Tab, so it is quick and prints no errors."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from click.shell_completion import CompletionItem, get_completion_class
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_COREFIT_COMPLETE"
 OTHERS = {"pyproject.toml", "ruff.toml", "taplo.toml"}
-"""TOML files that are no pipelines."""
+"""Common TOML files that are no pipelines."""
 
 
 def script(command: click.Command, shell: str) -> str:
-    """What makes `shell` (of SHELLS) ask `command` for completions."""
+    """Return the script by which `shell` (one of SHELLS) asks `command` for completions."""
     kind = get_completion_class(shell)
     assert kind is not None, "click knows all of SHELLS"
     return kind(command, {}, "corefit", VARIABLE).source()
 
 
 def pipelines(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """TOML files beginning so, also those one folder further down; any files where there are none."""
+    """Complete TOML files, also those one folder further down; any file if there are none."""
     typed = Path(incomplete)
     folder, start = (typed, "") if not incomplete or incomplete.endswith("/") else (typed.parent, typed.name)
     found = [str(file) for file in _tomls(folder, start)]
@@ -31,7 +31,7 @@ def pipelines(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 
 def stages(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of the stages of the pipeline that is named before; none where it cannot be read."""
+    """Complete the stages of the pipeline on the command line; nothing if it cannot be read."""
     # click stops at an option whose value is being typed, so PIPELINE is still among the words left over
     pipeline = ctx.params.get("pipeline") or next(iter(ctx.args), None)
     return [CompletionItem(name) for name in _stages(pipeline) if name.startswith(incomplete)]
@@ -42,8 +42,8 @@ def _tomls(folder: Path, start: str) -> Iterator[Path]:
         entries = sorted(path for path in folder.iterdir() if path.name.startswith(start))
     except OSError:
         return
-    shown = [path for path in entries if start or not path.name.startswith(".")]
-    for path in shown:
+    visible = [path for path in entries if start or not path.name.startswith(".")]
+    for path in visible:
         yield from (file for file in [path, *path.glob("*.toml")] if file.suffix == ".toml" and file.name not in OTHERS)
 
 

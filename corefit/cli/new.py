@@ -1,4 +1,4 @@
-"""`corefit new`: a complete distribution for a plugin, or a pipeline file, filled in from corefit/templates."""
+"""`corefit new`: writes a complete distribution for a plugin, or a pipeline file, from the templates."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ TEMPLATES = Path(__file__).parent / "templates"
 COMMON, PIPELINE = "common", "pipeline"
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 LONGEST = 30
-"""Characters of a name, so that no line of what is written grows too long."""
+"""Most characters of a name, so that no line of the written files is too long."""
 SCHEMA = "pipeline.schema.json"
 UNWANTED = {"__pycache__", ".ruff_cache"}
-"""What tools leave beside the templates."""
+"""Folders that tools leave beside the templates."""
 
 
 def new(kind: str, name: str, folder: Path | None = None) -> list[str]:
-    """Write a plugin of `kind` (a key of BY_WORD), or a pipeline, called `name`; what to say of it, line by line.
+    """Write a plugin of `kind` (a key of BY_WORD), or a pipeline, called `name`; return the lines to print.
 
-    folder  must not exist, or be empty; corefit-NAME by default, NAME for a pipeline
-    CorefitError for a name that cannot be one or is taken; then, and where writing fails, nothing is left behind.
+    folder  new or empty; corefit-NAME by default, NAME for a pipeline
+    Raises CorefitError for a name that is invalid or taken. Then, or if writing fails, nothing is left behind.
     """
     plain = _checked(name)
     if kind == PIPELINE:
@@ -44,12 +44,12 @@ def new(kind: str, name: str, folder: Path | None = None) -> list[str]:
     _refuse_taken(kind, plain)
     target = folder or Path(f"corefit-{_dashed(plain)}")
     _write(target, dict(_distribution(kind, plain)))
-    said = f'{target}: {BY_WORD[kind].name} {plain!r}, in corefit_{plain}.py; use = "{plain}" once it is installed'
-    return _next(said, _plugin_steps(target, plain))
+    written = f'{target}: {BY_WORD[kind].name} {plain!r}, in corefit_{plain}.py; use = "{plain}" once it is installed'
+    return _next(written, _plugin_steps(target, plain))
 
 
 def _checked(name: str) -> str:
-    """With underscores; PluginError unless it can be a module, a class and a distribution."""
+    """Return the name with underscores; PluginError if it cannot name a module, a class and a distribution."""
     plain = name.replace("-", "_")
     suggested = re.sub(r"_+", "_", re.sub(r"[^a-z0-9]", "_", plain.lower())).strip("_0123456789")
     hint = f"; {suggested!r} would do" if NAME.fullmatch(suggested) and len(suggested) <= LONGEST else ""
@@ -69,7 +69,7 @@ def _checked(name: str) -> str:
 
 
 def _refuse_taken(kind: str, plain: str) -> None:
-    """PluginError where an installed plugin or module has the name, or the template itself needs it."""
+    """Raise PluginError if an installed plugin or module has the name, or the template itself uses it."""
     offer = Host().offers[BY_WORD[kind].key].get(plain)
     if offer:
         raise PluginError(
@@ -91,7 +91,7 @@ def _refuse_taken(kind: str, plain: str) -> None:
 
 
 def _names(file: Path) -> set[str]:
-    """What a module's code calls by a plain name; words of its docstrings are none."""
+    """Return the names that a module's code imports or uses."""
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     imported = {
         alias.asname or alias.name
@@ -103,21 +103,21 @@ def _names(file: Path) -> set[str]:
 
 
 def _distribution(kind: str, plain: str) -> Iterator[tuple[str, str]]:
-    """Path in the distribution, and text, of every file."""
+    """Yield (path in the distribution, text) of every file."""
     for root in (COMMON, kind):
         for file in sorted((TEMPLATES / root).rglob("*")):
             path = file.relative_to(TEMPLATES / root)
             if file.is_file() and not UNWANTED & {*path.parts}:
-                yield _named(path.as_posix(), kind, plain), _filled(path.as_posix(), root, plain, kind)
+                yield _renamed(path.as_posix(), kind, plain), _filled(path.as_posix(), root, plain, kind)
 
 
 def _filled(path: str, root: str, plain: str, kind: str = "") -> str:
     text = (TEMPLATES / root / path).read_text(encoding="utf-8")
-    return _named(text, kind, plain)
+    return _renamed(text, kind, plain)
 
 
-def _named(text: str, kind: str, plain: str) -> str:
-    """The templates are files that work, of a plugin called plugin_name: its names give way to the real ones."""
+def _renamed(text: str, kind: str, plain: str) -> str:
+    """Replace the names in a template, which is a working plugin called plugin_name, by those of the new plugin."""
     words = {
         "plugin_name": plain,
         "plugin-name": _dashed(plain),
@@ -137,7 +137,7 @@ def _class(plain: str) -> str:
 
 
 def _versions(version: str) -> str:
-    """Releases that keep what a plugin relies on: of 0.x the next x may break it, later the next major number."""
+    """Return the range of compatible releases: up to the next minor version before 1.0, then up to the next major."""
     major, minor = (int(part) for part in version.split(".")[:2])
     return f">={major}.{minor},<{f'0.{minor + 1}' if major == 0 else major + 1}"
 
@@ -147,28 +147,28 @@ def _schema() -> str:
 
 
 def _write(target: Path, files: Mapping[str, str]) -> None:
-    """All files or none: they are made beside `target`, or inside it where it is there, and then moved."""
+    """Write all files or none: they are written beside `target` (inside it, if it exists) and then moved."""
     try:
-        there = target.is_dir()
-        if target.exists() and not (there and not any(target.iterdir())):
+        exists = target.is_dir()
+        if target.exists() and not (exists and not any(target.iterdir())):
             raise ConfigError(f"{target} exists already; nothing was written: name another folder with --folder")
         parent = target.absolute().parent
         if not parent.is_dir():
             raise ConfigError(f"{parent} is no folder; nothing was written: make it first")
-        with TemporaryDirectory(prefix=".corefit-new-", dir=target if there else parent) as place:
-            made = Path(place) / "made"
-            made.mkdir()
+        with TemporaryDirectory(prefix=".corefit-new-", dir=target if exists else parent) as place:
+            draft = Path(place) / "draft"
+            draft.mkdir()
             for path, text in files.items():
-                (made / path).parent.mkdir(parents=True, exist_ok=True)
-                (made / path).write_text(text, encoding="utf-8")
-            for each in list(made.iterdir()) if there else [made]:
-                os.replace(each, target / each.name if there else target)
+                (draft / path).parent.mkdir(parents=True, exist_ok=True)
+                (draft / path).write_text(text, encoding="utf-8")
+            for each in list(draft.iterdir()) if exists else [draft]:
+                os.replace(each, target / each.name if exists else target)
     except OSError as error:
         raise CorefitError(f"{target} cannot be written ({error.strerror or error}); nothing was written") from error
 
 
-def _next(said: str, steps: list[str]) -> list[str]:
-    return [said, "next:", *(f"  {step}" for step in steps)]
+def _next(written: str, steps: list[str]) -> list[str]:
+    return [written, "next:", *(f"  {step}" for step in steps)]
 
 
 def _plugin_steps(target: Path, plain: str) -> list[str]:

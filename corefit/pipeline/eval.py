@@ -1,4 +1,4 @@
-"""What a pipeline says of how the base and every stage are judged."""
+"""The `[eval]` table: how the base model and every stage are evaluated."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ countable: Any = [positive, validators.le(10_000)]
 
 @frozen(kw_only=True)
 class Eval:
-    """`[eval]`: of the base and after every stage."""
+    """`[eval]`: how the base model and the result of every stage are evaluated."""
 
     prompts: Path
-    """A .txt with a prompt a line, or jsonl as of the source of that name, where `category` makes a table's column."""
+    """The file of held-out prompts: a .txt with one prompt per line, or .jsonl as the source `jsonl` reads it. In
+    .jsonl, prompts with a `category` also have a column of that name in the results."""
     reward: tuple[Weighted[Reward], ...]
-    """Rewards that score what is generated."""
+    """The rewards that score the generated samples; each has its own table in the results."""
     guidance: float = field(default=4.5, validator=positive)
-    """Scale of classifier-free guidance; 1 is none."""
+    """Scale of classifier-free guidance; 1 means no guidance."""
     steps: int = field(default=40, validator=countable)
-    """Sampling steps, of Euler's method on the checkpoint's own noise levels."""
+    """Number of sampling steps of Euler's method, at the noise levels that the checkpoint's scheduler gives."""
     limit: int | None = field(default=None, validator=validators.optional(positive))
-    """Use the first so many prompts; all by default."""
+    """Use only this many prompts, the first of the file; by default all."""
     batch: int = field(default=16, validator=countable, metadata=ROUNDING)
-    """Samples a forward."""
+    """Samples per forward pass."""
     samples: int = field(default=16, validator=countable)
-    """How many of them the sample grids show."""
+    """How many prompts the sample grids show, the first of the file."""
 
     def data(self, size: tuple[int, ...]) -> Data:
-        """The prompts as prompt-only data for media of `size`."""
+        """Return the prompts as a data set without media, to be generated in `size`."""
         return Data(source=prompt_source(self.prompts), size=size)

@@ -1,4 +1,4 @@
-"""A pipeline: `read` makes one from TOML, checked; corefit.run takes it through its stages.
+"""A pipeline. `read` makes one from a TOML file and checks it; `corefit.run` runs its stages.
 
 The same classes serve in Python: Pipeline(name=..., backbone=Sd3(path=...), data=Data(...), stage=[Stage(...)]).
 """
@@ -30,34 +30,34 @@ CHOICES: Mapping[Any, Mapping[str, type]] = {Training: MODES, Training | None: M
 
 @define(kw_only=True, eq=False)
 class Pipeline:
-    """One run: a backbone, data, stages in order, and how they are judged."""
+    """One run: a backbone, data, stages in order, and how they are evaluated."""
 
     name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"))
-    """The run's folder is runs/<name>."""
+    """The run's name; its folder is runs/<name>."""
     backbone: Backbone
-    """The model: its family and where it lies."""
+    """The model: its family, and the path of its weights."""
     data: Data
-    """What stages train on."""
+    """The data that the stages train on."""
     stage: tuple[Stage, ...] = field(converter=tuple)
-    """The stages, in order; each starts from the weights that the one before left."""
+    """The stages, in order; each starts from the weights that the one before saved."""
     train: Training = field(factory=Full, metadata={TABLE: "backbone"})
-    """In TOML a key of [backbone]: which weights train, in stages that do not say so themselves."""
+    """Which weights are trainable, in stages without a `train` of their own. In TOML it is a key of `[backbone]`."""
     seed: int = 0
-    """Of all randomness: noise, order, captions, the new LoRA."""
+    """The seed of all randomness: noise, the order of examples, the choice of captions, the initial LoRA weights."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is bf16 on a GPU that has it."""
+    """Precision of the computation; `auto` is bf16 on a GPU that supports it, otherwise fp32."""
     shard: bool = False
-    """Split weights, gradients and optimizer state over the processes (FSDP2); otherwise each has all (DDP)."""
+    """Whether weights, gradients and optimizer state are split over the processes (FSDP2), or each has a copy (DDP)."""
     eval: Eval | None = None
-    """How the base and every stage are judged; nothing is judged without it."""
+    """How the base model and every stage are evaluated; without this table nothing is evaluated."""
     plugins: tuple[str, ...] = ()
-    """Local plugin files."""
+    """Python files with plugins of your own, which are loaded beside the installed plugins."""
     out: Path | None = None
-    """Where run folders go; `runs` beside the pipeline file by default."""
+    """The folder that run folders are created in; by default `runs` beside the pipeline file."""
 
     host: Host = field(init=False, factory=Host)
     folder: Path = field(init=False, factory=Path.cwd)
-    """Of the pipeline file; the cache of encoded data is kept in .corefit/ in it."""
+    """The folder of the pipeline file; its .corefit/ holds the cache of encoded data."""
 
     @property
     def run_folder(self) -> Path:
@@ -65,31 +65,31 @@ class Pipeline:
 
     @property
     def needs_media(self) -> bool:
-        """Whether a stage trains on media, or all of them on prompts alone."""
+        """Whether any stage trains on media; otherwise all train on prompts alone."""
         return any("media" in stage.objective.uses for stage in self.stage)
 
     def mode(self, stage: Stage) -> Training:
-        """Which weights a stage trains."""
+        """Return which weights are trainable in a stage."""
         return stage.train or self.train
 
     def freezes_in_half(self, stage: Stage) -> bool:
-        """Whether, under precision bf16, the weights that `stage` does not train are held in bfloat16.
+        """Return whether, under precision bf16, the weights that `stage` does not train are held in bfloat16.
 
-        Those of the base are. What full training before it has left in float32 stays so: rounded, small updates
-        would be lost.
+        The weights of the base are. Weights that full training in an earlier stage saved in float32 stay in float32,
+        because rounding would lose small updates.
         """
         before = self.stage[: [each.name for each in self.stage].index(stage.name)]
         exact = [each.save_dtype == "fp32" for each in before if isinstance(self.mode(each), Full)]
         return isinstance(self.mode(stage), Lora) and not (exact and exact[-1])
 
     def check(self) -> None:
-        """ConfigError with all that can be found wrong without loading weights."""
+        """Raise ConfigError with every problem that can be found without loading weights."""
         problems = list(self._problems())
         if problems:
             raise ConfigError("\n".join(problems))
 
     def tables(self) -> Table:
-        """Everything resolved, as `pipeline.toml` says it; read from any folder, it is the same run."""
+        """Return the pipeline as tables, with defaults and absolute paths: `pipeline.toml` of the run's folder."""
         tables = Reader(self.host, self.folder, CHOICES).tables(self)
         files = [str(self.folder / file) for file in self.plugins]
         return {**tables, "plugins": files, "out": str(self.run_folder.parent)}
@@ -105,18 +105,18 @@ class Pipeline:
         for stage in self.stage:
             yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
         yield from self._mode_problems()
-        found = [*_told("backbone", self.backbone.check)]
-        found = found or [*_told("backbone", lambda: self.backbone.latent_shape(self.data.size))]
-        yield from found or _told("data", lambda: buckets.sizes(self.data.size, self.data.aspects, self.backbone))
+        found = [*_error_of("backbone", self.backbone.check)]
+        found = found or [*_error_of("backbone", lambda: self.backbone.latent_shape(self.data.size))]
+        yield from found or _error_of("data", lambda: buckets.sizes(self.data.size, self.data.aspects, self.backbone))
         yield from self._data_problems()
         if self.eval:
             yield from self._eval_problems(self.eval)
-        there = next(folder for folder in (self.run_folder, *self.run_folder.parents) if folder.exists())
-        if not there.is_dir():
-            yield f"out: {there} is a file, and the run's folder would be {self.run_folder}; name another"
+        nearest = next(folder for folder in (self.run_folder, *self.run_folder.parents) if folder.exists())
+        if not nearest.is_dir():
+            yield f"out: {nearest} is a file, and the run's folder would be {self.run_folder}; name another"
 
     def _mode_problems(self) -> Iterator[str]:
-        """A LoRA that a stage leaves goes on in the next one, and is always saved as it is."""
+        """Refuse stages that would drop or change the LoRA of the stage before, or save a LoRA in bf16."""
         for stage in self.stage:
             if stage.save_dtype != "fp32" and isinstance(self.mode(stage), Lora):
                 yield f"stage.{stage.name}.save_dtype: a LoRA is saved in float32; remove the key"
@@ -131,17 +131,17 @@ class Pipeline:
 
     def _data_problems(self) -> Iterator[str]:
         counted: list[int | None] = []
-        yield from _told("data", lambda: counted.append(cache.check(self.data, media=self.needs_media)))
+        yield from _error_of("data", lambda: counted.append(cache.check(self.data, media=self.needs_media)))
         for stage in self.stage if counted and counted[0] else ():
             rows, group = stage.rows, stage.objective.group_size
             if rows % group == 0:
-                yield from _told(
+                yield from _error_of(
                     f"stage.{stage.name}",
                     lambda rows=rows, group=group: check_batch(counted[0] or 0, rows, group, 1, self.data.order),
                 )
 
     def _eval_problems(self, eval: Eval) -> Iterator[str]:
-        yield from _told("eval.prompts", lambda: cache.check(eval.data(self.data.size), media=False))
+        yield from _error_of("eval.prompts", lambda: cache.check(eval.data(self.data.size), media=False))
         names = [entry.name for entry in eval.reward]
         if not names:
             yield "eval.reward: name at least one reward, or remove [eval]"
@@ -150,9 +150,9 @@ class Pipeline:
 
 
 def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = None) -> Pipeline:
-    """The checked pipeline of a TOML file; `settings` override keys, as `--set` does.
+    """Read a pipeline from a TOML file and check it; `settings` override keys, as `--set` does.
 
-    Raises ConfigError, DataError, ModelError or PluginError: what is wrong, where, and what to do.
+    Raises ConfigError, DataError, ModelError or PluginError; the message says what is wrong, where, and what to do.
     """
     path = Path(path)
     tables = load(path)
@@ -176,8 +176,8 @@ def _plugin_files(tables: Table) -> Sequence[str]:
         raise ConfigError(f"plugins: {error}") from error
 
 
-def _told(where: str, attempt: Any) -> Iterator[str]:
-    """The message of what `attempt` finds wrong, with its place."""
+def _error_of(where: str, attempt: Any) -> Iterator[str]:
+    """Yield the message of the error that `attempt` raises, if it raises one, after the key `where`."""
     try:
         attempt()
     except CorefitError as error:

@@ -1,7 +1,7 @@
-"""TOML table -> attrs class (cattrs). Every config error message is here.
+"""Turns TOML tables into attrs classes (with cattrs), and its errors into messages about the file.
 
-A class's fields are its keys. `use = "name"` picks a plugin's class. Errors carry the TOML path, the near miss
-and the known keys; all problems of a file are told at once.
+The fields of a class are the keys of its table. `use = "name"` chooses a plugin's class. A message has the TOML path,
+a near miss and the known keys; all problems of a file are reported at once.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from corefit.types import ModelPath, Reward, Weighted, blame
 T = TypeVar("T")
 Table = dict[str, Any]
 LARGEST = 16 << 20
-"""Bytes of a pipeline file; more is read for minutes before it is found to be something else."""
+"""Largest size of a pipeline file in bytes: parsing a larger file, which is something else, would take minutes."""
 LONGEST_NAME, LONGEST_PATH = 255, 4000
-"""Bytes of a file's name and of a path, as file systems have them."""
+"""Limits that file systems set, in bytes: of one name, and of a whole path."""
 WHOLE = 1 << 63
-"""TOML's whole numbers are smaller, and those of arrays."""
+"""Whole numbers must be smaller than this, as in TOML and in arrays (int64)."""
 TABLE = "table"
-"""Metadata of a field whose key the file has in another table: the field that is read from that table."""
-COMPARED = re.compile(r"'(?P<key>\w+)' (?P<rule>must .+)", re.DOTALL)
-"""How validators begin: attrs' own, and those of plugins."""
+"""Metadata key of a field that the file has in another table; its value is the field that is read from that table."""
+VALIDATOR_MESSAGE = re.compile(r"'(?P<key>\w+)' (?P<rule>must .+)", re.DOTALL)
+"""The message of a validator (attrs' own, or a plugin's), which names the key first."""
 
 
 def load(path: Path) -> Table:
-    """The tables of a TOML file; ConfigError with the line where it is none."""
+    """Read a TOML file; a file that is not TOML raises ConfigError with the line."""
     try:
         if path.stat().st_size > LARGEST:
             raise ConfigError(f"{path} has more than {LARGEST >> 20} MiB and is no pipeline file; name another")
@@ -57,7 +57,7 @@ def load(path: Path) -> Table:
         raise ConfigError(f"{path} is a folder; name the pipeline file in it") from None
     except RecursionError:
         raise ConfigError(f"{path} is not valid TOML: lists or tables are inside each other too deeply") from None
-    except ValueError as error:  # of the grammar, of UTF-8, and of numbers with thousands of digits
+    except ValueError as error:  # bad TOML, bad UTF-8, and numbers with thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
@@ -70,51 +70,51 @@ def override(tables: Table, settings: Sequence[str]) -> None:
         if not equals or not all(key.strip().split(".")):
             raise ConfigError(f"--set {setting}: write KEY=VALUE, such as stage.soar.steps=100")
         try:
-            said = tomllib.loads(f"value = {text}")
+            parsed = tomllib.loads(f"value = {text}")
         except (ValueError, RecursionError):
-            said = {"value": text.strip()}
-        if said.keys() != {"value"}:
+            parsed = {"value": text.strip()}
+        if parsed.keys() != {"value"}:
             raise ConfigError(f"--set {setting!r}: it has several lines; give each key a --set of its own")
-        value = said["value"]
+        value = parsed["value"]
         *parents, last = key.strip().split(".")
         _table(tables, parents, setting)[last] = value
 
 
 def _table(tables: Table, keys: Sequence[str], setting: str) -> Table:
-    """The table that `keys` lead to; made where absent, but entries of lists (stages, rewards) must exist."""
-    here: Any = tables
+    """Return the table at the path `keys`. Missing tables are made; entries of lists (stages, rewards) must exist."""
+    found: Any = tables
     for before, key in pairwise(["", *keys]):
-        if isinstance(here, list):
-            named = _named(here)
+        if isinstance(found, list):
+            named = _by_name(found)
             if key not in named:
                 known = f"there are: {', '.join(named) or 'none'}"
                 raise ConfigError(f"--set {setting}: there is no {before} {key!r}{near(key, named)}; {known}")
-            here = named[key]
+            found = named[key]
         else:
-            here = here.setdefault(key, {})
-        if not isinstance(here, (dict, list)):
-            raise ConfigError(f"--set {setting}: {key!r} is {shown(here)}, not a table; set the whole of it")
-    if isinstance(here, list):
-        known = ", ".join(_named(here))
+            found = found.setdefault(key, {})
+        if not isinstance(found, (dict, list)):
+            raise ConfigError(f"--set {setting}: {key!r} is {shown(found)}, not a table; set the whole of it")
+    if isinstance(found, list):
+        known = ", ".join(_by_name(found))
         raise ConfigError(f"--set {setting}: say which {keys[-1]} ({known}), as in {'.'.join(keys)}.NAME.KEY=VALUE")
-    return here
+    return found
 
 
-def _named(entries: Sequence[Any]) -> Table:
-    """Tables of a list by the name they have, or by what they use."""
+def _by_name(entries: Sequence[Any]) -> Table:
+    """Return the tables of a list by their `name`, or by their `use`."""
     return {str(entry.get("name", entry.get("use"))): entry for entry in entries if isinstance(entry, dict)}
 
 
 @define(eq=False)
 class Reader:
-    """Structures tables for one pipeline: knows its plugins, and the folder its paths are relative to."""
+    """Turns tables into objects for one pipeline, with its plugins, and its folder, which paths are relative to."""
 
     host: Host
     folder: Path
     choices: Mapping[Any, Mapping[str, type]] = field(factory=dict[Any, "Mapping[str, type]"])
-    """Types whose table picks a class of corefit's own with `use`, such as full or lora training."""
+    """Types whose table chooses one of corefit's own classes with `use`, such as full or lora training."""
     _whole: type = field(init=False, default=object)
-    """The class that is read: its fields may have keys in each other's tables."""
+    """The class of the whole file, whose fields may have keys in each other's tables."""
     _converter: cattrs.Converter = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -123,15 +123,15 @@ class Reader:
             c.register_structure_hook(kind, _strict)
         c.register_structure_hook(Path, lambda value, _: self.folder / checked_path(value))
         c.register_structure_hook_func(lambda t: t is ModelPath, lambda value, _: self._model(value))
-        c.register_structure_hook_func(lambda t: get_origin(t) is Literal, _one_of)
-        c.register_structure_hook_func(lambda t: _plain(t) in BY_PROTOCOL, self._plugin)
+        c.register_structure_hook_func(lambda t: get_origin(t) is Literal, _literal)
+        c.register_structure_hook_func(lambda t: _base(t) in BY_PROTOCOL, self._plugin)
         c.register_structure_hook_func(lambda t: t in self.choices, self._choice)
         c.register_structure_hook_func(lambda t: get_origin(t) in (tuple, list, Sequence), self._list)
-        c.register_structure_hook_func(lambda t: _plain(t) is Weighted, self._weighted)
+        c.register_structure_hook_func(lambda t: _base(t) is Weighted, self._weighted)
 
     def read(self, table: Table, cls: type[T]) -> T:
-        """`table` as a `cls`; ConfigError with every problem found."""
-        self._whole, table = cls, _gathered(table, cls)
+        """Make a `cls` of `table`; ConfigError lists every problem found."""
+        self._whole, table = cls, _with_keys_moved(table, cls)
         try:
             with blame.no_exit():
                 return self._converter.structure(table, cls)
@@ -140,20 +140,20 @@ class Reader:
             raise ConfigError("\n".join(problems)) from error
 
     def tables(self, value: Any) -> Any:
-        """The inverse: plain tables with every default written out."""
+        """Return `value` as plain tables with every default written out, the inverse of `read`."""
         if isinstance(value, Weighted):
             return {**self.tables(value.value), "weight": value.weight}
         if attrs.has(type(value)):
             fields = [f for f in attrs.fields(type(value)) if f.init]
             rest = {f.name: self.tables(getattr(value, f.name)) for f in fields if getattr(value, f.name) is not None}
-            for f in elsewhere(type(value)):
+            for f in fields_of_other_tables(type(value)):
                 rest[f.metadata[TABLE]][f.name] = rest.pop(f.name)
-            return {**self._use(value), **rest}
+            return {**self._use_of(value), **rest}
         if isinstance(value, (list, tuple)):
             return [self.tables(v) for v in value]
         return str(value) if isinstance(value, Path) else value
 
-    def _use(self, value: Any) -> Table:
+    def _use_of(self, value: Any) -> Table:
         for kind, offers in self.host.offers.items():
             if any(offer.cls is type(value) for offer in offers.values()):
                 return {"use": self.host.name_of(kind, value)}
@@ -164,29 +164,29 @@ class Reader:
         return {}
 
     def _plugin(self, value: Any, target: Any) -> Any:
-        kind = BY_PROTOCOL[_plain(target)]
-        name, rest = _used(value, kind.name, self.host.offers[kind.key])
-        made = self._converter.structure(rest, self.host.get(kind.key, name))
-        contract.declared(made, kind.key)
-        return made
+        kind = BY_PROTOCOL[_base(target)]
+        name, rest = _split_use(value, kind.name, self.host.offers[kind.key])
+        plugin = self._converter.structure(rest, self.host.get(kind.key, name))
+        contract.declared(plugin, kind.key)
+        return plugin
 
     def _choice(self, value: Any, target: Any) -> Any:
         classes = self.choices[target]
-        name, rest = _used(value, "choice", classes)
+        name, rest = _split_use(value, "choice", classes)
         if name not in classes:
             raise ConfigError(f"use: {name!r} is not one of {', '.join(classes)}{near(name, classes)}")
         return self._converter.structure(rest, classes[name])
 
     def _weighted(self, value: Any, target: Any) -> Weighted[Any]:
-        """A plugin's table with a `weight` beside its own keys."""
+        """Read a plugin's table that has a `weight` beside the plugin's own keys."""
         plugin = next(iter(get_args(target)), Reward)
-        kind = BY_PROTOCOL[_plain(plugin)]
-        name, rest = _used(value, kind.name, self.host.offers[kind.key])
+        kind = BY_PROTOCOL[_base(plugin)]
+        name, rest = _split_use(value, kind.name, self.host.offers[kind.key])
         weight = _strict(rest.pop("weight", 1.0), float, "'weight' ")
         return Weighted(name, self._plugin({"use": name, **rest}, plugin), weight)
 
     def _list(self, value: Any, target: Any) -> Any:
-        """A list of as many items as the type says; text and tables are none, though Python could walk them."""
+        """Read a list of as many items as the type says. Text and tables, also iterable, are refused."""
         kinds = get_args(target)
         many = has_any_length(target)
         if not isinstance(value, (list, tuple)):
@@ -219,7 +219,7 @@ class Reader:
         return ModelPath(str(local) if local.exists() or value.startswith((".", "/")) else value)
 
     def _problems(self, error: BaseException, path: str, table: Any, kind: Any = None) -> Iterator[str]:
-        """One line for each problem in cattrs' tree of errors; `kind` is the type that the table is read as."""
+        """Yield one line for each problem in cattrs' tree of errors; `kind` is the type that the table is read as."""
         if isinstance(error, IterableValidationError):
             noted, rest = error.group_exceptions()
             for inner, note in noted:
@@ -243,11 +243,12 @@ class Reader:
             yield from self._problems(error, _dotted(path, name), _entry(table, name), note.type)
 
     def _unplaced(self, error: BaseException, path: str, table: Any, kind: Any) -> Iterator[str]:
+        """Yield the lines of an error that has no note of its place."""
         if isinstance(error, cattrs.BaseValidationError):
             yield from self._problems(error, path, table, kind)
         elif isinstance(error, ForbiddenExtraKeysError):
             own = (_dotted(f.metadata.get(TABLE, ""), f.name) for f in attrs.fields(error.cl) if f.init)
-            known = [*own, *self._beside(kind)]
+            known = [*own, *self._extra_keys(kind)]
             for extra in sorted(error.extra_fields):
                 listing = ", ".join(known) or "none"
                 yield f"{_dotted(path, extra)} is not a key{near(extra, known)}; known here: {listing}"
@@ -255,27 +256,27 @@ class Reader:
             yield f"{_dotted(path, '')}: must be a table, not {shown(table)}"
         else:
             text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-            if of_key := COMPARED.fullmatch(text):
-                path, text = _dotted(path, of_key["key"]), of_key["rule"]
+            if about_key := VALIDATOR_MESSAGE.fullmatch(text):
+                path, text = _dotted(path, about_key["key"]), about_key["rule"]
             yield f"{_dotted(path, '') or 'the pipeline'}: {text}"
 
-    def _beside(self, kind: Any) -> list[str]:
-        """Keys that a table read as `kind` has beside those of the plugin's class."""
-        if _plain(kind) is Weighted:
+    def _extra_keys(self, kind: Any) -> list[str]:
+        """Return the keys that a table of the type `kind` may have beside those of the plugin's class."""
+        if _base(kind) is Weighted:
             return ["weight"]
         tables = {f.name: f.type for f in attrs.fields(self._whole)}
-        return [f.name for f in elsewhere(self._whole) if tables[f.metadata[TABLE]] is kind]
+        return [f.name for f in fields_of_other_tables(self._whole) if tables[f.metadata[TABLE]] is kind]
 
 
-def elsewhere(cls: type) -> list[attrs.Attribute[Any]]:
-    """The fields whose keys the file has in another field's table."""
+def fields_of_other_tables(cls: type) -> list[attrs.Attribute[Any]]:
+    """Return the fields whose keys the file has in another field's table."""
     return [f for f in attrs.fields(cls) if TABLE in f.metadata]
 
 
-def _gathered(table: Table, cls: type) -> Table:
-    """The tables with every key where its class has it. ConfigError for one that the file has there itself."""
+def _with_keys_moved(table: Table, cls: type) -> Table:
+    """Return the tables with every such key moved to its own field; ConfigError if the file has the key there."""
     rest = dict(table)
-    for f in elsewhere(cls):
+    for f in fields_of_other_tables(cls):
         place = f.metadata[TABLE]
         if f.name in rest:
             raise ConfigError(f"{f.name}: is a key of [{place}]; move it there")
@@ -290,12 +291,12 @@ def has_any_length(target: Any) -> bool:
     return get_origin(target) is not tuple or get_args(target)[-1:] == (...,)
 
 
-def _plain(target: Any) -> Any:
+def _base(target: Any) -> Any:
     return get_origin(target) or target
 
 
-def _used(value: Any, what: str, known: Mapping[str, Any]) -> tuple[str, Table]:
-    """The `use` of a table and its other keys."""
+def _split_use(value: Any, what: str, known: Mapping[str, Any]) -> tuple[str, Table]:
+    """Return the `use` of a table, and its other keys."""
     if not isinstance(value, Mapping):
         raise ConfigError(f'must be a table such as {{ use = "{next(iter(known), "name")}" }}, not {shown(value)}')
     rest = dict(value)
@@ -306,25 +307,25 @@ def _used(value: Any, what: str, known: Mapping[str, Any]) -> tuple[str, Table]:
 
 
 def _strict(value: Any, target: type[T], key: str = "") -> T:
-    """A value of exactly the type that is asked for; integers also pass as floats, nan and inf as nothing."""
-    if target is float and isinstance(value, int) and not isinstance(value, bool) and _sound(value):
+    """Return a value of exactly the type `target`. Integers also pass as floats; nan and inf are refused."""
+    if target is float and isinstance(value, int) and not isinstance(value, bool) and _is_valid(value):
         return float(value)  # pyright: ignore[reportReturnType]
-    if type(value) is not target or not _sound(value):
+    if type(value) is not target or not _is_valid(value):
         wanted = "text without NUL and lone surrogates" if type(value) is str is target else _TYPE_WORDS[target]
         raise ConfigError(f"{key}must be {wanted}, not {shown(value)}")
     return value
 
 
 def checked_path(value: Any) -> str:
-    """A path that a file system can be asked for."""
+    """Return a path, unless it is longer than file systems allow."""
     text = _strict(value, str)
     if len(os.fsencode(text)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(text).parts):
         raise ConfigError(f"must be a path of at most {LONGEST_NAME} bytes a name, not {shown(text)}")
     return text
 
 
-def _sound(value: Any) -> bool:
-    """Whether a number is finite and not beyond all others, and a text can be written to a file."""
+def _is_valid(value: Any) -> bool:
+    """Return whether a number is finite and fits into 64 bits, or a text can be written to a file."""
     if isinstance(value, str):
         return "\0" not in value and is_unicode(value)
     return math.isfinite(value) if isinstance(value, float) else abs(value) < WHOLE
@@ -338,7 +339,7 @@ _TYPE_WORDS: Mapping[Any, str] = {
 }
 
 
-def _one_of(value: Any, target: Any) -> Any:
+def _literal(value: Any, target: Any) -> Any:
     choices = get_args(target)
     if value not in choices or isinstance(value, bool):
         hint = near(value, choices) if isinstance(value, str) else ""
@@ -359,7 +360,7 @@ def _entry(table: Any, key: Any) -> Any:
 
 
 def _label(entry: Any, index: Any) -> str:
-    """A stage's name where it has one, its number in the list otherwise."""
+    """Return the name of an entry of a list if it has one, otherwise its index."""
     if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
         return str(entry["name"])
     return str(index)

@@ -16,7 +16,7 @@ import attrs
 
 from corefit.pipeline.meanings import meanings
 from corefit.pipeline.pipeline import CHOICES, Pipeline
-from corefit.pipeline.reader import TABLE, Reader, elsewhere, has_any_length
+from corefit.pipeline.reader import TABLE, Reader, fields_of_other_tables, has_any_length
 from corefit.plugins.host import Host
 from corefit.plugins.kinds import BY_PROTOCOL, Kind
 from corefit.types import ModelPath, Weighted
@@ -39,7 +39,7 @@ def schema(host: Host) -> Schema:
     """The JSON Schema of a whole pipeline file, by which editors complete keys and underline mistakes."""
     writer = Writer(host)
     whole = writer.table(Pipeline)
-    for field in elsewhere(Pipeline):
+    for field in fields_of_other_tables(Pipeline):
         for table in whole["properties"][field.metadata[TABLE]]["anyOf"]:
             table["properties"][field.name] = writer.key(field, meanings(Pipeline))
     return {"$schema": DIALECT, **whole, "title": "corefit pipeline"}

@@ -1,1 +1,1 @@
-"""A run: a pipeline taken through its stages, judged and reported."""
+"""Runs a pipeline: trains its stages, evaluates them and reports the results."""

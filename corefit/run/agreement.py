@@ -1,7 +1,7 @@
-"""What all ranks of a run must have in common; where one differs, all of them end before anything is done.
+"""Checks that all ranks of a run have the same pipeline, code and versions; otherwise all of them end at once.
 
 Each process reads the pipeline and imports the plugins itself, perhaps from the disk of another machine. Ranks that
-differ would train on something that nobody asked for, or wait for each other for ever.
+differ would train on something that nobody asked for, or wait for each other forever.
 """
 
 from __future__ import annotations
@@ -23,38 +23,40 @@ if TYPE_CHECKING:
     from corefit.pipeline.pipeline import Pipeline
 
 Facts = Mapping[str, str]
-"""Key -> value, as both are shown."""
+"""What a rank has, key -> value, both as messages show them."""
 VERSIONS = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "numpy", "safetensors")
-ELSEWHERE = ("out", "plugins", "backbone.path")
-"""Keys that may differ: where files lie on a machine. What the plugins' files and the weights hold is compared."""
+PATHS = ("out", "plugins", "backbone.path")
+"""Keys that may differ because they are paths on a machine. The content of plugin files and weights is compared."""
 NAMED = 3
-"""Differences that are said; the rest is counted."""
+"""How many differences a message names; the rest is counted."""
 
 
 def check(ranks: Ranks, pipeline: Pipeline, command: str) -> None:
-    """Raise ConfigError, on all ranks, where pipeline, command, code, versions or launch of one are not the first's."""
+    """Raise ConfigError on all ranks if the pipeline, command, code, versions or launch of one differ from rank 0's."""
     mine = ranks.all_or_none(lambda: dict(_facts(ranks, pipeline, command))) if ranks.world > 1 else {}
-    refuse_unlike(ranks, mine)
+    refuse_differences(ranks, mine)
 
 
-def refuse_unlike(ranks: Ranks, mine: Facts) -> None:
-    """Raise ConfigError, on all ranks, where a value of one of them is not the first's."""
-    first, *rest = ranks.all_gather_object(mine)
-    unlike = [_said(rank, key, facts, first) for rank, facts in enumerate(rest, 1) for key in _differing(facts, first)]
-    if unlike:
-        more = f", and {len(unlike) - NAMED} more" if len(unlike) > NAMED else ""
+def refuse_differences(ranks: Ranks, mine: Facts) -> None:
+    """Raise ConfigError on all ranks if a value of one of them differs from rank 0's."""
+    rank_0, *rest = ranks.all_gather_object(mine)
+    found = [
+        _difference(rank, key, facts, rank_0) for rank, facts in enumerate(rest, 1) for key in _differing(facts, rank_0)
+    ]
+    if found:
+        more = f", and {len(found) - NAMED} more" if len(found) > NAMED else ""
         raise ConfigError(
-            f"{', '.join(unlike[:NAMED])}{more}: all processes of a run must read the same pipeline with the same "
+            f"{', '.join(found[:NAMED])}{more}: all processes of a run must read the same pipeline with the same "
             "plugins and versions; start them with one command, from one environment"
         )
 
 
-def _differing(facts: Facts, first: Facts) -> list[str]:
-    return [key for key in dict.fromkeys([*facts, *first]) if facts.get(key) != first.get(key)]
+def _differing(facts: Facts, rank_0: Facts) -> list[str]:
+    return [key for key in dict.fromkeys([*facts, *rank_0]) if facts.get(key) != rank_0.get(key)]
 
 
-def _said(rank: int, key: str, facts: Facts, first: Facts) -> str:
-    return f"rank {rank} has {key} = {facts.get(key, 'nothing')}, rank 0 has {first.get(key, 'nothing')}"
+def _difference(rank: int, key: str, facts: Facts, rank_0: Facts) -> str:
+    return f"rank {rank} has {key} = {facts.get(key, 'nothing')}, rank 0 has {rank_0.get(key, 'nothing')}"
 
 
 def _facts(ranks: Ranks, pipeline: Pipeline, command: str) -> Iterator[tuple[str, str]]:
@@ -71,8 +73,8 @@ def _facts(ranks: Ranks, pipeline: Pipeline, command: str) -> Iterator[tuple[str
 
 
 def _keys(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Keys as --set writes them, and their values: entries of a list by what they are called."""
-    if path in ELSEWHERE:
+    """Yield (key as --set writes it, value); entries of a list go by their name, or by their `use`."""
+    if path in PATHS:
         return
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         names = [str(item.get("name", item.get("use", number))) for number, item in enumerate(value)]
@@ -87,7 +89,7 @@ def _keys(path: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _portable(value: Any, folder: Path) -> Any:
-    """Paths inside the project as seen from it: it may lie elsewhere on another machine."""
+    """Make paths inside the project relative to it: on another machine it may be in another place."""
     if isinstance(value, dict):
         return {key: _portable(inner, folder) for key, inner in value.items()}
     if isinstance(value, list):
@@ -97,7 +99,7 @@ def _portable(value: Any, folder: Path) -> Any:
 
 
 def _code(pipeline: Pipeline) -> Iterator[tuple[str, str]]:
-    """("code of NAME", hash) of every plugin and of corefit itself."""
+    """Yield ("code of NAME", hash) for corefit itself and for every plugin."""
     host = pipeline.host
     yield "code of corefit", _hash(Path(corefit.__file__))
     for plugin in host.registered():
@@ -110,6 +112,6 @@ def _code(pipeline: Pipeline) -> Iterator[tuple[str, str]]:
 
 
 def _hash(file: Path) -> str:
-    """Short hash of the Python files of a package, or of the one file of a module."""
+    """Return a short hash of the Python files of a package, or of the one file of a module."""
     files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Held-out prompts, generated and scored: the same prompts from the same noise for every stage."""
+"""Evaluation: media are generated for the held-out prompts, from the same noise for every stage, and scored."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from corefit.types import Backbone, Condition, rewards
 if TYPE_CHECKING:
     from torch import Tensor
 
-KEPT = "last.safetensors"
+SAMPLES = "last.safetensors"
 
 
 @frozen(eq=False)
 class Evaluator:
-    """Generates and scores the held-out prompts; every row's noise depends on the seed and its number alone."""
+    """Generates media for the held-out prompts and scores them. The noise of a prompt depends only on seed and row."""
 
     eval: Eval
     prompts: Dataset
@@ -35,11 +35,11 @@ class Evaluator:
 
     @property
     def count(self) -> int:
-        """Prompts that are used."""
+        """The number of prompts that are used."""
         return min(len(self.prompts), self.eval.limit or len(self.prompts))
 
     def media(self, backbone: Backbone, rows: Sequence[int]) -> Tensor:
-        """Media [n, 3, H, W], of a video model [n, 3, T, H, W], in [0, 1] of prompts `rows`."""
+        """Generate media [n, 3, H, W], or clips [n, 3, T, H, W], in [0, 1] for the prompts `rows`."""
         import torch
 
         device = self.ranks.device
@@ -52,71 +52,71 @@ class Evaluator:
     def score(
         self, backbone: Backbone, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> dict[str, Any]:
-        """{"values": metric -> [n], "categories": [n]} of all prompts; every rank does its share."""
+        """Return {"values": metric -> [n], "categories": [n]} for all prompts; every rank scores its share."""
         world, rank = self.ranks.world, self.ranks.rank
         rows = range(self.count * rank // world, self.count * (rank + 1) // world)
         values: dict[str, list[float]] = {entry.name: [] for entry in self.eval.reward}
         categories: list[str] = []
-        for first in range(0, len(rows), self.eval.batch):
-            chunk = rows[first : first + self.eval.batch]
-            with memory.explain_exhaustion(f"evaluation, prompts {chunk[0] + 1} to {chunk[-1] + 1}", self._helps()):
-                batch, made = self.prompts.batch(chunk, chunk), self.media(backbone, chunk)
-                scores = {e.name: rewards.score(e, made, batch.prompts, batch.meta) for e in self.eval.reward}
+        for start in range(0, len(rows), self.eval.batch):
+            chunk = rows[start : start + self.eval.batch]
+            with memory.explain_exhaustion(f"evaluation, prompts {chunk[0] + 1} to {chunk[-1] + 1}", self._remedies()):
+                batch, media = self.prompts.batch(chunk, chunk), self.media(backbone, chunk)
+                scores = {e.name: rewards.score(e, media, batch.prompts, batch.meta) for e in self.eval.reward}
             rewards.refuse_non_finite(scores, batch.prompts)
             for name, scored in scores.items():
                 values[name] += scored.tolist()
             categories += [str(m.get("category", "")) for m in batch.meta]
             progress(len(categories), len(rows))
-        self._keep_up(backbone, len(rows))
-        parts = self.ranks.all_gather_object((values, categories))
+        self._join_forwards(backbone, len(rows))
+        gathered = self.ranks.all_gather_object((values, categories))
         return {
-            "values": {name: [v for part, _ in parts for v in part[name]] for name in values},
-            "categories": [c for _, part in parts for c in part],
+            "values": {name: [v for found, _ in gathered for v in found[name]] for name in values},
+            "categories": [c for _, found in gathered for c in found],
         }
 
-    def _keep_up(self, backbone: Backbone, done: int) -> None:
-        """Generate as often as the rank with most rows: sharded weights are gathered on all ranks, or on none."""
+    def _join_forwards(self, backbone: Backbone, done: int) -> None:
+        """Generate as often as the rank with most rows, since every forward of sharded weights needs all ranks."""
         if self.ranks.sharded:
             most = -(-self.count // self.ranks.world)
             for _ in range(-(-most // self.eval.batch) - -(-done // self.eval.batch)):
                 self.media(backbone, range(1))
 
-    def _helps(self) -> list[str]:
+    def _remedies(self) -> list[str]:
         return [f"eval.batch = {self.eval.batch // 2} (now {self.eval.batch})"] if self.eval.batch > 1 else []
 
     def samples(self, backbone: Backbone) -> tuple[Sequence[str], Tensor]:
-        """The first prompts, and what the backbone makes of them, on the CPU."""
+        """Return the first prompts, and the media that the backbone generates for them, on the CPU."""
         import torch
 
         rows = range(min(self.eval.samples, self.count))
-        firsts = rows[:: self.eval.batch]
-        made = [self.media(backbone, rows[first : first + self.eval.batch]).cpu() for first in firsts]
-        return self.prompts.batch(rows, rows).prompts, torch.cat(made)
+        starts = rows[:: self.eval.batch]
+        media = [self.media(backbone, rows[start : start + self.eval.batch]).cpu() for start in starts]
+        return self.prompts.batch(rows, rows).prompts, torch.cat(media)
 
     def keep_samples(self, samples: tuple[Sequence[str], Tensor], folder: Path) -> None:
-        """Write last.png, of clips last.webp too, and last.safetensors for `compare`: what last.png shows."""
+        """Write last.png, for clips also last.webp, and the media of last.png as last.safetensors, for `compare`."""
         from safetensors.torch import save
 
         prompts, media = samples
-        kept = save({"media": (report.shown(media) * 255).round().byte().contiguous()})
-        files.write_whole(folder / KEPT, kept)  # save_file would write for the owner alone
+        data = save({"media": (report.visible_frames(media) * 255).round().byte().contiguous()})
+        files.write_whole(folder / SAMPLES, data)  # save_file would make a file that only its owner can read
         report.grid(media, prompts, folder / "last.png")
         if media.ndim == 5:
             report.animation(media, prompts, folder / "last.webp")
 
     def compare(self, stages: Sequence[str], folders: Sequence[Path], png: Path) -> None:
-        """One row of kept samples a stage."""
+        """Draw the kept samples of all stages, a row for each."""
         from safetensors.torch import load_file
 
-        media = [load_file(folder / KEPT)["media"] / 255 for folder in folders]
-        shown = range(min(len(m) for m in media))
-        prompts = self.prompts.batch(shown, shown).prompts
-        report.comparison([(s, m[: len(shown)]) for s, m in zip(stages, media, strict=True)], prompts, png)
+        media = [load_file(folder / SAMPLES)["media"] / 255 for folder in folders]
+        rows = range(min(len(m) for m in media))
+        prompts = self.prompts.batch(rows, rows).prompts
+        report.comparison([(s, m[: len(rows)]) for s, m in zip(stages, media, strict=True)], prompts, png)
 
 
 @contextmanager
 def _empty_prompt(backbone: Backbone, empty: Condition) -> Generator[None]:
-    """Let the backbone have the prompts' own empty prompt; training goes on with that of its data, to the bit."""
+    """Give the backbone the empty prompt that was encoded with [eval], and afterwards its former one, bit for bit."""
     former, backbone.empty = backbone.empty, empty
     try:
         yield

@@ -1,4 +1,4 @@
-"""What determines weights and scores: finished ones are recognised by its hash, and a difference can be said."""
+"""What determines weights and scores: its hash tells whether finished ones are reused, its parts what has changed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from corefit.system.files import json_digest, source
 from corefit.types import ROUNDING, Weighted
 from corefit.types.stage import Stage
 
-QUIET = ("log_every", "checkpoint_every", "keep", "sample_every")
-"""Keys of a stage that change what is shown and kept, not what is learned."""
+OUTPUT_KEYS = ("log_every", "checkpoint_every", "keep", "sample_every")
+"""Keys of a stage that change its output and checkpoints, not its weights."""
 CHANGED: Mapping[str, str] = {
     "weights": "backbone weights changed",
     "dataset": "its data changed",
     "model": "its weights changed",
     "prompts": "the prompts changed",
 }
-"""What to say of a part that is a hash itself."""
-SAID = 3
-"""Differences that are named; the rest is counted."""
+"""What messages say when a part that is itself a hash has changed."""
+NAMED = 3
+"""How many differences a message names; the rest is counted."""
 
 
 @frozen
@@ -38,39 +38,39 @@ class Identity:
 
     parts: Mapping[str, Any]
     rounding: Mapping[str, Any] = field(factory=dict[str, Any], eq=False)
-    """Key -> value of what changes rounding alone, which determines nothing."""
+    """Key -> value of the keys that change rounding alone; they are not part of the hash."""
     former: Mapping[str, Any] = field(factory=dict[str, Any], eq=False)
-    """The parts as version 0.1 had them, which counted rounding among them; for what it has left."""
+    """The parts as version 0.1 had them, which included rounding; they recognize what version 0.1 has written."""
 
     @staticmethod
     def of(parts: Mapping[str, Any], rounding: Mapping[str, Any], former: Mapping[str, Any]) -> Identity:
-        """`former` are those of the parts that version 0.1 had otherwise."""
+        """Make an identity; `former` are the parts that were different in version 0.1."""
         return Identity(*json.loads(json.dumps([parts, rounding, {**parts, **former}], default=str)))
 
     @property
     def hash(self) -> str:
         return json_digest(self.parts)
 
-    def fits(self, kept: Mapping[str, Any]) -> bool:
-        """Whether done.json or scores.json is of this: what differs changes rounding alone."""
-        return kept["identity"] == (self.hash if "rounding" in kept else json_digest(self.former))
+    def matches(self, record: Mapping[str, Any]) -> bool:
+        """Return whether done.json or scores.json has this identity; keys that change rounding alone may differ."""
+        return record["identity"] == (self.hash if "rounding" in record else json_digest(self.former))
 
-    def rounded(self, former: Mapping[str, Any] | None) -> str:
-        """What changes rounding alone and is not as in the `former` rounding, if that is known; "" if nothing is."""
+    def rounding_changes(self, former: Mapping[str, Any] | None) -> str:
+        """Return what differs from the `former` rounding, if that is known, in a few words; "" if nothing does."""
         if former is None:
             return ""
         keys = [*self.rounding, *(key for key in former if key not in self.rounding)]
         return ", ".join(text for key in keys for text in _changes(key, former.get(key), self.rounding.get(key)))
 
-    def since(self, former: Mapping[str, Any]) -> str:
-        """How it differs from former parts, in a few words."""
+    def changes_since(self, former: Mapping[str, Any]) -> str:
+        """Return what differs from the former parts, in a few words."""
         found = differences(former, self.parts)
-        more = [f"and {len(found) - SAID} more"] if len(found) > SAID else []
-        return ", ".join([*found[:SAID], *more])
+        more = [f"and {len(found) - NAMED} more"] if len(found) > NAMED else []
+        return ", ".join([*found[:NAMED], *more])
 
 
 def of_base(pipeline: Pipeline) -> Identity:
-    """Of the weights that the first stage starts from."""
+    """Return what determines the weights that the first stage starts from."""
     tables, rounding, former = _tables(pipeline, pipeline.backbone, "backbone", ("path",))
     return Identity.of(
         {
@@ -84,13 +84,13 @@ def of_base(pipeline: Pipeline) -> Identity:
 
 
 def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, precision: str) -> Identity:
-    """Of a stage's weights.
+    """Return what determines a stage's weights.
 
-    before     of what it starts from
-    dataset    key of its encoded data
+    before     identity of the weights that it starts from
+    dataset    cache key of its encoded data
     precision  "fp32" or "bf16"
     """
-    tables, rounding, former = _tables(pipeline, stage, without=(*QUIET, "train"))
+    tables, rounding, former = _tables(pipeline, stage, without=(*OUTPUT_KEYS, "train"))
     if former["save_dtype"] == "fp32":
         del former["save_dtype"]  # version 0.1 had no such key
     return Identity.of(
@@ -113,7 +113,7 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
 def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str) -> Identity:
     """Return what determines the held-out scores of weights.
 
-    prompts  key of the encoded prompts
+    prompts  cache key of the encoded prompts
     held     dtype of the weights that do not train, "" where nothing is computed in bfloat16
     """
     tables, rounding, former = _tables(pipeline, pipeline.eval, "eval", ("prompts", "samples"))
@@ -133,7 +133,7 @@ def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str) ->
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What is different, a few words each; a stage that starts from something else says that alone."""
+    """Return what differs, a few words for each; if a stage starts from another one, that difference alone."""
     if old == new:
         return []
     if not old:
@@ -142,14 +142,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if origin := _origin_changes(was, now):
         return [origin]
     found = [text for name in new if name != "before" for text in _part_changes(name, old.get(name), new[name])]
-    return list(dict.fromkeys([*differences(was, now), *found])) or [_moved(old.get("code", {}), new.get("code", {}))]
+    found = list(dict.fromkeys([*differences(was, now), *found]))
+    return found or [_source_changes(old.get("code", {}), new.get("code", {}))]
 
 
 # parts
 
 
 def _origin(before: Identity, parts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A stage's name and hash; of the base all of its `parts`, so that a difference can be said."""
+    """Return a stage's name and hash; for the base all of its `parts`, so that messages can name a difference."""
     stage = before.parts.get("stage")
     return {"stage": stage["name"], "identity": json_digest(parts)} if stage else parts
 
@@ -157,9 +158,9 @@ def _origin(before: Identity, parts: Mapping[str, Any]) -> Mapping[str, Any]:
 def _tables(
     pipeline: Pipeline, value: Any, path: str = "", without: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The tables of a value that lies at `path`: of what determines results, keys that change rounding alone, and all.
+    """Return the table of a value at `path`: keys that determine results, keys that change rounding alone, and all.
 
-    without  keys of the value that are in neither
+    without  keys of the value that are left out of all three
     """
     tables = Reader(pipeline.host, pipeline.folder, CHOICES).tables(value)
     former = {key: copy.deepcopy(inner) for key, inner in tables.items() if key not in without}
@@ -168,13 +169,13 @@ def _tables(
 
 
 def _rounding(value: Any, table: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Take the keys that change rounding alone out of a table, and of those in it: 'objective.chunk' and its value."""
+    """Remove the keys that change rounding alone from a table and its inner ones; yield ('objective.chunk', value)."""
     if isinstance(value, (list, tuple)):
         for number, (item, inner) in enumerate(zip(value, table, strict=True)):  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
             label = inner.get("use", number) if isinstance(inner, dict) else number  # pyright: ignore[reportUnknownVariableType,reportUnknownMemberType]
             yield from _rounding(item, inner, f"{path}.{label}")
         return
-    if isinstance(value, Weighted):  # whose keys lie beside those of the plugin
+    if isinstance(value, Weighted):  # its keys are in the plugin's own table
         value = value.value
     for each in fields(type(value)) if has(type(value)) else ():
         if each.init and each.metadata.items() >= ROUNDING.items():
@@ -184,7 +185,7 @@ def _rounding(value: Any, table: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _code(pipeline: Pipeline, value: Any) -> dict[str, str]:
-    """Package or file -> hash of its source, for the class of `value` and of all inside it that is not corefit's."""
+    """Return package or file -> hash of its source, for `value` and what it holds, except corefit's own classes."""
     found: dict[str, str] = {}
     if isinstance(value, (list, tuple)):
         for item in value:  # pyright: ignore[reportUnknownVariableType]
@@ -201,7 +202,7 @@ def _code(pipeline: Pipeline, value: Any) -> dict[str, str]:
 
 
 def _named(pipeline: Pipeline, module: str, file: Path) -> str:
-    """The package, or a local plugin file as seen from the pipeline: a project may move as a whole."""
+    """Return the package, or a local plugin file relative to the pipeline, since a project may move as a whole."""
     local = file.resolve() in pipeline.host.files
     return os.path.relpath(file.resolve(), pipeline.folder) if local else module
 
@@ -210,7 +211,7 @@ def _named(pipeline: Pipeline, module: str, file: Path) -> str:
 
 
 def _origin_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Of the stage that a later one starts from; the base says more, as parts."""
+    """Return how the stage that a later one starts from has changed; "" for the base, whose parts are compared."""
     if old == new or "stage" not in new:
         return ""
     if old.get("stage") != new["stage"]:
@@ -222,48 +223,48 @@ def _part_changes(name: str, old: Any, new: Any) -> Iterator[str]:
     if name in CHANGED:
         yield from [CHANGED[name]] if old != new else []
     elif name == "code":
-        # one that came or went did so with a key that says it
+        # if a module was added or removed, a key has changed, too, and that is named
         both = sorted((old or {}).keys() & (new or {}).keys())
         yield from (f"code of {module} changed" for module in both if old[module] != new[module])
     else:
         yield from _changes("" if name == "stage" else name, old, new)
 
 
-def _moved(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """Where all keys are the same: a plugin of the same name comes from another package or file."""
-    came, gone = (", ".join(sorted(one.keys() - other.keys())) for one, other in ((new, old), (old, new)))
-    return f"code of {came}, formerly of {gone}" if came and gone else "what determines it changed"
+def _source_changes(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Return the change where all keys are the same: a plugin of the same name comes from another package or file."""
+    new_names, old_names = (", ".join(sorted(one.keys() - other.keys())) for one, other in ((new, old), (old, new)))
+    return f"code of {new_names}, formerly of {old_names}" if new_names and old_names else "what determines it changed"
 
 
 def _changes(path: str, old: Any, new: Any) -> Iterator[str]:
-    """'optimizer.lr 0.001 -> 0.0005' for every key under `path`."""
+    """Yield 'optimizer.lr 0.001 -> 0.0005' for every key under `path` that differs."""
     if old == new:
         return
-    if _used(old) and _used(old) == _used(new):
+    if _uses(old) and _uses(old) == _uses(new):
         old, new = _by_use(old), _by_use(new)
-    if isinstance(old, Mapping) and isinstance(new, Mapping) and _used(old) == _used(new):
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and _uses(old) == _uses(new):
         for key in (*new, *(key for key in old if key not in new)):
             yield from _changes(f"{path}.{key}".strip("."), old.get(key), new.get(key))
     else:
-        yield f"{path} {_shown(old)} -> {_shown(new)}"
+        yield f"{path} {_text(old)} -> {_text(new)}"
 
 
 def _by_use(value: Any) -> Any:
-    """A list of tables as a table of them, as their keys are written for --set."""
+    """Return a list of tables as a table by their `use`, as --set writes their keys."""
     return {item["use"]: item for item in value} if isinstance(value, Sequence) else value
 
 
-def _used(value: Any) -> Sequence[str]:
-    """What a table, or each of a list of tables, says to `use`; nothing for anything else."""
+def _uses(value: Any) -> Sequence[str]:
+    """Return the `use` of a table, or of each table in a list; an empty list for anything else."""
     if isinstance(value, Mapping):
         return [value["use"]] if "use" in value else []
     items = value if isinstance(value, list) else []
     return [item["use"] for item in items if isinstance(item, Mapping) and "use" in item]
 
 
-def _shown(value: Any) -> str:
-    """As a person reads it: a table by what it uses, long text cut."""
-    if used := _used(value):
+def _text(value: Any) -> str:
+    """Return a value as messages show it: a table by its `use`, long text cut."""
+    if used := _uses(value):
         return ", ".join(used)
     text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

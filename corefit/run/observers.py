@@ -1,4 +1,4 @@
-"""What a running stage leaves, by the hooks that anyone may use: metrics.jsonl, curves, sample grids."""
+"""corefit's own observers, a plugin like any other: they write metrics.jsonl, its curves and the sample grids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from corefit.types.stage import Stage
 
 @hookimpl
 def corefit_stage_started(stage: Stage, state: TrainState) -> None:
-    """A resumed stage forgets the lines it is about to write again."""
+    """Drop the lines of metrics.jsonl that a resumed stage will write again."""
     _log(state).truncate_after(state.step)
 
 

@@ -1,4 +1,4 @@
-"""What a run has done and what it has yet to do: decided here, for the run itself and for `corefit run --dry-run`."""
+"""Decides what of a run is done and what is still to do, for the run itself and for `corefit run --dry-run`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from attrs import define, field, frozen
 from corefit.errors import ConfigError, DataError, near
 from corefit.pipeline.pipeline import Pipeline, Stage
 from corefit.run import identity
-from corefit.run.evaluate import KEPT
+from corefit.run.evaluate import SAMPLES
 from corefit.run.identity import Identity
 from corefit.system import files
 from corefit.train import checkpoint
 
 DONE = "done.json"
 COPY = "done.copy.json"
-"""A second done.json beside the first: what a stage is must not hang on one small file."""
+"""A copy of done.json, so that damage to one small file does not lose a finished stage."""
 SCORES = "scores.json"
 FROM = "from.json"
 BASE = "base"
@@ -32,46 +32,47 @@ FORMER = (
     {"identity", "parts", "values", "categories"},
     {"stage", "left"},
 )
-"""Keys of done.json (of an interrupted and of a finished stage), scores.json and from.json before they had digests."""
+"""The keys of done.json (interrupted, finished), scores.json and from.json before these files had digests."""
 
 
 @frozen
 class Target:
-    """A folder of a run, and what its weights and scores are once it is finished."""
+    """The base model or a stage: its folder in the run, and the identities that its weights and scores are to have."""
 
     name: str
-    """The stage's, or BASE."""
+    """The stage's name, or BASE."""
     folder: Path
     weights: Identity
     scores: Identity | None
-    """None where nothing is judged."""
+    """None if nothing is evaluated."""
 
 
 @frozen
-class Choice:
-    """What becomes of what a folder holds.
+class Decision:
+    """What happens to the content of a folder.
 
-    use    it is what is wanted, and used as it is
-    aside  it is something else, and moves to superseded/ before anything is written
-    why    it is not used, in a few words
-    going  what changed that changes rounding alone, where an interrupted stage goes on with it
-    harm   what is wrong with done.json or scores.json, where a run must say so
-    kept   done.json or scores.json as it was written
+    reuse      the content is what this run would make, and is used as it is
+    supersede  the content is something else, and the folder is moved to superseded/ before anything is written
+    reason     why the content is not reused, in a few words
+    rounding   the changes with which an interrupted stage continues, because they change rounding alone
+    problem    what is wrong with done.json or scores.json, if the run must report it
+    record     the content of done.json or scores.json
     """
 
-    use: bool = False
-    aside: bool = False
-    why: str = ""
-    going: str = ""
-    harm: str = ""
-    kept: Mapping[str, Any] = field(factory=dict[str, Any])
+    reuse: bool = False
+    supersede: bool = False
+    reason: str = ""
+    rounding: str = ""
+    problem: str = ""
+    record: Mapping[str, Any] = field(factory=dict[str, Any])
 
 
 def targets(pipeline: Pipeline, dataset: str, prompts: str | None, precision: str) -> list[Target]:
-    """Of the base and of every stage.
+    """Return the targets of the base and of every stage.
 
-    dataset, prompts  keys of what is encoded; prompts None without [eval]
-    precision         "fp32" or "bf16"
+    dataset    cache key of the encoded data
+    prompts    cache key of the encoded prompts, None without [eval]
+    precision  "fp32" or "bf16"
     """
     weights = identity.of_base(pipeline)
     found = [_target(pipeline, pipeline.stage[0], 0, weights, prompts, precision)]
@@ -84,85 +85,85 @@ def targets(pipeline: Pipeline, dataset: str, prompts: str | None, precision: st
 def _target(
     pipeline: Pipeline, stage: Stage, number: int, weights: Identity, prompts: str | None, precision: str
 ) -> Target:
-    """The folder of a stage, or, of number 0, of the base, which is judged as the first stage finds it."""
+    """Return the target of a stage; number 0 is the base, which is evaluated in the dtypes of the first stage."""
     name = stage.name if number else BASE
     held = "" if precision == "fp32" else "bfloat16" if pipeline.freezes_in_half(stage) else "float32"
     scores = None if prompts is None else identity.of_scores(pipeline, weights, prompts, held)
     return Target(name, pipeline.run_folder / f"{number:02d}-{name}", weights, scores)
 
 
-def training(target: Target, again: Again) -> Choice:
-    """Whether a stage is used as it is, goes on from its newest checkpoint, or is trained anew."""
+def decide_training(target: Target, rerun: Rerun) -> Decision:
+    """Decide whether a stage is reused, continues from its newest checkpoint, or is trained anew."""
     folder = target.folder
     if _untouched(folder):
-        return Choice(why="not trained yet")
-    kept, harm = _noted(target)
-    if folder.name in again.left:
-        return Choice(aside=True, why=f"--from {again.stage}")
-    if not kept:
-        return Choice(aside=True, why=harm, harm=harm)
-    if not target.weights.fits(kept):
-        return Choice(aside=True, why=target.weights.since(kept["parts"]), harm=harm)
-    rounded = target.weights.rounded(kept.get("rounding"))
-    going = f"with {rounded}, which changes rounding alone" if rounded else ""
-    if not kept["finished"]:
-        return Choice(why=harm or "it was interrupted", going=going, harm=harm)
-    changed = damage(folder / MODEL, kept["model"])
-    return Choice(use=not changed, why=changed, going=going, harm=harm, kept=kept)
+        return Decision(reason="not trained yet")
+    record, problem = _recorded(target)
+    if folder.name in rerun.pending:
+        return Decision(supersede=True, reason=f"--from {rerun.stage}")
+    if not record:
+        return Decision(supersede=True, reason=problem, problem=problem)
+    if not target.weights.matches(record):
+        return Decision(supersede=True, reason=target.weights.changes_since(record["parts"]), problem=problem)
+    changed = target.weights.rounding_changes(record.get("rounding"))
+    rounding = f"with {changed}, which changes rounding alone" if changed else ""
+    if not record["finished"]:
+        return Decision(reason=problem or "it was interrupted", rounding=rounding, problem=problem)
+    damaged = damage(folder / MODEL, record["model"])
+    return Decision(reuse=not damaged, reason=damaged, rounding=rounding, problem=problem, record=record)
 
 
-def _noted(target: Target) -> tuple[Mapping[str, Any], str]:
-    """What done.json says, and what is wrong with the file; then its copy says it, or the newest checkpoint does."""
-    kept, harm = read(target.folder / DONE)
-    if not harm:
-        return kept, ""
+def _recorded(target: Target) -> tuple[Mapping[str, Any], str]:
+    """Return the content of done.json and "", or that of its copy or newest checkpoint and what is wrong with it."""
+    record, problem = read(target.folder / DONE)
+    if not problem:
+        return record, ""
     if copy := read(target.folder / COPY)[0]:
-        return copy, harm
+        return copy, problem
     newest, _ = checkpoint.latest(target.folder / "checkpoints")
     if newest and newest.info.get("identity") == target.weights.hash:
-        return {"identity": target.weights.hash, "finished": False, "rounding": target.weights.rounding}, harm
-    return {}, harm
+        return {"identity": target.weights.hash, "finished": False, "rounding": target.weights.rounding}, problem
+    return {}, problem
 
 
-def note(target: Target, said: Mapping[str, Any]) -> None:
-    """Write done.json of a stage's folder, and its copy: whose weights these are, and what is `said` of them."""
-    for name in (COPY, DONE):  # a kill in between leaves a stage that is not finished, and is finished once more
-        whose = {"parts": target.weights.parts, "rounding": target.weights.rounding}
-        files.write_json(target.folder / name, {**whose, **said, "identity": target.weights.hash})
+def write_done(target: Target, status: Mapping[str, Any]) -> None:
+    """Write done.json of a stage and its copy: the identity of its weights, and their `status`."""
+    for name in (COPY, DONE):  # after a kill in between, done.json says unfinished, and the stage is finished again
+        identity = {"parts": target.weights.parts, "rounding": target.weights.rounding}
+        files.write_json(target.folder / name, {**identity, **status, "identity": target.weights.hash})
 
 
-def judging(target: Target, *, emptied: bool = False) -> Choice:
-    """Whether the held-out scores in a folder are used; `emptied` where its stage moves aside first."""
-    assert target.scores is not None, "without [eval] nothing is judged"
+def decide_evaluation(target: Target, *, superseded: bool = False) -> Decision:
+    """Decide whether the held-out scores in a folder are reused; `superseded` if the folder is moved away first."""
+    assert target.scores is not None, "without [eval] nothing is evaluated"
     file = target.folder / SCORES
-    if emptied or not file.exists():
-        return Choice(why="not judged yet")
-    kept, harm = read(file)
-    if harm:
-        return Choice(why=harm, harm=harm)
-    if not target.scores.fits(kept):
-        return Choice(why=target.scores.since(kept["parts"]))
-    samples = target.folder / "samples" / KEPT
+    if superseded or not file.exists():
+        return Decision(reason="not evaluated yet")
+    record, problem = read(file)
+    if problem:
+        return Decision(reason=problem, problem=problem)
+    if not target.scores.matches(record):
+        return Decision(reason=target.scores.changes_since(record["parts"]))
+    samples = target.folder / "samples" / SAMPLES
     if not samples.is_file():
-        return Choice(why="its samples are missing")
-    harmed = "samples" in kept and _hash(samples) != kept["samples"]
-    why = f"samples/{KEPT} is damaged: its sha256 is not the one in {SCORES}" if harmed else ""
-    return Choice(use=not harmed, why=why, harm=why, kept=kept)
+        return Decision(reason="its samples are missing")
+    intact = "samples" not in record or _hash(samples) == record["samples"]
+    problem = "" if intact else f"samples/{SAMPLES} is damaged: its sha256 is not the one in {SCORES}"
+    return Decision(reuse=intact, reason=problem, problem=problem, record=record)
 
 
-def put_aside(folder: Path) -> Path:
-    """Move a stage's folder to superseded/, under its name and a number; where it is then."""
-    aside = folder.parent / SUPERSEDED
-    aside.mkdir(exist_ok=True)
-    free = next(to for n in count(1) if not (to := aside / f"{folder.name}-{n}").exists())
-    folder.rename(free)
-    for changed in (aside, folder.parent):
+def supersede(folder: Path) -> Path:
+    """Move a stage's folder to superseded/, under its name and a free number, and return its new path."""
+    parent = folder.parent / SUPERSEDED
+    parent.mkdir(exist_ok=True)
+    path = next(path for n in count(1) if not (path := parent / f"{folder.name}-{n}").exists())
+    folder.rename(path)
+    for changed in (parent, folder.parent):
         files.sync(changed)
-    return free
+    return path
 
 
 def _untouched(folder: Path) -> bool:
-    """Nothing is there, or only what a kill left of the first files."""
+    """Return whether the folder is missing, or has only the first files that a killed run was writing."""
     return not folder.exists() or all(f.name == COPY or f.name.endswith(".part") for f in folder.iterdir())
 
 
@@ -170,62 +171,62 @@ def _untouched(folder: Path) -> bool:
 
 
 @define
-class Again:
-    """`run --from STAGE`, in from.json of the run's folder until the run ends, so that a killed one goes on.
+class Rerun:
+    """`run --from STAGE`. It is kept in from.json of the run's folder until the run ends, so that a killed run resumes.
 
-    stage  as it was asked for; "" where nothing was
-    left   names of the folders that have yet to move aside
+    stage    the STAGE of --from; "" without the option
+    pending  names of the folders that still have to be moved to superseded/
     """
 
     file: Path
     stage: str = ""
-    left: tuple[str, ...] = ()
+    pending: tuple[str, ...] = ()
 
     @staticmethod
-    def of(pipeline: Pipeline, stage: str = "") -> Again:
-        """What was begun before, with what is asked for now; asking for the same goes on with it."""
+    def load(pipeline: Pipeline, stage: str = "") -> Rerun:
+        """Join what an interrupted run has pending to the `stage` given now; the same stage continues that run."""
         file = pipeline.run_folder / FROM
-        found = Again(file)
+        interrupted = Rerun(file)
         if file.exists():
-            kept, harm = read(file)
-            if harm and not stage:
+            record, problem = read(file)
+            if problem and not stage:
                 raise DataError(
-                    f"{file}: {harm}. It said which stages were to run again: say so once more, with --from STAGE; "
+                    f"{file}: {problem}. It recorded which stages were to run again: give --from STAGE again; "
                     "where none is, move the file away"
                 )
-            if harm:
-                return Again(file, stage, _folders(pipeline, stage))
-            found = Again(file, kept["stage"], tuple(kept["left"]))
-        if stage in ("", found.stage):
-            return found
-        return Again(file, stage, _folders(pipeline, stage, found.left))
+            if problem:
+                return Rerun(file, stage, _folders_from(pipeline, stage))
+            interrupted = Rerun(file, record["stage"], tuple(record["left"]))
+        if stage in ("", interrupted.stage):
+            return interrupted
+        return Rerun(file, stage, _folders_from(pipeline, stage, interrupted.pending))
 
-    def keep(self) -> None:
-        """Write it, if there is anything to go on with."""
+    def write(self) -> None:
+        """Write from.json, if --from was given."""
         if self.stage:
-            files.write_json(self.file, {"stage": self.stage, "left": self.left})
+            files.write_json(self.file, {"stage": self.stage, "left": self.pending})
 
-    def moved(self, name: str) -> None:
-        """A folder has moved aside, or was never there."""
-        if name in self.left:
-            self.left = tuple(other for other in self.left if other != name)
-            self.keep()
+    def folder_moved(self, name: str) -> None:
+        """Record that a folder has been moved, or did not exist."""
+        if name in self.pending:
+            self.pending = tuple(other for other in self.pending if other != name)
+            self.write()
 
-    def end(self) -> None:
-        """The run has ended, and nothing is left to do: the next --from is a new one."""
+    def finish(self) -> None:
+        """Remove from.json at the end of the run, so that the next --from starts anew."""
         self.file.with_name(f".{FROM}.part").unlink(missing_ok=True)
         self.file.unlink(missing_ok=True)
 
 
-def _folders(pipeline: Pipeline, stage: str, also: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of the folders of a stage and of those after it, and which of `also` come before."""
+def _folders_from(pipeline: Pipeline, stage: str, also: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the folder names of a stage and of all after it, and of the stages before it those in `also`."""
     names = [f"{number:02d}-{s.name}" for number, s in enumerate(pipeline.stage, 1)]
-    first = [s.name for s in pipeline.stage].index(stage)
-    return tuple(name for number, name in enumerate(names) if number >= first or name in also)
+    start = [s.name for s in pipeline.stage].index(stage)
+    return tuple(name for number, name in enumerate(names) if number >= start or name in also)
 
 
 def check_stage(pipeline: Pipeline, name: str) -> None:
-    """ConfigError where the pipeline has no stage `name`; "" is none."""
+    """Raise ConfigError if the pipeline has no stage `name`; "" means that none was given."""
     names = [stage.name for stage in pipeline.stage]
     if name and name not in names:
         raise ConfigError(
@@ -233,42 +234,42 @@ def check_stage(pipeline: Pipeline, name: str) -> None:
         )
 
 
-# the dry listing
+# --dry-run
 
 
-def listing(pipeline: Pipeline, found: Sequence[Target], again: Again, prompts: int) -> Iterator[tuple[str, str]]:
-    """(what, what would happen and why) of base and stages, in order; `prompts` are those that are judged."""
+def listing(pipeline: Pipeline, found: Sequence[Target], rerun: Rerun, prompts: int) -> Iterator[tuple[str, str]]:
+    """Yield (what, what a run would do and why) for base and stages; `prompts` is the number of held-out prompts."""
     base, *stages = found
-    yield from _judged(base, prompts)
+    yield from _evaluation_line(base, prompts)
     for stage, target in zip(pipeline.stage, stages, strict=True):
-        choice = training(target, again)
-        yield target.folder.name, _trained(stage, target.folder, choice)
-        yield from _judged(target, prompts, emptied=choice.aside)
+        decision = decide_training(target, rerun)
+        yield target.folder.name, _training_line(stage, target.folder, decision)
+        yield from _evaluation_line(target, prompts, superseded=decision.supersede)
 
 
-def _judged(target: Target, prompts: int, *, emptied: bool = False) -> Iterator[tuple[str, str]]:
+def _evaluation_line(target: Target, prompts: int, *, superseded: bool = False) -> Iterator[tuple[str, str]]:
     if target.scores is not None:
-        choice = judging(target, emptied=emptied)
-        said = "judged before" if choice.use else f"on {counted(prompts, 'held-out prompt')}: {choice.why}"
-        yield f"judge {target.name}", said
+        decision = decide_evaluation(target, superseded=superseded)
+        todo = f"on {counted(prompts, 'held-out prompt')}: {decision.reason}"
+        yield f"evaluate {target.name}", "evaluated before" if decision.reuse else todo
 
 
-def _trained(stage: Stage, folder: Path, choice: Choice) -> str:
+def _training_line(stage: Stage, folder: Path, decision: Decision) -> str:
     steps = counted(stage.steps, "step")
-    if choice.use:
-        return f"use as it is: finished, {steps}{f'; {choice.harm}, its copy is not' if choice.harm else ''}"
-    if choice.aside:
-        return f"train {steps}: {choice.why} (the former one goes to {SUPERSEDED}/)"
+    if decision.reuse:
+        return f"use as it is: finished, {steps}{f'; {decision.problem}, its copy is not' if decision.problem else ''}"
+    if decision.supersede:
+        return f"train {steps}: {decision.reason} (the former one goes to {SUPERSEDED}/)"
     newest, damaged = checkpoint.latest(folder / "checkpoints")
-    past = f", {choice.going}" if choice.going else ""
-    past += f"; {counted(len(damaged), 'newer checkpoint')} damaged" if damaged else ""
+    details = f", {decision.rounding}" if decision.rounding else ""
+    details += f"; {counted(len(damaged), 'newer checkpoint')} damaged" if damaged else ""
     if newest is None:
-        return f"train {steps}: {choice.why}{past}"
-    return f"go on from step {newest.step} of {stage.steps}: {choice.why}{past}"
+        return f"train {steps}: {decision.reason}{details}"
+    return f"go on from step {newest.step} of {stage.steps}: {decision.reason}{details}"
 
 
 def counted(n: int, noun: str) -> str:
-    """'1 step', '2 steps'."""
+    """Return '1 step', '2 steps'."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
@@ -276,7 +277,7 @@ def counted(n: int, noun: str) -> str:
 
 
 def read(file: Path) -> tuple[dict[str, Any], str]:
-    """The content of done.json, scores.json or from.json, and what is wrong with the file; one of the two is empty."""
+    """Return the content of done.json, scores.json or from.json, and what is wrong with it; one of the two is empty."""
     try:
         return files.read_json(file, _is_former), ""
     except FileNotFoundError:
@@ -286,7 +287,7 @@ def read(file: Path) -> tuple[dict[str, Any], str]:
 
 
 def _is_former(content: Mapping[str, Any]) -> bool:
-    """Whether it is a whole file of a corefit that wrote no digests; what an identity is of proves the identity."""
+    """Return whether a file without a digest is a whole file of an older corefit; the hash of its parts is checked."""
     whole = set(content) in FORMER and content.get("finished", False) == ("model" in content)
     if "left" in content:
         names = [content["stage"], *content["left"]] if isinstance(content["left"], list) else [None]
@@ -295,13 +296,13 @@ def _is_former(content: Mapping[str, Any]) -> bool:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Relative name -> sha256 of every file."""
+    """Return relative name -> sha256 for every file of a folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): _hash(file) for file in files}
 
 
 def damage(folder: Path, expected: Mapping[str, str]) -> str:
-    """Which of the `hashes` does not hold any more, in a few words, or nothing. Reads all files, once a process."""
+    """Say which file is missing or has another hash than `expected`, or "". Each file is read once per process."""
     for name, digest in expected.items():
         file = folder / name
         if not file.is_file():
@@ -318,7 +319,7 @@ def _hash(file: Path) -> str:
 
 @frozen
 class _Version:
-    """What a file holds while it is not written to; hard links to it are the same."""
+    """Identifies the content of a file until it is written to; hard links to one file are equal."""
 
     device: int
     inode: int

@@ -1,4 +1,4 @@
-"""Data and prompts of a pipeline, encoded: for a run, for a look, or once and for all."""
+"""Encodes the data and prompts of a pipeline, for `corefit run`, `show` and `prepare`, or finds them in the cache."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from corefit.system.signals import ECHO, Signals
 
 
 def prepare(pipeline: Pipeline, display: Display | None = None) -> Dataset:
-    """What `corefit prepare` does: encode what is not encoded, and say what there is. Every rank takes its share."""
+    """Run `corefit prepare`: encode what is not in the cache yet, and print a summary. Every rank encodes its share."""
     ranks = join(pipeline.precision, shard=pipeline.shard)
-    shown = display or Display.on(ranks.main)
-    with Signals(shown.print, ECHO).handled():
+    display = display or Display.on(ranks.main)
+    with Signals(display.print, ECHO).handled():
         agreement.check(ranks, pipeline, "prepare")
-        with shown, ranks.share_failures(root(pipeline)), files.explain_write_errors(root(pipeline)):
-            dataset, _ = encoded(pipeline, ranks, shown)
+        with display, ranks.share_failures(root(pipeline)), files.explain_write_errors(root(pipeline)):
+            dataset, _ = encode(pipeline, ranks, display)
     for line in summary(dataset):
-        shown.print(line)
+        display.print(line)
     return dataset
 
 
-def encoded(pipeline: Pipeline, ranks: Ranks, display: Display) -> tuple[Dataset, Dataset | None]:
-    """Data, and the prompts of [eval]: from the cache, or into it now. Text encoders and VAE are released."""
+def encode(pipeline: Pipeline, ranks: Ranks, display: Display) -> tuple[Dataset, Dataset | None]:
+    """Return the data and the prompts of [eval], encoded now if not cached. Releases text encoders and VAE."""
     pipeline.backbone.place(ranks.device, text_dtype(ranks))
-    dataset = _encoded(pipeline, pipeline.data, ranks, display, "encoding data")
-    prompts = pipeline.eval and _encoded(
+    dataset = _encode(pipeline, pipeline.data, ranks, display, "encoding data")
+    prompts = pipeline.eval and _encode(
         pipeline, pipeline.eval.data(pipeline.data.size), ranks, display, "encoding prompts", media=False
     )
     pipeline.backbone.release()
     return dataset, prompts
 
 
-def _encoded(
+def _encode(
     pipeline: Pipeline, data: Data, ranks: Ranks, display: Display, title: str, *, media: bool | None = None
 ) -> Dataset:
     wanted = pipeline.needs_media if media is None else media
@@ -53,24 +53,24 @@ def _encoded(
     return Dataset.open(folder, keep=data.filter, rebuildable=True)
 
 
-def survey(pipeline: Pipeline, data: Any, *, media: bool) -> tuple[str, int, str]:
-    """The key that `encoded` finds data by, how many examples there are, and what it would do; nothing is written.
+def preview(pipeline: Pipeline, data: Any, *, media: bool) -> tuple[str, int, str]:
+    """Return the cache key of the data, how many examples there are, and what `encode` would do; write nothing.
 
-    After `place` of the backbone.
+    The backbone must have been placed: the key depends on its dtype.
     """
     if data.encoded:
         found = cache.open_encoded(data, pipeline.backbone, root(pipeline), media=media)
         return found.key, len(found), f"{counted(len(found), 'example')}, encoded before"
     count = cache.check(data, media=media) or 0
     key = cache.key(data, pipeline.backbone, root(pipeline), media=media)
-    there = cache.exists(data, pipeline.backbone, root(pipeline), media=media)
-    kept = f", of which {data.keep!r} keeps some" if data.keep else ""
-    said = f"{counted(count, 'example')}{kept}{', cached' if there else ' to encode'}"
-    return filtered_key(key, data.filter), count, said
+    cached = cache.exists(data, pipeline.backbone, root(pipeline), media=media)
+    filtered = f", of which {data.keep!r} keeps some" if data.keep else ""
+    text = f"{counted(count, 'example')}{filtered}{', cached' if cached else ' to encode'}"
+    return filtered_key(key, data.filter), count, text
 
 
 def summary(dataset: Dataset) -> Iterator[str]:
-    """What there is, a line each: examples, buckets, size, and by which values examples were kept."""
+    """Yield lines on a data set: how many examples, their size, the buckets, and the values that `keep` filters by."""
     manifest = dataset.manifest
     size = sum(shard.raw_data.bytes for shard in dataset.shards.shards)
     left_out = [f"{manifest.skipped} unreadable and left out"] if manifest.skipped else []
@@ -87,22 +87,22 @@ def summary(dataset: Dataset) -> Iterator[str]:
 
 
 def root(pipeline: Pipeline) -> Path:
-    """Where encoded data are kept."""
+    """Return the folder of the cache of encoded data."""
     return pipeline.folder / ".corefit" / "cache"
 
 
 def precision(ranks: Ranks) -> str:
-    """Of arithmetic: "bf16" or "fp32"."""
+    """Return the precision of the computation: "bf16" or "fp32"."""
     return "bf16" if ranks.accelerator.mixed_precision == "bf16" else "fp32"
 
 
 def text_dtype(ranks: Ranks) -> Any:
-    """One precision for text in all stages and evaluation, whatever they train."""
+    """Return the dtype of text encoders: the same for all stages and evaluation, whatever they train."""
     import torch
 
     return torch.bfloat16 if precision(ranks) == "bf16" else torch.float32
 
 
 def counted(number: int, what: str) -> str:
-    """'1 example', '2 examples'."""
+    """Return '1 example', '2 examples'."""
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Take a pipeline through its stages: encode, judge the base, then train, save and judge stage after stage."""
+"""Runs a pipeline: encode the data, evaluate the base, then train, save and evaluate stage after stage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from corefit.data.dataset import Dataset
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Lora, Pipeline, Stage
 from corefit.run import agreement, plan, report
-from corefit.run.evaluate import KEPT, Evaluator
-from corefit.run.plan import MODEL, SCORES, Again, Target
-from corefit.run.prepare import encoded, precision, survey, text_dtype
+from corefit.run.evaluate import SAMPLES, Evaluator
+from corefit.run.plan import MODEL, SCORES, Rerun, Target
+from corefit.run.prepare import encode, precision, preview, text_dtype
 from corefit.system import files, memory
 from corefit.system.display import Advance, Display
 from corefit.system.ranks import Ranks, join
@@ -30,47 +30,47 @@ T = TypeVar("T")
 
 
 def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") -> Path:
-    """Run what is not finished; the run's folder. Raises CorefitError, and Stopped after a signal.
+    """Run the stages that are not finished, and return the run's folder. Raises CorefitError; Stopped after a signal.
 
-    again  a stage that is run anew with those after it, also where they are finished
+    again  the STAGE of `--from`: it and the stages after it are run anew, even if they are finished
     """
     ranks = join(pipeline.precision, shard=pipeline.shard)
     ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
-    shown = display or Display.on(ranks.main)
-    signals = Signals(shown.print, ECHO if ranks.world > 1 else 0.0)
+    display = display or Display.on(ranks.main)
+    signals = Signals(display.print, ECHO if ranks.world > 1 else 0.0)
     folder = pipeline.run_folder
     with signals.handled():
         agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
         with (
             _locked(folder, ranks),
-            shown,
+            display,
             ranks.share_failures(folder),
             blame.no_exit(),
             files.explain_write_errors(folder),
         ):
-            Run(pipeline, ranks, shown, signals, Again.of(pipeline, again)).all()
+            Run(pipeline, ranks, display, signals, Rerun.load(pipeline, again)).execute()
     return pipeline.run_folder
 
 
 def dry_run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") -> None:
-    """Say what `run` would do and why, a line each; nothing is written, no weights are loaded."""
+    """Print what `run` would do and why, a line for each step; nothing is written, no weights are loaded."""
     plan.check_stage(pipeline, again)
     ranks = join(pipeline.precision, shard=pipeline.shard)
-    shown = display or Display.on(ranks.main)
-    lines = list(_foreseen(pipeline, ranks, Again.of(pipeline, again)))
+    display = display or Display.on(ranks.main)
+    lines = list(_dry_run_lines(pipeline, ranks, Rerun.load(pipeline, again)))
     width = max(len(name) for name, _ in lines)
     for name, what in lines:
-        shown.print(f"{name:{width}}  {what}")
+        display.print(f"{name:{width}}  {what}")
 
 
 @frozen
 class Weights:
-    """Where a stage's start is: a folder of weights, and a LoRA on top of it."""
+    """The weights that a stage starts from, or leaves: those of a backbone, and perhaps a LoRA on top of them."""
 
     backbone: Backbone
     adapter: Path | None
     half: bool
-    """Whether those of the folder are held in bfloat16, in training and so when they are judged."""
+    """Whether the backbone's weights are held in bfloat16, in training and therefore in evaluation."""
 
 
 @define(eq=False)
@@ -81,9 +81,9 @@ class Run:
     ranks: Ranks
     display: Display
     signals: Signals
-    again: Again
+    rerun: Rerun
     dataset: Dataset = field(init=False)
-    judge: Evaluator | None = field(init=False, default=None)
+    evaluator: Evaluator | None = field(init=False, default=None)
     scores: list[report.Scores] = field(init=False, factory=list[report.Scores])
 
     @property
@@ -94,24 +94,24 @@ class Run:
     def main(self) -> bool:
         return self.ranks.main
 
-    def all(self) -> None:
-        """The whole run."""
+    def execute(self) -> None:
+        """Run the whole pipeline."""
         if self.main:
             self._write_pipeline()
         self._refuse_too_large()
         self._encode()
-        prompts = self.judge and self.judge.prompts.manifest.key
+        prompts = self.evaluator and self.evaluator.prompts.manifest.key
         base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
-        agreement.refuse_unlike(self.ranks, {"weights of the base": base.weights.hash[:12]})
+        agreement.refuse_differences(self.ranks, {"weights of the base": base.weights.hash[:12]})
         start = Weights(self.pipeline.backbone, None, self._half(self.pipeline.stage[0]))
-        self._judge(base, start, Cost(0, 0, 0))
+        self._evaluate(base, start, Cost(0, 0, 0))
         if self.main:
-            self.again.keep()
+            self.rerun.write()
         for stage, target in zip(self.pipeline.stage, targets, strict=True):
-            start = self._stage(stage, target, start)
+            start = self._run_stage(stage, target, start)
         if self.main:
             self._report([base, *targets])
-            self.again.end()
+            self.rerun.finish()
 
     def _refuse_too_large(self) -> None:
         device, world = estimate.Device.here(), self.ranks.world
@@ -122,74 +122,75 @@ class Run:
         import tomli_w
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = tomli_w.dumps(_plain(self.pipeline.tables()))
+        text = tomli_w.dumps(_for_toml(self.pipeline.tables()))
         files.write_whole(self.folder / "pipeline.toml", text.encode())
 
     def _encode(self) -> None:
-        """Latents and conditions of data and prompts: from the cache, or into it now."""
-        self.dataset, prompts = encoded(self.pipeline, self.ranks, self.display)
+        """Encode data and prompts into latents and conditions, or find them in the cache."""
+        self.dataset, prompts = encode(self.pipeline, self.ranks, self.display)
         if prompts and self.pipeline.eval:
-            self.judge = Evaluator(self.pipeline.eval, prompts, self.pipeline.seed, self.ranks)
+            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.pipeline.seed, self.ranks)
 
-    def _stage(self, stage: Stage, target: Target, before: Weights) -> Weights:
-        """Train a stage unless it is finished, and judge it; the weights it leaves."""
-        choice = self.ranks.from_main(lambda: plan.training(target, self.again))
-        if choice.use:
+    def _run_stage(self, stage: Stage, target: Target, before: Weights) -> Weights:
+        """Train a stage unless it is finished, evaluate it, and return the weights that it leaves."""
+        decision = self.ranks.from_main(lambda: plan.decide_training(target, self.rerun))
+        if decision.reuse:
             self.display.print(f"{stage.name}: finished before, used as it is")
-            self._mend(target, choice)
-            cost = Cost(**choice.kept["cost"])
+            self._restore_done(target, decision)
+            cost = Cost(**decision.record["cost"])
         else:
             if self.main:
-                self._claim(target, choice)
+                self._prepare_folder(target, decision)
             self.ranks.barrier()
             cost = self._train(stage, target, before)
             if self.main:
-                files = plan.hashes(target.folder / MODEL)
-                plan.note(target, {"finished": True, "cost": attrs.asdict(cost), "model": files})
-        after = self._left(stage, target.folder / MODEL, before)
-        self._judge(target, after, cost)
+                hashes = plan.hashes(target.folder / MODEL)
+                plan.write_done(target, {"finished": True, "cost": attrs.asdict(cost), "model": hashes})
+        after = self._weights_after(stage, target.folder / MODEL, before)
+        self._evaluate(target, after, cost)
         return after
 
     def _half(self, stage: Stage) -> bool:
-        """Whether a stage holds the weights that it does not train in bfloat16."""
+        """Return whether a stage holds the weights that it does not train in bfloat16."""
         return precision(self.ranks) == "bf16" and self.pipeline.freezes_in_half(stage)
 
-    def _left(self, stage: Stage, model: Path, before: Weights) -> Weights:
+    def _weights_after(self, stage: Stage, model: Path, before: Weights) -> Weights:
         if isinstance(self.pipeline.mode(stage), Lora):
             return Weights(before.backbone, model, self._half(stage))
-        moved = before.backbone.from_saved(model)
-        moved.place(self.ranks.device, text_dtype(self.ranks))
-        return Weights(moved, None, half=False)
+        saved = before.backbone.from_saved(model)
+        saved.place(self.ranks.device, text_dtype(self.ranks))
+        return Weights(saved, None, half=False)
 
-    def _claim(self, target: Target, choice: plan.Choice) -> None:
-        """Make the stage's folder this stage's; what another one left there is moved aside, not overwritten.
+    def _prepare_folder(self, target: Target, decision: plan.Decision) -> None:
+        """Prepare the stage's folder for training; the content of another stage is moved away, never overwritten.
 
-        A kill between any two of these leaves a folder that is not there, or this one's: both are gone on with.
+        A kill between any two of these lines leaves no folder, or one of this stage; the next run continues with both.
         """
         name = target.folder.name
-        if choice.aside:
-            former = plan.put_aside(target.folder)
-            self.display.print(f"{name}: {choice.why}; the former one is in {former.parent.name}/{former.name}")
-        elif choice.kept or choice.harm:
-            self.display.print(f"{name}: {choice.harm or choice.why}; it is trained again from its newest checkpoint")
-        if choice.going:
-            self.display.print(f"{name}: goes on {choice.going}")
-        self.again.moved(name)
-        plan.note(target, {"finished": False})
+        if decision.supersede:
+            former = plan.supersede(target.folder)
+            self.display.print(f"{name}: {decision.reason}; the former one is in {former.parent.name}/{former.name}")
+        elif decision.record or decision.problem:
+            problem = decision.problem or decision.reason
+            self.display.print(f"{name}: {problem}; it is trained again from its newest checkpoint")
+        if decision.rounding:
+            self.display.print(f"{name}: goes on {decision.rounding}")
+        self.rerun.folder_moved(name)
+        plan.write_done(target, {"finished": False})
 
-    def _mend(self, target: Target, choice: plan.Choice) -> None:
-        """Write a done.json that is damaged or missing again, from its copy."""
-        if self.main and choice.harm:
-            self.display.print(f"{target.folder.name}: {choice.harm}; its copy is not, and it is written again")
-            plan.note(target, choice.kept)
+    def _restore_done(self, target: Target, decision: plan.Decision) -> None:
+        """Restore a damaged or missing done.json from its copy."""
+        if self.main and decision.problem:
+            self.display.print(f"{target.folder.name}: {decision.problem}; its copy is not, and it is written again")
+            plan.write_done(target, decision.record)
 
     def _train(self, stage: Stage, target: Target, before: Weights) -> Cost:
-        """Train and save; a signal writes a checkpoint first."""
+        """Train a stage and save its weights. A signal stops it, after a checkpoint is written."""
         folder = target.folder
         memory.reset_peak(self.ranks.device)
         backbone = before.backbone
         with self.display.task(stage.name) as progress, self.signals.training():
-            heard = _Observers(self, stage, folder, backbone, progress)
+            listener = _Observers(self, stage, folder, backbone, progress)
             job = Job(
                 stage=stage,
                 mode=self.pipeline.mode(stage),
@@ -201,18 +202,18 @@ class Run:
                 identity=target.weights.hash,
                 adapter=before.adapter,
                 frozen_in_bf16=self._half(stage),
-                listener=heard,
+                listener=listener,
             )
             cost = loop.train(job, self.ranks)
             survived = self._save(stage, folder, backbone)
         if self.main:
-            heard.call(self.pipeline.host.hook.corefit_stage_finished, stage.steps)
+            listener.call(self.pipeline.host.hook.corefit_stage_finished, stage.steps)
         backbone.transformer = None
         self.ranks.barrier()
         return attrs.evolve(cost, survived=survived)
 
     def _save(self, stage: Stage, folder: Path, backbone: Backbone) -> float | None:
-        """Write the weights that a stage leaves, whole or not at all; what share of its update they still hold."""
+        """Save a stage's weights, all or none; return the share of its update that rounding has left, if it rounds."""
         partial = folder / ".partial-model"
         if self.main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -223,50 +224,51 @@ class Run:
             files.publish(partial, folder / MODEL)
         return survived
 
-    def _judge(self, target: Target, made: Weights, cost: Cost) -> None:
-        """Held-out scores of weights as they were saved, unless they are known."""
-        if self.judge is None:
+    def _evaluate(self, target: Target, saved: Weights, cost: Cost) -> None:
+        """Evaluate weights as they were saved, unless their scores are in the folder already."""
+        if self.evaluator is None:
             return
-        choice = self.ranks.from_main(lambda: plan.judging(target))
-        if choice.harm:
-            self.display.print(f"{target.folder.name}: {choice.harm}; it is judged again")
-        kept = choice.kept if choice.use else self._judged(self.judge, target, made)
-        made.backbone.release()
-        made.backbone.transformer = None
-        self.scores.append(report.Scores(target.name, kept["values"], kept["categories"], **attrs.asdict(cost)))
+        decision = self.ranks.from_main(lambda: plan.decide_evaluation(target))
+        if decision.problem:
+            self.display.print(f"{target.folder.name}: {decision.problem}; it is evaluated again")
+        scored = decision.record if decision.reuse else self._score(self.evaluator, target, saved)
+        saved.backbone.release()
+        saved.backbone.transformer = None
+        self.scores.append(report.Scores(target.name, scored["values"], scored["categories"], **attrs.asdict(cost)))
 
-    def _judged(self, judge: Evaluator, target: Target, made: Weights) -> dict[str, Any]:
-        backbone, prepare = made.backbone, self.ranks.accelerator.prepare_model
-        weights.load(backbone, self.ranks, frozen_in_bf16=made.half, adapter=made.adapter)
-        backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # computes as training did
-        with self.display.task(f"{target.name}: {judge.count} held-out prompts") as progress:
-            scored = judge.score(backbone, progress)
-        samples = judge.samples(backbone) if self.main or weights.is_sharded(backbone.transformer) else None
+    def _score(self, evaluator: Evaluator, target: Target, saved: Weights) -> dict[str, Any]:
+        """Score the held-out prompts with weights read from their files, and write scores.json and the samples."""
+        backbone, prepare = saved.backbone, self.ranks.accelerator.prepare_model
+        weights.load(backbone, self.ranks, frozen_in_bf16=saved.half, adapter=saved.adapter)
+        backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # as in training
+        with self.display.task(f"{target.name}: {evaluator.count} held-out prompts") as progress:
+            scored = evaluator.score(backbone, progress)
+        samples = evaluator.samples(backbone) if self.main or weights.is_sharded(backbone.transformer) else None
         self.ranks.accelerator.free_memory()
         if self.main and samples:
             assert target.scores is not None
-            (target.folder / SCORES).unlink(missing_ok=True)  # they are not of the samples that come now
-            judge.keep_samples(samples, target.folder / "samples")
-            kept = {**scored, "samples": files.sha256(target.folder / "samples" / KEPT)}
-            whose = {"parts": target.scores.parts, "rounding": target.scores.rounding}
-            files.write_json(target.folder / SCORES, {**kept, "identity": target.scores.hash, **whose})
+            (target.folder / SCORES).unlink(missing_ok=True)  # these scores do not belong to the new samples
+            evaluator.keep_samples(samples, target.folder / "samples")
+            content = {**scored, "samples": files.sha256(target.folder / "samples" / SAMPLES)}
+            identity = {"parts": target.scores.parts, "rounding": target.scores.rounding}
+            files.write_json(target.folder / SCORES, {**content, "identity": target.scores.hash, **identity})
         return scored
 
     def _report(self, targets: Sequence[Target]) -> None:
-        """results.json, the table, the comparison and report.html."""
-        if self.judge is None:
+        """Write results.json, comparison.png and report.html, and print the table."""
+        if self.evaluator is None:
             return
         rows = report.results(self.scores)
         report.write_results(self.folder / "results.json", rows)
         names, samples = [t.name for t in targets], [t.folder / "samples" for t in targets]
-        self.judge.compare(names, samples, self.folder / "comparison.png")
+        self.evaluator.compare(names, samples, self.folder / "comparison.png")
         report.page(self.folder)
         report.print_table(self.scores, rows, self.display.console)
 
 
 @frozen(eq=False)
 class _Observers(Listener):
-    """Hands on what training tells of itself: to the progress bar, and on the main process to observers."""
+    """Passes the events of training on: to the progress bar, and on the main process to the observers' hooks."""
 
     run: Run
     stage: Stage
@@ -287,10 +289,10 @@ class _Observers(Listener):
         self.call(self.run.pipeline.host.hook.corefit_checkpoint_saved, step, path=path)
 
     def logged(self, step: int, metrics: Metrics) -> None:
-        """Sharded weights make samples only with all ranks, so they do, where samples are due, before anyone asks."""
-        judge, sample = self.run.judge, self._samples()
-        if judge and not sample and self.stage.samples(step):
-            sample = _kept(judge.samples(self.backbone))
+        """Pass on metrics. With sharded weights all ranks first generate the samples that are due: one alone cannot."""
+        evaluator, sample = self.run.evaluator, self._samples()
+        if evaluator and not sample and self.stage.samples(step):
+            sample = _constant(evaluator.samples(self.backbone))
         if self.run.main:
             host, state = self.run.pipeline.host, TrainState(step, self.folder, self.backbone, sample)
             metrics = host.step_metrics(self.stage, state, metrics)
@@ -302,33 +304,33 @@ class _Observers(Listener):
             hook(stage=self.stage, state=TrainState(step, self.folder, self.backbone, self._samples()), **rest)
 
     def _samples(self) -> Samples | None:
-        judge = self.run.judge
-        if judge is None or weights.is_sharded(self.backbone.transformer):
+        evaluator = self.run.evaluator
+        if evaluator is None or weights.is_sharded(self.backbone.transformer):
             return None
-        return lambda: judge.samples(self.backbone)
+        return lambda: evaluator.samples(self.backbone)
 
 
-def _kept(made: Any) -> Samples:
-    return lambda: made
+def _constant(samples: Any) -> Samples:
+    return lambda: samples
 
 
-def _foreseen(pipeline: Pipeline, ranks: Ranks, again: Again) -> Iterator[tuple[str, str]]:
-    """(what, what would happen and why), in order."""
-    eval, prompts, judged = pipeline.eval, None, 0
+def _dry_run_lines(pipeline: Pipeline, ranks: Ranks, rerun: Rerun) -> Iterator[tuple[str, str]]:
+    """Yield (what, what would be done with it and why), in order."""
+    eval, prompts, num_prompts = pipeline.eval, None, 0
     pipeline.backbone.place(ranks.device, text_dtype(ranks))
-    dataset, _, said = survey(pipeline, pipeline.data, media=pipeline.needs_media)
-    yield "data", said
+    dataset, _, text = preview(pipeline, pipeline.data, media=pipeline.needs_media)
+    yield "data", text
     if eval:
-        prompts, count, said = survey(pipeline, eval.data(pipeline.data.size), media=False)
-        yield "prompts", said
-        judged = min(count, eval.limit or count)
+        prompts, count, text = preview(pipeline, eval.data(pipeline.data.size), media=False)
+        yield "prompts", text
+        num_prompts = min(count, eval.limit or count)
     targets = plan.targets(pipeline, dataset, prompts, precision(ranks))
-    yield from plan.listing(pipeline, targets, again, judged)
+    yield from plan.listing(pipeline, targets, rerun, num_prompts)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, ranks: Ranks) -> Generator[None]:
-    """Two runs must not share a folder; the lock goes with the process, however it ends."""
+    """Lock the run's folder against a second run; the lock ends with the process, however that ends."""
     with contextlib.ExitStack() as held:
 
         def lock() -> bool:
@@ -337,7 +339,7 @@ def _locked(folder: Path, ranks: Ranks) -> Generator[None]:
             try:
                 with files.explain_write_errors(folder):
                     folder.mkdir(parents=True, exist_ok=True)
-            except FileNotFoundError as error:  # of a file system such as /proc
+            except FileNotFoundError as error:  # on a file system such as /proc
                 raise ConfigError(
                     f"{folder} cannot be made ({error.strerror}); name another place with --out"
                 ) from error
@@ -350,8 +352,8 @@ def _locked(folder: Path, ranks: Ranks) -> Generator[None]:
         yield
 
 
-def _plain(value: Any) -> Any:
-    """Tables without the empty lists and Nones that TOML cannot or need not say."""
+def _for_toml(value: Any) -> Any:
+    """Return tables without None, which TOML lacks, and without empty lists."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if v is not None and v != []}
-    return [_plain(v) for v in value] if isinstance(value, list) else value
+        return {k: _for_toml(v) for k, v in value.items() if v is not None and v != []}
+    return [_for_toml(v) for v in value] if isinstance(value, list) else value

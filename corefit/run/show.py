@@ -1,4 +1,4 @@
-"""A look at what a stage will see: its first batches, decoded from the cache, with prompt, bucket and crop."""
+"""`corefit show`: draws the first examples that a stage trains on, decoded, with prompt, size and crop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from corefit.data.order import BatchSampler
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Pipeline
 from corefit.run import report
-from corefit.run.prepare import encoded, summary, text_dtype
+from corefit.run.prepare import encode, summary, text_dtype
 from corefit.system.display import Display
 from corefit.system.ranks import join
 from corefit.types.stage import Stage
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 def show(pipeline: Pipeline, number: int, file: Path | None = None, display: Display | None = None) -> Path:
     """Write a grid of the first `number` different examples of the first stage that trains on media.
 
-    They are encoded now if they are not. The file is data.png in the run's folder unless named.
+    Data that are not in the cache are encoded first. The default file is data.png in the run's folder.
     """
     stage = next((stage for stage in pipeline.stage if "media" in stage.objective.uses), None)
     if stage is None:
         raise ConfigError("no stage trains on media, so there is nothing to show; the prompts are in the source")
     ranks = join(pipeline.precision, shard=pipeline.shard)
-    shown, png = display or Display.on(ranks.main), file or pipeline.run_folder / "data.png"
-    with shown:
-        dataset, _ = encoded(pipeline, ranks, shown)
+    display, png = display or Display.on(ranks.main), file or pipeline.run_folder / "data.png"
+    with display:
+        dataset, _ = encode(pipeline, ranks, display)
     pipeline.backbone.place(ranks.device, text_dtype(ranks))
     drawn = list(islice(_drawn(pipeline, stage, dataset), number))
     media = [_decoded(pipeline, dataset, index, turn) for index, turn in drawn]
     pipeline.backbone.release()
     png.parent.mkdir(parents=True, exist_ok=True)
-    report.grid(_framed([pixels for pixels, _ in media]), [said for _, said in media], png)
+    report.grid(_framed([pixels for pixels, _ in media]), [caption for _, caption in media], png)
     for line in summary(dataset):
-        shown.print(line)
-    shown.print(f"the first {len(drawn)} are in {png}")
+        display.print(line)
+    display.print(f"the first {len(drawn)} are in {png}")
     return png
 
 
 def _drawn(pipeline: Pipeline, stage: Stage, dataset: Dataset) -> Iterator[tuple[int, float]]:
-    """(example, which caption) in the order of training, each example once."""
-    sampler = BatchSampler(
+    """Yield (index of an example, which of its captions) in the order of training, each example once."""
+    batches = BatchSampler(
         buckets=list(dataset.buckets.values()),
         batch=stage.rows,
         group=stage.objective.group_size,
@@ -57,7 +57,7 @@ def _drawn(pipeline: Pipeline, stage: Stage, dataset: Dataset) -> Iterator[tuple
     )
     seen: set[int] = set()
     for step in count():
-        for index, turn in zip(sampler.indices(step), sampler.caption_choices(step), strict=True):
+        for index, turn in zip(batches.indices(step), batches.caption_choices(step), strict=True):
             if index not in seen:
                 seen.add(index)
                 yield index, turn
@@ -66,7 +66,7 @@ def _drawn(pipeline: Pipeline, stage: Stage, dataset: Dataset) -> Iterator[tuple
 
 
 def _decoded(pipeline: Pipeline, dataset: Dataset, index: int, turn: float) -> tuple[Tensor, str]:
-    """[3, H, W] or [3, T, H, W] of an example, and what to write below it."""
+    """Return an example decoded, [3, H, W] or [3, T, H, W], and its caption in the grid."""
     import torch
 
     batch, view = dataset.batch([index], [0], [turn]), dataset.view(index)
@@ -80,7 +80,7 @@ def _decoded(pipeline: Pipeline, dataset: Dataset, index: int, turn: float) -> t
 
 
 def _framed(media: Sequence[Tensor]) -> Tensor:
-    """Media of all buckets on white sheets of one size, [n, 3, (T,) H, W]."""
+    """Center media of all buckets on white sheets of one size, [n, 3, (T,) H, W]."""
     import torch
 
     height, width = (max(m.shape[axis] for m in media) for axis in (-2, -1))

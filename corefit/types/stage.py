@@ -1,4 +1,4 @@
-"""The keys of one stage as classes, one for each TOML table, and the check that they do not contradict each other."""
+"""The classes behind one `[[stage]]` of a pipeline file, and the checks that its keys go together."""
 
 from __future__ import annotations
 
@@ -24,28 +24,26 @@ share: Any = [validators.ge(0), validators.lt(1)]
 
 @frozen(kw_only=True)
 class Optimizer:
-    """AdamW, and its learning rate over the steps."""
+    """AdamW and the schedule of its learning rate."""
 
     lr: float = field(default=2e-5, validator=positive)
-    """The learning rate after the warm-up."""
+    """The learning rate once the warm-up is over."""
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=validators.deep_iterable(share))
-    """The decay rates of the running means of the gradient and of its square."""
+    """Decay rates of the running means of the gradient and of its square."""
     eps: float = field(default=1e-8, validator=positive)
-    """The number added to the denominator."""
+    """A small number that AdamW adds to the denominator, against division by zero."""
     weight_decay: float = field(default=1e-2, validator=validators.ge(0))
-    """The decoupled weight decay."""
+    """Decoupled weight decay, applied to all trainable weights."""
     warmup: int = field(default=0, validator=validators.ge(0))
-    """The number of steps in which the learning rate rises linearly, from lr / warmup at the first one to lr."""
+    """Number of warm-up steps. The learning rate rises linearly from lr / warmup in the first to lr in the last."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after the warm-up: it stays, or falls along a line or half a cosine, reaching 0 one step after
-    the last."""
+    """What the learning rate does after the warm-up: stay constant, or fall along a line or a cosine towards 0."""
 
     def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of `step`, counted from 0, out of `steps`.
+        """Return the learning rate of `step` (counted from 0) in a stage of `steps` steps.
 
-        It falls like transformers' schedules of the same names, so with `linear` the last step has the rate
-        lr / (steps - warmup). It rises one step earlier than theirs, whose first step has the rate 0 and so changes
-        nothing.
+        The rate falls as in transformers' schedules of the same names, so the last step of `linear` has the rate
+        lr / (steps - warmup). The warm-up is one step ahead of theirs, whose first step has the rate 0.
         """
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
@@ -64,11 +62,11 @@ class Lora:
     """Train a low-rank adapter (peft) on the transformer's projections."""
 
     rank: int = field(default=16, validator=positive)
-    """The rank of the two factors."""
+    """Rank of the adapter: the inner size of its two factors."""
     alpha: float | None = field(default=None, validator=some_positive)
-    """The adapter is scaled by alpha / rank; alpha is the rank by default, for a scale of 1."""
+    """The adapter's output is scaled by alpha / rank; by default alpha is the rank, so the scale is 1."""
     targets: tuple[str, ...] | None = None
-    """The names of the modules to adapt; by default those that the backbone names."""
+    """Names of the modules that get an adapter; by default the backbone chooses them."""
 
 
 Training = Full | Lora
@@ -76,57 +74,58 @@ Training = Full | Lora
 
 @frozen(kw_only=True)
 class Stage:
-    """One `[[stage]]` of a pipeline: what is learned, from which data and rewards, and for how many steps."""
+    """One `[[stage]]`: what is trained, on what, and for how long."""
 
     name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"))
-    """The stage's name: its folder, its row in the results, and how `--set` and `--from` call it."""
+    """The stage's name: it names the folder, the row in the results, and the stage in `--set` and `--from`."""
     steps: int = field(validator=[positive, validators.le(1_000_000_000)])
-    """The number of batches to train on; an objective may take several optimizer steps on each."""
+    """Number of batches to train on. Some objectives take several optimizer steps on each batch."""
     objective: Objective[Any]
-    """The objective, which defines what is learned."""
+    """The objective, which defines the loss."""
     batch: int | None = field(default=None, validator=some_rows)
-    """The number of samples in a step, over all ranks; rollouts, if the objective rolls out. The default is 32, or 48
-    groups."""
+    """Samples per step over all GPUs, or rollouts if the objective makes them; by default 32 samples, or 48 groups."""
     micro_batch: int | None = field(default=None, validator=some_rows, metadata=ROUNDING)
-    """The number of samples in one forward of a rank; by default all samples that the rank has in a step. It changes
-    memory and rounding, not what is learned."""
+    """Samples per forward pass on one GPU; by default the GPU's whole share of the batch. It changes memory use and
+    rounding, nothing else."""
     noise: NoiseWeighting | None = None
-    """The noise levels to train on and their weights; logit_normal by default, if the objective reads a weighting."""
+    """The distribution of noise levels in training. By default logit_normal, if the objective draws noise levels."""
     sampler: Sampler | None = None
-    """The sampler of the objective's rollouts; needed if the objective rolls out."""
+    """The sampler of the rollouts; objectives that learn from rollouts need one that adds noise."""
     reward: tuple[Weighted[Reward], ...] = ()
-    """The rewards to learn from, each with a weight; the objective learns from their weighted sum."""
+    """The rewards to learn from. The objective sees their sum, each multiplied by its `weight`."""
     train: Training | None = None
-    """The weights to train: all of them, or a LoRA; by default as in [backbone]."""
+    """Which weights are trainable in this stage; by default what `train` of `[backbone]` says."""
     optimizer: Optimizer = field(factory=Optimizer)
-    """The settings of AdamW and its learning rate."""
+    """Settings of AdamW, the optimizer."""
     max_grad_norm: float = field(default=1.0, validator=positive)
-    """The norm to which a larger gradient is clipped."""
+    """A gradient with a larger norm is scaled down to this norm (gradient clipping)."""
     ema: float | None = field(default=None, validator=validators.optional(share))
-    """The decay of an exponential moving average of the weights. If it is set, the stage saves the average."""
+    """Decay of an exponential moving average of the weights. If it is set, the stage saves the average."""
     save_dtype: Literal["fp32", "bf16"] = "fp32"
-    """The dtype of the weights that full training saves. bf16 halves the folder, but the rounded weights are evaluated,
-    and the next stage starts from them. Rounding loses small updates; the table of results shows what share is kept."""
+    """Dtype in which full training saves its weights. bf16 halves the folder. The rounded weights are then what is
+    evaluated and what the next stage starts from; rounding loses small updates, and the results say what share is left.
+    """
     log_every: int = field(default=10, validator=positive)
-    """The number of steps between lines of metrics.jsonl; each line has the means since the line before."""
+    """Steps between two lines of metrics.jsonl. Each line has the means over the steps since the line before."""
     checkpoint_every: int = field(default=500, validator=positive)
-    """The number of steps between checkpoints; one is also written when a signal stops the run."""
+    """Steps between checkpoints. Stopping the run with Ctrl-C or SIGTERM writes one, too."""
     keep: int = field(default=2, validator=positive)
-    """The number of newest checkpoints to keep."""
+    """How many checkpoints are kept; older ones are deleted."""
     sample_every: int | None = field(default=None, validator=some_positive)
-    """The number of steps between sample grids of the [eval] prompts, drawn from the average if there is `ema`. A grid
-    is drawn at the end in any case."""
+    """Steps between sample grids, drawn from the first `[eval]` prompts with the weights that the stage would save now.
+    One more is drawn when the stage is finished, in any case."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What to do about a loss, gradient or reward that is not finite: stop before weights change, or skip that step."""
+    """What happens when a loss, gradient or reward is NaN or infinite: stop the run before weights change, or skip that
+    optimizer step."""
     max_skips: int | None = field(default=None, validator=some_positive)
-    """The number of optimizer steps that on_nan = "skip" may skip before the stage stops; 10 by default."""
+    """How many optimizer steps `on_nan = "skip"` may skip before the run stops after all; 10 by default."""
 
     def reports(self, step: int) -> bool:
         """Return whether metrics are logged after `step` steps."""
         return step == self.steps or step % self.log_every == 0 or self.samples(step)
 
     def samples(self, step: int) -> bool:
-        """Return whether a sample grid is drawn after `step` steps, other than the one at the end of the stage."""
+        """Return whether `sample_every` asks for a sample grid after `step` steps; the last step's is always drawn."""
         return self.sample_every is not None and step % self.sample_every == 0 and step < self.steps
 
     @property
@@ -136,12 +135,12 @@ class Stage:
 
     @property
     def rows(self) -> int:
-        """The number of samples, or rollouts, in a step over all ranks."""
+        """Samples, or rollouts, per step over all ranks."""
         group = self.objective.group_size
         return self.batch or (32 if group == 1 else 48 * group)
 
     def problems(self) -> Iterator[str]:
-        """Yield a message, with its key, for everything that cannot work and every key that nothing would read."""
+        """Yield one message, with its key, for each setting that cannot work or that nothing would read."""
         uses = self.objective.uses
         for key, given in (("noise", self.noise), ("sampler", self.sampler), ("reward", self.reward)):
             if given and key not in uses:
@@ -173,18 +172,19 @@ class Stage:
 
 
 Samples = Callable[[], tuple[Sequence[str], "Tensor"]]
-"""A function that samples: it returns prompts and their media."""
+"""Generates samples: returns prompts, and media [n, 3, (T,) H, W] in [0, 1]."""
 
 
 @frozen(eq=False)
 class TrainState:
-    """The state of a running stage, for observers to read.
+    """The state of a running stage that observers are given.
 
-    step      the number of finished steps
-    folder    the stage's folder, such as runs/<name>/01-soar; it contains `model/` once the stage has finished
-    backbone  the backbone with the weights that the stage would save now, which are the average if it has `ema`
-    sample    returns (prompts, media [n, 3, H, W], or clips, in [0, 1]) for the leading [eval] prompts, always from the
-              same noise. It is None without [eval]; with sharded weights also, except at the steps of `sample_every`
+    step      number of steps that are finished
+    folder    the stage's folder, such as runs/<name>/01-soar; it has `model/` once the stage is finished
+    backbone  the backbone with the weights that the stage would save now: their average if the stage has `ema`
+    sample    generates samples of the first [eval] prompts, always from the same noise, and returns (prompts, media
+              [n, 3, H, W] or clips, in [0, 1]). None without [eval]; with sharded weights also None, except at
+              steps where the stage's own sample grid is due
     """
 
     step: int

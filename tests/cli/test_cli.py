@@ -1,4 +1,4 @@
-"""The command line: quick, without torch where it needs none, and with help that says what there is."""
+"""The command line: quick, without torch where it needs none, and with a help text for everything."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ print("heavy", [name for name in {HEAVY!r} if name in sys.modules])
 
 
 def said_by(*args, cwd=None):
-    """What a command prints, its exit status, and which heavy packages it imported."""
+    """Return what a command prints, its exit status, and which heavy packages it imported."""
     done = subprocess.run([sys.executable, "-c", IMPORTED, *args], capture_output=True, text=True, cwd=cwd, timeout=200)
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
 
 
 def seconds(run):
-    """Of the processor, in child processes: what else the machine does is not counted."""
+    """Return processor time of child processes, which other work of the machine does not change."""
     before = os.times()
     run()
     after = os.times()
@@ -62,8 +62,8 @@ def test_imports_nothing_heavy(args, status, tmp_path):
 
 
 def test_check_reads_no_weights(project):
-    spoilt = project.own("base")
-    for weights in spoilt.rglob("*.safetensors"):
+    spoiled = project.own("base")
+    for weights in spoiled.rglob("*.safetensors"):
         weights.write_bytes(b"")
     before = project.tree()
     said = said_by("check", "pipeline.toml", cwd=project.folder)
@@ -86,13 +86,13 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(project):
     before = project.tree()
     said = said_by("run", "--dry-run", "pipeline.toml", cwd=project.folder)
     assert said.splitlines() == [
-        "data        8 examples to encode",
-        "prompts     6 examples to encode",
-        "judge base  on 4 held-out prompts: not judged yet",
-        "01-soar     train 2 steps: not trained yet",
-        "judge soar  on 4 held-out prompts: not judged yet",
-        "02-grpo     train 1 step: not trained yet",
-        "judge grpo  on 4 held-out prompts: not judged yet",
+        "data           8 examples to encode",
+        "prompts        6 examples to encode",
+        "evaluate base  on 4 held-out prompts: not evaluated yet",
+        "01-soar        train 2 steps: not trained yet",
+        "evaluate soar  on 4 held-out prompts: not evaluated yet",
+        "02-grpo        train 1 step: not trained yet",
+        "evaluate grpo  on 4 held-out prompts: not evaluated yet",
         "status 0",
         "heavy ['accelerate', 'torch']",
     ]
@@ -239,7 +239,7 @@ def test_the_installed_command_is_this_one():
 
 @pytest.mark.parametrize(("command", "status"), [(["plugins"], 1), (["plugins", "absent.py"], 2), (["bogus"], 2)])
 def test_a_reader_that_goes_ends_it_quietly(command, status):
-    """As in `corefit plugins 2>&1 | head -1`: no traceback, and what went wrong before is still the status."""
+    """A closed pipe (`corefit plugins 2>&1 | head -1`) causes no traceback, and does not change the exit status."""
     said, heard = os.pipe()
     os.close(said)
     process = subprocess.run([sys.executable, "-m", "corefit", *command], stdout=heard, stderr=heard)

@@ -1,4 +1,4 @@
-"""What shells complete, asked as they ask: quickly, without torch, and silent about what is wrong."""
+"""Completion, called as shells call it, is quick, without torch, and silent about errors."""
 
 from __future__ import annotations
 

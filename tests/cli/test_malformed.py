@@ -1,4 +1,4 @@
-"""What a user gets wrong: exit status 2, a message with the key or file and the remedy, nothing written.
+"""A user's mistake ends with exit status 2 and a message with the key or file and the remedy, nothing written.
 
 Every case is a good pipeline with one thing spoilt, given to `corefit check` and to `corefit run`. What reading alone
 refuses (values of the wrong type, keys and names at every level) is in tests/pipeline/test_reader.py, and what a source
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @frozen
 class Case:
-    """What is spoilt, and what must be said: the key or file, and a word of the remedy."""
+    """A mistake in a project, and what the message must contain: the key or file, and a word of the remedy."""
 
     name: str
     spoil: Callable[[Project], object]

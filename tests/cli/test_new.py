@@ -1,4 +1,4 @@
-"""`corefit new`: all kinds written, installed from their wheels, tested and run as a stranger would."""
+"""`corefit new`: plugins of all kinds are written, installed from their wheels, tested and run as a user would."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from corefit_sft import Sft
 
 
 def refusal(project, *pairs, settings=()):
-    """What read says of the pipeline after replacing text."""
+    """Return the message of `read` after text of the pipeline is replaced."""
     project.swap(*pairs)
     with pytest.raises(CorefitError) as error:
         read(project.file, settings)

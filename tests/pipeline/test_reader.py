@@ -1,4 +1,4 @@
-"""TOML tables become attrs classes strictly, and come back the same; what is wrong is told with its place."""
+"""TOML tables become attrs classes strictly, and come back the same; an error names its place."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def reader(tmp_path):
 
 @pytest.fixture
 def refusal(reader):
-    """What reading a text as a File, or as another class, is refused with."""
+    """Return the message with which a text is refused as a File, or as another class."""
 
     def refusal(text, cls=File):
         with pytest.raises(ConfigError) as error:

@@ -1,4 +1,4 @@
-"""Ranks that differ are refused, with rank and key; what may differ between machines is not asked for."""
+"""Ranks that differ are refused, with rank and key; paths, which may differ between machines, are not compared."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Rank(Ranks):
 
     others: tuple[Mapping[str, str], ...] = ()
 
-    def collected(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return [*self.others, value]
 
 
 def rank(*others: Mapping[str, str], precision: str = "no") -> Rank:
     made: Any = SimpleNamespace(num_processes=2, mixed_precision=precision, device=torch.device("cpu"))
-    return Rank(made, others=others)
+    return Rank(world=2, joined=made, others=others)
 
 
 def facts(folder: Path, *settings: str, precision: str = "no", command: str = "run") -> Mapping[str, str]:
@@ -40,7 +40,7 @@ def facts(folder: Path, *settings: str, precision: str = "no", command: str = "r
 
 def refused(first: Mapping[str, str], second: Mapping[str, str]) -> str:
     with pytest.raises(ConfigError) as caught:
-        agreement.refuse_unlike(rank(first), second)
+        agreement.refuse_differences(rank(first), second)
     return str(caught.value)
 
 
@@ -88,7 +88,7 @@ def test_a_project_may_lie_elsewhere_on_another_machine(project, tmp_path_factor
     shutil.copytree(project.folder, elsewhere, symlinks=True)
     (elsewhere / "base").rename(elsewhere / "weights")
     there = facts(elsewhere, "out='/scratch/mine'", "backbone.path='weights'")
-    agreement.refuse_unlike(rank(facts(project.folder)), there)
+    agreement.refuse_differences(rank(facts(project.folder)), there)
 
 
 def test_differences_are_counted_where_there_are_many():

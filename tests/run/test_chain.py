@@ -1,7 +1,7 @@
-"""What one stage hands to the next, to the judge and to the results: cut any of it, and a test here fails.
+"""Everything that a stage passes to the next one, to the evaluator and to the results: a test fails if it is cut.
 
 The objective takes every weight that trains down by its learning rate in each step, so that weights tell what they
-started from; its steps and the judge's rewards note what they were given.
+started from; its steps and the evaluator's rewards note what they were given.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def fall(before: Weights, after: Weights) -> float:
 
 
 def brightness(pipeline: Pipeline, model: Path | None, *, lora: bool) -> torch.Tensor:
-    """What the reward `bright` says of each held-out prompt, from the files that a stage left; None is the base."""
+    """Return the scores of the reward `bright` per held-out prompt, with the weights that a stage saved; None: base."""
     backbone = pipeline.backbone.from_saved(model) if model and not lora else pipeline.backbone
     backbone.load(torch.device("cpu"), torch.float32)
     if model and lora:
@@ -138,12 +138,12 @@ def brightness(pipeline: Pipeline, model: Path | None, *, lora: bool) -> torch.T
     caches = [Dataset.open(done.parent) for done in pipeline.folder.glob(".corefit/cache/*/done.json")]
     (prompts,) = (cache for cache in caches if not cache.has_media)
     assert pipeline.eval is not None
-    judge = Evaluator(pipeline.eval, prompts, pipeline.seed, ranks.join("fp32"))
-    return torch.cat([judge.media(backbone, [row]) for row in range(6)]).flatten(1).mean(1).double()
+    evaluator = Evaluator(pipeline.eval, prompts, pipeline.seed, ranks.join("fp32"))
+    return torch.cat([evaluator.media(backbone, [row]) for row in range(6)]).flatten(1).mean(1).double()
 
 
 def rows(folder: Path, metric: str) -> dict[tuple[str, str], Any]:
-    """Of results.json, by stage and category."""
+    """Read results.json, by stage and category."""
     every = json.loads((folder / "results.json").read_text())
     return {(row["stage"], row["category"]): row for row in every if row["metric"] == metric}
 
@@ -156,21 +156,21 @@ def test_what_is_handed_on(chain, settings, first, second):
     # the first stage starts from the base, and the second from what the first left
     assert fall(start(chain, one), one) == pytest.approx(2 * first, rel=1e-3)
     assert fall(one, two) == pytest.approx(second, rel=1e-3)
-    judged_is_what_was_left(pipeline, folder, lora=bool(settings))
+    evaluated_is_what_was_saved(pipeline, folder, lora=bool(settings))
     # a finished stage is handed on as one that was just trained
     run(read(chain.file, [*settings, "stage.two.steps=2"]))
     assert fall(one, left(folder / "02-two")) == pytest.approx(2 * second, rel=1e-3)
 
 
 def start(chain: Project, left: Weights) -> Weights:
-    """What the first stage starts from, of the tensors that it left: the base, or a new LoRA's zeros."""
+    """Return what the tensors that the first stage saved were before it: the base, or a new LoRA's zeros."""
     (file,) = (chain.folder / "base" / "transformer").glob("*.safetensors")
     base = load_file(file)
     zeros = {name: torch.zeros_like(t) for name, t in left.items() if ".lora_B." in name}
     return zeros or {name: base[name] for name in left}
 
 
-def judged_is_what_was_left(pipeline: Pipeline, folder: Path, *, lora: bool) -> None:
+def evaluated_is_what_was_saved(pipeline: Pipeline, folder: Path, *, lora: bool) -> None:
     """results.json has each stage's own weights, prompts in their order, and gains over the stage before."""
     models = {"base": None, "one": folder / "01-one" / "model", "two": folder / "02-two" / "model"}
     means = {name: brightness(pipeline, model, lora=lora) for name, model in models.items()}

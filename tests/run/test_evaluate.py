@@ -1,4 +1,4 @@
-"""That scores are of their own prompts, and what the judge keeps of its samples, pictures and clips."""
+"""Scores belong to their own prompts, and the evaluator keeps its samples, of pictures and clips."""
 
 from __future__ import annotations
 
@@ -124,10 +124,10 @@ def test_drawing_leaves_training_its_own_empty_prompt(job, dataset, tmp_path):
     backbone = job().backbone
     backbone.load(torch.device("cpu"), torch.float32)
     keys: Any = {"prompts": tmp_path / "p.txt", "reward": (), "steps": 2, "samples": 2}
-    judge = Evaluator(Eval(**keys), dataset, 0, ranks.join("fp32"))
+    evaluator = Evaluator(Eval(**keys), dataset, 0, ranks.join("fp32"))
     backbone.empty = dataset.null
-    _, usual = judge.samples(backbone)
+    _, usual = evaluator.samples(backbone)
     backbone.empty = own = Condition({name: t + 1 for name, t in dataset.null.tensors.items()})
-    _, media = judge.samples(backbone)
+    _, media = evaluator.samples(backbone)
     assert backbone.empty is own
     assert torch.equal(media, usual)

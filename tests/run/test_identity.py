@@ -1,4 +1,4 @@
-"""What determines a stage: what changes it, what does not, and how a change is said."""
+"""Which keys and files change a stage's identity, which do not, and how messages name a change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corefit.system.files import json_digest
 
 
 def identities(file, *settings, dataset="d", precision="fp32") -> dict[str, Identity]:
-    """Of base, stages and the scores of the last."""
+    """Return the identities of base, stages and the scores of the last stage."""
     pipeline = read(file, settings)
     found = {"base": identity.of_base(pipeline)}
     for stage in pipeline.stage:
@@ -27,7 +27,7 @@ def identities(file, *settings, dataset="d", precision="fp32") -> dict[str, Iden
 def changes(old, new) -> dict[str, str]:
     """Name -> what is said of it, of those whose hash differs, from parts as a file keeps them."""
     kept = {name: json.loads(json.dumps(one.parts)) for name, one in old.items()}
-    said = {name: new[name].since(kept[name]) for name in new if new[name].hash != old[name].hash}
+    said = {name: new[name].changes_since(kept[name]) for name in new if new[name].hash != old[name].hash}
     assert all(said.values())
     return said
 
@@ -91,9 +91,9 @@ def test_of_scores_alone(project):
     }
     pipeline = read(project.file)
     prompts = identity.of_scores(pipeline, was["grpo"], "other", "")
-    assert prompts.since(was["scores"].parts) == "the prompts changed"
+    assert prompts.changes_since(was["scores"].parts) == "the prompts changed"
     half, exact = (identity.of_scores(pipeline, was["grpo"], "p", held) for held in ("bfloat16", "float32"))
-    assert half.since(exact.parts) == "weights held in float32 -> bfloat16"
+    assert half.changes_since(exact.parts) == "weights held in float32 -> bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -127,15 +127,15 @@ def test_what_changes_nothing(project, setting):
 def test_what_changes_rounding_alone_is_no_change(project, setting, name, said):
     was, now = identities(project.file), identities(project.file, setting)
     assert changes(was, now) == {}
-    assert now[name].rounded(was[name].rounding) == said
-    assert was[name].rounded(was[name].rounding) == was[name].rounded(None) == ""
+    assert now[name].rounding_changes(was[name].rounding) == said
+    assert was[name].rounding_changes(was[name].rounding) == was[name].rounding_changes(None) == ""
 
 
 def test_what_changes_rounding_in_a_part_of_a_sum(project):
     sums = "stage.soar.objective={use='sum', of=[{use='sft'}, {use='soar', chunk=CHUNK, weight=0.5}]}"
     was, now = (identities(project.file, sums.replace("CHUNK", chunk)) for chunk in "12")
     assert changes(was, now) == {}
-    assert now["soar"].rounded(was["soar"].rounding) == "objective.of.soar.chunk 1 -> 2"
+    assert now["soar"].rounding_changes(was["soar"].rounding) == "objective.of.soar.chunk 1 -> 2"
 
 
 def test_encode_batch_leaves_encoded_data_as_they_are(project):
@@ -156,9 +156,9 @@ def test_what_version_0_1_called_it_is_known(project):
     assert now["grpo"].former["before"]["identity"] == json_digest(now["soar"].former)
     assert now["scores"].former["model"] == json_digest(now["grpo"].former)
     for one in now.values():
-        assert one.fits({"identity": json_digest(one.former)})
-        assert one.fits({"identity": one.hash, "rounding": {}})
-        assert not one.fits({"identity": one.hash})
+        assert one.matches({"identity": json_digest(one.former)})
+        assert one.matches({"identity": one.hash, "rounding": {}})
+        assert not one.matches({"identity": one.hash})
 
 
 def test_the_project_may_move(project, tmp_path_factory):
@@ -203,15 +203,15 @@ def test_many_differences_are_counted(project):
 def test_a_stage_that_starts_from_another_one(project):
     was = identities(project.file)["grpo"]
     project.swap(('name = "soar"', 'name = "warm"'))
-    assert identities(project.file)["grpo"].since(was.parts) == "it starts from stage warm, not soar"
+    assert identities(project.file)["grpo"].changes_since(was.parts) == "it starts from stage warm, not soar"
 
 
 def test_former_parts_that_say_nothing(project):
     now = identities(project.file)["soar"]
-    assert now.since({}) == "what determined the former one is not known"
+    assert now.changes_since({}) == "what determined the former one is not known"
     other = {**now.parts, "code": {}}
-    assert now.since(other) == "what determines it changed"
-    assert now.since(now.parts) == ""
+    assert now.changes_since(other) == "what determines it changed"
+    assert now.changes_since(now.parts) == ""
 
 
 def test_a_plugin_that_moved_is_named():

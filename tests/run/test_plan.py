@@ -1,4 +1,4 @@
-"""What a run decides: that --dry-run says what the run then does, and that a kill between any two writes is harmless.
+"""The decisions of a run: --dry-run says what the run then does, and a kill between any two writes is harmless.
 
 Training writes its checkpoints and a model, but loads and learns nothing; all else is the run itself.
 """
@@ -126,16 +126,16 @@ def toy(project, monkeypatch, capsys) -> Toy:
 
 
 USED = {"01-soar": "use as it is: finished, 3 steps", "02-grpo": "use as it is: finished, 2 steps"}
-JUDGED = {f"judge {name}": "judged before" for name in ("base", "soar", "grpo")}
-DONE = {"data": "8 examples, cached", "prompts": "6 examples, cached", **USED, **JUDGED}
-NEW = "on 4 held-out prompts: not judged yet"
+EVALUATED = {f"evaluate {name}": "evaluated before" for name in ("base", "soar", "grpo")}
+DONE = {"data": "8 examples, cached", "prompts": "6 examples, cached", **USED, **EVALUATED}
+NEW = "on 4 held-out prompts: not evaluated yet"
 ASIDE = " (the former one goes to superseded/)"
 ANEW = {
     "02-grpo": f"train 2 steps: stage soar, which it starts from, changed{ASIDE}",
-    "judge soar": NEW,
-    "judge grpo": NEW,
+    "evaluate soar": NEW,
+    "evaluate grpo": NEW,
 }
-"""What follows where the first stage is another one."""
+"""The lines of the later stages if the first stage has changed."""
 
 
 def superseded(toy: Toy) -> set[str]:
@@ -146,14 +146,16 @@ def foreseen(toy: Toy, *settings: str, again: str = "") -> dict[str, str]:
     """The dry listing but for what is used as it is, once the run has done what it says, and no more."""
     lines, before = toy.foreseen(*settings, again=again), superseded(toy)
     toy.run(*settings, again=again)
-    judged = [match[1] for line in toy.said if (match := re.match(r"(\w+): 4 held-out prompts: 4/4", line))]
-    assert judged == [name[6:] for name, what in lines.items() if name[:5] == "judge" and what != "judged before"]
+    evaluated = [match[1] for line in toy.said if (match := re.match(r"(\w+): 4 held-out prompts: 4/4", line))]
+    assert evaluated == [
+        name[9:] for name, what in lines.items() if name[:8] == "evaluate" and what != "evaluated before"
+    ]
     todo = {name: what for name, what in lines.items() if name[0] == "0" and not what.startswith("use")}
     assert toy.trained == [(name[3:], begin(what)) for name, what in todo.items()]
     moved = {name.rpartition("-")[0] for name in superseded(toy) - before}
     assert moved == {name for name, what in todo.items() if what.endswith(ASIDE)}
     left = toy.foreseen(*settings).values()
-    assert [what for what in left if not re.search("^use as it is|judged before|cached$", what)] == []
+    assert [what for what in left if not re.search("^use as it is|evaluated before|cached$", what)] == []
     return {name: what for name, what in lines.items() if what != DONE[name]}
 
 
@@ -168,11 +170,11 @@ def test_all_is_new_and_then_nothing_is(toy):
     assert foreseen(toy) == {
         "data": "8 examples to encode",
         "prompts": "6 examples to encode",
-        "judge base": NEW,
+        "evaluate base": NEW,
         "01-soar": "train 3 steps: not trained yet",
-        "judge soar": NEW,
+        "evaluate soar": NEW,
         "02-grpo": "train 2 steps: not trained yet",
-        "judge grpo": NEW,
+        "evaluate grpo": NEW,
     }
     assert foreseen(toy) == {}
     assert superseded(toy) == set()
@@ -192,16 +194,16 @@ def test_nothing_is_judged_without_eval(toy):
         ("stage.soar.keep=3", {}),
         ("stage.soar.optimizer.lr=5e-4", {"01-soar": f"train 3 steps: optimizer.lr 0.001 -> 0.0005{ASIDE}", **ANEW}),
         ("stage.soar.steps=4", {"01-soar": f"train 4 steps: steps 3 -> 4{ASIDE}", **ANEW}),
-        ("stage.grpo.steps=1", {"02-grpo": f"train 1 step: steps 2 -> 1{ASIDE}", "judge grpo": NEW}),
+        ("stage.grpo.steps=1", {"02-grpo": f"train 1 step: steps 2 -> 1{ASIDE}", "evaluate grpo": NEW}),
         (
             "seed=1",
             {
-                "judge base": "on 4 held-out prompts: seed 0 -> 1",
+                "evaluate base": "on 4 held-out prompts: seed 0 -> 1",
                 "01-soar": f"train 3 steps: seed 0 -> 1{ASIDE}",
                 **ANEW,
             },
         ),
-        ("eval.steps=3", dict.fromkeys(JUDGED, "on 4 held-out prompts: eval.steps 2 -> 3")),
+        ("eval.steps=3", dict.fromkeys(EVALUATED, "on 4 held-out prompts: eval.steps 2 -> 3")),
     ],
 )
 def test_a_key(toy, setting, lines):
@@ -222,10 +224,10 @@ def test_the_code_of_a_plugin(toy):
     plugin = toy.project.folder / "bright.py"
     plugin.write_text(plugin.read_text().replace("mean(1) *", "amax(1) *"))
     assert foreseen(toy) == {
-        "judge base": "on 4 held-out prompts: code of bright.py changed",
-        "judge soar": "on 4 held-out prompts: code of bright.py changed",
+        "evaluate base": "on 4 held-out prompts: code of bright.py changed",
+        "evaluate soar": "on 4 held-out prompts: code of bright.py changed",
         "02-grpo": f"train 2 steps: code of bright.py changed{ASIDE}",
-        "judge grpo": NEW,
+        "evaluate grpo": NEW,
     }
 
 
@@ -341,7 +343,7 @@ HARMS = {
     "emptied hashes": (lambda file: swap(file, '"transformer/weights"', '"transformer/weight"'), "is damaged (its"),
     "no digest": (lambda file: swap(file, '"digest"', '"digesu"'), "is damaged (it has no digest)"),
 }
-"""What may become of done.json, and what is then said of it."""
+"""Damage to done.json, and the message about it."""
 
 
 def swap(file: Path, old: str, new: str) -> None:
@@ -357,7 +359,7 @@ def test_a_damaged_note_costs_nothing(toy, harm):
     spoil(toy.folder / "02-grpo" / "done.json")
     lines = toy.foreseen()
     assert lines["02-grpo"].startswith(f"{USED['02-grpo']}; its done.json {said}"), lines
-    assert lines["judge grpo"] == "judged before"
+    assert lines["evaluate grpo"] == "evaluated before"
     toy.run()
     assert any(line.startswith(f"02-grpo: its done.json {said}") for line in toy.said)
     assert toy.trained == []
@@ -404,7 +406,7 @@ def test_what_a_version_without_digests_left_is_used(toy):
     assert "save_dtype" not in json.loads((toy.folder / "01-soar" / "done.json").read_text())["parts"]["stage"]
     lines = toy.foreseen()
     assert lines["01-soar"] == USED["01-soar"]
-    assert lines["judge soar"] == "judged before"
+    assert lines["evaluate soar"] == "evaluated before"
     assert lines["02-grpo"] == "go on from step 1 of 2: it was interrupted"
     swap(toy.folder / "01-soar" / "done.json", '"seed": 0', '"seed": 1')
     assert toy.foreseen()["01-soar"].endswith(f"its done.json is damaged (it has no digest){ASIDE}")
@@ -415,17 +417,17 @@ def test_damaged_scores_are_judged_again(toy):
     scores = toy.folder / "01-soar" / "scores.json"
     swap(scores, "0.5", "0.6")
     harm = "its scores.json is damaged (its content does not have the digest that is in it)"
-    assert foreseen(toy) == {"judge soar": f"on 4 held-out prompts: {harm}"}
+    assert foreseen(toy) == {"evaluate soar": f"on 4 held-out prompts: {harm}"}
     swap(scores, "0.5", "0.6")
     toy.run()
-    assert f"01-soar: {harm}; it is judged again" in toy.said
+    assert f"01-soar: {harm}; it is evaluated again" in toy.said
 
 
 def test_scores_or_samples_that_are_gone(toy):
     toy.run()
     (toy.folder / "01-soar" / "scores.json").unlink()
     (toy.folder / "02-grpo" / "samples" / "last.safetensors").unlink()
-    assert foreseen(toy) == {"judge soar": NEW, "judge grpo": "on 4 held-out prompts: its samples are missing"}
+    assert foreseen(toy) == {"evaluate soar": NEW, "evaluate grpo": "on 4 held-out prompts: its samples are missing"}
 
 
 def test_samples_that_are_damaged_are_made_again(toy):
@@ -434,7 +436,7 @@ def test_samples_that_are_damaged_are_made_again(toy):
     whole = samples.read_bytes()
     samples.write_bytes(whole[:-1])
     damaged = "samples/last.safetensors is damaged: its sha256 is not the one in scores.json"
-    assert foreseen(toy) == {"judge grpo": f"on 4 held-out prompts: {damaged}"}
+    assert foreseen(toy) == {"evaluate grpo": f"on 4 held-out prompts: {damaged}"}
     toy.run()
     assert samples.read_bytes() == whole
     assert foreseen(toy) == {}
@@ -450,7 +452,7 @@ def test_scores_are_not_kept_beside_the_samples_of_others(toy, monkeypatch):
         patched.setattr(Evaluator, "keep_samples", killed)
         with pytest.raises(Killed):
             toy.run("eval.steps=3")
-    assert foreseen(toy) == {"judge base": NEW}
+    assert foreseen(toy) == {"evaluate base": NEW}
 
 
 # --from
@@ -458,16 +460,16 @@ def test_scores_are_not_kept_beside_the_samples_of_others(toy, monkeypatch):
 
 def test_from_runs_a_stage_and_those_after_it_again(toy):
     toy.run()
-    grpo = {"02-grpo": f"train 2 steps: --from grpo{ASIDE}", "judge grpo": NEW}
+    grpo = {"02-grpo": f"train 2 steps: --from grpo{ASIDE}", "evaluate grpo": NEW}
     assert foreseen(toy, again="grpo") == grpo
     assert foreseen(toy) == {}
     assert foreseen(toy, again="grpo") == grpo, "a request that was carried out can be made again"
     assert superseded(toy) == {"02-grpo-1", "02-grpo-2"}
     assert foreseen(toy, again="soar") == {
         "01-soar": f"train 3 steps: --from soar{ASIDE}",
-        "judge soar": NEW,
+        "evaluate soar": NEW,
         "02-grpo": f"train 2 steps: --from soar{ASIDE}",
-        "judge grpo": NEW,
+        "evaluate grpo": NEW,
     }
     assert not list(toy.folder.glob("*from.json*"))
 
@@ -485,7 +487,7 @@ def test_from_goes_on_after_a_stop(toy, again):
     toy.interrupted("soar", 2, again="soar")
     toy.interrupted("grpo", 1, again=again)
     assert toy.trained == [("soar", 2), ("grpo", 0)]
-    lines = {"02-grpo": "go on from step 1 of 2: it was interrupted", "judge grpo": NEW}
+    lines = {"02-grpo": "go on from step 1 of 2: it was interrupted", "evaluate grpo": NEW}
     assert foreseen(toy, again=again) == lines
     assert superseded(toy) == {"01-soar-1", "02-grpo-1"}
     assert toy.foreseen(again="soar")["01-soar"] == f"train 3 steps: --from soar{ASIDE}", "the run ended: a new request"

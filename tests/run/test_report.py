@@ -28,7 +28,7 @@ from corefit.run.report import (
     read_metrics,
     read_results,
     results,
-    shown,
+    visible_frames,
     write_results,
 )
 from corefit.run.report.results import KEYS, bootstrap, wilson
@@ -423,11 +423,11 @@ def test_many_clips_stay_within_what_webp_can_hold(tmp_path):
 
 def test_what_is_shown_of_clips_is_drawn_alike(tmp_path):
     clips = torch.rand(2, 3, 9, 96, 96)
-    assert shown(clips).shape == (2, 3, 4, 96, 96)
+    assert visible_frames(clips).shape == (2, 3, 4, 96, 96)
     grid(clips, ["p", "q"], tmp_path / "a.png")
-    grid(shown(clips), ["p", "q"], tmp_path / "b.png")
+    grid(visible_frames(clips), ["p", "q"], tmp_path / "b.png")
     assert np.array_equal(opened(tmp_path / "a.png"), opened(tmp_path / "b.png"))
-    assert torch.equal(shown(clips[:, :, 0]), clips[:, :, 0])
+    assert torch.equal(visible_frames(clips[:, :, 0]), clips[:, :, 0])
 
 
 def test_pixels_that_are_no_numbers_are_seen(tmp_path):

@@ -136,7 +136,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def generated(pipeline: Pipeline, model: Path, prompt: str, lora: Path | None = None) -> torch.Tensor:
-    """What diffusers' own pipeline makes of the noise of held-out prompt 1, [1, 3, H, W] in [0, 1]."""
+    """Return the sample of diffusers' own pipeline for held-out prompt 1, [1, 3, H, W] in [0, 1], from its noise."""
     from diffusers import StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=torch.float32)

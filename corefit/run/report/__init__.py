@@ -1,10 +1,10 @@
-"""What a run leaves for people: metrics, held-out results with intervals, figures, one page."""
+"""What a run writes for people to read: metrics, held-out results with intervals, figures, and one page."""
 
 from corefit.run.report.curves import curves
 from corefit.run.report.metrics import MetricsLog, read_metrics
 from corefit.run.report.page import page
 from corefit.run.report.results import Row, Scores, read_results, results, write_results
-from corefit.run.report.sheets import animation, comparison, grid, shown
+from corefit.run.report.sheets import animation, comparison, grid, visible_frames
 from corefit.run.report.table import print_table
 
 __all__ = [
@@ -20,6 +20,6 @@ __all__ = [
     "read_metrics",
     "read_results",
     "results",
-    "shown",
+    "visible_frames",
     "write_results",
 ]

@@ -1,4 +1,4 @@
-"""Small multiples of everything in a metrics.jsonl."""
+"""Draws the curves of a metrics.jsonl, a small panel for each metric."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from corefit.system.files import write_whole
 
 Floats = NDArray[np.float64]
 LONG, NOISY = 40, 0.3
-"""Smoothed from this many points on, if steps differ by more than this part of the whole spread."""
+"""A curve is smoothed if it has this many points and its steps differ by more than this share of its spread."""
 
 
 def curves(metrics_jsonl: Path, png: Path) -> None:
-    """Draw one panel a numeric metric against the step; noisy long ones get a moving average on top."""
+    """Draw one panel per numeric metric against the step; long noisy curves also get a moving average."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -41,7 +41,7 @@ def curves(metrics_jsonl: Path, png: Path) -> None:
 
 
 def _series(lines: list[dict[str, Any]]) -> dict[str, tuple[Floats, Floats]]:
-    """Metric -> (steps [n], values [n]); NaN where null was logged, nothing where nothing was."""
+    """Return metric -> (steps [n], values [n]); a logged null is NaN."""
     found: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -75,7 +75,7 @@ def _panel(axes: Any, name: str, steps: Floats, values: Floats) -> None:
 
 
 def _smooth(values: Floats) -> Floats | None:
-    """A centred moving average over a twentieth of the curve, [n]; None where the curve needs none."""
+    """Return a centered moving average over a twentieth of the curve, [n], or None if the curve needs none."""
     finite = np.isfinite(values)
     known = values[finite]
     if len(known) < LONG or np.diff(known).std() <= NOISY * known.std():

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a logged step, {"step": 20, "loss": 0.31, ...}; null where not finite."""
+"""metrics.jsonl: one JSON object per logged step, {"step": 20, "loss": 0.31, ...}; NaN and infinity are null."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corefit.system.files import write_whole
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines, in order; a last line that a killed run left unfinished is not there.
+    """Read all complete lines, in order; an incomplete last line, left by a killed run, is ignored.
 
     Raises DataError for a line that is not an object with a whole-numbered "step".
     """
@@ -26,7 +26,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @frozen
 class MetricsLog:
-    """Appends to the metrics.jsonl at `path`; nothing is held open, so there is nothing to close."""
+    """Appends to the metrics.jsonl at `path`. The file is opened for each line, so nothing must be closed."""
 
     path: Path
 
@@ -41,14 +41,14 @@ class MetricsLog:
             os.fsync(file.fileno())
 
     def truncate_after(self, step: int) -> None:
-        """Drop lines of later steps and an unfinished last line: what a resume from `step` repeats."""
+        """Drop lines of later steps, which a resume from `step` repeats, and an incomplete last line."""
         if self.path.exists():
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
             write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def _number(value: float) -> float | None:
-    """As JSON can hold it; anything with __float__ (a scalar of numpy or torch) counts as a number."""
+    """Return a number that JSON has, or None; anything with __float__ (a numpy or torch scalar) is a number."""
     plain = value if isinstance(value, int) else float(value)
     return plain if math.isfinite(plain) else None
 
@@ -57,8 +57,8 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{path}, line {number}: not JSON ({error}); mend the line") from error
+        raise DataError(f"{path}, line {number}: not JSON ({error}); correct the line") from error
     found = cast(dict[str, Any], values) if isinstance(values, dict) else {}
     if not isinstance(found.get("step"), int):
-        raise DataError(f'{path}, line {number}: expected {{"step": <whole number>, ...}}; mend the line')
+        raise DataError(f'{path}, line {number}: expected {{"step": <whole number>, ...}}; correct the line')
     return found

@@ -1,4 +1,4 @@
-"""report.html: all that a run left to look at, in one file that needs no other."""
+"""report.html: results, figures and samples of a run in one file, with the images embedded."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from corefit.run.report.results import Row, read_results
 from corefit.run.report.table import MISSING, Numbers, direction, names
 from corefit.system.files import write_whole
 
-WIDEST, HEAVIEST = 2400, 3 * 2**20
-"""Images wider (pixels) or heavier (bytes) than this are embedded smaller: a page must open quickly."""
+WIDEST, LARGEST = 2400, 3 * 2**20
+"""Images wider (pixels) or larger (bytes) than this are scaled down, so that the page opens quickly."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1400px;
@@ -38,10 +38,10 @@ pre { background: #f6f6f4; border: 1px solid #e4e4e0; border-radius: 4px; paddin
 
 
 def page(folder: Path) -> None:
-    """Write report.html into a run's folder from what is there; what is missing is left out.
+    """Write report.html into a run's folder from the files in it; missing files are left out.
 
-    Read: results.json, comparison.png, <stage>/metrics.png, the last of <stage>/samples/*.png, of clips last.webp,
-    pipeline.toml.
+    It shows results.json, comparison.png, <stage>/metrics.png, the last of <stage>/samples/*.png (for clips also
+    last.webp) and pipeline.toml.
     """
     name = escape(folder.resolve().name)
     parts = [
@@ -69,13 +69,13 @@ def _results(folder: Path) -> Iterator[str]:
         yield f"<h3>{escape(metric)}</h3>"
         yield _table([row for row in rows if row["metric"] == metric])
     yield (
-        '<p class="note">Below each value its 95 % interval; then the gain over the row above, paired on the '
-        "same prompts and noise, with its interval, coloured where that excludes 0.</p>"
+        '<p class="note">Below each value is its 95 % interval, then the gain over the row above, paired on the '
+        "same prompts and noise, with its interval. A gain is colored if its interval excludes 0.</p>"
     )
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """Stages down, categories across; rows are those of one metric."""
+    """Return the table of one metric, with a row for each stage and a column for each category."""
     numbers = Numbers.of(rows)
     cells = {(row["stage"], row["category"]): _cell(row, numbers) for row in rows}
     counts = {row["category"]: row["n"] for row in rows}
@@ -113,7 +113,7 @@ def _stages(folder: Path) -> Iterator[str]:
         if samples:
             yield _figure(samples[-1], samples[-1].stem)
         moving = stage / "samples" / "last.webp"
-        if moving.exists() and moving.stat().st_size <= HEAVIEST:
+        if moving.exists() and moving.stat().st_size <= LARGEST:
             yield _figure(moving, "last, moving")
 
 
@@ -130,12 +130,12 @@ def _figure(path: Path, caption: str) -> str:
 
 
 def _embedded(path: Path) -> str:
-    """The image as a data address; a JPEG of at most WIDEST pixels where the PNG is too large for a page."""
+    """Return the image as a data URL: a JPEG of at most WIDEST pixels if the PNG is too large for a page."""
     from PIL import Image
 
     data, kind = path.read_bytes(), path.suffix.removeprefix(".")
     with Image.open(io.BytesIO(data)) as image:
-        if len(data) > HEAVIEST or image.width > WIDEST:
+        if len(data) > LARGEST or image.width > WIDEST:
             smaller, kind = io.BytesIO(), "jpeg"
             image.thumbnail((WIDEST, 100 * WIDEST))
             image.convert("RGB").save(smaller, "jpeg", quality=88)

@@ -1,4 +1,4 @@
-"""Held-out results: means with 95 % intervals, and gains over the stage before, paired on the prompts."""
+"""Held-out results: means with 95 % intervals, and gains over the stage before, paired by prompt."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Z = 1.959963984540054
 
 @frozen
 class Scores:
-    """What one stage's model scored on the held-out prompts, and what training it cost.
+    """The scores of one stage on the held-out prompts, and the cost of its training.
 
-    values              metric -> one value a prompt; the same prompts and order in every stage
-    categories          one a prompt; empty, "" and "all" mean no category besides "all"
-    seconds             training time; 0 for base
-    samples_per_second  while training; 0 where unknown
-    peak_memory         bytes; 0 where unknown
-    survived            share of the update that rounding has left, None where nothing was rounded
+    values              metric -> one value per prompt; prompts and order are the same in every stage
+    categories          one per prompt, or empty; "" and "all" mean no category besides "all"
+    seconds             training time; 0 for the base
+    samples_per_second  speed of training; 0 if unknown
+    peak_memory         bytes; 0 if unknown
+    survived            share of the update that rounding has left, None if nothing was rounded
     """
 
     stage: str
@@ -44,7 +44,7 @@ class Scores:
 
 
 class Row(TypedDict):
-    """One entry of results.json; the three gains are absent for the first stage."""
+    """One entry of results.json; the base has no gain, as nothing is before it."""
 
     stage: str
     metric: str
@@ -62,11 +62,11 @@ KEYS = {"stage", "metric", "category", "value", "low", "high", "n"}
 
 
 def results(stages: Sequence[Scores]) -> list[Row]:
-    """Rows by stage, metric, category ("all" first, then as the prompts name them); no global randomness.
+    """Return rows by stage, metric and category: "all", then the others in the order of the prompts.
 
-    Intervals are 95 %: Wilson's where a metric is 0 or 1 throughout, else the percentile bootstrap over
-    prompts; gains over the stage before have the percentile bootstrap of the paired differences' mean.
-    Raises DataError for a value that is not finite.
+    Intervals are 95 %: Wilson's if all values of a metric are 0 or 1, otherwise the percentile bootstrap over the
+    prompts. The interval of a gain is the percentile bootstrap of the mean of the paired differences. The bootstrap
+    has a fixed seed. Raises DataError for a value that is not finite.
     """
     if not stages:
         return []
@@ -86,7 +86,7 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_results(path: Path) -> list[Row]:
-    """What `write_results` wrote. Raises DataError if it is anything else."""
+    """Read what `write_results` wrote. Raises DataError for anything else."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -99,17 +99,17 @@ def read_results(path: Path) -> list[Row]:
 
 
 def wilson(successes: float, n: int) -> Interval:
-    """The 95 % score interval of a proportion (Wilson, 1927)."""
+    """Return the 95 % score interval of a proportion (Wilson, 1927)."""
     p, z2 = successes / n, Z * Z / n
-    centre = (p + z2 / 2) / (1 + z2)
+    center = (p + z2 / 2) / (1 + z2)
     half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
-    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+    return max(0.0, min(p, center - half)), min(1.0, max(p, center + half))
 
 
 def bootstrap(values: Floats, resamples: int = 2000) -> Interval:
-    """The 95 % percentile bootstrap interval of the mean of `values` [n]; equal on every call."""
+    """Return the 95 % percentile bootstrap interval of the mean of `values` [n], by resamples of a fixed seed."""
     draw, n = generator("report", "bootstrap"), len(values)
-    block = max(1, 2**20 // n)  # resamples at once: bounds the memory
+    block = max(1, 2**20 // n)  # resamples at once, to limit memory
     sizes = [min(block, resamples - done) for done in range(0, resamples, block)]
     means = [values[draw.integers(0, n, (size, n))].mean(1) for size in sizes]
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
@@ -117,7 +117,7 @@ def bootstrap(values: Floats, resamples: int = 2000) -> Interval:
 
 
 def _row(stage: str, metric: str, category: str, values: Floats, binary: bool) -> Row:
-    """The row of the last stage in `values` [stages so far, n]."""
+    """Return the row of the last stage in `values` [stages so far, n]."""
     now = values[-1]
     low, high = wilson(float(now.sum()), len(now)) if binary else bootstrap(now)
     row = Row(stage=stage, metric=metric, category=category, value=float(now.mean()), low=low, high=high, n=len(now))
@@ -129,7 +129,7 @@ def _row(stage: str, metric: str, category: str, values: Floats, binary: bool) -
 
 
 def _table(stages: Sequence[Scores], metric: str) -> Floats:
-    """Values of one metric, [stages, prompts], finite."""
+    """Return the values of one metric [stages, prompts], after a check that they are finite."""
     assert all(stage.values.keys() == stages[0].values.keys() for stage in stages), "metrics differ"
     values = [np.asarray(stage.values[metric], np.float64) for stage in stages]
     assert {v.shape for v in values} == {(len(values[0]),)}, "stages were scored on different prompts"
@@ -146,7 +146,7 @@ def _table(stages: Sequence[Scores], metric: str) -> Floats:
 
 
 def _groups(stages: Sequence[Scores]) -> dict[str, NDArray[np.intp]]:
-    """Category -> rows of its prompts."""
+    """Return category -> the numbers of its prompts."""
     names = list(stages[0].categories)
     n = len(next(iter(stages[0].values.values()), ()))
     assert all(list(stage.categories) == names for stage in stages), "categories differ between stages"

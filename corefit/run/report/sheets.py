@@ -1,4 +1,4 @@
-"""Contact sheets: images with their prompts, and the same prompts and noise stage by stage."""
+"""Draws contact sheets: samples with their prompts, and the comparison of all stages."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 SMALLEST = 96
 FRAMES, MOVING = 4, 32
-"""Of a clip that are shown, beside each other and moving."""
+"""How many frames of a clip are shown side by side, and in an animation."""
 WIDE, HIGH = 1280, 16000
-"""Pixels of an animation at most: wider ones take seconds to write and to open, and WebP ends at 16383."""
+"""Largest animation in pixels: wider ones take seconds to write and to open, and WebP allows 16383."""
 GAP = 10
 INK, PAPER, NOT_FINITE = (40, 40, 40), (255, 255, 255), (255, 0, 255)
 
@@ -35,9 +35,8 @@ INK, PAPER, NOT_FINITE = (40, 40, 40), (255, 255, 255), (255, 0, 255)
 def grid(media: Media, prompts: Sequence[str], png: Path, columns: int = 8, scale: int | None = None) -> None:
     """Write a contact sheet of media [N, 3, H, W] in [0, 1], each above its prompt.
 
-    Of video [N, 3, T, H, W] a few frames are shown side by side. Images are enlarged `scale` times without
-    interpolation, by default as often as makes their shorter side 96 pixels or more.
-    Pixels that are not finite are magenta.
+    For video [N, 3, T, H, W] a few frames are drawn side by side. Images are enlarged `scale` times without
+    interpolation; the default makes their shorter side at least 96 pixels. Pixels that are not finite are magenta.
     """
     _save(_contact(_enlarge(_pixels(media), scale), prompts, columns), png)
 
@@ -45,7 +44,7 @@ def grid(media: Media, prompts: Sequence[str], png: Path, columns: int = 8, scal
 def animation(clips: Media, prompts: Sequence[str], webp: Path, columns: int = 4, fps: float = 16) -> None:
     """Write an animated WebP of clips [N, 3, T, H, W] in [0, 1], T frames at `fps`, each above its prompt.
 
-    Of long clips it has some of the frames, at the clips' speed.
+    A long clip is drawn with some of its frames, at its own speed.
     """
     length = clips.shape[2]
     numbers = _spread(length, MOVING)
@@ -58,18 +57,18 @@ def animation(clips: Media, prompts: Sequence[str], webp: Path, columns: int = 4
     write_whole(webp, data.getvalue())
 
 
-def shown(media: Tensor) -> Tensor:
-    """Of clips [N, 3, T, H, W] the frames that sheets draw, evenly spaced; pictures [N, 3, H, W] as they are."""
+def visible_frames(media: Tensor) -> Tensor:
+    """Return the evenly spaced frames of clips [N, 3, T, H, W] that sheets draw; pictures [N, 3, H, W] unchanged."""
     return media[:, :, _spread(media.shape[2], FRAMES)] if media.ndim == 5 else media
 
 
 def _spread(length: int, most: int) -> list[int]:
-    """Frames of a clip, evenly spaced, the first and the last among them."""
+    """Return at most `most` evenly spaced frame numbers, including the first and the last."""
     return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()
 
 
 def _contact(images: Pixels, prompts: Sequence[str], columns: int) -> Image:
-    """Images [N, H, W, 3], each above its prompt."""
+    """Draw images [N, H, W, 3], each above its prompt."""
     assert len(images) == len(prompts), "one prompt an image"
     height, width = images.shape[1:3]
     text = _Text.fitting(width)
@@ -93,9 +92,9 @@ def comparison(
     columns: int = 8,
     scale: int | None = None,
 ) -> None:
-    """Write one row a (stage, media [N, 3, H, W]), one column a prompt; more than `columns` go below.
+    """Write one row for each (stage, media [N, 3, H, W]) and one column for each prompt, in blocks of `columns`.
 
-    Media are as `grid` takes them, of the same prompts and noise in every row.
+    Media are in the form that `grid` takes, from the same prompts and noise in every row.
     """
     images = [(name, _enlarge(_pixels(media), scale)) for name, media in rows]
     assert {len(row) for _, row in images} == {len(prompts)}, "one prompt a column"
@@ -126,14 +125,14 @@ def _column(sheet: Image, images: Sequence[Pixels], left: int, top: int) -> None
 
 
 def _labels(draw: ImageDraw, text: _Text, rows: Sequence[tuple[str, int]], top: int) -> None:
-    """The stages' names, each halfway up its row's height."""
+    """Write the stages' names, each at the middle of its row."""
     for name, height in rows:
         draw.text((GAP, top + height // 2), name, INK, text.bold, anchor="lm")
         top += height + GAP // 2
 
 
 def _pixels(media: Media) -> Pixels:
-    """Media [N, 3, H, W] or [N, 3, T, H, W] -> [N, H, W, 3]."""
+    """Convert media [N, 3, H, W] or [N, 3, T, H, W] to pixels [N, H, W, 3]."""
     values = np.asarray(media if isinstance(media, np.ndarray) else media.detach().float().cpu())
     assert values.shape[1:2] == (3,), f"media are [N, 3, H, W] or [N, 3, T, H, W], not {values.shape}"
     assert values.dtype.kind == "f", f"media are floats in [0, 1], not {values.dtype}"
@@ -144,12 +143,12 @@ def _pixels(media: Media) -> Pixels:
 
 
 def _strip(clips: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """[N, 3, T, H, W] -> [N, 3, H, frames W], evenly spaced."""
+    """Put evenly spaced frames side by side: [N, 3, T, H, W] -> [N, 3, H, frames W]."""
     return np.concatenate([clips[:, :, number] for number in _spread(clips.shape[2], FRAMES)], axis=-1)
 
 
 def _enlarge(images: Pixels, scale: int | None) -> Pixels:
-    """[N, H, W, 3] -> [N, scale H, scale W, 3]."""
+    """Enlarge without interpolation: [N, H, W, 3] -> [N, scale H, scale W, 3]."""
     times = math.ceil(SMALLEST / min(images.shape[1:3])) if scale is None else scale
     assert times >= 1, "scale is a whole number from 1"
     return images.repeat(times, 1).repeat(times, 2)
@@ -157,7 +156,7 @@ def _enlarge(images: Pixels, scale: int | None) -> Pixels:
 
 @frozen
 class _Text:
-    """Prompts in a size that suits the images; matplotlib's font, for it knows more scripts than Pillow's."""
+    """Writes prompts in a size that suits the images, in matplotlib's font, which has more scripts than Pillow's."""
 
     font: FreeTypeFont
     bold: FreeTypeFont
@@ -174,7 +173,7 @@ class _Text:
         return _Text(plain, ImageFont.truetype(fonts / "DejaVuSans-Bold.ttf", size), math.ceil(1.25 * size))
 
     def wrap(self, prompt: str, width: int, most: int = 5) -> list[str]:
-        """Lines no wider than `width` pixels; what more than `most` lines would hold is an ellipsis."""
+        """Break a prompt into lines no wider than `width` pixels; text beyond `most` lines becomes an ellipsis."""
         lines, rest = [""], prompt.split()
         while rest and len(lines) <= most:
             word = rest.pop(0)

@@ -1,4 +1,4 @@
-"""The table that a run ends with, and how its numbers are written."""
+"""Prints the table at the end of a run, and formats its numbers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MISSING = "-"
 
 @frozen
 class Numbers:
-    """How values of one metric are written: as percentages, or with `decimals` that show their size.
+    """How the values of one metric are written: as percentages, or with as many `decimals` as their size needs.
 
-    ASCII only: a terminal that cannot print a dash must not lose the results.
+    Only ASCII is used, so that every terminal can print the results.
     """
 
     percent: bool
@@ -33,7 +33,7 @@ class Numbers:
 
     @staticmethod
     def of(rows: Sequence[Row]) -> Numbers:
-        """Percentages where every value and interval is in [0, 1]."""
+        """Choose percentages if every value and interval is in [0, 1]."""
         seen = [row[key] for row in rows for key in ("value", "low", "high")]
         if all(0 <= value <= 1 for value in seen):
             return Numbers(percent=True)
@@ -41,35 +41,35 @@ class Numbers:
         return Numbers(percent=False, decimals=min(6, max(0, 2 - digits)))
 
     def value(self, row: Row) -> tuple[str, str]:
-        """The value and its interval."""
+        """Return the value and its interval."""
         low, high = self._plain(row["low"]), self._plain(row["high"])
         unit, to = (" %", "-") if self.percent else ("", " to ")
         return self._plain(row["value"]) + unit, f"{low}{to}{high}"
 
     def gain(self, row: Row) -> tuple[str, str]:
-        """The gain over the stage before and its interval; a dash where there is none."""
+        """Return the gain over the stage before and its interval; a dash if there is no gain."""
         if "gain" not in row or "gain_low" not in row or "gain_high" not in row:
             return MISSING, ""
         low, high = self._plain(row["gain_low"], "+"), self._plain(row["gain_high"], "+")
         return self._plain(row["gain"], "+") + (" pp" if self.percent else ""), f"{low} to {high}"
 
     def _plain(self, value: float, sign: str = "") -> str:
-        shown = round(100 * value if self.percent else value, self.decimals) + 0.0  # no "-0.0"
-        return f"{shown:{sign if shown else ''}.{self.decimals}f}"
+        rounded = round(100 * value if self.percent else value, self.decimals) + 0.0  # no "-0.0"
+        return f"{rounded:{sign if rounded else ''}.{self.decimals}f}"
 
 
 def direction(row: Row) -> str:
-    """ "up" or "down" where the gain's interval excludes 0, else ""."""
+    """Return "up" or "down" if the gain's interval excludes 0, else ""."""
     return "up" if row.get("gain_low", 0.0) > 0 else "down" if row.get("gain_high", 0.0) < 0 else ""
 
 
 def names(rows: Sequence[Row], key: Literal["stage", "metric", "category"]) -> list[str]:
-    """The distinct stages, metrics or categories, in order."""
+    """Return the distinct stages, metrics or categories, in order."""
     return list(dict.fromkeys(row[key] for row in rows))
 
 
 def print_table(stages: Sequence[Scores], rows: Sequence[Row], console: Console) -> None:
-    """A table a metric, one row a stage; categories that the console has no room for go to tables below."""
+    """Print a table per metric, one row per stage; categories that are too many for the console get tables below."""
     from rich.text import Text
 
     for metric in names(rows, "metric"):
@@ -82,19 +82,19 @@ def print_table(stages: Sequence[Scores], rows: Sequence[Row], console: Console)
 
 
 def _fitting(stages: Sequence[Scores], rows: Sequence[Row], console: Console) -> list[Table]:
-    """One table where the console is wide enough; else "all" and the costs, then categories in even parts."""
-    first, *others = names(rows, "category")
-    whole = _table(stages, rows, [first, *others], costs=True)
+    """Return one table if the console is wide enough; else "all" with the costs, then the categories evenly split."""
+    every, *others = names(rows, "category")
+    whole = _table(stages, rows, [every, *others], costs=True)
     if not others or _width(console, whole) <= console.width:
         return [whole]
     alone = _width(console, _table(stages, rows, [], costs=False))
     widest = max(_width(console, _table(stages, rows, [c], costs=False)) for c in others) - alone
-    parts = math.ceil(len(others) / max(1, (console.width - alone) // widest))
-    even = math.ceil(len(others) / parts)
-    starts = range(0, len(others), even)
+    count = math.ceil(len(others) / max(1, (console.width - alone) // widest))
+    size = math.ceil(len(others) / count)
+    starts = range(0, len(others), size)
     return [
-        _table(stages, rows, [first], costs=True),
-        *(_table(stages, rows, others[start : start + even], costs=False) for start in starts),
+        _table(stages, rows, [every], costs=True),
+        *(_table(stages, rows, others[start : start + size], costs=False) for start in starts),
     ]
 
 
@@ -133,10 +133,10 @@ def _costs(stage: Scores, lines: dict[tuple[str, str], Row], numbers: Numbers) -
     from rich.text import Text
 
     row = lines[stage.stage, "all"]
-    colour = {"up": "green", "down": "red", "": ""}[direction(row)]
+    color = {"up": "green", "down": "red", "": ""}[direction(row)]
     speed = f"{stage.samples_per_second:.1f}" if stage.samples_per_second else MISSING
     return [
-        _cell(*numbers.gain(row), colour),
+        _cell(*numbers.gain(row), color),
         Text(duration(stage.seconds)),
         Text(speed),
         Text(memory.size(stage.peak_memory)),
@@ -151,7 +151,7 @@ def _cell(main: str, below: str, style: str = "") -> Text:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "4.2 s", "42 s", "3m 05s", "2h 07m"; a dash for 0."""
+    """Return seconds as people write them: "4.2 s", "42 s", "3m 05s", "2h 07m"; a dash for 0."""
     whole = round(seconds)
     if not seconds:
         return MISSING

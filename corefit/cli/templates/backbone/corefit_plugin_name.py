@@ -29,12 +29,12 @@ LORA = "pytorch_lora_weights.safetensors"
 
 @define(eq=False, slots=False)
 class PluginName(Backbone):
-    """Latents [B, C, H/8, W/8]; conditions {"prompt_embeds": [B, L, D], "pooled": [B, P]}. Nothing is read early."""
+    """Latents [B, C, H/8, W/8]; conditions {"prompt_embeds": [B, L, D], "pooled": [B, P]}. Reads weights when used."""
 
     path: Path
     """A folder that the family's diffusers pipeline loads."""
     max_sequence_length: int = field(default=256, validator=validators.gt(0))
-    """Tokens of a prompt; all are padded to this number, so that a row does not depend on its neighbours."""
+    """Tokens of a prompt; all are padded to this number, so that a row does not depend on the others in its batch."""
 
     transformer: Any = field(init=False, default=None)
     empty: Condition | None = field(init=False, default=None)
@@ -47,7 +47,7 @@ class PluginName(Backbone):
     # the family
 
     def _classes(self) -> tuple[Any, Any, Any]:
-        """Pipeline, network and VAE."""
+        """Return the classes of pipeline, network and VAE."""
         from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 
         return StableDiffusion3Pipeline, SD3Transformer2DModel, AutoencoderKL  # FAMILY
@@ -57,7 +57,7 @@ class PluginName(Backbone):
             kind, _, _ = self._classes()
             self._text = kind.from_pretrained(self.path, transformer=None, vae=None, torch_dtype=self._dtype)
             self._text.to(self._device)
-        # FAMILY: what encode_prompt gives
+        # FAMILY: what encode_prompt returns
         embeds, _, pooled, _ = self._text.encode_prompt(
             list(prompts),
             *(None, None),
@@ -68,7 +68,7 @@ class PluginName(Backbone):
         return Condition({"prompt_embeds": embeds.detach(), "pooled": pooled.detach()})
 
     def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        # FAMILY: of one row of what encode_text gives; here CLIP's tokens and then those of T5
+        # FAMILY: shapes of one row of encode_text; here CLIP's tokens, then those of T5
         network, clip = self._config("transformer"), self._config("tokenizer", "tokenizer_config.json")
         tokens = clip["model_max_length"] + self.max_sequence_length
         return {
@@ -77,7 +77,7 @@ class PluginName(Backbone):
         }
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
-        # FAMILY: what the network is told; sigma stays float32, because bfloat16 would round it to another level
+        # FAMILY: the inputs of the network; sigma stays float32, because bfloat16 would round it to another level
         v = self.transformer(
             hidden_states=x.to(self._dtype),
             timestep=1000 * sigma.float(),
@@ -103,7 +103,7 @@ class PluginName(Backbone):
         unit = scale * network["patch_size"]
         if len(size) != 2 or any(n < unit or n % unit for n in size):
             raise ConfigError(f"size = {list(size)}: expected [height, width], each a multiple of {unit}")
-        if max(size) > unit * network["pos_embed_max_size"]:  # FAMILY: SD3 would crop
+        if max(size) > unit * network["pos_embed_max_size"]:  # FAMILY: SD3 would crop its position embedding
             raise ConfigError(f"size = {list(size)}: at most {unit * network['pos_embed_max_size']} a side")
         return (vae["latent_channels"], *(n // scale for n in size))
 
@@ -111,7 +111,7 @@ class PluginName(Backbone):
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(self.path / "scheduler")
-        scheduler.set_timesteps(steps)  # FAMILY: with dynamic shifting it takes a `mu` too
+        scheduler.set_timesteps(steps)  # FAMILY: with dynamic shifting it needs a `mu`
         return scheduler.sigmas.float().cpu()
 
     def shift(self, shape: Sequence[int]) -> float:
@@ -119,12 +119,12 @@ class PluginName(Backbone):
 
     @property
     def distilled(self) -> bool:
-        return False  # FAMILY: whether the network takes the scale of guidance as an input
+        return False  # FAMILY: whether the guidance scale is an input of the network
 
     # any family
 
     def check(self) -> None:
-        """ModelError for what is missing, without reading weights."""
+        """Raise ModelError for missing files; read no weights."""
         for part in PARTS:
             self._config(part)
             if not any((self.path / part).glob("*.safetensors")):
@@ -141,14 +141,14 @@ class PluginName(Backbone):
         self.transformer = kind.from_pretrained(self.path / "transformer", torch_dtype=dtype).to(device)
 
     def load_blank(self, dtype: torch.dtype) -> None:
-        """What `load` does, without weights: from it `corefit check` tells how much memory a stage takes."""
+        """Do what `load` does without weights; `corefit check` estimates the memory of a stage with it."""
         import torch
 
         self.place(torch.device("meta"), dtype)
         _, kind, _ = self._classes()
         with torch.device("meta"):
             network = kind.from_config(dict(self._config("transformer")))
-        self.transformer = torch.nn.Module.to(network, dtype)  # diffusers' own warns, and is for weights
+        self.transformer = torch.nn.Module.to(network, dtype)  # diffusers' own `to` warns about the meta device
 
     def routes(self) -> Sequence[Any]:
         return [self.transformer]
@@ -167,7 +167,7 @@ class PluginName(Backbone):
         v = self.velocity(x, sigma, cond) if v_cond is None else v_cond
         if scale == 1:
             return v
-        return self.combine(v, self.velocity(x, sigma, self.null(len(x))), scale)  # FAMILY: some join them otherwise
+        return self.combine(v, self.velocity(x, sigma, self.null(len(x))), scale)  # FAMILY: some combine otherwise
 
     def weights_key(self) -> str:
         return _digest(self.path / "transformer")
@@ -180,14 +180,14 @@ class PluginName(Backbone):
         return {**settings, **{name: _digest(self.path / name) for name in others}}
 
     def save(self, folder: Path) -> None:
-        """The LoRA alone where there is one, otherwise a whole pipeline: the trained network, the rest copied."""
+        """Save the LoRA if there is one; otherwise a whole pipeline: the trained network, the rest copied."""
         network = getattr(self.transformer, "module", self.transformer)
         if getattr(network, "peft_config", None):
             self._save_lora(network, folder)
             return
         shutil.copytree(self.path, folder, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)
         network.save_pretrained(folder / "transformer")
-        shutil.copy(self.path / "transformer/config.json", folder / "transformer")  # the new one names this machine
+        shutil.copy(self.path / "transformer/config.json", folder / "transformer")  # the new one has a local path
 
     def _save_lora(self, network: Any, folder: Path) -> None:
         from peft.utils import get_peft_model_state_dict
@@ -196,14 +196,14 @@ class PluginName(Backbone):
         lora = network.peft_config["default"].to_dict()
         settings = {key: lora[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
         settings["target_modules"] = sorted(lora["target_modules"])
-        said = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
+        metadata = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
         kind, _, _ = self._classes()
         kind.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(network),
             weight_name=LORA,
-            # one entry alone: safetensors writes several in random order, and equal adapters are to be equal files
-            save_function=lambda weights, file: save_file(weights, file, {"lora_adapter_metadata": said}),
+            # a single entry: safetensors writes several in random order, and equal adapters should be equal files
+            save_function=lambda weights, file: save_file(weights, file, {"lora_adapter_metadata": metadata}),
         )
 
     def load_lora(self, folder: Path) -> None:
@@ -211,12 +211,12 @@ class PluginName(Backbone):
         from peft.utils import set_peft_model_state_dict
 
         kind, _, _ = self._classes()
-        said: Any = kind.lora_state_dict(folder, weight_name=LORA, use_safetensors=True, return_lora_metadata=True)
-        weights, settings = ({name.removeprefix("transformer."): value for name, value in d.items()} for d in said)
+        saved: Any = kind.lora_state_dict(folder, weight_name=LORA, use_safetensors=True, return_lora_metadata=True)
+        weights, settings = ({name.removeprefix("transformer."): value for name, value in d.items()} for d in saved)
         self.transformer.requires_grad_(False)
         self.transformer.add_adapter(LoraConfig(**settings))
         for parameter in self.transformer.parameters():
-            if parameter.requires_grad:  # the adapter's: trained in float32 whatever the network's dtype
+            if parameter.requires_grad:  # the adapter trains in float32, whatever the network's dtype
                 parameter.data = parameter.data.float()
         set_peft_model_state_dict(self.transformer, weights)
 
@@ -238,7 +238,7 @@ class PluginName(Backbone):
 
 
 def _digest(folder: Path) -> str:
-    """sha256 over names and bytes of the files in a folder."""
+    """Return a sha256 over names and bytes of the files in a folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     parts = [f"{file.name} {_hash(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -246,7 +246,7 @@ def _digest(folder: Path) -> str:
 
 @cache
 def _hash(file: Path, size: int, modified: int) -> str:
-    """Of one file, read once while its size and time stay."""
+    """Return the sha256 of a file, which is read again only when its size or time changes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

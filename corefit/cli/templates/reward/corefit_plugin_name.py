@@ -1,4 +1,4 @@
-"""plugin_name, a reward for corefit: how colourful a picture is (Hasler and Suesstrunk, 2003)."""
+"""plugin_name, a reward for corefit: how colorful a picture is (Hasler and Suesstrunk, 2003)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ COREFIT_API = "1.0"
 
 @frozen
 class PluginName(Reward):
-    """Spread of the opponent colours, plus `mean` times their distance from grey: 0 for grey, about 0.5 for vivid."""
+    """Spread of the opponent colors, plus `mean` times their distance from gray: 0 for gray, about 0.5 for vivid."""
 
     mean: float = field(default=0.3, validator=validators.ge(0))
-    """Weight of the mean colour; the published one is 0.3."""
+    """Weight of the mean color; the paper has 0.3."""
 
     def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> Tensor:
-        """[B] for pictures [B, 3, H, W] or clips [B, 3, T, H, W] in [0, 1]; a row depends on no other."""
+        """Return scores [B] of pictures [B, 3, H, W] or clips [B, 3, T, H, W] in [0, 1], each row by itself."""
         red, green, blue = media.float().flatten(2).unbind(1)  # [B, pixels] each
         first, second = red - green, (red + green) / 2 - blue
         spread = (first.var(1, correction=0) + second.var(1, correction=0)).sqrt()

@@ -19,18 +19,18 @@ COREFIT_API = "1.0"
 class PluginName(Sampler):
     """Euler down to a level below sigma_next, then noise that brings the state up to sigma_next.
 
-    Signal 1 - sigma_next and noise sigma_next are exact for an exact velocity. The last step, to 0, adds no noise.
+    Signal 1 - sigma_next and noise sigma_next are exact if the velocity is. The last step, to 0, adds no noise.
     """
 
     eta: float = field(default=0.5, validator=[validators.ge(0), validators.le(1)])
-    """How far a step overshoots, and so how much noise is drawn anew: 0 is the ODE."""
+    """How far a step overshoots, and therefore how much new noise it adds; 0 is the ODE."""
 
     @property
     def stochastic(self) -> bool:
         return self.eta > 0
 
     def step(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Step:
-        x, v = upcast(x), upcast(v)  # float32 at least, whatever the network computes in
+        x, v = upcast(x), upcast(v)  # at least float32, whatever the network's dtype
         down = sigma_next * (1 + self.eta * (sigma_next / sigma - 1))  # [B], from 0 to sigma_next
         state = interpolate(denoised(x, v, sigma), predicted_noise(x, v, sigma), down)
         shrink = (1 - sigma_next) / (1 - down)  # what the signal loses on its way back up

@@ -17,17 +17,17 @@ COREFIT_API = "1.0"
 
 @frozen
 class PluginName(Source):
-    """A prompt and a media file a line, under a line of column names; other columns become `meta`, as text."""
+    """Reads a CSV file with column names: a prompt and a media file per line; other columns become `meta`, as text."""
 
     path: Path
-    """The file, in UTF-8; media are relative to its folder."""
+    """The CSV file, in UTF-8; paths of media are relative to its folder."""
     prompt: str = "prompt"
-    """The column of prompts."""
+    """Name of the column of prompts."""
     media: str = "media"
-    """The column of pictures or videos; a file without it has prompts alone."""
+    """Name of the column of pictures or videos; a file without this column has prompts alone."""
 
     def examples(self) -> Iterator[Example]:
-        """All lines in order; DataError names the file and the line."""
+        """Yield all lines in order; a DataError names the file and the line."""
         if not self.path.is_file():
             raise DataError(f"{self.path} does not exist or is not a file: `path` must name a CSV file")
         empty = True
@@ -40,10 +40,10 @@ class PluginName(Source):
             except (csv.Error, UnicodeDecodeError) as error:
                 raise DataError(f"{self.path}:{rows.line_num}: no CSV in UTF-8 ({error})") from None
         if empty:
-            raise DataError(f"{self.path} has no lines; write column names and a {self.prompt!r} a line")
+            raise DataError(f"{self.path} has no lines; write column names and a {self.prompt!r} per line")
 
     def _example(self, row: Mapping[str | Any, str | Any], where: str) -> Example:
-        if None in row or None in row.values():  # how csv says that there are fields too many, or too few
+        if None in row or None in row.values():  # csv has a key None for too many fields, a value None for too few
             raise DataError(f"{where}: the line has more or fewer columns than the first line names")
         if self.prompt not in row:
             raise DataError(f"{where}: there is no column {self.prompt!r}; there are: {', '.join(row)}")

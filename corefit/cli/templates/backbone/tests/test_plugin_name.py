@@ -1,4 +1,4 @@
-"""What every backbone must hold, on a tiny checkpoint with random weights, and what this one says of itself."""
+"""The checks that every backbone must pass, and tests of this one, on a tiny checkpoint with random weights."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def test_sizes_that_would_be_cropped_are_refused(folder: Path):
 
 
 def test_missing_weights_are_named(folder: Path, tmp_path: Path):
-    spoilt = Path(shutil.copytree(folder, tmp_path / "base"))
-    (spoilt / "vae/diffusion_pytorch_model.safetensors").unlink()
+    spoiled = Path(shutil.copytree(folder, tmp_path / "base"))
+    (spoiled / "vae/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"vae: no \.safetensors file"):
-        PluginName(spoilt).check()
+        PluginName(spoiled).check()
     with pytest.raises(ModelError, match="diffusers folder"):
         PluginName(tmp_path).check()

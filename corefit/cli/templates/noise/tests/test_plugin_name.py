@@ -1,4 +1,4 @@
-"""What every noise weighting must hold, and what this one says of itself."""
+"""The checks that every noise weighting must pass, and tests of this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every objective must hold, and what this one says of itself."""
+"""The checks that every objective must pass, and tests of this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every sampler must hold, and what this one says of itself."""
+"""The checks that every sampler must pass, and tests of this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every source must hold, and what this one says of itself."""
+"""The checks that every source must pass, and tests of this one."""
 
 from __future__ import annotations
 
