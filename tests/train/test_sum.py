@@ -78,7 +78,7 @@ def test_a_weight_does_not_depend_on_what_is_counted(job):
 
 
 def test_the_step_is_along_the_weighted_sum_of_the_gradients(job):
-    """Of equal gradients, weights 0.25 and 0.75 make the one that either has alone."""
+    """Where both gradients are equal, weights 0.25 and 0.75 add up to the gradient that either has alone."""
 
     @frozen
     class Fixed(Supervised):
