@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from corefit.errors import is_unicode, plain, shown
+from corefit.errors import is_unicode, plain, short_repr
 from corefit.system.display import Display
 
 
@@ -30,10 +30,10 @@ def test_values_are_cut_short():
     deep = []
     for _ in range(100_000):
         deep = [deep]
-    assert shown("a") == "'a'"
-    assert shown("a" * 200) == f"'{'a' * 79}..."
-    assert shown(deep) == "a list that is too deep or too large to show"
-    assert shown(10**5000) == "a int that is too deep or too large to show"
+    assert short_repr("a") == "'a'"
+    assert short_repr("a" * 200) == f"'{'a' * 79}..."
+    assert short_repr(deep) == "a list that is too deep or too large to show"
+    assert short_repr(10**5000) == "a int that is too deep or too large to show"
     while deep:
         (deep,) = deep  # from the outside in: freed at once, so many would end the process
 

@@ -92,6 +92,17 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def sources(file: Path) -> list[Path]:
+    """All Python files of a package, for which its __init__.py stands, or the one file of a module."""
+    found = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+    return [each for each in found if each.is_file()]
+
+
+def source(file: Path) -> str:
+    """Hash of the `sources` of a package or module."""
+    return hashlib.sha256(b"\0".join(each.read_bytes() for each in sources(file))).hexdigest()
+
+
 class Damaged(ValueError):
     """Raised where a file is not as it was written; the message says how it differs, without the file's name."""
 

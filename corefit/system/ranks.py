@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attrs import define
 
 from corefit.errors import ConfigError, CorefitError, PluginError, RankError
-from corefit.system import memory
+from corefit.system import cuda, memory
 
 if TYPE_CHECKING:
     import torch
@@ -234,9 +234,10 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
     precision  "fp32", "bf16", or "auto": bf16 where a GPU has it
     shard      FSDP2; `accelerate launch --use_fsdp` asks for it too
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
+    with memory.uncollected("accelerate"):
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import GradientAccumulationPlugin
 
     check_launch()
     shard = _is_set_to_fsdp() or shard
@@ -310,10 +311,11 @@ def check_launch() -> None:
 
 def is_half(precision: str) -> bool:
     """Whether "fp32", "bf16" or "auto" is bfloat16 here."""
+    if precision != "auto" or not cuda.may_be_there():
+        return precision == "bf16"
     import torch
 
-    auto = precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return precision == "bf16" or auto
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 def _is_set_to_fsdp() -> bool:

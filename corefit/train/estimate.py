@@ -11,6 +11,7 @@ from attrs import evolve, frozen
 from corefit.data import buckets
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Pipeline
+from corefit.system import cuda, memory
 from corefit.system.memory import size
 from corefit.system.ranks import is_half
 from corefit.train import fake, weights
@@ -41,10 +42,12 @@ class Device:
     def here() -> Device:
         """Return the device of this machine."""
         import psutil
-        import torch
 
-        if torch.cuda.is_available():
-            return Device(torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[1]), gpu=True)
+        if cuda.may_be_there():
+            import torch
+
+            if torch.cuda.is_available():
+                return Device(torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[1]), gpu=True)
         return Device("main memory", float(psutil.virtual_memory().total), gpu=False)
 
     @staticmethod
@@ -205,7 +208,8 @@ def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, grap
 
 def _blank(pipeline: Pipeline, stage: Stage, device: Device) -> Any:
     """Return a copy of the backbone, set up for training, whose weights have a shape and no memory."""
-    import torch
+    with memory.uncollected("torch"):
+        import torch
 
     small = device.half(pipeline.precision) and pipeline.freezes_in_half(stage)
     backbone: Any = evolve(cast(Any, pipeline.backbone))

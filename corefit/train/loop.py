@@ -146,7 +146,7 @@ class Loop:
         """Turn one batch into experience, and take an optimizer step on each part of it."""
         started = time.perf_counter()
         self._set_learning_rate()
-        ctx = attrs.evolve(self.ctx, first=self._is_first_step)
+        ctx = attrs.evolve(self.ctx, first_batch=self._is_first_step)
         self._draws = [] if self._is_first_step and self.ranks.world > 1 else None
         try:
             for update, parts_of_update in enumerate(self._parts_by_update(batch, ctx)):
@@ -233,13 +233,13 @@ class Loop:
         """
         count: float | Tensor = 0.0
         terms = objective.terms(micro_batch, ctx)
-        blame.returned(terms, lambda it: isinstance(it, Iterator), objective, "terms()", "a generator of terms")
+        blame.require_result(terms, lambda it: isinstance(it, Iterator), objective, "terms()", "a generator of terms")
         number = objective.num_terms
         for index in range(number):
             exchanges = is_last and index == number - 1
             with self._explain_exhaustion(f"{prefix}term {index}"), self._gradient_exchange(exchanges):
                 yielded = next(terms, None)
-                blame.expect(yielded is not None, objective, f"yielded {index} terms, not num_terms = {number}")
+                blame.require(yielded is not None, objective, f"yielded {index} terms, not num_terms = {number}")
                 term = contract.term(yielded, objective)
                 del yielded  # it would keep the graph alive
                 self.ranks.accelerator.backward(term.total)
@@ -248,7 +248,7 @@ class Loop:
                 self.state.means.add(prefix + name, values)
             count = count + term.count
             del term
-        blame.expect(next(terms, None) is None, objective, f"yields more than num_terms = {number} terms")
+        blame.require(next(terms, None) is None, objective, f"yields more than num_terms = {number} terms")
         return count
 
     def _gradient_exchange(self, exchanges: bool) -> Any:

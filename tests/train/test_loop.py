@@ -238,7 +238,7 @@ class Miscounted(Supervised):
 
 
 def test_a_wrong_number_of_terms_is_named(job):
-    with pytest.raises(PluginError, match=r"Miscounted .* yielded 1 terms, not num_terms = 2; mend it"):
+    with pytest.raises(PluginError, match=r"Miscounted .* yielded 1 terms, not num_terms = 2; fix it"):
         train.train(job(Miscounted()), ranks.join("fp32"))
 
 
