@@ -8,44 +8,45 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-import attrs
 import messages
 from click.testing import CliRunner
 
 from corefit.cli import cli
 from corefit.data.settings import Data
 from corefit.pipeline import Eval, Optimizer, Pipeline, Stage
-from corefit.pipeline.pipeline import CHOICES, MODES
-from corefit.pipeline.reader import TABLE
+from corefit.pipeline.pipeline import MODES
+from corefit.pipeline.schema import Schema, Writer
 from corefit.plugins import KINDS, Host, Offer
-from corefit.plugins.kinds import BY_PROTOCOL
-from corefit.types import ModelPath, Weighted
 from corefit.types.former import FORMER
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: (\w+) ?([\w.]*) -->\n).*?(<!-- end -->)", re.DOTALL)
-WORDS: Mapping[Any, str] = {
-    bool: "true or false",
-    int: "whole number",
-    float: "number",
-    str: "text",
-    Path: "path",
-    ModelPath: "path or address",
-}
-LISTED = re.compile(r"^(\w+) {2,}(\S.*(?:\n {4,}\S.*)*)$", re.MULTILINE)
-"""A key and what it means, in the docstring of a class."""
 WIDTH = 120
-PLURALS = {"number": "numbers", "whole number": "whole numbers", "text": "texts"}
-SECTIONS: Mapping[Any, str] = {Optimizer: "#stageoptimizer", Data: "#data", Eval: "#eval", Stage: "#stage"}
-"""Where the reference describes the table of a class."""
+WORDS: Mapping[str, str] = {
+    "boolean": "true or false",
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "path": "path",
+    "path-or-address": "path or address",
+}
+"""JSON Schema's types, and the schema's own formats, in words of TOML."""
+HEADINGS: Mapping[str, str] = {
+    "Data": "[data]",
+    "Stage": "[[stage]]",
+    "Optimizer": "[stage.optimizer]",
+    "Eval": "[eval]",
+}
+"""The heading under which the reference describes the table of a class."""
+PAGES: Mapping[str, str] = {kind.name: kind.word for kind in KINDS.values()}
+"""The page of each kind of plugin, in plugins/."""
 
 
 def pages() -> list[Path]:
@@ -155,19 +156,21 @@ def _summary(cls: type) -> str:
 
 
 def _configuration(_: str) -> str:
+    """Every key of a pipeline file, from the same tables as `corefit schema`."""
     parts = [
         *("## The file", _table(Pipeline)),
-        *("## [backbone]", "One table with `use`, and beside the backbone's own keys `train`."),
+        *("## [backbone]", "One table with `use`; beside the backbone's own keys it may have `train`, below."),
         *_sections("backbones"),
-        *("### train", "Also a key of a stage, which then says otherwise than `[backbone]`."),
+        *("### train", "Which weights train. A key of `[backbone]`, and of a stage that differs from it."),
         *(part for use, cls in MODES.items() for part in (f"#### train `{use}`", _summary(cls), _table(cls))),
-        *("## [data]", _table(Data), *_sections("sources")),
-        *("## [[stage]]", _table(Stage), "## [stage.optimizer]", _table(Optimizer)),
+        *(f"## {HEADINGS['Data']}", _table(Data), *_sections("sources")),
+        *(f"## {HEADINGS['Stage']}", _table(Stage)),
+        *(f"## {HEADINGS['Optimizer']}", _table(Optimizer)),
         *("## Objectives", *_sections("objectives")),
         *("## Samplers", *_sections("samplers")),
         *("## Noise weightings", *_sections("noise_weightings")),
         *("## Rewards", "corefit offers none. Beside a reward's own keys: `weight`, a number, 1.0 by default."),
-        *("## [eval]", _table(Eval)),
+        *(f"## {HEADINGS['Eval']}", _table(Eval)),
     ]
     return "\n\n".join(parts)
 
@@ -181,71 +184,52 @@ def _sections(kind: str) -> Iterator[str]:
 
 def _table(cls: type) -> str:
     """A row for each key that the table of `cls` may set."""
-    attrs.resolve_types(cls, include_extras=True)
-    said = meanings(cls)
-    fields = [f for f in attrs.fields(cls) if f.init and TABLE not in f.metadata]
-    rows = [f"| `{f.name}` | {_type(f.type)} | {_default(f.default)} | {_cell(said.get(f.name, ''))} |" for f in fields]
+    schema = Writer(Host()).table(cls)
+    rows = [
+        f"| `{name}` | {_type(key)} | {_default(key, name in schema.get('required', ()))} "
+        f"| {_cell(key.get('description', ''))} |"
+        for name, key in schema["properties"].items()
+    ]
     return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) if rows else "It has no keys."
 
 
-def meanings(cls: type) -> Mapping[str, str]:
-    """Key -> its attribute docstring, or its line in the class's, of the class or what it is derived from."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if base.__module__.startswith("corefit"):
-            node = _found(_tree(base.__module__), ast.ClassDef, base.__name__)
-            found |= {key: _sentence(said) for key, said in LISTED.findall(ast.get_docstring(node) or "")}
-            for one, after in pairwise(node.body):
-                if isinstance(one, ast.AnnAssign) and isinstance(after, ast.Expr):
-                    found[ast.unparse(one.target)] = ast.literal_eval(after.value)
-    return {key: " ".join(str(text).split()) for key, text in found.items()}
+def _type(schema: Schema) -> str:
+    """The type that a schema stands for, in words of TOML, with a link to where its table is described."""
+    match schema:
+        case {"enum": values}:
+            return " or ".join(f'`"{value}"`' for value in values)
+        case {"type": "array", "items": one}:
+            return f"list of {_plural(_type(one))}"
+        case {"type": "array", "prefixItems": [one, *more]}:
+            return f"list of {1 + len(more)} {_plural(_type(one))}"
+        case {"anyOf": _, "title": name}:
+            return f"[{name}](plugins/{PAGES[name]}.md)"
+        case {"anyOf": [{"type": "object"}, *_]}:
+            return "[table with `use`](#train)"
+        case {"anyOf": choices}:
+            return " or ".join(map(_type, choices))
+        case {"type": "object", "title": name}:
+            return f"[table](#{HEADINGS[name].strip('[]').replace('.', '')})"
+        case {"type": plain}:
+            return WORDS[schema.get("format", plain)]
+        case _:
+            return "any value"
 
 
-def _sentence(text: str) -> str:
-    first = text.partition(" ")[0]
-    return (text.capitalize()[0] if first.isalpha() else text[0]) + text[1:] + ("" if text.endswith(".") else ".")
+def _plural(one: str) -> str:
+    return one.replace("]", "s]", 1) if one.startswith("[") else f"{one}s"
 
 
-def _type(kind: Any) -> str:
-    """In words of TOML."""
-    if any(known == kind for known in CHOICES):
-        return "[table with `use`](#train)"
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(_type(arg) for arg in args if arg is not NoneType)
-    if origin is Literal:
-        return " or ".join(f'`"{arg}"`' for arg in args)
-    if origin in (tuple, list):
-        return _list(args)
-    if (origin or kind) in BY_PROTOCOL:
-        plugin = BY_PROTOCOL[origin or kind]
-        return f"[{plugin.name}](plugins/{plugin.word}.md)"
-    if origin is Weighted:
-        return _type(args[0])
-    if kind in SECTIONS:
-        return f"[table]({SECTIONS[kind]})"
-    return WORDS.get(kind, _cell(str(kind)))
-
-
-def _list(args: tuple[Any, ...]) -> str:
-    one = _type(args[0])
-    if one.startswith("["):
-        return f"list of {one.replace(']', 's]', 1)}"
-    return f"list of {PLURALS.get(one, one + 's')}" if args[-1] is Ellipsis else f"list of {len(args)} {PLURALS[one]}"
-
-
-def _default(default: Any) -> str:
-    if default is attrs.NOTHING:
-        return "required"
-    if isinstance(default, attrs.Factory):  # pyright: ignore[reportArgumentType]
-        made = default.factory()
-        return "full" if type(made) is MODES["full"] else "all defaults"
-    if default is None or default == ():
-        return "none"
-    if isinstance(default, tuple):
-        return f"`{list(default)}`"
-    plain = {True: "true", False: "false"}[default] if isinstance(default, bool) else default
-    return f'`"{plain}"`' if isinstance(default, str) else f"`{plain}`"
+def _default(schema: Schema, required: bool) -> str:
+    match schema.get("default"):
+        case None | []:
+            return "required" if required else "none"
+        case {"use": name}:
+            return f"`{name}`"
+        case {}:
+            return "all defaults"
+        case value:
+            return f"`{json.dumps(value, ensure_ascii=False)}`"
 
 
 def _cell(text: str) -> str:

@@ -15,9 +15,6 @@ import click
 from corefit import __version__
 from corefit.cli import completion
 from corefit.errors import CorefitError, Stopped, plain
-from corefit.plugins.kinds import BY_WORD
-from corefit.system import files, signals
-from corefit.types import blame
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +32,8 @@ SET = click.option(
 TRACE = click.option("--trace", is_flag=True, help="Print each hook call: whose it is, and what it returns.")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Folder of run folders [runs/ beside PIPELINE].")
 PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
-NEW = (*BY_WORD, "pipeline")
+NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "pipeline")
+"""Words of corefit.plugins.kinds.KINDS, which help texts and shells would else wait for; and a pipeline."""
 LARGEST = 1e9
 """Sizes of memory must be smaller than this number, in any unit."""
 UNITS = {"": 1 << 30, "gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
@@ -104,10 +102,15 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
     checked = read(pipeline, _with_out(settings, out))
     stages = ", ".join(f"{stage.name} ({stage.steps} steps of {stage.rows})" for stage in checked.stage)
     from corefit.train import estimate
+    from corefit.train.estimate_cache import Kept
 
     device = estimate.Device.here() if memory is None else estimate.Device.of(memory)
-    found = estimate.estimates(checked, device, ranks)
+    kept = Kept.of(checked, device, ranks)
+    before = kept.read()
+    found = estimate.estimates(checked, device, ranks) if before is None else before
     estimate.refuse(checked, found, device, ranks)
+    if before is None:
+        kept.write(found)
     click.echo(plain(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}"))
     estimate.show(found, device)
 
@@ -257,8 +260,7 @@ def _mute() -> None:
 
 def _status() -> int:
     try:
-        with blame.no_exit(), files.written(Path(".")):
-            status = cli(standalone_mode=False)
+        status = _called()
     except click.ClickException as error:
         try:
             error.show()
@@ -266,6 +268,8 @@ def _status() -> int:
             _mute()
     except (KeyboardInterrupt, click.Abort) as error:
         if _is_distributed():
+            from corefit.system import signals
+
             signals.ignore()  # a launcher may pass on to all processes a signal that one has received
         _say("stopped; the same command continues")
         if isinstance(error, Stopped):
@@ -284,6 +288,18 @@ def _status() -> int:
         _leave_group()
         return status or 0
     return 2
+
+
+def _called() -> int | None:
+    """Run the typed command; a plugin's exit and a file system that refuses to write become CorefitError."""
+    try:
+        return cli(standalone_mode=False)
+    except (Exception, SystemExit):
+        from corefit.system import files
+        from corefit.types import blame
+
+        with blame.no_exit(), files.explain_write_errors(Path(".")):
+            raise
 
 
 def _is_distributed() -> bool:

@@ -128,7 +128,7 @@ def prepare(
             if not ranks.from_main(lambda: _complete(folder, digest)):  # another run may have been at it until now
                 _make(work, progress, ranks)
     if ranks.main:
-        files.sweep(root)
+        files.remove_stale_locks(root)
         hashes.save()
         _within_budget(data, folder)
     ranks.barrier()
@@ -364,7 +364,7 @@ def _alone(root: Path, parts: Path, main: bool) -> Generator[None]:
         if stale != parts:
             shutil.rmtree(stale, ignore_errors=True)
     try:
-        with files.held(parts.with_suffix(".lock")):
+        with files.temporary_lock(parts.with_suffix(".lock")):
             yield
     finally:
         with suppress(OSError):  # nothing in it: a run that could not start leaves nothing

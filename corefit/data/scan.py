@@ -21,7 +21,7 @@ from corefit.system import files
 from corefit.system.files import sha256
 from corefit.system.ranks import alive
 from corefit.types import ArchiveMember, Example, Source
-from corefit.types.blame import returned
+from corefit.types.blame import require_result
 
 SETTLED = 2_000_000_000
 """Nanoseconds after which a file's time stamps tell it from any later version."""
@@ -55,9 +55,9 @@ def survey(data: Data, media: bool, digest: Callable[[Any], str]) -> tuple[int, 
 def _examples(source: Source) -> Iterator[Example]:
     """What a source gives; PluginError where that is no example, or one whose prompt is no text."""
     given = source.examples()
-    returned(given, lambda it: isinstance(it, Iterable), source, "examples()", "an iterable of corefit.Example")
+    require_result(given, lambda it: isinstance(it, Iterable), source, "examples()", "an iterable of corefit.Example")
     for example in given:
-        returned(
+        require_result(
             example,
             _is_example,
             source,

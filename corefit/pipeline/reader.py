@@ -188,7 +188,7 @@ class Reader:
     def _list(self, value: Any, target: Any) -> Any:
         """Read a list of as many items as the type says. Text and tables, also iterable, are refused."""
         kinds = get_args(target)
-        many = get_origin(target) is not tuple or kinds[-1:] == (...,)
+        many = has_any_length(target)
         if not isinstance(value, (list, tuple)):
             found = (
                 "a table: write [[...]] or [{ ... }]" if isinstance(value, Mapping) else f"{shown(value)}: write [...]"
@@ -284,6 +284,11 @@ def _with_keys_moved(table: Table, cls: type) -> Table:
             rest[place] = {key: value for key, value in inner.items() if key != f.name}
             rest[f.name] = inner[f.name]
     return rest
+
+
+def has_any_length(target: Any) -> bool:
+    """Whether a type of lists leaves their length open, as `list[int]` and `tuple[int, ...]` do."""
+    return get_origin(target) is not tuple or get_args(target)[-1:] == (...,)
 
 
 def _base(target: Any) -> Any:

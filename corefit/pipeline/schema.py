@@ -1,106 +1,140 @@
-"""`corefit schema`: the JSON Schema of pipeline files, made from the installed plugins."""
+"""`corefit schema`: what a pipeline file may say, as JSON Schema, from the installed plugins.
+
+The key tables of docs/configuration.md are drawn from the same tables (docs/generate.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
 
+from corefit.pipeline.meanings import meanings
 from corefit.pipeline.pipeline import CHOICES, Pipeline
-from corefit.pipeline.reader import TABLE, fields_of_other_tables
+from corefit.pipeline.reader import TABLE, Reader, fields_of_other_tables, has_any_length
 from corefit.plugins.host import Host
-from corefit.plugins.kinds import BY_PROTOCOL
+from corefit.plugins.kinds import BY_PROTOCOL, Kind
 from corefit.types import ModelPath, Weighted
 from corefit.types.objective import Sum
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-PLAIN: Mapping[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
+PLAIN: Mapping[Any, Mapping[str, str]] = {
+    bool: {"type": "boolean"},
+    int: {"type": "integer"},
+    float: {"type": "number"},
+    str: {"type": "string"},
+    Path: {"type": "string", "format": "path"},
+    ModelPath: {"type": "string", "format": "path-or-address"},
+}
+"""Types of plain values. The two formats are corefit's own: editors ignore formats that they do not know."""
 Schema = dict[str, Any]
 
 
 def schema(host: Host) -> Schema:
-    """Return the JSON Schema of a pipeline file, by which an editor completes and checks it."""
-    whole = _Writer(host).table(Pipeline)
+    """The JSON Schema of a whole pipeline file, by which editors complete keys and underline mistakes."""
+    writer = Writer(host)
+    whole = writer.table(Pipeline)
     for field in fields_of_other_tables(Pipeline):
-        key = whole["properties"].pop(field.name)
         for table in whole["properties"][field.metadata[TABLE]]["anyOf"]:
-            table["properties"][field.name] = key
-    return {"$schema": DIALECT, "title": "corefit pipeline", **whole}
+            table["properties"][field.name] = writer.key(field, meanings(Pipeline))
+    return {"$schema": DIALECT, **whole, "title": "corefit pipeline"}
 
 
-@attrs.frozen
-class _Writer:
+@attrs.define(eq=False)
+class Writer:
+    """Writes the JSON Schema of classes and of their keys."""
+
     host: Host
+    _reader: Reader = attrs.field(init=False)
+    """Turns the value that a key has by default into what a file would say."""
+
+    def __attrs_post_init__(self) -> None:
+        self._reader = Reader(self.host, Path(), CHOICES)
 
     def table(self, cls: type[Any], use: str | None = None) -> Schema:
-        """Return the schema of an attrs class; `use` is its name, if a table chooses it with `use`."""
+        """The schema of a table that is read as the attrs class `cls`; `use` is the name that picks it.
+
+        Keys that the file has in another table are left out. The title is the name of the class.
+        """
         attrs.resolve_types(cls, include_extras=True)
-        fields = [f for f in attrs.fields(cls) if f.init]
-        properties = {f.name: self.of(f.type) | _default(f.default) for f in fields}
+        fields = [f for f in attrs.fields(cls) if f.init and TABLE not in f.metadata]
+        texts = meanings(cls)
+        properties = {f.name: self.key(f, texts) for f in fields}
         required = [f.name for f in fields if f.default is attrs.NOTHING]
         if use is not None:
             properties, required = {"use": {"const": use}, **properties}, ["use", *required]
-        description = next(iter((cls.__doc__ or "").splitlines()), "")
+        summary = (inspect.getdoc(cls) or "").partition("\n\n")[0]
         return {
             "type": "object",
-            **({"description": description} if description else {}),
+            "title": cls.__name__,
+            **({"description": " ".join(summary.split())} if summary else {}),
             "properties": properties,
             "additionalProperties": False,
             **({"required": required} if required else {}),
         }
 
+    def key(self, field: attrs.Attribute[Any], texts: Mapping[str, str]) -> Schema:
+        """The schema of one key: its type, its meaning, and the value that it has where it is left out."""
+        described = {"description": texts[field.name]} if field.name in texts else {}
+        return self.of(field.type) | described | self._default(field.default)
+
     def of(self, kind: Any) -> Schema:
-        """Return the schema of a field's type."""
-        choices = next((classes for known, classes in CHOICES.items() if known == kind), None)
-        if choices:
-            return {"anyOf": [self.table(cls, use) for use, cls in choices.items()]}
-        if get_origin(kind) in (Union, UnionType):
-            inner = [arg for arg in get_args(kind) if arg is not NoneType]
+        """The schema of a field's type. That of a plugin has the name of its kind as title."""
+        if kind in CHOICES:
+            return {"anyOf": [self.table(cls, use) for use, cls in CHOICES[kind].items()]}
+        origin, args = get_origin(kind) or kind, get_args(kind)
+        if origin in (Union, UnionType):
+            inner = [arg for arg in args if arg is not NoneType]
             return self.of(inner[0]) if len(inner) == 1 else {"anyOf": [self.of(arg) for arg in inner]}
-        return self._one(kind)
-
-    def _one(self, kind: Any) -> Schema:
-        origin = get_origin(kind)
         if origin is Literal:
-            return {"enum": list(get_args(kind))}
+            return {"enum": list(args)}
         if origin in (tuple, list, Sequence):
-            return _list(get_args(kind), self.of)
-        if kind is ModelPath:
-            return {"type": "string"}
+            return _list(kind, self.of)
         if origin is Weighted:
-            (plugin,) = get_args(kind)
-            return self._weighted(BY_PROTOCOL[get_origin(plugin) or plugin].key)
-        if (origin or kind) in BY_PROTOCOL:
-            offers = self.host.offers[BY_PROTOCOL[origin or kind].key]
-            return {"anyOf": [self.table(offers[name].cls, name) for name in sorted(offers)]}
-        if attrs.has(kind):
-            return self.table(kind)
-        return {"type": PLAIN[kind]} if kind in PLAIN else {}
+            return self._weighted(BY_PROTOCOL[get_origin(args[0]) or args[0]])
+        if origin in BY_PROTOCOL:
+            plugin = BY_PROTOCOL[origin]
+            offers = sorted(self.host.offers[plugin.key].items())
+            return {"title": plugin.name, "anyOf": [self.table(offer.cls, name) for name, offer in offers]}
+        return self.table(kind) if attrs.has(kind) else dict(PLAIN.get(kind, {}))
 
-    def _weighted(self, kind: str) -> Schema:
-        """Return the schema of any plugin of a kind with a `weight` beside its keys. A sum may not hold a sum."""
-        offers = {name: offer.cls for name, offer in sorted(self.host.offers[kind].items()) if offer.cls is not Sum}
-        tables = [self.table(cls, name) for name, cls in offers.items()]
+    def _weighted(self, plugin: Kind) -> Schema:
+        """The schema of any plugin of a kind with a `weight` beside its keys; sums hold no sums."""
+        offers = {name: offer.cls for name, offer in sorted(self.host.offers[plugin.key].items())}
+        tables = [self.table(cls, name) for name, cls in offers.items() if cls is not Sum]
         for table in tables:
-            table["properties"]["weight"] = {"type": "number", "default": 1.0}
-        return {"anyOf": tables or [{}]}
+            table["properties"]["weight"] = {
+                "type": "number",
+                "description": f"Factor of this {plugin.name} in the sum.",
+                "default": 1.0,
+            }
+        return {"title": plugin.name, "anyOf": tables or [{}]}
+
+    def _default(self, default: Any) -> Schema:
+        """The value of a key that is left out, where JSON can say it; none for one that is then not set."""
+        if isinstance(default, attrs.Factory):  # pyright: ignore[reportArgumentType]
+            if default.takes_self:
+                return {}
+            default = default.factory()
+        try:
+            value = json.loads(json.dumps(self._reader.tables(default), allow_nan=False))
+        except (TypeError, ValueError):
+            return {}
+        return {} if value is None else {"default": value}
 
 
-def _list(kinds: Sequence[Any], of: Any) -> Schema:
-    if (len(kinds) == 2 and kinds[1] is Ellipsis) or len(kinds) == 1:
+def _list(kind: Any, of: Callable[[Any], Schema]) -> Schema:
+    kinds = get_args(kind)
+    if has_any_length(kind):
         return {"type": "array", "items": of(kinds[0])}
     return {
         "type": "array",
-        "prefixItems": [of(kind) for kind in kinds],
+        "prefixItems": [of(each) for each in kinds],
         "minItems": len(kinds),
         "maxItems": len(kinds),
     }
-
-
-def _default(default: Any) -> Schema:
-    """Return the `default` entry of a key, if its default is a value that JSON has."""
-    plain = isinstance(default, (bool, int, float, str))
-    return {"default": default} if plain else {}

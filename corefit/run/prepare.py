@@ -21,12 +21,12 @@ def prepare(pipeline: Pipeline, display: Display | None = None) -> Dataset:
     """Run `corefit prepare`: encode what is not in the cache yet, and print a summary. Every rank encodes its share."""
     ranks = join(pipeline.precision, shard=pipeline.shard)
     display = display or Display.on(ranks.main)
-    with Signals(display.say, ECHO).handled():
+    with Signals(display.print, ECHO).handled():
         agreement.check(ranks, pipeline, "prepare")
-        with display, ranks.watched(root(pipeline)), files.written(root(pipeline)):
+        with display, ranks.share_failures(root(pipeline)), files.explain_write_errors(root(pipeline)):
             dataset, _ = encode(pipeline, ranks, display)
     for line in summary(dataset):
-        display.say(line)
+        display.print(line)
     return dataset
 
 

@@ -23,6 +23,7 @@ from corefit.system.display import Advance, Display
 from corefit.system.ranks import Ranks, join
 from corefit.system.signals import ECHO, Signals
 from corefit.train import estimate, loop, weights
+from corefit.train.job import Cost, Job, Listener, Metrics
 from corefit.types import Backbone, Samples, TrainState, blame
 
 T = TypeVar("T")
@@ -36,11 +37,17 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     ranks = join(pipeline.precision, shard=pipeline.shard)
     ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
     display = display or Display.on(ranks.main)
-    signals = Signals(display.say, ECHO if ranks.world > 1 else 0.0)
+    signals = Signals(display.print, ECHO if ranks.world > 1 else 0.0)
     folder = pipeline.run_folder
     with signals.handled():
         agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
-        with _locked(folder, ranks), display, ranks.watched(folder), blame.no_exit(), files.written(folder):
+        with (
+            _locked(folder, ranks),
+            display,
+            ranks.share_failures(folder),
+            blame.no_exit(),
+            files.explain_write_errors(folder),
+        ):
             Run(pipeline, ranks, display, signals, Rerun.load(pipeline, again)).execute()
     return pipeline.run_folder
 
@@ -53,7 +60,7 @@ def dry_run(pipeline: Pipeline, display: Display | None = None, *, again: str = 
     lines = list(_dry_run_lines(pipeline, ranks, Rerun.load(pipeline, again)))
     width = max(len(name) for name, _ in lines)
     for name, what in lines:
-        display.say(f"{name:{width}}  {what}")
+        display.print(f"{name:{width}}  {what}")
 
 
 @frozen
@@ -97,7 +104,7 @@ class Run:
         base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
         agreement.refuse_differences(self.ranks, {"weights of the base": base.weights.hash[:12]})
         start = Weights(self.pipeline.backbone, None, self._half(self.pipeline.stage[0]))
-        self._evaluate(base, start, loop.Cost(0, 0, 0))
+        self._evaluate(base, start, Cost(0, 0, 0))
         if self.main:
             self.rerun.write()
         for stage, target in zip(self.pipeline.stage, targets, strict=True):
@@ -128,9 +135,9 @@ class Run:
         """Train a stage unless it is finished, evaluate it, and return the weights that it leaves."""
         decision = self.ranks.from_main(lambda: plan.decide_training(target, self.rerun))
         if decision.reuse:
-            self.display.say(f"{stage.name}: finished before, used as it is")
+            self.display.print(f"{stage.name}: finished before, used as it is")
             self._restore_done(target, decision)
-            cost = loop.Cost(**decision.record["cost"])
+            cost = Cost(**decision.record["cost"])
         else:
             if self.main:
                 self._prepare_folder(target, decision)
@@ -162,29 +169,29 @@ class Run:
         name = target.folder.name
         if decision.supersede:
             former = plan.supersede(target.folder)
-            self.display.say(f"{name}: {decision.reason}; the former one is in {former.parent.name}/{former.name}")
+            self.display.print(f"{name}: {decision.reason}; the former one is in {former.parent.name}/{former.name}")
         elif decision.record or decision.problem:
             problem = decision.problem or decision.reason
-            self.display.say(f"{name}: {problem}; it is trained again from its newest checkpoint")
+            self.display.print(f"{name}: {problem}; it is trained again from its newest checkpoint")
         if decision.rounding:
-            self.display.say(f"{name}: goes on {decision.rounding}")
+            self.display.print(f"{name}: goes on {decision.rounding}")
         self.rerun.folder_moved(name)
         plan.write_done(target, {"finished": False})
 
     def _restore_done(self, target: Target, decision: plan.Decision) -> None:
         """Restore a damaged or missing done.json from its copy."""
         if self.main and decision.problem:
-            self.display.say(f"{target.folder.name}: {decision.problem}; its copy is not, and it is written again")
+            self.display.print(f"{target.folder.name}: {decision.problem}; its copy is not, and it is written again")
             plan.write_done(target, decision.record)
 
-    def _train(self, stage: Stage, target: Target, before: Weights) -> loop.Cost:
+    def _train(self, stage: Stage, target: Target, before: Weights) -> Cost:
         """Train a stage and save its weights. A signal stops it, after a checkpoint is written."""
         folder = target.folder
         memory.reset_peak(self.ranks.device)
         backbone = before.backbone
         with self.display.task(stage.name) as progress, self.signals.training():
             listener = _Observers(self, stage, folder, backbone, progress)
-            job = loop.Job(
+            job = Job(
                 stage=stage,
                 mode=self.pipeline.mode(stage),
                 seed=self.pipeline.seed,
@@ -194,7 +201,7 @@ class Run:
                 folder=folder,
                 identity=target.weights.hash,
                 adapter=before.adapter,
-                half=self._half(stage),
+                frozen_in_bf16=self._half(stage),
                 listener=listener,
             )
             cost = loop.train(job, self.ranks)
@@ -212,18 +219,18 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         half = stage.save_dtype == "bf16"
-        survived = weights.save(backbone, partial, self.ranks, self.pipeline.mode(stage), half=half)
+        survived = weights.save(backbone, partial, self.ranks, self.pipeline.mode(stage), in_bf16=half)
         if self.main:
             files.publish(partial, folder / MODEL)
         return survived
 
-    def _evaluate(self, target: Target, saved: Weights, cost: loop.Cost) -> None:
+    def _evaluate(self, target: Target, saved: Weights, cost: Cost) -> None:
         """Evaluate weights as they were saved, unless their scores are in the folder already."""
         if self.evaluator is None:
             return
         decision = self.ranks.from_main(lambda: plan.decide_evaluation(target))
         if decision.problem:
-            self.display.say(f"{target.folder.name}: {decision.problem}; it is evaluated again")
+            self.display.print(f"{target.folder.name}: {decision.problem}; it is evaluated again")
         scored = decision.record if decision.reuse else self._score(self.evaluator, target, saved)
         saved.backbone.release()
         saved.backbone.transformer = None
@@ -232,7 +239,7 @@ class Run:
     def _score(self, evaluator: Evaluator, target: Target, saved: Weights) -> dict[str, Any]:
         """Score the held-out prompts with weights read from their files, and write scores.json and the samples."""
         backbone, prepare = saved.backbone, self.ranks.accelerator.prepare_model
-        weights.load(backbone, self.ranks, half=saved.half, adapter=saved.adapter)
+        weights.load(backbone, self.ranks, frozen_in_bf16=saved.half, adapter=saved.adapter)
         backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # as in training
         with self.display.task(f"{target.name}: {evaluator.count} held-out prompts") as progress:
             scored = evaluator.score(backbone, progress)
@@ -260,7 +267,7 @@ class Run:
 
 
 @frozen(eq=False)
-class _Observers(loop.Listener):
+class _Observers(Listener):
     """Passes the events of training on: to the progress bar, and on the main process to the observers' hooks."""
 
     run: Run
@@ -269,10 +276,10 @@ class _Observers(loop.Listener):
     backbone: Backbone
     progress: Advance
 
-    def stopping(self) -> bool:
-        return self.run.signals.asked
+    def stop_requested(self) -> bool:
+        return self.run.signals.stop_requested
 
-    def stepped(self, step: int, metrics: loop.Metrics) -> None:
+    def stepped(self, step: int, metrics: Metrics) -> None:
         self.progress(step, self.stage.steps, metrics)
 
     def started(self, step: int) -> None:
@@ -281,7 +288,7 @@ class _Observers(loop.Listener):
     def saved(self, step: int, path: Path) -> None:
         self.call(self.run.pipeline.host.hook.corefit_checkpoint_saved, step, path=path)
 
-    def logged(self, step: int, metrics: loop.Metrics) -> None:
+    def logged(self, step: int, metrics: Metrics) -> None:
         """Pass on metrics. With sharded weights all ranks first generate the samples that are due: one alone cannot."""
         evaluator, sample = self.run.evaluator, self._samples()
         if evaluator and not sample and self.stage.samples(step):
@@ -330,7 +337,7 @@ def _locked(folder: Path, ranks: Ranks) -> Generator[None]:
             if not ranks.main:
                 return True
             try:
-                with files.written(folder):
+                with files.explain_write_errors(folder):
                     folder.mkdir(parents=True, exist_ok=True)
             except FileNotFoundError as error:  # on a file system such as /proc
                 raise ConfigError(

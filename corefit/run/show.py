@@ -40,8 +40,8 @@ def show(pipeline: Pipeline, number: int, file: Path | None = None, display: Dis
     png.parent.mkdir(parents=True, exist_ok=True)
     report.grid(_framed([pixels for pixels, _ in media]), [caption for _, caption in media], png)
     for line in summary(dataset):
-        display.say(line)
-    display.say(f"the first {len(drawn)} are in {png}")
+        display.print(line)
+    display.print(f"the first {len(drawn)} are in {png}")
     return png
 
 

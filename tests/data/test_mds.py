@@ -6,19 +6,20 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from attrs import frozen
-from conftest import Project
+from conftest import Project, fill
 from safetensors.torch import load_file
 
 from corefit.data import mds
+from corefit.pipeline import read
+from corefit.run.run import run
 
 KEYS: Mapping[str, str] = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -73,10 +74,19 @@ def store(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Store:
     return Store(client)
 
 
+@pytest.fixture(scope="module")
+def source(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pipeline of which a run, named "source", has ended; not to be changed by tests."""
+    folder = tmp_path_factory.mktemp("source")
+    run(read(fill(folder, checkpoint, pictures), ["name='source'", *PLAIN[1::2]]))
+    return folder
+
+
 @pytest.fixture
-def encoded(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoded(project: Project, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data of `project`, encoded by a run of it (named "source"), moved elsewhere; no raw data remain."""
-    assert project.main("run", "pipeline.toml", "--set", "name='source'", *PLAIN).status == 0
+    for name in ("runs", ".corefit"):
+        shutil.copytree(source / name, project.folder / name)
     root = project.folder / ".corefit" / "cache"
     (found,) = [f.parent for f in root.glob("*/done.json") if json.loads(f.read_text())["media"]]
     moved = shutil.move(found, tmp_path_factory.mktemp("encoded") / found.name)
@@ -243,20 +253,16 @@ def test_nothing_of_a_killed_run_is_in_the_way_of_two_more(project):
     """streaming's own reader leaves shared memory behind, and the next run then fails."""
     shared = Path("/dev/shm")
     before = set(shared.iterdir())
-    command = [str(Path(sys.executable).with_name("corefit")), "run", "pipeline.toml", *PLAIN]
-    long = [*command, "--set", "stage.soar.steps=100000"]
-    killed = subprocess.Popen(long, cwd=project.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ("-m", "corefit", "run", "pipeline.toml", *PLAIN)
+    killed = forks.start(*command, "--set", "stage.soar.steps=100000", cwd=project.folder)
     while not (project.folder / "runs" / "tiny" / "01-soar" / "metrics.jsonl").exists():
         assert killed.poll() is None
         time.sleep(0.05)
     killed.kill()
     killed.wait()
-    runs = [
-        subprocess.Popen([*command, "--set", f"name='{name}'"], cwd=project.folder, stderr=subprocess.PIPE, text=True)
-        for name in ("one", "two")
-    ]
-    for run in runs:
-        assert run.wait(timeout=300) == 0, run.communicate()[1]
+    runs = [forks.start(*command, "--set", f"name='{name}'", cwd=project.folder) for name in ("one", "two")]
+    for each in runs:
+        assert each.wait() == 0, each.communicate()[1]
     assert left(project, "one") == left(project, "two") != {}
     assert all(load_file(f) for f in (project.folder / "runs" / "one").glob("*/model/*.safetensors"))
     assert set(shared.iterdir()) <= before

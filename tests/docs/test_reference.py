@@ -17,6 +17,7 @@ import corefit
 import corefit.testing
 from corefit.cli import cli
 from corefit.pipeline import Data, Eval, Full, Lora, Optimizer, Pipeline, Stage
+from corefit.pipeline.meanings import meanings
 from corefit.plugins import KINDS
 from corefit.plugins.host import HOOKS
 from corefit.rollout.samplers import Cps, DanceSde, FlowSde
@@ -91,9 +92,21 @@ def test_the_page_of_errors_keeps_its_causes_and_says_what_to_add() -> None:
 
 @pytest.mark.parametrize("cls", [*TABLES, *(offer.cls for offer in OFFERS)], ids=lambda cls: cls.__name__)
 def test_every_key_has_a_meaning(cls: type) -> None:
-    said = generate.meanings(cls)
-    missing = [f.name for f in attrs.fields(cls) if f.init and not said.get(f.name) and f.name != "train"]
+    texts = meanings(cls)
+    missing = [f.name for f in attrs.fields(cls) if f.init and not texts.get(f.name) and f.name != "train"]
     assert not missing, f"{cls.__name__}: write a docstring below {', '.join(missing)}"
+
+
+def test_what_the_page_of_the_house_names_is_where_it_says() -> None:
+    """`Loop.take_step` in [...](file): the class or function is defined in the file."""
+    rows = re.findall(r"^\|.*?`([\w.]+)` in \[[^]]+\]\(([^)]+)\)", (DOCS / "house.md").read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    for named, file in rows:
+        tree: ast.AST = ast.parse((DOCS / file).read_text())
+        for part in named.split("."):
+            children = {getattr(node, "name", ""): node for node in ast.iter_child_nodes(tree)}
+            assert part in children, f"{file} has no {named}"
+            tree = children[part]
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,36 @@ def test_a_plugins_keys_are_in_it(project: Project) -> None:
     assert '"const": "flow_grpo"' in said
     assert '"const": "bright"' not in said
     assert '"const": "bright"' in project.main("schema", "bright.py").out
+
+
+def tables(described: Any) -> Iterator[dict[str, Any]]:
+    """Every table in a schema, at any depth."""
+    if isinstance(described, dict):
+        if "properties" in described:
+            yield described
+        described = list(described.values())
+    if isinstance(described, list):
+        for inner in described:
+            yield from tables(inner)
+
+
+def test_every_key_has_a_description_and_what_it_is_by_default(project: Project) -> None:
+    described = json.loads(project.main("schema", "bright.py").out)
+    keys = [(table, name, key) for table in tables(described) for name, key in table["properties"].items()]
+    assert len(keys) > 100
+    undescribed = {(table["title"], name) for table, name, key in keys if not {"const", "description"} & key.keys()}
+    assert {title for title, _ in undescribed} <= {"Bright"}, "a plugin of the tests, without docstrings"
+    stage = described["properties"]["stage"]["items"]["properties"]
+    assert stage["steps"]["description"].startswith("Batches")
+    assert stage["optimizer"]["default"]["betas"] == [0.9, 0.999]
+    assert described["properties"]["backbone"]["anyOf"][0]["properties"]["train"]["default"] == {"use": "full"}
+    assert "default" not in stage["name"]
+    assert "default" not in stage["ema"]
+
+
+def test_defaults_are_values_that_the_schema_accepts(project: Project) -> None:
+    described = json.loads(project.main("schema").out)
+    for table in tables(described):
+        for name, key in table["properties"].items():
+            if "default" in key:
+                assert Draft202012Validator(key).is_valid(key["default"]), (table["title"], name)
