@@ -291,7 +291,7 @@ def _status() -> int:
 
 
 def _called() -> int | None:
-    """What the command that was typed returns; what a plugin's exit and a refusing file system mean is CorefitError."""
+    """Run the typed command; a plugin's exit and a file system that refuses to write become CorefitError."""
     try:
         return cli(standalone_mode=False)
     except (Exception, SystemExit):
