@@ -1,7 +1,7 @@
 """Fill in what the pages of docs/ take from the code: `python docs/generate.py`; `--check` only lists stale pages.
 
-A function of BLOCKS writes what is between `<!-- generated: WHAT ARGUMENT -->` and `<!-- end -->`; the rest of a page is
-written by hand. messages.py keeps docs/errors.md.
+A function of BLOCKS writes what is between `<!-- generated: WHAT ARGUMENT -->` and `<!-- end -->`; the rest is written
+by hand. messages.py keeps docs/errors.md.
 """
 
 from __future__ import annotations
