@@ -6,10 +6,10 @@ import click
 
 from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
-from benchmarks.faults import faults
 from benchmarks.hostile import hostile
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
+from benchmarks.start import start
 
 
 @click.group(invoke_without_command=True)
@@ -23,9 +23,9 @@ def main(context: click.Context) -> None:
 main.add_command(soar_step)
 main.add_command(checkpoints)
 main.add_command(data)
-main.add_command(faults)
 main.add_command(sharding)
 main.add_command(hostile)
+main.add_command(start)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

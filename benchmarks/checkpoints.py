@@ -12,6 +12,7 @@ import click
 from attrs import asdict, define, frozen
 
 from corefit.pipeline import read
+from corefit.run.run import run
 from corefit.train import loop as train
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "pipeline.toml"
@@ -70,7 +71,7 @@ def checkpoints(pipeline: Path, settings: Sequence[str], file: Path | None) -> N
     with tempfile.TemporaryDirectory() as out:
         stages = [f"stage.{stage.name}.checkpoint_every={EVERY}" for stage in read(pipeline).stage]
         began = time.perf_counter()
-        read(pipeline, [*stages, *settings, f"out='{out}'"]).run()
+        run(read(pipeline, [*stages, *settings, f"out={out!r}"]))
         whole = time.perf_counter() - began
     saving = sum(stage.saving for stage in clock.spent)
     for stage in clock.spent:

@@ -21,7 +21,8 @@ from corefit.data.dataset import Dataset
 from corefit.data.settings import Data
 from corefit.system.ranks import join
 from corefit.testing import tiny_sd3
-from corefit.train.loop import Job, Loop, Silence
+from corefit.train.job import Job, Silence
+from corefit.train.loop import Loop
 from corefit.types import Batch, Example, ModelPath
 from corefit.types.stage import Full, Optimizer, Stage
 from corefit_backbones.sd3 import Sd3

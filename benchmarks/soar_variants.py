@@ -17,7 +17,8 @@ from diffusers import SD3Transformer2DModel
 from corefit.rng import Rng
 from corefit.rollout.noise import LogitNormal
 from corefit.system.ranks import join
-from corefit.train.loop import Job, Loop, Silence
+from corefit.train.job import Job, Silence
+from corefit.train.loop import Loop
 from corefit.types import Batch, Condition, ModelPath
 from corefit.types.stage import Full, Optimizer, Stage
 from corefit_backbones.sd3 import Sd3

@@ -1,4 +1,7 @@
-"""What a user can get wrong, and how messages show text. The command line prints a message and exits with 2."""
+"""Errors that a user can cause, and helpers that format their messages.
+
+The command line prints the message of a CorefitError without a traceback and exits with status 2.
+"""
 
 from __future__ import annotations
 
@@ -7,49 +10,49 @@ import re
 from collections.abc import Iterable
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but tab and newline, marks of writing direction, and halves of characters."""
-SHOWN = 80
-"""Characters of a value in a message."""
+"""Control characters except tab and newline, marks that change the writing direction, and lone surrogates."""
+LONGEST_REPR = 80
+"""A message shows at most this many characters of a value."""
 
 
 class CorefitError(ValueError):
-    """Something outside the code is wrong: the message names the key or file and says what to do."""
+    """Something outside corefit's code is wrong. The message names the key or file and says what to do."""
 
 
 class PluginError(CorefitError):
-    """A plugin that cannot be used: broken import, misspelt hook, clash, an offer of the wrong kind."""
+    """A plugin cannot be used: its import fails, a hook is misspelled, names clash, or an offer is not of its kind."""
 
 
 class ConfigError(CorefitError):
-    """A pipeline that cannot run."""
+    """A pipeline cannot run as it is written."""
 
 
 class DataError(CorefitError):
-    """Media, prompts or caches that are missing, damaged or contradictory."""
+    """Media, prompts or caches are missing, damaged or contradictory."""
 
 
 class ModelError(CorefitError):
-    """A checkpoint folder that is missing, incomplete or of another family."""
+    """A checkpoint folder is missing, incomplete or of another model family."""
 
 
 class TrainingError(CorefitError):
-    """A stage that had to stop before weights were spoilt."""
+    """A stage had to stop before its weights were spoiled."""
 
 
 class NonFinite(TrainingError):
-    """A loss, gradient or reward that is not finite.
+    """A loss, gradient or reward is not finite.
 
-    An objective raises it from `experience`, on every rank alike (ask `ctx.gather` first): the trainer then
-    stops, or skips the batch where the stage says on_nan = "skip".
+    An objective may raise it from `experience`, and must then do so on every rank (`ctx.gather` tells it about the
+    others). The trainer stops, or skips the batch if the stage has on_nan = "skip".
     """
 
 
 class RankError(CorefitError):
-    """Another process of the run stopped, so this one does."""
+    """This process stops because another process of the run has stopped."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop; the checkpoint of `step` is written."""
+    """A signal stopped the run; the checkpoint of `step` is written."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after step {step}")
@@ -57,21 +60,24 @@ class Stopped(KeyboardInterrupt):
 
 
 def plain(text: str) -> str:
-    """`text` as it may go to a terminal: what would move a cursor, color or reorder it is written out, as \\x1b."""
+    """Escape, as \\x1b, the characters of `text` that would move a terminal's cursor, or color or reorder the text."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def shown(value: object) -> str:
-    """A value as Python writes it, cut short."""
+def short_repr(value: object) -> str:
+    """Return the repr of a value, cut to LONGEST_REPR characters."""
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # of tables inside tables, and of numbers that Python does not write out
+    except (RecursionError, ValueError):  # deeply nested tables, and integers too long for Python to print
         return f"a {type(value).__name__} that is too deep or too large to show"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= LONGEST_REPR else f"{text[:LONGEST_REPR]}..."
+
+
+shown = short_repr
 
 
 def is_unicode(text: str) -> bool:
-    """Whether no character is the half of a pair (a lone surrogate), which JSON can name and no file can hold."""
+    """Return whether `text` has no lone surrogate, which JSON can escape and no file can hold."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -80,6 +86,6 @@ def is_unicode(text: str) -> bool:
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)' for the closest known word, or nothing."""
+    """Return " (did you mean ...?)" with the closest known word, or "" if none is close."""
     close = difflib.get_close_matches(word, list(known), 1, 0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

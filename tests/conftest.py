@@ -15,6 +15,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: pytest-xdist's workers share the cores
 import numpy as np
 import pytest
+import quick
 from attrs import frozen
 from PIL import Image
 
@@ -89,6 +90,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 3 folder, 16 pixels a side; not to be changed by tests."""
     from corefit.testing.checkpoints import tiny_sd3
 
+    quick.ready()
     return tiny_sd3(tmp_path_factory.mktemp("sd3") / "base", words=WORDS)
 
 
@@ -200,6 +202,15 @@ class Project:
         return {str(p.relative_to(self.folder)): (s.st_size, s.st_mtime_ns) for p in paths for s in [p.stat()]}
 
 
+def fill(folder: Path, checkpoint: Path, pictures: Path) -> Path:
+    """Put a good pipeline into the folder; its file."""
+    for target in (checkpoint, *pictures.iterdir()):
+        (folder / target.name).symlink_to(target)
+    (folder / "bright.py").write_text(BRIGHT)
+    (folder / "pipeline.toml").write_text(PIPELINE)
+    return folder / "pipeline.toml"
+
+
 @pytest.fixture
 def project(
     tmp_path: Path,
@@ -209,10 +220,8 @@ def project(
     capsys: pytest.CaptureFixture[str],
 ) -> Project:
     """A good pipeline: base/, train.jsonl, media/, heldout.jsonl, bright.py, pipeline.toml."""
-    for target in (checkpoint, *pictures.iterdir()):
-        (tmp_path / target.name).symlink_to(target)
-    (tmp_path / "bright.py").write_text(BRIGHT)
-    (tmp_path / "pipeline.toml").write_text(PIPELINE)
+    fill(tmp_path, checkpoint, pictures)
+    monkeypatch.setattr("corefit.run.observers.curves", quick.blank)
 
     def main(*args: str) -> Ended:
         from corefit.cli import main

@@ -1,4 +1,4 @@
-"""Runs in several processes, and what two runs left, compared."""
+"""Runs in two processes, and what two runs left, compared."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import forks
 import numpy as np
 import torch
 from conftest import Ended, Project
+from forks import Forked
 from safetensors.torch import load_file
 
 EPS = tuple(f"stage.{name}.optimizer.eps=1e-3" for name in ("soar", "grpo"))
 """Adam divides by a gradient's size: rounding of a gradient near 0 must not become a step."""
+FULL = ("backbone.train={use='full'}", "stage.soar.ema=0.9", "stage.soar.micro_batch=1")
+GRPO = (
+    "stage.grpo.objective={use='flow_grpo', group=2, steps=4, beta=50.0, updates=2}",
+    "stage.grpo.batch=8",
+    "stage.grpo.steps=3",
+    "stage.grpo.optimizer.lr=1e-2",
+)
+"""With a KL that is felt: a reference that is not the policy as the stage found it must show."""
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
@@ -23,16 +33,12 @@ def settings(*keys: str) -> list[str]:
     return [word for key in ("precision='fp32'", *EPS, *keys) for word in ("--set", key)]
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
-
-
-def processes(project: Project, *args: str, launcher: Sequence[str], **more: str) -> Ended:
-    """`corefit ...` by a launcher."""
+def by_torchrun(project: Project, *args: str) -> Ended:
+    """`corefit ...` in two processes as torchrun starts them: each with imports and hashes of its own."""
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "corefit", *args],
+        [sys.executable, *TORCHRUN, "-m", "corefit", *args],
         cwd=project.folder,
-        env=environment(**more),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,
@@ -40,9 +46,15 @@ def processes(project: Project, *args: str, launcher: Sequence[str], **more: str
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def two(project: Project, *args: str) -> Ended:
+def ended(*started: Forked) -> Ended:
+    """The first status that is not 0 of processes that run together, and what they said, one after the other."""
+    out, err = zip(*(process.communicate(timeout=200) for process in started), strict=True)
+    return Ended(next(filter(None, (process.wait() for process in started)), 0), "".join(out), "".join(err))
+
+
+def two(project: Project, *args: str, **environment: str) -> Ended:
     """`corefit ...` in two processes."""
-    return processes(project, *args, launcher=TORCHRUN)
+    return ended(*forks.ranks(*[("-m", "corefit", *args)] * 2, cwd=project.folder, **environment))
 
 
 def weights(stage: Path) -> Mapping[str, torch.Tensor]:

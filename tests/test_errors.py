@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from corefit.errors import is_unicode, plain, shown
+from corefit.errors import is_unicode, plain, short_repr
 from corefit.system.display import Display
 
 
@@ -30,10 +30,10 @@ def test_values_are_cut_short():
     deep = []
     for _ in range(100_000):
         deep = [deep]
-    assert shown("a") == "'a'"
-    assert shown("a" * 200) == f"'{'a' * 79}..."
-    assert shown(deep) == "a list that is too deep or too large to show"
-    assert shown(10**5000) == "a int that is too deep or too large to show"
+    assert short_repr("a") == "'a'"
+    assert short_repr("a" * 200) == f"'{'a' * 79}..."
+    assert short_repr(deep) == "a list that is too deep or too large to show"
+    assert short_repr(10**5000) == "a int that is too deep or too large to show"
     while deep:
         (deep,) = deep  # from the outside in: freed at once, so many would end the process
 
@@ -52,7 +52,7 @@ def test_progress_shows_no_escapes_and_no_markup(live, monkeypatch):
     )
     monkeypatch.setattr("corefit.system.display.PAUSE", 0.0)
     with Display.on() as display:
-        display.say("said \x1b[2J")
+        display.print("said \x1b[2J")
         with display.task("title \x1b[5m") as progress:
             progress(1, 2, {"\x1b[31m[red]/loss": 1.0})
     said = file.getvalue()

@@ -120,7 +120,7 @@ def test_integer_draws():
 
 @pytest.mark.parametrize("ask", [lambda rng: rng.rand(3), lambda rng: rng.randn((3, 2)), lambda rng: rng.randn((1, 4))])
 def test_one_draw_a_row_or_an_error(ask):
-    with pytest.raises(ValueError, match="4 rows; draw one value a row"):
+    with pytest.raises(ValueError, match="there are 4 rows; the first axis must be the rows"):
         ask(Rng(KEY, range(4)))
 
 

@@ -16,6 +16,7 @@ from corefit.data.dataset import Dataset
 from corefit.data.settings import Data
 from corefit.system import ranks
 from corefit.train import loop as train
+from corefit.train.job import Listener
 from corefit.types.stage import Full, Optimizer, Stage
 from corefit_backbones.sd3 import Sd3
 from corefit_sft import Sft
@@ -34,7 +35,7 @@ class Pictures(Source):
 
 
 @frozen(kw_only=True, eq=False)
-class Heard(train.Listener):
+class Heard(Listener):
     """A listener of functions."""
 
     on_started: Callable[[int], object] = lambda step: None
@@ -54,7 +55,7 @@ class Heard(train.Listener):
     def saved(self, step: int, path: Path) -> None:
         pass
 
-    def stopping(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.asked()
 
 

@@ -15,9 +15,6 @@ import click
 from corefit import __version__
 from corefit.cli import completion
 from corefit.errors import CorefitError, Stopped, plain
-from corefit.plugins.kinds import BY_WORD
-from corefit.system import files, signals
-from corefit.types import blame
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +32,8 @@ SET = click.option(
 TRACE = click.option("--trace", is_flag=True, help="Say each hook that is called, whose it is and what it gives.")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Where run folders go; runs/ beside PIPELINE.")
 PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
-NEW = (*BY_WORD, "pipeline")
+NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "pipeline")
+"""Words of corefit.plugins.kinds.KINDS, which help texts and shells would else wait for; and a pipeline."""
 LARGEST = 1e9
 """No size of memory is this or more, in any unit."""
 UNITS = {"": 1 << 30, "gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
@@ -99,10 +97,15 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
     checked = read(pipeline, _with_out(settings, out))
     stages = ", ".join(f"{stage.name} ({stage.steps} steps of {stage.rows})" for stage in checked.stage)
     from corefit.train import estimate
+    from corefit.train.estimate_cache import Kept
 
     device = estimate.Device.here() if memory is None else estimate.Device.of(memory)
-    found = estimate.estimates(checked, device, ranks)
+    kept = Kept.of(checked, device, ranks)
+    before = kept.read()
+    found = estimate.estimates(checked, device, ranks) if before is None else before
     estimate.refuse(checked, found, device, ranks)
+    if before is None:
+        kept.write(found)
     click.echo(plain(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}"))
     estimate.show(found, device)
 
@@ -248,8 +251,7 @@ def _leave_pipe() -> None:
 
 def _status() -> int:
     try:
-        with blame.no_exit(), files.written(Path(".")):
-            status = cli(standalone_mode=False)
+        status = _called()
     except click.ClickException as error:
         try:
             error.show()
@@ -257,6 +259,8 @@ def _status() -> int:
             _leave_pipe()
     except (KeyboardInterrupt, click.Abort) as error:
         if _several():
+            from corefit.system import signals
+
             signals.ignore()  # a launcher may pass on to all what one of them has heard
         _say("stopped; the same command continues")
         if isinstance(error, Stopped):
@@ -275,6 +279,18 @@ def _status() -> int:
         _part()
         return status or 0
     return 2
+
+
+def _called() -> int | None:
+    """What the command that was typed returns; what a plugin's exit and a refusing file system mean is CorefitError."""
+    try:
+        return cli(standalone_mode=False)
+    except (Exception, SystemExit):
+        from corefit.system import files
+        from corefit.types import blame
+
+        with blame.no_exit(), files.explain_write_errors(Path(".")):
+            raise
 
 
 def _several() -> bool:

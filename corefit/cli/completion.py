@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +48,8 @@ def _tomls(folder: Path, start: str) -> Iterator[Path]:
 
 
 def _stages(pipeline: Any) -> Iterator[str]:
+    import tomllib
+
     try:
         tables = tomllib.loads(Path(pipeline).read_text(encoding="utf-8-sig"))
     except (OSError, TypeError, ValueError, RecursionError):

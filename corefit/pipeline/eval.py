@@ -8,7 +8,7 @@ from typing import Any
 from attrs import field, frozen, validators
 
 from corefit.data.settings import Data
-from corefit.data.sources import prompts
+from corefit.data.sources import prompt_source
 from corefit.types import ROUNDING, Reward, Weighted
 
 positive: Any = validators.gt(0)
@@ -36,4 +36,4 @@ class Eval:
 
     def data(self, size: tuple[int, ...]) -> Data:
         """The prompts as prompt-only data for media of `size`."""
-        return Data(source=prompts(self.prompts), size=size)
+        return Data(source=prompt_source(self.prompts), size=size)

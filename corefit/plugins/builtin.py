@@ -1,4 +1,4 @@
-"""What corefit itself offers, through the same hooks as any plugin."""
+"""The classes that corefit itself offers, through the same hooks as any plugin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a class that a plugin offers, and what it declares and returns, are what its protocol says."""
+"""Checks that a class that a plugin offers has the members of its protocol, and gives values of the right type."""
 
 from __future__ import annotations
 
@@ -10,51 +10,57 @@ import attrs
 
 from corefit.errors import PluginError
 from corefit.plugins.kinds import KINDS
-from corefit.types.blame import expect, place, returned
+from corefit.types.blame import place, require, require_result
 from corefit.types.former import FORMER
 from corefit.types.objective import Objective
 from corefit.types.values import MOST, Term
 
-TAKEN = frozenset({"step", "lr", "seconds", "samples_per_second", "skipped"})
-"""Names that the trainer logs under."""
+RESERVED = frozenset({"step", "lr", "seconds", "samples_per_second", "skipped"})
+"""Names of metrics that the trainer logs."""
 
 
 def problems(cls: type, kind: str) -> Iterator[str]:
-    """What an attrs class lacks of the protocol of its kind: members, and methods that take its arguments."""
+    """Yield a message for each member of the protocol that an attrs class lacks or that takes other arguments."""
     protocol = KINDS[kind].protocol
     fields = {field.name for field in attrs.fields(cls)}
     for name, wanted in _members(protocol):
         found = inspect.getattr_static(cls, name, None)
         if getattr(found, "__isabstractmethod__", False) or (found is None and name not in fields):
-            yield f"it has no {_said(name, wanted)}"
+            yield f"it has no {_signature(name, wanted)}"
         elif inspect.iscoroutinefunction(found):
-            yield f"its {name} is a coroutine (async def), and is called without await"
-        elif inspect.isfunction(wanted) and found is not None and not _takes(cls, name, found, wanted):
-            yield f"its {name} does not take what it is given, {_said(name, wanted)}"
+            yield f"its {name} is a coroutine (async def), but corefit calls it without await; write a plain method"
+        elif inspect.isfunction(wanted) and found is not None and not _accepts(cls, name, found, wanted):
+            yield f"its {name} does not accept the arguments of {_signature(name, wanted)}"
+    for name in vars(protocol).get("__annotations__", {}):
+        if name not in fields | _used(cls) and not hasattr(cls, name):
+            yield f"it has no {name}"
 
 
 def declared(value: Any, kind: str) -> None:
-    """PluginError for what an objective or a sampler declares of itself and is of another type than it must be."""
+    """Raise PluginError if a property of an objective or a sampler fails or has a value of the wrong type."""
     for name, fine, wanted in DECLARED.get(kind, ()):
         try:
-            said = getattr(value, name)
+            found = getattr(value, name)
         except Exception as error:
             raise PluginError(
-                f"{name} of {place(type(value))} fails ({type(error).__name__}: {error}); mend it"
+                f"{name} of {place(type(value))} fails ({type(error).__name__}: {error}); fix it"
             ) from error
-        returned(said, fine, value, name, wanted)
+        require_result(found, fine, value, name, wanted)
 
 
 def term(value: Any, objective: Objective[Any]) -> Term:
-    """A term that an objective yielded; PluginError for anything else, or for a metric with a name of the trainer's."""
-    returned(value, _is_term, objective, "a term", "a corefit.Term of a scalar tensor and a count")
-    expect(value.total.requires_grad, objective, "yields a term whose total has no gradient: nothing would be learned")
-    if taken := sorted(TAKEN & value.metrics.keys()):
-        raise PluginError(f"{place(type(objective))} logs {taken[0]!r}, which is the trainer's; give it another name")
+    """Return `value`, which an objective yielded; raise PluginError unless it is a term that the trainer can use."""
+    require_result(value, _is_term, objective, "a term", "a corefit.Term of a scalar tensor and a count")
+    require(value.total.requires_grad, objective, "yields a term whose total has no gradient: nothing would be learned")
+    if reserved := sorted(RESERVED & value.metrics.keys()):
+        raise PluginError(
+            f"{place(type(objective))} logs {reserved[0]!r}, a name that the trainer uses; give the metric another name"
+        )
     return value
 
 
 def _members(protocol: type) -> Iterator[tuple[str, Any]]:
+    """Yield the methods and properties of a protocol, without those that only carry a former name."""
     for name, value in vars(protocol).items():
         if (
             not name.startswith("_")
@@ -64,23 +70,29 @@ def _members(protocol: type) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _said(name: str, wanted: Any) -> str:
-    """A method with its arguments, a property by its name."""
+def _used(cls: type) -> set[str]:
+    """Return the names that the methods of a class read or set, as attributes that it need not declare."""
+    methods = (member for each in cls.__mro__ for member in vars(each).values() if inspect.isfunction(member))
+    return {name for method in methods for name in method.__code__.co_names}
+
+
+def _signature(name: str, wanted: Any) -> str:
+    """Return the name of a property, or of a method with its arguments."""
     if not inspect.isfunction(wanted):
         return name
     _, *arguments = inspect.signature(wanted).parameters
     return f"{name}({', '.join(arguments)})"
 
 
-def _takes(cls: type, name: str, found: Any, wanted: Any) -> bool:
-    """Whether a method can be called as the protocol's is; True for what does not say what it takes."""
+def _accepts(cls: type, name: str, found: Any, wanted: Any) -> bool:
+    """Return whether a method can be called with the protocol's arguments; True if its signature is not known."""
     _, *parameters = inspect.signature(wanted).parameters.values()
     bare = isinstance(found, (staticmethod, classmethod))
     given = [None for p in parameters if p.default is p.empty]
     optional = {p.name: None for p in parameters if p.default is not p.empty}
     member: Any = getattr(cls, name)
     if not callable(member):
-        return inspect.isdatadescriptor(found)  # a field or a property: what it gives is not known yet
+        return inspect.isdatadescriptor(found)  # a field or a property has no value without an instance
     try:
         inspect.signature(member).bind(*([] if bare else [None]), *given, **optional)
     except TypeError:
@@ -121,4 +133,4 @@ DECLARED: Mapping[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
     ),
     "samplers": (("stochastic", lambda value: isinstance(value, bool), "true or false"),),
 }
-"""What instances say of themselves: member, whether it is fine, what it must be."""
+"""For each kind, the members that an instance declares: name, check of the value, and what messages say it must be."""

@@ -1,6 +1,7 @@
-"""Every hook. Offers are asked once, at start; observers are told what happened. None runs inside a step.
+"""All hooks. Hooks that offer classes are called once, at start; observers are called while stages run.
 
-An offer returns names and attrs classes; a class's fields are the keys that its TOML table may set.
+No hook runs inside a training step. A hook that offers returns a mapping of names to attrs classes; the fields of a
+class are the keys of its TOML table.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from corefit.types.stage import Stage
 
 API_VERSION = "1.0"
-"""The version of what plugins are written against: hooks, protocols, the names in corefit. The first number changes
-when one of them goes."""
+"""The version of the hooks, protocols and public names that plugins are written for. The major version changes when one
+of them is removed."""
 T = TypeVar("T")
 Offers = Mapping[str, type[T]]
-"""Names, as `use = "..."` has them, and the attrs classes behind them."""
+"""Maps names, as in `use = "name"`, to attrs classes."""
 
 hookspec = pluggy.HookspecMarker("corefit")
 hookimpl = pluggy.HookimplMarker("corefit")
@@ -29,52 +30,52 @@ hookimpl = pluggy.HookimplMarker("corefit")
 
 @hookspec
 def corefit_backbones() -> Offers[Backbone]:  # pyright: ignore[reportReturnType]
-    """Offer backbones: how a model family is loaded, called and saved."""
+    """Offer backbones, which load, call and save a model family."""
 
 
 @hookspec
 def corefit_samplers() -> Offers[Sampler]:  # pyright: ignore[reportReturnType]
-    """Offer samplers: how one step is taken."""
+    """Offer samplers, which take one step of a rollout."""
 
 
 @hookspec
 def corefit_noise_weightings() -> Offers[NoiseWeighting]:  # pyright: ignore[reportReturnType]
-    """Offer noise weightings: which noise levels are supervised, and how much each counts."""
+    """Offer noise weightings, which draw the noise levels of training and weight the loss at each."""
 
 
 @hookspec
 def corefit_objectives() -> Offers[Objective[Any]]:  # pyright: ignore[reportReturnType]
-    """Offer objectives: what is learned."""
+    """Offer objectives, which define what is learned."""
 
 
 @hookspec
 def corefit_rewards() -> Offers[Reward]:  # pyright: ignore[reportReturnType]
-    """Offer rewards: scores of media."""
+    """Offer rewards, which score media."""
 
 
 @hookspec
 def corefit_sources() -> Offers[Source]:  # pyright: ignore[reportReturnType]
-    """Offer sources: raw examples."""
+    """Offer sources, which read raw examples."""
 
 
 @hookspec
 def corefit_stage_started(stage: Stage, state: TrainState) -> None:
-    """Observe that a stage is about to take its first step (also after a resume)."""
+    """Observe that a stage is about to train; called again when it resumes."""
 
 
 @hookspec
 def corefit_step_metrics(stage: Stage, state: TrainState, metrics: Mapping[str, float]) -> Mapping[str, float]:  # pyright: ignore[reportReturnType]
-    """Add numbers of one's own to a logged step; they are logged, drawn and shown as the objective's are."""
+    """Return more metrics for a logged step; they are logged and plotted like those of the objective."""
 
 
 @hookspec
 def corefit_step_finished(stage: Stage, state: TrainState, metrics: Mapping[str, float]) -> None:
-    """Observe a logged step: means over all ranks since the last logged one."""
+    """Observe a logged step; the metrics are means over all ranks and over the steps since the last logged one."""
 
 
 @hookspec
 def corefit_checkpoint_saved(stage: Stage, state: TrainState, path: Path) -> None:
-    """Observe that `path` is a complete checkpoint."""
+    """Observe that a checkpoint was saved; `path` is complete."""
 
 
 @hookspec

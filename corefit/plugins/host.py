@@ -1,7 +1,7 @@
-"""Find, check and look up plugins. Every plugin error message is here.
+"""Find, check and look up plugins.
 
-Installed plugins are found through the entry-point group `corefit`, first-party ones too. The host walks the
-entry points itself: pluggy's own loader stops at the first broken one and skips clashes in silence.
+Installed plugins, corefit's own included, are found through the entry-point group `corefit`. The host loads the entry
+points itself, because pluggy's loader stops at one that is broken and skips name clashes in silence.
 """
 
 from __future__ import annotations
@@ -28,25 +28,30 @@ from corefit.types import blame, former
 
 GROUP = blame.GROUP
 API = "COREFIT_API"
-"""What a plugin module may set: the version of the API that it is written for."""
+"""The variable in which a plugin module may name the version of the API that it is written for."""
 DISABLE = "COREFIT_DISABLE"
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("corefit_"))
 
 
 @frozen(eq=False)
 class Offer:
-    """One class that a plugin offers under a name."""
+    """A class that a plugin offers under a name."""
 
     kind: str
     name: str
     cls: type
     owner: str
-    """Distribution and version, or the local file."""
+    """The distribution and version, or the local file, that the offer comes from."""
 
 
 @frozen(eq=False)
 class Found:
-    """A plugin before it is registered: its name, who brought it, and the module or object itself."""
+    """A plugin that was found and is not registered yet.
+
+    owner   the distribution and version, or the local file, that it comes from
+    plugin  the module, or the object that was passed to Host
+    remedy  what messages advise for running without it
+    """
 
     name: str
     owner: str
@@ -55,25 +60,25 @@ class Found:
 
 
 class Host:
-    """The plugins of one run. `Host()` finds the installed ones; `Host(plugins=[...])` takes objects instead.
+    """Holds the plugins of one run. `Host()` finds the installed ones; `Host(plugins=[...])` takes objects instead.
 
-    Raises PluginError, naming the distribution, for a broken import, a misspelt hook, a name offered twice, or an
-    offer that is no attrs class.
+    Raises PluginError, which names the distribution, for a broken import, a misspelled hook, a name that is offered
+    twice, or an offer that is not an attrs class with all members of its protocol.
     """
 
     def __init__(self, plugins: Iterable[object] | None = None, *, trace: Callable[[str], None] | None = None) -> None:
         self._trace = trace
-        """Told of every hook that is called: arguments, owner, result."""
+        """Receives a line for every call of a hook: arguments, owner, result."""
         self._manager = pluggy.PluginManager(GROUP)
         self._manager.add_hookspecs(hookspecs)
         if trace:
             self._manager.add_hookcall_monitoring(lambda *_: None, self._traced)
         self.hook: Any = self._manager.hook
-        """Calls a hook in every plugin: host.hook.corefit_stage_started(stage=..., state=...)."""
+        """Calls a hook of all plugins: host.hook.corefit_stage_started(stage=..., state=...)."""
         self.offers: dict[str, dict[str, Offer]] = {kind: {} for kind in KINDS}
         self._owners: dict[str, str] = {}
         self.files: list[Path] = []
-        """Local plugin files, in order."""
+        """The local plugin files, in the order in which they were added."""
         for found in _installed() if plugins is None else [_given(p) for p in plugins]:
             self._register(found)
 
@@ -85,7 +90,10 @@ class Host:
         self._register(_local(path))
 
     def get(self, kind: str, name: str) -> type[Any]:
-        """The class offered as `name`; kind is a key of KINDS. PluginError names what exists and the near miss."""
+        """Return the class offered as `name`; kind is a key of KINDS.
+
+        Raises PluginError, which lists the names that exist and the closest one.
+        """
         offers = self.offers[kind]
         if name in offers:
             return offers[name].cls
@@ -96,65 +104,69 @@ class Host:
         )
 
     def name_of(self, kind: str, value: object) -> str:
-        """The name under which the class of `value` is offered."""
+        """Return the name under which the class of `value` is offered, or else the name of the class."""
         for name, offer in self.offers[kind].items():
             if offer.cls is type(value):
                 return name
         return type(value).__name__
 
     def registered(self) -> list[object]:
-        """Every plugin: a module, or the object that was given."""
+        """Return all plugins: modules, or the objects that were passed to Host."""
         return [plugin for _, plugin in self._manager.list_name_plugin()]
 
     def owner_of(self, kind: str, value: object) -> str:
-        """Who offers the class of `value`: distribution and version, or file."""
+        """Return the distribution and version, or the file, that offers the class of `value`, or else its module."""
         offer = self.offers[kind].get(self.name_of(kind, value))
         return offer.owner if offer else type(value).__module__
 
     def step_metrics(self, stage: Any, state: Any, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of a logged step, with those that plugins add; PluginError where two have one name."""
-        every, owners = dict(metrics), dict.fromkeys(["step", *metrics], "the stage")
+        """Return the metrics of a logged step and those that plugins add.
+
+        Raises PluginError if a plugin adds a metric that exists already, or something that is not a metric.
+        """
+        result, owners = dict(metrics), dict.fromkeys(["step", *metrics], "the stage")
+        arguments = {"stage": stage, "state": state, "metrics": metrics}
         for implementation in self.hook.corefit_step_metrics.get_hookimpls():
-            plugin, given = implementation.plugin_name, {"stage": stage, "state": state, "metrics": metrics}
-            who, known = (
-                f"corefit_step_metrics() of {self._owners[plugin]}",
-                {n: given[n] for n in implementation.argnames},
-            )
-            added = implementation.function(**known)
+            plugin: str = implementation.plugin_name
+            where = f"corefit_step_metrics() of {self._owners[plugin]}"
+            passed = {name: arguments[name] for name in implementation.argnames}
+            added = implementation.function(**passed)
             if self._trace:
-                self._trace(f"corefit_step_metrics({_shown(known)}) of {self._said(plugin)} -> {added}")
+                self._trace(f"corefit_step_metrics({_summary(passed)}) of {self._with_owner(plugin)} -> {added}")
             if not isinstance(added, Mapping) or not all(map(_is_metric, added.items())):
-                raise PluginError(f"{who} returned {added!r}, not a mapping of names to numbers; mend it")
+                raise PluginError(f"{where} returned {added!r}, not a mapping of names to numbers; fix it")
             for name, value in added.items():
                 if name in owners:
-                    raise PluginError(f"{who} adds the metric {name!r}, which {owners[name]} has; give it another name")
-                every[name], owners[name] = float(value), self._owners[plugin]
-        return every
+                    raise PluginError(
+                        f"{where} adds the metric {name!r}, which {owners[name]} logs already; give it another name"
+                    )
+                result[name], owners[name] = float(value), self._owners[plugin]
+        return result
 
     def _traced(self, outcome: Any, hook: str, implementations: Sequence[Any], arguments: Mapping[str, Any]) -> None:
-        """Tell of one call of a hook; pluggy begins with the plugin that was registered last."""
-        names = ", ".join(self._said(each.plugin_name) for each in reversed(implementations)) or "nobody"
+        """Trace one call of a hook, with its plugins in order of registration (pluggy calls the newest first)."""
+        names = ", ".join(self._with_owner(each.plugin_name) for each in reversed(implementations)) or "nobody"
         failed = f" -> {outcome.exception!r}" if outcome.exception else ""
         if self._trace:
-            self._trace(f"{hook}({_shown(arguments)}) of {names}{failed}")
+            self._trace(f"{hook}({_summary(arguments)}) of {names}{failed}")
 
-    def _said(self, plugin: str) -> str:
+    def _with_owner(self, plugin: str) -> str:
         return f"{plugin} ({self._owners[plugin]})"
 
     def _register(self, found: Found) -> None:
-        _refuse_misspelt(found)
+        _refuse_misspelled(found)
         _refuse_other_api(found)
         try:
             self._manager.register(found.plugin, name=found.name)
             self._owners[found.name] = found.owner
             self._manager.check_pending()
             for kind in KINDS:
-                self._take(found, kind)
+                self._add_offers(found, kind)
         except pluggy.PluginValidationError as error:
             raise PluginError(f"plugin {found.name!r} of {found.owner}: {error}; {found.remedy}") from error
 
-    def _take(self, found: Found, kind: str) -> None:
-        """Index what one plugin offers of one kind."""
+    def _add_offers(self, found: Found, kind: str) -> None:
+        """Index the classes of one kind that a plugin offers."""
         offer_hook = getattr(found.plugin, f"corefit_{kind}", None)
         if offer_hook is None or not getattr(offer_hook, "corefit_impl", None):
             return
@@ -175,30 +187,32 @@ class Host:
 
 
 def _check_offer(name: Any, cls: Any, kind: str, where: str, found: Found) -> None:
-    """PluginError unless it is an attrs class that has all members of its kind."""
+    """Raise PluginError unless an offer is a name and an attrs class with all members of its protocol."""
     if not isinstance(name, str):
-        raise PluginError(f"{where} offers the name {name!r}, which is no text; mend it. Until then, {found.remedy}")
+        raise PluginError(
+            f"{where} offers the name {name!r}, which is not a string; fix it. Until then, {found.remedy}"
+        )
     if not (isinstance(cls, type) and attrs.has(cls)):
         raise PluginError(
-            f"{where} offers {name!r}, which is {cls!r} and no attrs class; decorate the class with "
-            f"@attrs.frozen, its fields are its configuration. Until then, {found.remedy}"
+            f"{where} offers {name!r}, which is {cls!r} and not an attrs class; decorate the class with "
+            f"@attrs.frozen, because its fields are its keys. Until then, {found.remedy}"
         )
     former.adopt(cls)
     if wrong := "; ".join(contract.problems(cls, kind)):
         raise PluginError(
-            f"{where} offers {name!r}, {blame.place(cls)}, which is no {KINDS[kind].name}: {wrong}. Write what "
-            f"corefit.{KINDS[kind].protocol.__name__} says; until then, {found.remedy}"
+            f"{where} offers {name!r}, {blame.place(cls)}, which is not a valid {KINDS[kind].name}: {wrong}. Write the "
+            f"members of corefit.{KINDS[kind].protocol.__name__}; until then, {found.remedy}"
         )
 
 
-def _shown(arguments: Mapping[str, Any]) -> str:
-    """Arguments of an observer's hook: a stage by its name, a state by its step."""
+def _summary(arguments: Mapping[str, Any]) -> str:
+    """Return the arguments of an observer's hook as a short text: a stage by its name, a state by its step."""
     words = {"stage": lambda stage: stage.name, "state": lambda state: f"step {state.step}"}
     return ", ".join(f"{name}={words.get(name, str)(value)}" for name, value in arguments.items())
 
 
 def _is_metric(item: tuple[object, object]) -> bool:
-    """A name, and a number of Python's or numpy's that a float can hold."""
+    """Return whether a pair is a name and a number, of Python or numpy, that a float can hold."""
     name, value = item
     number = isinstance(value, (int, float, Real)) and not isinstance(value, bool)
     return isinstance(name, str) and number and not (isinstance(value, int) and abs(value) > sys.float_info.max)
@@ -211,7 +225,7 @@ def _installed() -> Iterable[Found]:
     if unknown:
         name = min(unknown)
         raise PluginError(
-            f"{DISABLE} names {name!r}, and no installed plugin is called so{near(name, [p.name for p in points])}; "
+            f"{DISABLE} names {name!r}, but no installed plugin has that name{near(name, [p.name for p in points])}; "
             f"there are: {', '.join(p.name for p in points)}"
         )
     seen: dict[str, str] = {}
@@ -241,7 +255,7 @@ def _loaded(point: EntryPoint, owner: str) -> Found:
 
 
 def _local(path: Path) -> Found:
-    """Import a file under a name of its own, so that its classes resolve their annotations."""
+    """Import a file under a unique module name, which lets attrs resolve the annotations of its classes."""
     if not _is_file(path):
         raise PluginError(f"plugins: there is no file {path}; paths are relative to the pipeline file")
     name = f"{blame.LOCAL}{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
@@ -258,7 +272,7 @@ def _local(path: Path) -> Found:
             raise
         where = f"{path}{_line_in(path, error)}"
         raise PluginError(
-            f"plugin file {where} cannot be run ({type(error).__name__}: {error}); mend it, or remove it from `plugins`"
+            f"plugin file {where} cannot be run ({type(error).__name__}: {error}); fix it, or remove it from `plugins`"
         ) from error
     return Found(name, str(path), module, "remove it from `plugins`")
 
@@ -266,19 +280,19 @@ def _local(path: Path) -> Found:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # of a name that is too long
+    except OSError:  # the name is too long
         return False
 
 
 class _Uncached(SourceFileLoader):
-    """Leaves no __pycache__ beside a user's file."""
+    """Loads a file without writing a __pycache__ beside it."""
 
     def set_data(self, path: str, data: Any, *, _mode: int = 0) -> None:
         pass
 
 
 def _line_in(path: Path, error: BaseException) -> str:
-    """':12' where the error passed through the file, or nothing."""
+    """Return ":12", the innermost line of the file that an error passed through, or "" if there is none."""
     if isinstance(error, SyntaxError) and error.lineno:
         return f":{error.lineno}"
     lines = [tb for tb in _frames(error) if tb[0] == str(path)]
@@ -299,31 +313,31 @@ def _given(plugin: object) -> Found:
     return Found(f"{name} at {id(plugin):#x}", f"the object {name!r}", plugin, "leave it out of Host(plugins=[...])")
 
 
-def _refuse_misspelt(found: Found) -> None:
-    """Every function marked as a hook, and every one that is named like a hook, must be one."""
+def _refuse_misspelled(found: Found) -> None:
+    """Raise PluginError for a function marked @hookimpl that is no hook, and for a hook without the mark."""
     for attribute in dir(found.plugin):
         value = getattr(found.plugin, attribute, None)
         marked = callable(value) and getattr(value, "corefit_impl", None) is not None
         if attribute in HOOKS:
             if callable(value) and not marked and not isinstance(value, pluggy.HookCaller):
                 raise PluginError(
-                    f"plugin {found.name!r} of {found.owner}: {attribute}() is not marked; decorate it with "
+                    f"plugin {found.name!r} of {found.owner}: {attribute}() is not marked as a hook; decorate it with "
                     f"@corefit.hookimpl. Until then, {found.remedy}"
                 )
         elif marked:
             raise PluginError(
-                f"plugin {found.name!r} of {found.owner} implements {attribute!r}, which is no hook"
+                f"plugin {found.name!r} of {found.owner} implements {attribute!r}, which is not a hook"
                 f"{near(attribute, HOOKS)}; the hooks are: {', '.join(HOOKS)}. Until then, {found.remedy}"
             )
 
 
 def _refuse_other_api(found: Found) -> None:
-    """A plugin may say which version of corefit's API it is written for: COREFIT_API = "1"."""
+    """Raise PluginError for a plugin that is written for another major version of the API: COREFIT_API = "1"."""
     built = getattr(found.plugin, API, None)
     if built is not None and str(built).partition(".")[0] != hookspecs.API_VERSION.partition(".")[0]:
         raise PluginError(
             f"plugin {found.name!r} of {found.owner} is written for version {built} of corefit's API, and this corefit "
-            f"has {hookspecs.API_VERSION}; install a release of one for the other. Until then, {found.remedy}"
+            f"has {hookspecs.API_VERSION}; install releases of both that agree. Until then, {found.remedy}"
         )
 
 

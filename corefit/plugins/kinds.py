@@ -1,4 +1,4 @@
-"""The kinds of things that a plugin can offer: the one record that host, reader, listing, templates and kit read."""
+"""The kinds of classes that a plugin can offer; host, reader, listing, templates and test kit all read this record."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from corefit.types.protocols import Backbone, NoiseWeighting, Reward, Sampler, S
 
 @frozen(kw_only=True)
 class Kind:
-    """One kind of offer.
+    """One kind of class that a plugin can offer.
 
-    key        what the host files offers under; the hook that offers them is corefit_<key>
-    name       what messages call one of them
-    word       what `corefit new`, its templates and the page in docs/plugins call it
-    protocol   what an offered class implements, and the type of fields that hold one
-    check      the call of corefit.testing that checks one; {cls} and {keys} are filled in
-    reads      whether one may want media, metadata or files of its own, so that the kit cannot make one by itself
+    key        the key of its offers in the host; the hook that offers them is corefit_<key>
+    name       its name in messages, in the singular
+    word       its name in `corefit new`, its templates and docs/plugins
+    protocol   the protocol that an offered class implements, and the type of fields that hold an instance
+    check      the call of corefit.testing that checks an instance; {cls} and {keys} are filled in
+    reads      whether an instance may need media, metadata or files, which the test kit cannot provide
     """
 
     key: str
@@ -80,8 +80,8 @@ KINDS: Mapping[str, Kind] = {
         ),
     )
 }
-"""Kinds by key, in the order in which `corefit plugins` lists them."""
+"""The kinds by their `key`, in the order in which `corefit plugins` lists them."""
 BY_WORD: Mapping[str, Kind] = {kind.word: kind for kind in KINDS.values()}
-"""Kinds by what `corefit new` calls them."""
+"""The kinds by their `word`."""
 BY_PROTOCOL: Mapping[Any, Kind] = {kind.protocol: kind for kind in KINDS.values()}
-"""Kinds by the type of the fields that hold one."""
+"""The kinds by their `protocol`."""

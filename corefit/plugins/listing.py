@@ -1,4 +1,4 @@
-"""`corefit plugins`: every offer with its owner, its keys, their types and defaults."""
+"""The text of `corefit plugins`, which lists every offer with its owner, its keys, their types and defaults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODULES = re.compile(r"(?<!['\w.])(\w+\.)+(?=\w)")
 
 
 def listing(host: Host) -> str:
-    """The whole list, as text."""
+    """Return the whole list as text."""
     return "\n".join([*(line for kind in KINDS for line in _kind(host, kind)), *_observers(host)])
 
 
@@ -44,7 +44,7 @@ def _offer(offer: Offer) -> Iterator[str]:
 
 
 def _type(kind: Any) -> str:
-    """As it is written; once attrs has resolved an annotation, without the modules' names."""
+    """Return an annotation as it is written in the class, without names of modules if attrs has resolved it."""
     if isinstance(kind, str):
         return kind
     return kind.__name__ if isinstance(kind, type) else MODULES.sub("", str(kind))

@@ -1,4 +1,4 @@
-"""Rollouts: the one sampling loop, how a step of it is taken, and at which noise levels a model is trained."""
+"""Rollouts: the one sampling loop, the samplers that take its steps, and the noise weightings of training."""
 
 from corefit.rollout.loop import Transition, generate, rollout
 

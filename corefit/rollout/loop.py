@@ -1,4 +1,4 @@
-"""The only sampling loop: evaluation, sample grids and policy rollouts all walk a grid of sigmas here."""
+"""The only sampling loop, which evaluation, sample grids and policy rollouts all use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attrs import frozen
 from corefit.flow import expand_like
 from corefit.rollout.samplers import Ode
 from corefit.types import Backbone, Condition, Sampler, Step
-from corefit.types.blame import returned
+from corefit.types.blame import require_result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @frozen(eq=False)
 class Transition:
-    """One step taken: from x at sigma [B] to x_next at sigma_next [B], drawn from `step`."""
+    """A step that was taken from x [B, ...] at sigma [B] to x_next at sigma_next [B]; x_next was drawn from `step`."""
 
     x: Tensor
     x_next: Tensor
@@ -41,15 +41,16 @@ def rollout(
     """Yield the transitions from x [B, ...] at sigmas[0] to sigmas[-1].
 
     sigmas      [steps + 1], falling
-    randn_like  noise of the transitions; needed unless the sampler is deterministic
-    stochastic  [steps, B] bool: rows take the ODE's step where it is false (SDE windows); None is everywhere
+    randn_like  draws the noise of a transition; needed unless the sampler is deterministic
+    stochastic  [steps, B] bool, for SDE windows: a row takes the sampler's step where it is true, and the ODE's step
+                where it is false; None means true everywhere
     """
     grid = sigmas.to(x.device, non_blocking=True)
     for i in range(len(grid) - 1):
         sigma, sigma_next = grid[i].expand(len(x)), grid[i + 1].expand(len(x))
         v = backbone.guided(x, sigma, cond, guidance)
         step = sampler.step(x, v, sigma, sigma_next)
-        returned(step, lambda it: isinstance(it, Step), sampler, "step()", "a corefit.Step of mean and std")
+        require_result(step, lambda it: isinstance(it, Step), sampler, "step()", "a corefit.Step of mean and std")
         if stochastic is not None:
             step = _select(stochastic[i], step, Ode().step(x, v, sigma, sigma_next))
         x_next = step.mean
@@ -61,7 +62,7 @@ def rollout(
 
 
 def generate(backbone: Backbone, noise: Tensor, cond: Condition, *, steps: int, guidance: float) -> Tensor:
-    """Clean latents [B, ...] from noise [B, ...] by the ODE on the checkpoint's own grid."""
+    """Generate clean latents [B, ...] from noise [B, ...] by the ODE on the checkpoint's own grid of sigmas."""
     x = noise
     sigmas = backbone.sigmas(steps, tuple(noise.shape[1:]))
     for transition in rollout(backbone, Ode(), x, cond, sigmas, guidance=guidance):
@@ -69,6 +70,6 @@ def generate(backbone: Backbone, noise: Tensor, cond: Condition, *, steps: int, 
     return x
 
 
-def _select(keep: Tensor, yes: Step, no: Step) -> Step:
-    """Rows of `yes` where keep [B] is true, of `no` elsewhere."""
-    return Step(yes.mean.where(expand_like(keep, yes.mean), no.mean), yes.std.where(keep, no.std))
+def _select(keep: Tensor, step: Step, other: Step) -> Step:
+    """Return the rows of `step` where keep [B] is true, and the rows of `other` elsewhere."""
+    return Step(step.mean.where(expand_like(keep, step.mean), other.mean), step.std.where(keep, other.std))

@@ -1,7 +1,7 @@
-"""How one step is taken: x at sigma -> x at sigma_next < sigma, as a Gaussian transition.
+"""Samplers: each takes one step, from x at sigma to x at sigma_next < sigma, as a Gaussian transition.
 
 All arithmetic is elementwise on [B, ...] with sigma, sigma_next [B], so one class serves images, video and
-packed tokens. Input dtype is kept for float64 and raised to float32 otherwise.
+packed tokens. float64 inputs are kept; all others are converted to float32.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEAR_ONE = 1 - 1e-4
-"""Above this sigma, 1 / (1 - sigma) is no longer a number to work with (grids may start at 0.999999)."""
+"""Above this sigma, 1 / (1 - sigma) is too large to compute with; some grids start at 0.999999."""
 
 
 @frozen
 class Ode(Sampler):
-    """Euler step of the probability-flow ODE, x + (sigma_next - sigma) v: FlowMatchEulerDiscreteScheduler's."""
+    """Euler step of the probability-flow ODE, x + (sigma_next - sigma) v, as in FlowMatchEulerDiscreteScheduler."""
 
     @property
     def stochastic(self) -> bool:
@@ -37,11 +37,11 @@ class Ode(Sampler):
 class FlowSde(Sampler):
     """Flow-SDE of Flow-GRPO (arXiv 2505.05470, eq. 9): sd = noise sqrt(sigma / (1 - sigma)), std = sd sqrt(-dt).
 
-    At sigma = 1, 1 / (1 - sigma) takes sigma_next for sigma: the grid's second value, as published.
+    At sigma = 1, where 1 / (1 - sigma) is infinite, sigma_next stands for sigma in it, as in the published code.
     """
 
     noise: float = field(default=0.7, validator=validators.ge(0))
-    """Noise level a; 0 is the ODE."""
+    """The noise level a of the paper; with 0 it is the ODE."""
 
     @property
     def stochastic(self) -> bool:
@@ -55,10 +55,10 @@ class FlowSde(Sampler):
 
 @frozen
 class DanceSde(Sampler):
-    """The SDE of DanceGRPO (arXiv 2505.07818): the drift of Flow-SDE with a constant sd = noise."""
+    """The SDE of DanceGRPO (arXiv 2505.07818), which is Flow-SDE with a constant sd = noise."""
 
     noise: float = field(default=0.3, validator=validators.ge(0))
-    """Noise level, the same at every sigma; 0 is the ODE."""
+    """The noise level, equal at every sigma; with 0 it is the ODE."""
 
     @property
     def stochastic(self) -> bool:
@@ -70,15 +70,15 @@ class DanceSde(Sampler):
 
 @frozen
 class Cps(Sampler):
-    """Coefficient-preserving sampling (FlowCPS, arXiv 2509.05952): signal 1 - sigma_next, total noise sigma_next.
+    """Coefficient-preserving sampling (FlowCPS, arXiv 2509.05952): x_next has signal 1 - sigma_next, noise sigma_next.
 
-    std = sigma_next sin(noise pi / 2); the last step, to sigma 0, is deterministic.
+    std = sigma_next sin(noise pi / 2). The last step, to sigma 0, is deterministic.
     """
 
     noise: float = field(default=0.7, validator=[validators.ge(0), validators.le(1)])
-    """Share of the noise that is drawn anew: 0 is the ODE, 1 redraws all of it."""
+    """How much of the noise is drawn anew in each step; 0 is the ODE, 1 draws all of it anew."""
     density: Literal["gaussian", "published"] = "gaussian"
-    """log_prob: the Gaussian's, or the published -|x_next - mean|^2, whose scale is another one."""
+    """The log-probability: the Gaussian one, or the published -|x_next - mean|^2, which has another scale."""
 
     @property
     def stochastic(self) -> bool:
@@ -88,10 +88,8 @@ class Cps(Sampler):
         x, v = upcast(x), upcast(v)
         std = sigma_next * math.sin(self.noise * math.pi / 2)
         kept = (sigma_next**2 - std**2).sqrt()
-        mean = expand_like(1 - sigma_next, x) * denoised(x, v, sigma) + expand_like(kept, x) * predicted_noise(
-            x, v, sigma
-        )
-        return Step(mean, std)
+        signal = expand_like(1 - sigma_next, x) * denoised(x, v, sigma)
+        return Step(signal + expand_like(kept, x) * predicted_noise(x, v, sigma), std)
 
     def log_prob(self, x_next: Tensor, step: Step) -> Tensor:
         if self.density == "gaussian":
@@ -100,7 +98,7 @@ class Cps(Sampler):
 
 
 def _langevin(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sd: Tensor) -> Step:
-    """Euler-Maruyama of the SDE with the ODE's marginals and diffusion sd [B].
+    """Take an Euler-Maruyama step of the SDE that has diffusion sd [B] and the same marginals as the ODE.
 
     mean = x (1 + sd^2 dt / (2 sigma)) + v (1 + sd^2 (1 - sigma) / (2 sigma)) dt.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from attrs import field, fields, frozen, has
 import corefit
 from corefit.pipeline.pipeline import CHOICES, Pipeline
 from corefit.pipeline.reader import Reader
-from corefit.system.files import json_digest
+from corefit.system.files import json_digest, source
 from corefit.types import ROUNDING, Weighted
 from corefit.types.stage import Stage
 
@@ -194,7 +193,7 @@ def _code(pipeline: Pipeline, value: Any) -> dict[str, str]:
         top = type(value).__module__.partition(".")[0]
         if top != "corefit":
             file = Path(getattr(sys.modules[top], "__file__", None) or top)
-            found[_named(pipeline, top, file)] = _source(file)
+            found[_named(pipeline, top, file)] = source(file)
         for name in getattr(type(value), "__attrs_attrs__", ()):
             if name.init:
                 found |= _code(pipeline, getattr(value, name.name))
@@ -205,12 +204,6 @@ def _named(pipeline: Pipeline, module: str, file: Path) -> str:
     """The package, or a local plugin file as seen from the pipeline: a project may move as a whole."""
     local = file.resolve() in pipeline.host.files
     return os.path.relpath(file.resolve(), pipeline.folder) if local else module
-
-
-def _source(file: Path) -> str:
-    """Hash of all Python files of a package, or of the one file of a module."""
-    files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
-    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files if f.is_file())).hexdigest()
 
 
 # differences

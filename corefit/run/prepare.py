@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corefit.data import cache
-from corefit.data.dataset import Dataset, kept_key
+from corefit.data.dataset import Dataset, filtered_key
 from corefit.data.settings import Data
 from corefit.pipeline.pipeline import Pipeline
 from corefit.run import agreement
@@ -21,12 +21,12 @@ def prepare(pipeline: Pipeline, display: Display | None = None) -> Dataset:
     """What `corefit prepare` does: encode what is not encoded, and say what there is. Every rank takes its share."""
     ranks = join(pipeline.precision, shard=pipeline.shard)
     shown = display or Display.on(ranks.main)
-    with Signals(shown.say, ECHO).handled():
+    with Signals(shown.print, ECHO).handled():
         agreement.check(ranks, pipeline, "prepare")
-        with shown, ranks.watched(root(pipeline)), files.written(root(pipeline)):
+        with shown, ranks.share_failures(root(pipeline)), files.explain_write_errors(root(pipeline)):
             dataset, _ = encoded(pipeline, ranks, shown)
     for line in summary(dataset):
-        shown.say(line)
+        shown.print(line)
     return dataset
 
 
@@ -47,10 +47,10 @@ def _encoded(
     wanted = pipeline.needs_media if media is None else media
     if data.encoded:
         with ranks.main_first():
-            return cache.opened(data, pipeline.backbone, root(pipeline), media=wanted)
+            return cache.open_encoded(data, pipeline.backbone, root(pipeline), media=wanted)
     with display.task(title) as progress:
         folder = cache.prepare(data, pipeline.backbone, root(pipeline), media=wanted, progress=progress, ranks=ranks)
-    return Dataset.open(folder, keep=data.condition, remade=True)
+    return Dataset.open(folder, keep=data.filter, rebuildable=True)
 
 
 def survey(pipeline: Pipeline, data: Any, *, media: bool) -> tuple[str, int, str]:
@@ -59,14 +59,14 @@ def survey(pipeline: Pipeline, data: Any, *, media: bool) -> tuple[str, int, str
     After `place` of the backbone.
     """
     if data.encoded:
-        found = cache.opened(data, pipeline.backbone, root(pipeline), media=media)
+        found = cache.open_encoded(data, pipeline.backbone, root(pipeline), media=media)
         return found.key, len(found), f"{counted(len(found), 'example')}, encoded before"
     count = cache.check(data, media=media) or 0
     key = cache.key(data, pipeline.backbone, root(pipeline), media=media)
     there = cache.exists(data, pipeline.backbone, root(pipeline), media=media)
     kept = f", of which {data.keep!r} keeps some" if data.keep else ""
     said = f"{counted(count, 'example')}{kept}{', cached' if there else ' to encode'}"
-    return kept_key(key, data.condition), count, said
+    return filtered_key(key, data.filter), count, said
 
 
 def summary(dataset: Dataset) -> Iterator[str]:

@@ -23,6 +23,7 @@ from corefit.system.display import Advance, Display
 from corefit.system.ranks import Ranks, join
 from corefit.system.signals import ECHO, Signals
 from corefit.train import estimate, loop, weights
+from corefit.train.job import Cost, Job, Listener, Metrics
 from corefit.types import Backbone, Samples, TrainState, blame
 
 T = TypeVar("T")
@@ -36,11 +37,17 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     ranks = join(pipeline.precision, shard=pipeline.shard)
     ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
     shown = display or Display.on(ranks.main)
-    signals = Signals(shown.say, ECHO if ranks.world > 1 else 0.0)
+    signals = Signals(shown.print, ECHO if ranks.world > 1 else 0.0)
     folder = pipeline.run_folder
     with signals.handled():
         agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
-        with _locked(folder, ranks), shown, ranks.watched(folder), blame.no_exit(), files.written(folder):
+        with (
+            _locked(folder, ranks),
+            shown,
+            ranks.share_failures(folder),
+            blame.no_exit(),
+            files.explain_write_errors(folder),
+        ):
             Run(pipeline, ranks, shown, signals, Again.of(pipeline, again)).all()
     return pipeline.run_folder
 
@@ -53,7 +60,7 @@ def dry_run(pipeline: Pipeline, display: Display | None = None, *, again: str = 
     lines = list(_foreseen(pipeline, ranks, Again.of(pipeline, again)))
     width = max(len(name) for name, _ in lines)
     for name, what in lines:
-        shown.say(f"{name:{width}}  {what}")
+        shown.print(f"{name:{width}}  {what}")
 
 
 @frozen
@@ -97,7 +104,7 @@ class Run:
         base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
         agreement.refuse_unlike(self.ranks, {"weights of the base": base.weights.hash[:12]})
         start = Weights(self.pipeline.backbone, None, self._half(self.pipeline.stage[0]))
-        self._judge(base, start, loop.Cost(0, 0, 0))
+        self._judge(base, start, Cost(0, 0, 0))
         if self.main:
             self.again.keep()
         for stage, target in zip(self.pipeline.stage, targets, strict=True):
@@ -128,9 +135,9 @@ class Run:
         """Train a stage unless it is finished, and judge it; the weights it leaves."""
         choice = self.ranks.from_main(lambda: plan.training(target, self.again))
         if choice.use:
-            self.display.say(f"{stage.name}: finished before, used as it is")
+            self.display.print(f"{stage.name}: finished before, used as it is")
             self._mend(target, choice)
-            cost = loop.Cost(**choice.kept["cost"])
+            cost = Cost(**choice.kept["cost"])
         else:
             if self.main:
                 self._claim(target, choice)
@@ -162,28 +169,28 @@ class Run:
         name = target.folder.name
         if choice.aside:
             former = plan.put_aside(target.folder)
-            self.display.say(f"{name}: {choice.why}; the former one is in {former.parent.name}/{former.name}")
+            self.display.print(f"{name}: {choice.why}; the former one is in {former.parent.name}/{former.name}")
         elif choice.kept or choice.harm:
-            self.display.say(f"{name}: {choice.harm or choice.why}; it is trained again from its newest checkpoint")
+            self.display.print(f"{name}: {choice.harm or choice.why}; it is trained again from its newest checkpoint")
         if choice.going:
-            self.display.say(f"{name}: goes on {choice.going}")
+            self.display.print(f"{name}: goes on {choice.going}")
         self.again.moved(name)
         plan.note(target, {"finished": False})
 
     def _mend(self, target: Target, choice: plan.Choice) -> None:
         """Write a done.json that is damaged or missing again, from its copy."""
         if self.main and choice.harm:
-            self.display.say(f"{target.folder.name}: {choice.harm}; its copy is not, and it is written again")
+            self.display.print(f"{target.folder.name}: {choice.harm}; its copy is not, and it is written again")
             plan.note(target, choice.kept)
 
-    def _train(self, stage: Stage, target: Target, before: Weights) -> loop.Cost:
+    def _train(self, stage: Stage, target: Target, before: Weights) -> Cost:
         """Train and save; a signal writes a checkpoint first."""
         folder = target.folder
         memory.reset_peak(self.ranks.device)
         backbone = before.backbone
         with self.display.task(stage.name) as progress, self.signals.training():
             heard = _Observers(self, stage, folder, backbone, progress)
-            job = loop.Job(
+            job = Job(
                 stage=stage,
                 mode=self.pipeline.mode(stage),
                 seed=self.pipeline.seed,
@@ -193,7 +200,7 @@ class Run:
                 folder=folder,
                 identity=target.weights.hash,
                 adapter=before.adapter,
-                half=self._half(stage),
+                frozen_in_bf16=self._half(stage),
                 listener=heard,
             )
             cost = loop.train(job, self.ranks)
@@ -211,18 +218,18 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         half = stage.save_dtype == "bf16"
-        survived = weights.save(backbone, partial, self.ranks, self.pipeline.mode(stage), half=half)
+        survived = weights.save(backbone, partial, self.ranks, self.pipeline.mode(stage), in_bf16=half)
         if self.main:
             files.publish(partial, folder / MODEL)
         return survived
 
-    def _judge(self, target: Target, made: Weights, cost: loop.Cost) -> None:
+    def _judge(self, target: Target, made: Weights, cost: Cost) -> None:
         """Held-out scores of weights as they were saved, unless they are known."""
         if self.judge is None:
             return
         choice = self.ranks.from_main(lambda: plan.judging(target))
         if choice.harm:
-            self.display.say(f"{target.folder.name}: {choice.harm}; it is judged again")
+            self.display.print(f"{target.folder.name}: {choice.harm}; it is judged again")
         kept = choice.kept if choice.use else self._judged(self.judge, target, made)
         made.backbone.release()
         made.backbone.transformer = None
@@ -230,7 +237,7 @@ class Run:
 
     def _judged(self, judge: Evaluator, target: Target, made: Weights) -> dict[str, Any]:
         backbone, prepare = made.backbone, self.ranks.accelerator.prepare_model
-        weights.load(backbone, self.ranks, half=made.half, adapter=made.adapter)
+        weights.load(backbone, self.ranks, frozen_in_bf16=made.half, adapter=made.adapter)
         backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # computes as training did
         with self.display.task(f"{target.name}: {judge.count} held-out prompts") as progress:
             scored = judge.score(backbone, progress)
@@ -258,7 +265,7 @@ class Run:
 
 
 @frozen(eq=False)
-class _Observers(loop.Listener):
+class _Observers(Listener):
     """Hands on what training tells of itself: to the progress bar, and on the main process to observers."""
 
     run: Run
@@ -267,10 +274,10 @@ class _Observers(loop.Listener):
     backbone: Backbone
     progress: Advance
 
-    def stopping(self) -> bool:
-        return self.run.signals.asked
+    def stop_requested(self) -> bool:
+        return self.run.signals.stop_requested
 
-    def stepped(self, step: int, metrics: loop.Metrics) -> None:
+    def stepped(self, step: int, metrics: Metrics) -> None:
         self.progress(step, self.stage.steps, metrics)
 
     def started(self, step: int) -> None:
@@ -279,7 +286,7 @@ class _Observers(loop.Listener):
     def saved(self, step: int, path: Path) -> None:
         self.call(self.run.pipeline.host.hook.corefit_checkpoint_saved, step, path=path)
 
-    def logged(self, step: int, metrics: loop.Metrics) -> None:
+    def logged(self, step: int, metrics: Metrics) -> None:
         """Sharded weights make samples only with all ranks, so they do, where samples are due, before anyone asks."""
         judge, sample = self.run.judge, self._samples()
         if judge and not sample and self.stage.samples(step):
@@ -328,7 +335,7 @@ def _locked(folder: Path, ranks: Ranks) -> Generator[None]:
             if not ranks.main:
                 return True
             try:
-                with files.written(folder):
+                with files.explain_write_errors(folder):
                     folder.mkdir(parents=True, exist_ok=True)
             except FileNotFoundError as error:  # of a file system such as /proc
                 raise ConfigError(

@@ -40,14 +40,14 @@ def show(pipeline: Pipeline, number: int, file: Path | None = None, display: Dis
     png.parent.mkdir(parents=True, exist_ok=True)
     report.grid(_framed([pixels for pixels, _ in media]), [said for _, said in media], png)
     for line in summary(dataset):
-        shown.say(line)
-    shown.say(f"the first {len(drawn)} are in {png}")
+        shown.print(line)
+    shown.print(f"the first {len(drawn)} are in {png}")
     return png
 
 
 def _drawn(pipeline: Pipeline, stage: Stage, dataset: Dataset) -> Iterator[tuple[int, float]]:
     """(example, which caption) in the order of training, each example once."""
-    walk = BatchSampler(
+    sampler = BatchSampler(
         buckets=list(dataset.buckets.values()),
         batch=stage.rows,
         group=stage.objective.group_size,
@@ -57,7 +57,7 @@ def _drawn(pipeline: Pipeline, stage: Stage, dataset: Dataset) -> Iterator[tuple
     )
     seen: set[int] = set()
     for step in count():
-        for index, turn in zip(walk.at(step), walk.turns(step), strict=True):
+        for index, turn in zip(sampler.indices(step), sampler.caption_choices(step), strict=True):
             if index not in seen:
                 seen.add(index)
                 yield index, turn

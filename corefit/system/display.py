@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress bars on a terminal, a line now and then elsewhere (rich)."""
+"""What a run prints: progress bars on a terminal, and elsewhere a line every few seconds (rich)."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ PAUSE = 10.0
 
 
 class Advance(Protocol):
-    """progress(done, total, metrics)."""
+    """Called as progress(done, total, metrics) whenever a task has advanced."""
 
     def __call__(self, done: int, total: int, metrics: Mapping[str, float] = ...) -> None: ...
 
 
 @define(eq=False)
 class Display:
-    """Bars with speed and time left. Other ranks than the first have a silent one."""
+    """Prints lines, and a bar for each task with its speed and time left; on ranks other than 0 it is silent."""
 
     console: Console
     _progress: Progress
     _live: bool
 
     @staticmethod
-    def on(shown: bool = True) -> Display:
-        console = Console(quiet=not shown, highlight=False)
+    def on(visible: bool = True) -> Display:
+        """Make a display on standard output, or a silent one."""
+        console = Console(quiet=not visible, highlight=False)
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
@@ -44,7 +45,7 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        live = console.is_terminal and shown
+        live = console.is_terminal and visible
         return Display(console, Progress(*columns, console=console, disable=not live), live)
 
     def __enter__(self) -> Display:
@@ -54,22 +55,22 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
 
-    def say(self, text: str) -> None:
-        """One line."""
+    def print(self, text: str) -> None:
+        """Print a line."""
         self.console.print(plain(text), markup=False, soft_wrap=True)
 
     @contextmanager
     def task(self, title: str) -> Generator[Advance]:
-        """A bar, or lines, for as long as the block runs."""
+        """Show a bar, or print lines, for as long as the block runs; it reports its progress to what is yielded."""
         task = self._progress.add_task(plain(title), total=None, note="")
-        lines = _Lines(title, self.say if not self._live else lambda text: None)
+        lines = _Lines(title, self.print if not self._live else lambda text: None)
 
         def advance(done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
             note = plain(_note(metrics or {}))
             self._progress.update(task, completed=done, total=total)
             if note:
                 self._progress.update(task, note=note)
-            lines.at(done, total, note)
+            lines.advance(done, total, note)
 
         try:
             yield advance
@@ -79,36 +80,42 @@ class Display:
 
 @define
 class _Lines:
-    """A line every few seconds, and the last."""
+    """Prints a task's progress as a line every PAUSE seconds, and once at its end.
+
+    began             when the task began
+    printed           when the last line was printed
+    done_at_start     how much was done at the first report, and when that came (reported): a resumed stage starts in
+                      the middle, so the time left is computed from there
+    """
 
     title: str
     say: Callable[[str], None]
     began: float = field(factory=time.monotonic)
-    last: float = field(factory=time.monotonic)
-    counted: float = 0.0
-    """When the first report came; how far things were then is `first`: a resumed stage starts in the middle."""
-    first: int = -1
+    printed: float = field(factory=time.monotonic)
+    reported: float = 0.0
+    done_at_start: int = -1
     note: str = ""
 
-    def at(self, done: int, total: int, note: str) -> None:
+    def advance(self, done: int, total: int, note: str) -> None:
         now = time.monotonic()
         self.note = note or self.note
-        if self.first < 0:
-            self.first, self.counted = done, now
-        if done < total and now - self.last < PAUSE:
+        if self.done_at_start < 0:
+            self.done_at_start, self.reported = done, now
+        if done < total and now - self.printed < PAUSE:
             return
-        self.last = now
+        self.printed = now
         left = f", {now - self.began:.0f} s"
-        if self.first < done < total:
-            left = f", {(total - done) * (now - self.counted) / (done - self.first):.0f} s left"
+        if self.done_at_start < done < total:
+            left = f", {(total - done) * (now - self.reported) / (done - self.done_at_start):.0f} s left"
         self.say(f"{self.title}: {done}/{total}{left}{'  ' if self.note else ''}{self.note}")
 
 
-SHOWN = ("loss", "reward", "samples_per_second")
+NOTED = ("loss", "reward", "samples_per_second")
+"""Metrics that stand beside a task's progress."""
 
 
 def _note(metrics: Mapping[str, float]) -> str:
-    """The numbers worth a glance."""
-    shown = [name for name in metrics if name.rpartition("/")[2] in SHOWN]
-    words = {"samples_per_second": "samples/s"}
-    return "  ".join(f"{words.get(name, name)} {metrics[name]:.4g}" for name in shown)
+    """Write the metrics that are NOTED in one line."""
+    names = [name for name in metrics if name.rpartition("/")[2] in NOTED]
+    labels = {"samples_per_second": "samples/s"}
+    return "  ".join(f"{labels.get(name, name)} {metrics[name]:.4g}" for name in names)

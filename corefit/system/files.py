@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, hashed, locked; and what to say where a file system refuses.
+"""Files: written whole or not at all, hashed and locked, with errors that say what to do where a file system refuses.
 
-Locks are filelock's on the file system's own (flock): they go with the process however it ends, kill -9 too, and a
-file that is left of one blocks nobody.
+Locks are filelock's, on top of the file system's own (flock). They end with the process however it ends, kill -9 too,
+and a lock file that is left over blocks nobody.
 """
 
 from __future__ import annotations
@@ -34,18 +34,16 @@ REMEDIES = {
     errno.ESTALE: "mount it again",
     errno.ENOTCONN: "mount it again",
 }
-"""What to do about each way in which a file system refuses, whoever owns the file."""
+"""What to do about each error of a file system that has nothing to do with the code."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 RUST = re.compile(r"os error (\d+)|Os \{ code: (\d+)")
-"""How safetensors, which is written in Rust, says the number of a system's error."""
-
-
+"""How safetensors, which is written in Rust, gives the number of the system's error."""
 DIGEST = "digest"
-"""The key, beside those of the content, of the content's digest."""
+"""The key under which a JSON file holds the digest of its content."""
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`; a reader, also after a crash, sees the old or the new, never a part."""
+    """Replace the content of `path` by `data`; a reader, also after a crash, sees the old or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
@@ -56,11 +54,11 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Make the folder `partial` appear as `final`, whole, also after a power cut; a former `final` goes."""
-    wanted = partial.stat().st_mode & 0o666
+    """Rename the folder `partial` to `final`, which appears whole, also after a power cut; an old `final` goes."""
+    mode = partial.stat().st_mode & 0o666
     for file in partial.rglob("*"):
         if file.is_file() and not file.is_symlink():
-            _readable(file, wanted)
+            _allow(file, mode)
             sync(file)
     sync(partial)
     if final.exists():
@@ -69,14 +67,14 @@ def publish(partial: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def _readable(file: Path, wanted: int) -> None:
-    """Give a file the mode that the umask gave its folder; safetensors writes for the owner alone.
+def _allow(file: Path, mode: int) -> None:
+    """Add `mode`, which the umask gave the file's folder, to the file's own: safetensors lets the owner alone read it.
 
-    Hard links are left as they are: the file is someone else's as well.
+    A file with other hard links keeps its mode: it belongs elsewhere as well.
     """
     stat = file.stat()
-    if stat.st_nlink == 1 and (mode := stat.st_mode & 0o7777) | wanted != mode:
-        file.chmod(mode | wanted)
+    if stat.st_nlink == 1 and (own := stat.st_mode & 0o7777) | mode != own:
+        file.chmod(own | mode)
 
 
 def sync(path: Path) -> None:
@@ -89,32 +87,42 @@ def sync(path: Path) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the hex digest of a file's bytes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def sources(file: Path) -> list[Path]:
+    """All Python files of a package, for which its __init__.py stands, or the one file of a module."""
+    found = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+    return [each for each in found if each.is_file()]
+
+
+def source(file: Path) -> str:
+    """Hash of the `sources` of a package or module."""
+    return hashlib.sha256(b"\0".join(each.read_bytes() for each in sources(file))).hexdigest()
+
+
 class Damaged(ValueError):
-    """A file is not as it was written; the message says how, in a few words, without the file's name."""
+    """Raised where a file is not as it was written; the message says how it differs, without the file's name."""
 
 
 def json_digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of what the content says, whatever the order of its keys."""
+    """Return the SHA-256 of the content, which does not depend on the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Replace `file` as a whole by the content and its digest. `content` must not have the key "digest"."""
-    assert DIGEST not in content, f"{DIGEST!r} is the digest's own key"
+    """Replace `file` by the content and its digest. `content` must not have the key "digest"."""
+    assert DIGEST not in content, f"{DIGEST!r} is the key of the digest itself"
     plain = json.loads(json.dumps(content))
     write_whole(file, json.dumps({**plain, DIGEST: json_digest(plain)}, indent=1).encode())
 
 
-def read_json(file: Path, former: Callable[[Mapping[str, Any]], bool] = lambda content: False) -> dict[str, Any]:
-    """Return the content of `file`, without its digest.
+def read_json(file: Path, is_former: Callable[[Mapping[str, Any]], bool] = lambda content: False) -> dict[str, Any]:
+    """Return the content of `file`, without its digest. Raises FileNotFoundError, and Damaged.
 
-    former  says of content without a digest whether it is what corefit wrote before such files had one
-    Raises FileNotFoundError, and Damaged.
+    is_former  tells whether content without a digest was written by a version of corefit that gave it none
     """
     try:
         content = json.loads(file.read_bytes())
@@ -125,7 +133,7 @@ def read_json(file: Path, former: Callable[[Mapping[str, Any]], bool] = lambda c
     if not isinstance(content, dict):
         raise Damaged("it is not a JSON object")
     found = content.pop(DIGEST, None)
-    if found is None and former(content):
+    if found is None and is_former(content):
         return content
     if found != json_digest(content):
         raise Damaged("its content does not have the digest that is in it" if found else "it has no digest")
@@ -133,30 +141,30 @@ def read_json(file: Path, former: Callable[[Mapping[str, Any]], bool] = lambda c
 
 
 @contextmanager
-def written(folder: Path) -> Generator[None]:
-    """Within, a file system that refuses raises DataError; `folder` is named where the system names no file."""
+def explain_write_errors(folder: Path) -> Generator[None]:
+    """Turn a file system's refusal inside into a DataError with a remedy; it names `folder` where no file is known."""
     try:
         yield
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        raise _refused(error.filename or folder, error.errno, error.strerror) from error
+        raise _write_error(error.filename or folder, error.errno, error.strerror) from error
     except Exception as error:
-        number = _of_safetensors(error)
+        number = _safetensors_errno(error)
         if number not in REMEDIES:
             raise
-        raise _refused(folder, number, str(error)) from error
+        raise _write_error(folder, number, str(error)) from error
 
 
-def _of_safetensors(error: Exception) -> int:
-    """The number of the system's error that safetensors tells of; 0 where it is none."""
+def _safetensors_errno(error: Exception) -> int:
+    """Return the number of the system's error in an error of safetensors; 0 where there is none."""
     from safetensors import SafetensorError
 
     found = RUST.search(str(error)) if isinstance(error, SafetensorError) else None
     return int(found[1] or found[2]) if found else 0
 
 
-def _refused(where: object, number: int, reason: str | None) -> DataError:
+def _write_error(where: object, number: int, reason: str | None) -> DataError:
     return DataError(
         f"{where} cannot be written: {reason}; {REMEDIES[number]}, and the same command goes on where it was"
     )
@@ -164,16 +172,16 @@ def _refused(where: object, number: int, reason: str | None) -> DataError:
 
 @contextmanager
 def locked(file: Path, *, wait: bool = True) -> Generator[bool]:
-    """Hold the lock `file`; wait=False gives False where another process does, instead of waiting for it.
+    """Hold the lock `file`. Where another process holds it, wait for it; with wait=False, yield False instead.
 
     Raises DataError where the file system has no locks, or refuses the file.
     """
     from filelock import FileLock, Timeout
 
-    # a lock of another kind, a file whose being there is the lock, would be left by a killed process
+    # a soft lock, held as long as its file exists, would outlive a killed process
     lock = FileLock(file, blocking=wait, fallback_to_soft=False)
     try:
-        with written(file):
+        with explain_write_errors(file):
             lock.acquire()
     except Timeout:
         yield False
@@ -192,17 +200,18 @@ def locked(file: Path, *, wait: bool = True) -> Generator[bool]:
 
 
 @contextmanager
-def held(file: Path) -> Generator[None]:
-    """Wait for the lock `file` and hold it; it is gone afterwards."""
+def temporary_lock(file: Path) -> Generator[None]:
+    """Wait for the lock `file` and hold it; the file is removed afterwards."""
     with locked(file):
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)  # while it is held: filelock takes a removed file for no lock
+            # while the lock is held: filelock does not take a lock whose file is gone, and makes the file anew
+            file.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove locks (*.lock) of killed processes: nobody holds them."""
+def remove_stale_locks(folder: Path) -> None:
+    """Remove the lock files (*.lock) of a folder that no process holds: killed processes left them."""
     for file in folder.glob("*.lock"):
         with suppress(OSError, DataError), locked(file, wait=False) as free:
             if free:

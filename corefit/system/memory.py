@@ -1,9 +1,11 @@
-"""Memory of this process: keeping it between steps on a CPU, its peak, what code holds in tensors, and its end."""
+"""Memory of this process: kept between steps on a CPU, its peak, the bytes of live tensors, and what to do without."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
+import sys
 import weakref
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -18,15 +20,15 @@ if TYPE_CHECKING:
 
 
 ASKED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
-"""In the messages of both of torch's allocators: of CUDA's "2.50 GiB", of the CPU's "2684354560 bytes"."""
+"""Finds the size in messages of both of torch's allocators: "2.50 GiB" of CUDA's, "2684354560 bytes" of the CPU's."""
 CPU = "DefaultCPUAllocator: can't allocate memory"
 
 
 def keep_freed() -> None:
-    """Keep main memory that is freed, for the next step (glibc; elsewhere nothing).
+    """Let this process keep main memory that it frees (glibc; elsewhere nothing is done).
 
-    A step frees and asks for the same activations again. Given back to the system in between, every page faults
-    anew: on the digits example that costs 40 % of the speed of training on a CPU.
+    Each step allocates activations of the same sizes. If their memory went back to the system in between, every page
+    would fault anew: on the digits example that costs 40 % of the speed of training on a CPU.
     """
     import ctypes
 
@@ -38,8 +40,27 @@ def keep_freed() -> None:
         mallopt(m_top_pad, 1 << 28)
 
 
+@contextlib.contextmanager
+def uncollected(library: str) -> Generator[None]:
+    """Import a large library inside; what that makes is not searched for garbage, neither now nor later.
+
+    The collector would look at half a million objects of which nearly all stay, again and again: a fifth of the time to
+    the first step. Nothing is done where the library is there already, for garbage of a run would be kept too.
+    """
+    if library in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far. Where main memory's cannot be reset (not Linux), it goes on."""
+    """Forget the peak so far. The peak of main memory can be reset on Linux alone; elsewhere it stays."""
     import torch
 
     if device.type == "cuda":
@@ -50,7 +71,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes: allocated on the GPU, or resident in main memory."""
+    """Return the peak in bytes: of memory allocated on the GPU, or else resident in main memory."""
     import resource
 
     import torch
@@ -65,50 +86,50 @@ def peak(device: torch.device) -> int:
 
 
 @define(eq=False)
-class Held:
-    """Bytes of the storages that were made while it watched and are alive."""
+class LiveBytes:
+    """Bytes of the live tensors that were allocated inside `track_live_bytes`, now and at most."""
 
     now: int = 0
     peak: int = 0
     kept: int = 0
-    """For who watches to note `now` at a moment of interest."""
+    """Not set here: the caller may store `now` of a moment in it, such as the end of the forward."""
     _alive: set[int] = field(factory=set[int])
 
-    def see(self, tensor: torch.Tensor) -> None:
-        """A tensor that an operation gave back: of memory that is new, or was there."""
+    def count(self, tensor: torch.Tensor) -> None:
+        """Count the storage of a tensor that an operation returned, unless it is counted already."""
         storage = tensor.untyped_storage()
         place, size = storage._cdata, storage.nbytes()  # pyright: ignore[reportPrivateUsage]
         if place not in self._alive:
             self._alive.add(place)
             self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, place, size)
+            weakref.finalize(storage, self._freed, place, size)
 
-    def _gone(self, place: int, size: int) -> None:
+    def _freed(self, place: int, size: int) -> None:
         self._alive.discard(place)
         self.now -= size
 
 
 @contextlib.contextmanager
-def held() -> Generator[Held]:
-    """Watch what is held inside, in tensors of any device and in fake ones; memory inside kernels is not seen."""
+def track_live_bytes() -> Generator[LiveBytes]:
+    """Track the tensors that are allocated inside, on any device and fake ones too; kernels' own memory is not seen."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    found = Held()
+    held = LiveBytes()
 
-    class Watch(TorchDispatchMode):
+    class Track(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             before = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-            made = func(*args, **(kwargs or {}))
-            for t in tree_leaves(made):
+            result = func(*args, **(kwargs or {}))
+            for t in tree_leaves(result):
                 if isinstance(t, torch.Tensor) and _place(t) not in before:
-                    found.see(t)
-            return made
+                    held.count(t)
+            return result
 
-    with Watch():
-        yield found
+    with Track():
+        yield held
 
 
 def _place(t: torch.Tensor) -> int:
@@ -117,11 +138,11 @@ def _place(t: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def explain_exhaustion(where: str, helps: Sequence[str], kept: str = "") -> Generator[None]:
-    """Turn memory that runs out inside into a TrainingError.
+    """Turn an out-of-memory error inside into a TrainingError that says what would help.
 
     where  what was computed, such as "stage soar, step 3, term 2"
     helps  keys that would take less memory
-    kept   what is not lost
+    kept   a sentence that says what is not lost
     """
     try:
         yield
@@ -139,14 +160,14 @@ def explain_exhaustion(where: str, helps: Sequence[str], kept: str = "") -> Gene
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether main memory or a device's ran out."""
+    """Return whether the error means that main memory or a device's ran out."""
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU in str(error)
 
 
 def size(count: int) -> str:
-    """Bytes in MiB or GiB; a dash for 0."""
+    """Write a number of bytes in MiB or GiB; a dash for 0."""
     if not count:
         return "-"
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,6 +1,6 @@
-"""The processes of one run: what they add up and agree on, and why one of them stopped.
+"""The processes of one run: how they join, what they exchange and agree on, and why one of them stopped.
 
-accelerate says which process this is and torch carries what they exchange; nothing here is specific to a model.
+accelerate says which process this is, and torch carries what they exchange; nothing here depends on a model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attrs import define
 
 from corefit.errors import ConfigError, CorefitError, PluginError, RankError
-from corefit.system import memory
+from corefit.system import cuda, memory
 
 if TYPE_CHECKING:
     import torch
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
-"""How long a process waits for one that lives, such as the first while it encodes; a dead one is noticed at once."""
+"""How long a process waits for one that lives, such as rank 0 while it encodes; a dead one is noticed at once."""
 GRACE = 5.0
-"""Seconds to find out whose end broke a connection."""
+"""Seconds in which a process looks for the one whose end broke a connection."""
 NOTES = ".ranks"
 """Folder of a run in which its processes say who they are and why they stopped."""
 STOPPED = "stopped by a signal"
-"""The reason of a rank that was asked to stop: no fault, and the others stop as it does."""
+"""The reason of a rank that a signal stopped. That is no failure, and the other ranks stop as it does."""
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables in which launchers say how many processes they start."""
 DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
@@ -46,18 +46,20 @@ ENGINES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
-"""What `accelerate launch` may be set to use, and corefit does not."""
+"""Engines that `accelerate launch` may be set to use and that corefit does not."""
 
 
 @define(eq=False)
 class Ranks:
     """This process among those of the run.
 
-    By default it is alone, and has no accelerator: enough to write checkpoints and caches, not to train.
+    By default it is alone and has no accelerator, which is enough to write checkpoints and caches, but not to train.
 
-    rank     its number, from 0, and how many there are (world)
-    sharded  whether weights, gradients and optimizer state are split over the processes (FSDP2) or each has all
-    host     a group for what the hosts alone must know; it never waits for a GPU. None for a single process
+    rank     this process's number, from 0
+    world    number of processes
+    sharded  whether weights, gradients and optimizer state are split over the processes (FSDP2), or whole on each
+    host     gloo's group of all processes, for objects on the CPU; it never waits for a GPU. None for a single process
+    joined   the accelerator that `join` made
     """
 
     rank: int = 0
@@ -80,27 +82,27 @@ class Ranks:
         return self.accelerator.device
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """x added up over all ranks, on the device."""
+        """Add up x over all ranks, on the device."""
         total: Any = self.accelerator.reduce(x, "sum") if self.world > 1 else x
         return total
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Rows [B, ...] of all ranks in global order [global B, ...]; ranks' shares are contiguous and equal."""
+        """Gather rows [B, ...] of all ranks, which hold as many each, in order of rank: [global B, ...]."""
         if self.world == 1:
             return x
         every: Any = self.accelerator.gather(x.to(self.device))
         return every.to(x.device)
 
     def all_gather_object(self, value: T) -> list[T]:
-        """The values of all ranks, by rank, on each of them."""
-        return _gathered(value, self.world, self.host)
+        """Return the values of all ranks, by rank, on each of them."""
+        return _all_gather_object(value, self.world, self.host)
 
     def all_or_none(self, attempt: Callable[[], T]) -> T:
-        """What `attempt` gives, once it has given something on all ranks; where it fails on one, it fails on all."""
+        """Return what `attempt` returns here, once it has succeeded on all ranks; where it fails on one, all fail."""
         return _all_or_none(attempt, self.world, self.host)
 
     def refuse_same_noise(self, drawn: list[float], stage: str) -> None:
-        """PluginError, on all ranks, if two of them drew the same noise: it would make their batches one."""
+        """Raise PluginError, on all ranks, where two of them drew the same noise, as if they shared one batch."""
         every = self.all_gather_object(drawn)
         for rank, mine in enumerate(every):
             for other in range(rank):
@@ -111,7 +113,7 @@ class Ranks:
                     )
 
     def broadcast_object(self, value: T) -> T:
-        """The first rank's value, on every rank."""
+        """Return rank 0's value on every rank."""
         import torch.distributed as dist
 
         box: list[Any] = [value]
@@ -121,21 +123,21 @@ class Ranks:
         return box[0]
 
     def from_main(self, find: Callable[[], T]) -> T:
-        """What `find` gives on the first rank, on every rank; the others must not look while it may be writing."""
+        """Call `find` on rank 0 alone and return its result on every rank: for files that rank 0 may be writing."""
         found: Any = find() if self.main else None
         return self.broadcast_object(found)
 
     def any(self, flag: bool) -> bool:
-        """Whether a rank says so; the same on all of them. Waits for the other hosts, not for a device."""
+        """Return, on all ranks alike, whether `flag` is set on any of them. Waits for the processes, not for a GPU."""
         return _any(flag, self.host) if self.world > 1 else flag
 
     def barrier(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has come here."""
         self.any(False)
 
     @contextmanager
     def main_first(self) -> Generator[None]:
-        """The first rank does what follows before the others."""
+        """Let rank 0 run the block before the others do."""
         if not self.main:
             self.barrier()
         yield
@@ -143,33 +145,35 @@ class Ranks:
             self.barrier()
 
     @contextmanager
-    def watched(self, folder: Path) -> Generator[None]:
-        """Tell the others why this process stops, and say of a lost connection whose end it was.
+    def share_failures(self, folder: Path) -> Generator[None]:
+        """Within, a rank that fails or is stopped leaves a note that says why, and the others raise for that reason.
 
-        folder  of the run, seen by all. Raises RankError where a fault of another rank was the cause, and
-                KeyboardInterrupt where a signal stopped another one: a stop of one is a stop of all.
+        Raises RankError where another rank failed, in place of the lost connection that this rank saw, and
+        KeyboardInterrupt where a signal stopped another rank, since a stop of one is a stop of all.
+
+        folder  the run's folder, which all ranks can read; the notes lie in it
         """
         notes = folder / NOTES
         if self.world == 1:
             shutil.rmtree(notes, ignore_errors=True)
             yield
             return
-        self._enter(notes)
+        self._start_notes(notes)
         try:
             yield
         except CorefitError as error:
-            self._note(notes, self._stopped(str(error)))
+            self._write_note(notes, self._stopped(str(error)))
             raise
         except KeyboardInterrupt:
-            # one that is gone without a word was sent the same signal, where no handler waited for it
-            cause = self._cause(notes, 0, said=True)
-            self._note(notes, cause or STOPPED)
+            # a rank that is gone without a note got the same signal, before it had a handler for it
+            cause = self._find_cause(notes, 0, noted_only=True)
+            self._write_note(notes, cause or STOPPED)
             if cause not in ("", STOPPED):
                 raise RankError(cause) from None
             raise
         except BaseException as error:
-            cause = self._cause(notes, GRACE)
-            self._note(notes, cause or self._stopped(_described(error)))
+            cause = self._find_cause(notes, GRACE)
+            self._write_note(notes, cause or self._stopped(_describe(error)))
             if cause == STOPPED:
                 raise KeyboardInterrupt from None
             if cause:
@@ -179,67 +183,70 @@ class Ranks:
         if self.main:
             shutil.rmtree(notes, ignore_errors=True)
 
-    def _enter(self, notes: Path) -> None:
-        """Every rank says who it is; what a former run said is gone."""
+    def _start_notes(self, notes: Path) -> None:
+        """Remove the notes of an earlier run, and write one for each rank with its process and no reason."""
 
-        def cleared() -> None:
+        def clear() -> None:
             if self.main:
                 shutil.rmtree(notes, ignore_errors=True)
                 notes.mkdir(parents=True)
 
-        self.all_or_none(cleared)
-        self._note(notes, "")
+        self.all_or_none(clear)
+        self._write_note(notes, "")
         self.barrier()
 
     def _stopped(self, reason: str) -> str:
         return f"rank {self.rank} stopped: {reason}"
 
-    def _note(self, notes: Path, reason: str) -> None:
-        said = {"pid": os.getpid(), "host": socket.gethostname(), "reason": reason}
+    def _write_note(self, notes: Path, reason: str) -> None:
+        """Write this rank's note: its process, and why it stops, or nothing as long as it does not."""
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "reason": reason}
         temporary = notes / f"{self.rank}.{os.getpid()}"
         try:
-            temporary.write_text(json.dumps(said))
+            temporary.write_text(json.dumps(note))
             temporary.replace(notes / f"{self.rank}.json")
-        except OSError:  # the run has ended elsewhere and its folder of notes is gone, or the disk takes no more:
-            return  # why this rank stops is more than that it cannot tell the others
+        except OSError:  # the run has ended on other ranks, which removed the folder, or the disk is full:
+            return  # an error here would hide the one that this rank stops for
 
-    def _cause(self, notes: Path, patience: float, *, said: bool = False) -> str:
-        """What another rank said before it stopped, or that it is gone; nothing if all others live on.
+    def _find_cause(self, notes: Path, patience: float, *, noted_only: bool = False) -> str:
+        """Return why another rank stopped, waiting up to `patience` seconds for it; nothing if all others run on.
 
-        A fault comes before a signal, which may have been sent because of it. said=True leaves out those that are
-        gone without a word.
+        A failure comes before a signal, which may have been sent because of it. noted_only=True leaves out ranks that
+        are gone without a note.
         """
         until = time.monotonic() + patience
         others = [rank for rank in range(self.world) if rank != self.rank]
         while True:
-            causes = [cause for rank in others if (cause := _end(notes / f"{rank}.json", rank, said=said))]
+            ends = (_end(notes / f"{rank}.json", rank, noted_only=noted_only) for rank in others)
+            causes = [cause for cause in ends if cause]
             if causes or time.monotonic() > until:
                 return next((cause for cause in causes if cause != STOPPED), causes[0] if causes else "")
             time.sleep(0.1)
 
 
 SINGLE = Ranks()
-"""A process by itself: what it writes, it writes alone."""
+"""A process that writes by itself, with no other rank to take part."""
 
 
 def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
-    """This process's place in the run.
+    """Join the run, and return this process's place in it.
 
     precision  "fp32", "bf16", or "auto": bf16 where a GPU has it
     shard      FSDP2; `accelerate launch --use_fsdp` asks for it too
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
+    with memory.uncollected("accelerate"):
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import GradientAccumulationPlugin
 
     check_launch()
-    shard = _asked_for_fsdp() or shard
+    shard = _is_set_to_fsdp() or shard
     half = is_half(precision)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # a pipeline before this one, in a notebook, may have had another precision
     AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
     made = Accelerator(
-        cpu=_bare(),
+        cpu=_no_gpu(),
         mixed_precision="bf16" if half else "no",
         kwargs_handlers=[ddp],
         # else ACCELERATE_GRADIENT_ACCUMULATION_STEPS divides losses, and ACCELERATE_DYNAMO_BACKEND compiles networks
@@ -253,31 +260,32 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
         rank=made.process_index,
         world=made.num_processes,
         sharded=several and shard,
-        host=_hosts() if several else None,
+        host=_gloo_group() if several else None,
         joined=made,
     )
 
 
 def all_or_none(attempt: Callable[[], T]) -> T:
-    """What `attempt` gives, once it has given something on all processes of the launch.
+    """Return what `attempt` returns here, once it has succeeded on all processes of the launch.
 
-    They meet before `join`, for what it takes to join: so none waits for one whose pipeline cannot be read. Raises
-    what `attempt` raises, RankError where another's failed, KeyboardInterrupt where another was stopped.
+    It is for what must succeed before `join`, such as reading the pipeline: no process then waits in `join` for one
+    that has failed. Raises what `attempt` raises here, RankError where it failed in another process, and
+    KeyboardInterrupt where another one was stopped.
     """
     _check_variables()
-    if not _several():
+    if not _is_distributed():
         return attempt()
-    state = _connected()
+    state = _connect()
 
     def checked() -> T:
         check_launch()
         return attempt()
 
-    return _all_or_none(checked, state.num_processes, _hosts() if state.num_processes > 1 else None)
+    return _all_or_none(checked, state.num_processes, _gloo_group() if state.num_processes > 1 else None)
 
 
 def _check_variables() -> None:
-    """ConfigError where what a launcher has put into the environment cannot be, or is not all there."""
+    """Raise ConfigError where a launcher's variables in the environment have impossible values, or some are missing."""
     given = {name: os.environ[name] for name in LAUNCHED if os.environ.get(name)}
     remedy = "unset them, or start with torchrun or accelerate launch"
     for name, value in given.items():
@@ -290,7 +298,7 @@ def _check_variables() -> None:
 
 
 def check_launch() -> None:
-    """ConfigError where the launcher was told to use an engine that corefit does not use."""
+    """Raise ConfigError where the launcher is set to an engine that corefit does not use."""
     for name, engine in ENGINES.items():
         if _is_set(name):
             raise ConfigError(
@@ -303,14 +311,15 @@ def check_launch() -> None:
 
 def is_half(precision: str) -> bool:
     """Whether "fp32", "bf16" or "auto" is bfloat16 here."""
+    if precision != "auto" or not cuda.may_be_there():
+        return precision == "bf16"
     import torch
 
-    auto = precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return precision == "bf16" or auto
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
-def _asked_for_fsdp() -> bool:
-    """Whether accelerate's launcher was told to shard; corefit then does it, with torch's fully_shard."""
+def _is_set_to_fsdp() -> bool:
+    """Return whether accelerate's launcher is set to FSDP; corefit then shards by itself, with torch's fully_shard."""
     asked = _is_set("ACCELERATE_USE_FSDP")
     if asked:
         os.environ["ACCELERATE_USE_FSDP"] = "false"
@@ -321,38 +330,41 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-def _several() -> bool:
-    """Whether a launcher says that this is one of several processes."""
+def _is_distributed() -> bool:
+    """Return whether a launcher has started several processes, of which this is one."""
     return any(os.environ.get(name, "") not in ("", "0", "1") for name in SIZES)
 
 
-def _bare() -> bool:
-    """Whether there is no GPU: accelerate then takes a launcher's processes for one unless told."""
+def _no_gpu() -> bool:
+    """Return whether there is no GPU; accelerate has to be given that, or it takes several processes for one."""
     import torch
 
     return not torch.accelerator.is_available()
 
 
-def _connected() -> PartialState:
-    """Connect the launcher's processes; `join` finds them connected."""
+def _connect() -> PartialState:
+    """Connect the launcher's processes, before `join`."""
     from accelerate import PartialState
 
-    asked = os.environ.pop(DEEPSPEED, None)  # accelerate would start it here; it is refused in a sentence later
-    state = PartialState(cpu=_bare())
+    asked = os.environ.pop(DEEPSPEED, None)  # accelerate would start DeepSpeed here; `check_launch` refuses it
+    state = PartialState(cpu=_no_gpu())
     if asked is not None:
         os.environ[DEEPSPEED] = asked
     return state
 
 
-def _hosts() -> Any:
-    """A group of all processes that needs no GPU."""
+def _gloo_group() -> Any:
+    """Make a group of all processes that needs no GPU."""
     import torch.distributed as dist
 
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _any(flag: bool, group: Any) -> bool:
-    """Whether a rank of `group` says so. Signals are heard meanwhile; while torch waits itself, they are not."""
+    """Return whether `flag` is set on any rank of `group`.
+
+    It polls, because Python handles no signal while torch itself waits.
+    """
     import torch
     import torch.distributed as dist
 
@@ -365,8 +377,8 @@ def _any(flag: bool, group: Any) -> bool:
     return bool(votes)
 
 
-def _gathered(value: T, world: int, group: Any) -> list[T]:
-    """The values of all ranks, by rank."""
+def _all_gather_object(value: T, world: int, group: Any) -> list[T]:
+    """Return the values of all ranks, by rank."""
     import torch.distributed as dist
 
     every: list[Any] = [value] * world
@@ -377,7 +389,7 @@ def _gathered(value: T, world: int, group: Any) -> list[T]:
 
 
 def _all_or_none(attempt: Callable[[], T], world: int, group: Any) -> T:
-    """As `all_or_none`, among `world` ranks that are connected by `group`."""
+    """Do what `all_or_none` does among `world` ranks, which `group` connects."""
     if world == 1:
         return attempt()
     value: Any = None
@@ -387,7 +399,7 @@ def _all_or_none(attempt: Callable[[], T], world: int, group: Any) -> T:
     except BaseException as error:
         failure = error
     try:
-        reasons = _gathered(_reason(failure), world, group)
+        reasons = _all_gather_object(_reason(failure), world, group)
     except RuntimeError as error:
         lost = RankError("another process of the run is gone; what it printed last says why")
         raise failure or lost from error
@@ -402,31 +414,31 @@ def _all_or_none(attempt: Callable[[], T], world: int, group: Any) -> T:
 
 
 def _reason(failure: BaseException | None) -> str:
-    """Why a rank goes no further, in its own words; nothing if it does."""
+    """Return why a rank goes no further, in its own words; nothing where it does."""
     if isinstance(failure, KeyboardInterrupt):
         return STOPPED
     if isinstance(failure, CorefitError):
         return str(failure)
-    return _described(failure) if failure else ""
+    return _describe(failure) if failure else ""
 
 
-def _end(note: Path, rank: int, *, said: bool = False) -> str:
-    """Why a rank stopped, or nothing if it has not; said=True counts only what it said itself."""
+def _end(note: Path, rank: int, *, noted_only: bool = False) -> str:
+    """Return why a rank stopped, or nothing if it has not; noted_only=True counts only the reason in its note."""
     try:
-        told = json.loads(note.read_text())
+        content = json.loads(note.read_text())
     except (OSError, ValueError):
         return ""
-    if told["reason"] or said or told["host"] != socket.gethostname() or alive(told["pid"]):
-        return str(told["reason"])
-    return f"rank {rank} (process {told['pid']}) died without a word: killed, perhaps for want of memory"
+    if content["reason"] or noted_only or content["host"] != socket.gethostname() or alive(content["pid"]):
+        return str(content["reason"])
+    return f"rank {rank} (process {content['pid']}) died without a word: killed, perhaps for want of memory"
 
 
-def _described(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine has the number `pid`, whoever owns it."""
+    """Return whether this machine has a process `pid`, whoever owns it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,7 +1,7 @@
-"""Signals that ask for an end: a run ends at once, but in training only after the step and its checkpoint.
+"""Signals that request a stop: a run stops at once, but during training only after the step and its checkpoint.
 
 SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal or the connection is gone) and SIGUSR1 (a scheduler's warning before
-its limit) mean the same.
+its time limit) all mean the same.
 """
 
 from __future__ import annotations
@@ -16,25 +16,33 @@ from contextlib import contextmanager, suppress
 from attrs import define
 
 ECHO = 3.0
-"""Seconds in which a signal is taken for the first one's echo: a launcher passes on what the terminal sent to all."""
+"""Seconds after a signal in which another one is taken for its echo and ignored.
+
+A Ctrl-C reaches the launcher and its processes alike, and the launcher then passes it on to the processes once more.
+"""
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-"""Not every platform has all of them."""
+"""Names of the signals; not every platform has all of them."""
 
 
 @define(eq=False)
 class Signals:
-    """What this process was asked to do. A second request in training ends it at once."""
+    """Handles the signals of this process: during training the first one requests a stop, the second stops at once.
+
+    say    prints a line
+    echo            seconds after a signal in which another one does not count
+    stop_requested  whether a signal has requested a stop
+    """
 
     say: Callable[[str], None]
     echo: float = 0.0
-    asked: bool = False
+    stop_requested: bool = False
     _training: bool = False
     _since: float = 0.0
 
     @contextmanager
     def handled(self) -> Generator[None]:
-        """The signals come here for a while."""
-        former = {number: signal.signal(number, self._note) for number in heard()}
+        """Within, this object handles the signals; afterwards the former handlers do again."""
+        former = {number: signal.signal(number, self._handle) for number in stop_signals()}
         try:
             yield
         finally:
@@ -43,47 +51,47 @@ class Signals:
 
     @contextmanager
     def training(self) -> Generator[None]:
-        """A signal sets `asked`; if nobody has stopped for it by the end, the run stops then."""
+        """Within, the first signal only sets `stop_requested`; KeyboardInterrupt is raised at the end if it is set."""
         self._training = True
         try:
             yield
         finally:
             self._training = False
-        if self.asked:
+        if self.stop_requested:
             raise KeyboardInterrupt
 
-    def _note(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if number == getattr(signal, "SIGHUP", None):
             leave_terminal()
-        if self.asked and now - self._since < self.echo:
+        if self.stop_requested and now - self._since < self.echo:
             return
-        if self._training and not self.asked:
-            self.asked, self._since = True, now
-            with suppress(OSError):  # nobody reads it any more, and the step and its checkpoint are still due
+        if self._training and not self.stop_requested:
+            self.stop_requested, self._since = True, now
+            with suppress(OSError):  # if the terminal is gone, the step and its checkpoint are still due
                 self.say("stopping after this step; once more to stop now")
             return
-        self.asked, self._since = True, now
+        self.stop_requested, self._since = True, now
         raise KeyboardInterrupt
 
 
-def heard() -> list[signal.Signals]:
-    """The signals of this platform that ask for an end; a SIGHUP that is ignored, as nohup has it, stays ignored."""
+def stop_signals() -> list[signal.Signals]:
+    """List the signals to handle on this platform. SIGHUP is left out where it is ignored, as nohup sets it."""
     every = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     return [n for n in every if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def ignore() -> None:
-    """Take no notice of signals any more: this process has been stopped, and is ending with the status that says so."""
-    for number in heard():
+    """Ignore the signals from now on: this process is ending already, with the status that says why."""
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
 
 
 def leave_terminal() -> None:
-    """Send what is printed from now on nowhere, where it went to a terminal: writing to one that is gone fails."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Discard what would be printed to a terminal from now on: writing to one that is gone fails."""
+    null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode):
-                os.dup2(nowhere, stream)
-    os.close(nowhere)
+                os.dup2(null, stream)
+    os.close(null)

@@ -1,11 +1,11 @@
-"""An objective run as the trainer runs it, on a toy model and without the optimiser: what one batch gives."""
+"""An objective run as the trainer runs it, on a toy model and without the optimizer: what one batch gives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from threading import BrokenBarrierError
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from attrs import evolve, frozen
 
@@ -62,21 +62,26 @@ class Outcome:
 
 
 @frozen
-class Sloping(LogitNormal):
-    """Not as the default a weight of 1: a mean over rows that is weighted afterwards shows."""
+class SigmaWeighted(NoiseWeighting):
+    """LogitNormal's levels with weights that differ from row to row: a loss that is weighted after a mean shows."""
+
+    def sample(self, n: int, shift: float, rng: Rng) -> Tensor:
+        return LogitNormal().sample(n, shift, rng)
 
     def weight(self, sigma: Tensor) -> Tensor:
         return 0.5 + sigma
 
 
 @frozen
-class Prompted(ToyReward):
-    """How bright media are, which counts up to three times as much for some prompts: prompts of other rows show."""
+class PromptWeighted(Reward):
+    """Brightness times a factor from 1 to 3 that depends on the prompt: scoring with another row's prompt shows."""
+
+    differentiable: ClassVar[bool] = True
 
     def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
         import torch
 
-        bright = super().score(media, prompts, meta)
+        bright = ToyReward().score(media, prompts, meta)
         return bright * torch.tensor([2 + prompt_code(prompt) for prompt in prompts]).to(bright, non_blocking=True)
 
 
@@ -106,11 +111,11 @@ class Case:
         ctx = Context(
             backbone=backbone,
             sampler=(sampler or FlowSde()) if "sampler" in uses else _undeclared("sampler"),
-            noise=(noise or Sloping()) if "noise" in uses else _undeclared("noise"),
+            noise=(noise or SigmaWeighted()) if "noise" in uses else _undeclared("noise"),
             rng=Rng((0,), []),
-            rewards=[Weighted("toy", reward or Prompted())] if "reward" in uses else [],
+            rewards=[Weighted("toy", reward or PromptWeighted())] if "reward" in uses else [],
             reference=_frozen(shape) if "reference" in uses else None,
-            first=True,
+            first_batch=True,
         )
         return Case(objective, layout, backbone, ctx, meta)
 
@@ -134,13 +139,14 @@ class Case:
         batch: Batch,
         *,
         step: int = 0,
-        first: bool = True,
+        first_batch: bool = True,
         micro_batch: int | None = None,
         gather: Gather | None = None,
     ) -> Outcome:
-        """One step of the trainer, without the optimiser: experience, parts, micro-batches, terms."""
+        """One step of the trainer, without the optimizer: experience, parts, micro-batches, terms."""
         number = self.objective.num_updates
-        ctx = evolve(self.ctx, gather=gather or self.ctx.gather, micro_batch=micro_batch or len(batch), first=first)
+        ctx = evolve(self.ctx, micro_batch=micro_batch or len(batch), first_batch=first_batch)
+        ctx = ctx if gather is None else evolve(ctx, gather=gather)
         parts: list[tuple[list[Row], int]] = []
         with self.placing():
             for update, part in enumerate(self.objective.experience(batch, ctx.at(keyed("experience", batch, step)))):

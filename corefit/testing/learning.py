@@ -57,7 +57,7 @@ def _train(case: Case, steps: int, *, lr: float, least: int = 8) -> None:
 def _take_step(case: Case, batch: Batch, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Experience, then an optimiser step on each of its parts: of its totals, over their count."""
     parameters = list(case.backbone.transformer.parameters())
-    ctx = evolve(case.ctx, micro_batch=len(batch), first=step == 0)
+    ctx = evolve(case.ctx, micro_batch=len(batch), first_batch=step == 0)
     with case.placing():
         made = case.objective.experience(batch, ctx.at(keyed("experience", batch, step)))
         for update, part in enumerate(made):
@@ -89,7 +89,7 @@ def check_state(case: Case) -> None:
     for step in range(USED):
         _take_step(used, used.batch(step % 2), optimizer, step)
     with global_seed(1):
-        continued = used.run(used.batch(), step=USED, first=False)
+        continued = used.run(used.batch(), step=USED, first_batch=False)
     with global_seed(1):
         resumed = fresh.on(used.backbone).run(used.batch(), step=USED)
     difference = continued.difference(resumed, 1e-6)

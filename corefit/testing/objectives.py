@@ -216,7 +216,7 @@ class _Ranks:
 def _check_syncs(case: Case) -> None:
     """`terms` reads no tensor's value on the host, but in the first step of a process."""
     batch = case.batch()
-    ctx, rewards = hearing(evolve(case.ctx, first=False, micro_batch=len(batch)))
+    ctx, rewards = hearing(evolve(case.ctx, first_batch=False, micro_batch=len(batch)))
     own = [ctx.backbone, ctx.reference, ctx.sampler, ctx.noise, *rewards]
     parts = case.objective.experience(batch, ctx.at(keyed("experience", batch)))
     for update, part in enumerate(parts):
@@ -226,5 +226,5 @@ def _check_syncs(case: Case) -> None:
                 pass
         reads.expect_none(
             "Keep tensors in terms(): `count` may be one, torch.where(mask, x, 0) stands for `if` and for x[mask]; a "
-            "check that must look at values does so where ctx.first is true"
+            "check that must look at values does so where ctx.first_batch is true"
         )

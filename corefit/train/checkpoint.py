@@ -1,8 +1,9 @@
-"""The only writer and reader of checkpoints: complete or absent, verified on load, nothing unpickled.
+"""The only writer and reader of checkpoints: they are complete or absent, verified on load, and nothing is unpickled.
 
-A checkpoint is a folder step-000200 with safetensors, written by torch.distributed.checkpoint, one file a rank
-that holds shards, and manifest.json with their hashes and its own. It is written under another name, fsynced and
-renamed; older ones are pruned after that. Any number of ranks, sharded or not, reads what any other has written.
+A checkpoint is a folder such as step-000200. In it lie safetensors, which torch.distributed.checkpoint writes on each
+rank that holds shards, and manifest.json with their hashes and its own. The folder is written under another name,
+fsynced and renamed; older checkpoints are removed after that. What any number of ranks has written, sharded or not, any
+other number can read.
 """
 
 from __future__ import annotations
@@ -26,34 +27,35 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 FORMAT = 3
-UNDIGESTED = 2
+LAST_WITHOUT_DIGEST = 2
 """The last format whose manifest had no digest of its own; such checkpoints are still read."""
 PARTIAL = ".partial-"
-FILE = 1 << 28
-"""Bytes of one file of a rank's, or of one tensor: a rank writes that much at a time."""
+"""How the name of a folder begins while it is being written."""
+FILE_BYTES = 1 << 28
+"""Largest size of a file, unless one tensor is larger: a rank copies one file's tensors before it writes them."""
 
 
 @frozen(eq=False)
 class Checkpoint:
-    """A whole checkpoint on the disk."""
+    """A complete checkpoint on the disk; `info` is what `save` was given beside the tensors."""
 
     path: Path
     step: int
     info: Mapping[str, Any]
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of each tensor."""
+        """Return name -> shape of each tensor."""
         reader: Any = _reader(self.path)
         return {name: tuple(t.size) for name, t in reader.read_metadata().state_dict_metadata.items()}
 
     def read(self, into: Mapping[str, Tensor]) -> None:
-        """Fill `into` in place: tensors, or this rank's shards of DTensors. KeyError for one that is not there."""
+        """Fill the tensors of `into` in place, DTensors with this rank's shards; KeyError where one is not stored."""
         from torch.distributed import checkpoint as dcp
 
         if missing := into.keys() - self.shapes().keys():
             raise KeyError(f"{self.path} has no {', '.join(sorted(missing))}")
         values = {name: t.detach() for name, t in into.items()}
-        with _quiet():
+        with _ignore_single_process_warning():
             dcp.load(values, storage_reader=_reader(self.path), no_dist=True)
 
 
@@ -65,71 +67,72 @@ def save(
     keep: int,
     ranks: Ranks = SINGLE,
 ) -> Path:
-    """Write the checkpoint of `step` into `folder` and keep the newest `keep`.
+    """Write the checkpoint of `step` into `folder`, then remove all but the newest `keep`; return the new one's path.
 
-    ranks  those that hold shards of `tensors`, all of which call this; SINGLE where this process has everything.
-    TrainingError where the disk is full or not writable; what was there stays.
+    Raises TrainingError where the disk is full or not writable; earlier checkpoints stay.
+
+    ranks  the ranks that hold shards of `tensors`, which must all call this; SINGLE where this process holds them whole
     """
-    final, partial = folder / _name(step), folder / f"{PARTIAL}{step:06d}"
-    with _disk(folder, step, partial if ranks.main else None):
+    final, partial = folder / _folder_name(step), folder / f"{PARTIAL}{step:06d}"
+    with _explain_disk_errors(folder, step, partial if ranks.main else None):
         if ranks.main:
-            sweep(folder)
+            remove_partial(folder)
             partial.mkdir(parents=True)
-        hashes = _written(partial, tensors, ranks)
+        hashes = _write_tensors(partial, tensors, ranks)
         if ranks.main:
             manifest = {"format": FORMAT, "step": step, "info": dict(info), "sha256": hashes}
             files.write_json(partial / MANIFEST, manifest)
             files.publish(partial, final)
     if ranks.main:
-        prune(folder, keep)
+        keep_newest(folder, keep)
     return final
 
 
-def _written(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
-    """Write the tensors; file name -> sha256, each file hashed by the rank that wrote it."""
+def _write_tensors(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
+    """Write the tensors; return file name -> sha256, each file hashed by the rank that wrote it."""
     from torch.distributed import checkpoint as dcp
 
     ranks.barrier()
-    numbers = _files(tensors, ranks.world)
+    numbers = _file_numbers(tensors, ranks.world)
     writer = dcp.HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=numbers, save_distributed=True)
     values = {name: t.detach() for name, t in tensors.items()}
-    with _quiet():
+    with _ignore_single_process_warning():
         dcp.save(values, storage_writer=writer, process_group=ranks.host, no_dist=ranks.world == 1)
     mine = {f.name: files.sha256(f) for f in partial.glob(f"shard-{ranks.rank + 1:05d}-*.safetensors")}
     every = ranks.all_gather_object(mine)
-    return {name: digest for part in every for name, digest in part.items()}
+    return {name: digest for hashes in every for name, digest in hashes.items()}
 
 
-def _files(tensors: Mapping[str, Tensor], world: int) -> dict[str, int]:
-    """Name -> number of its file, from 1: a rank copies one file's tensors at a time before it writes them."""
-    found: dict[str, int] = {}
-    number, held = 1, 0.0
+def _file_numbers(tensors: Mapping[str, Tensor], world: int) -> dict[str, int]:
+    """Return tensor name -> number of its file, from 1, so that no file is larger than FILE_BYTES."""
+    numbers: dict[str, int] = {}
+    number, filled = 1, 0.0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size() / world
-        if held and held + size > FILE:
-            number, held = number + 1, 0.0
-        found[name], held = number, held + size
-    return found
+        if filled and filled + size > FILE_BYTES:
+            number, filled = number + 1, 0.0
+        numbers[name], filled = number, filled + size
+    return numbers
 
 
 def latest(folder: Path, ranks: Ranks = SINGLE) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with newer ones; with `ranks`, all agree on it."""
+    """Find the newest undamaged checkpoint, and say what is wrong with newer ones; all `ranks` get the same answer."""
     damaged: list[str] = []
-    for path in reversed(_steps(folder)):
-        found, wrong = _verified(path, ranks)
+    for path in reversed(_complete(folder)):
+        found, wrong = _verify(path, ranks)
         if found:
             return found, damaged
         damaged.append(f"{path} is damaged ({wrong}); the one before it is used")
     return None, damaged
 
 
-def _verified(path: Path, ranks: Ranks) -> tuple[Checkpoint | None, str]:
-    """The checkpoint in `path`, or what is wrong with it; every rank hashes its share of the files."""
+def _verify(path: Path, ranks: Ranks) -> tuple[Checkpoint | None, str]:
+    """Return the checkpoint in `path`, or what is wrong with it; every rank hashes its share of the files."""
     found, wrong = None, ""
     try:
-        manifest = files.read_json(path / MANIFEST, lambda content: content.get("format") == UNDIGESTED)
+        manifest = files.read_json(path / MANIFEST, lambda content: content.get("format") == LAST_WITHOUT_DIGEST)
         found = Checkpoint(path, manifest["step"], manifest["info"])
-        if path.name != _name(found.step):
+        if path.name != _folder_name(found.step):
             raise ValueError(f"{MANIFEST} is of step {found.step}")
         if manifest["sha256"].keys() != {file.name for file in path.glob("*.safetensors")}:
             raise ValueError(f"its files are not those that {MANIFEST} names")
@@ -145,21 +148,21 @@ def _verified(path: Path, ranks: Ranks) -> tuple[Checkpoint | None, str]:
     return (None, faults[0]) if faults else (found, "")
 
 
-def prune(folder: Path, keep: int) -> None:
+def keep_newest(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
-    for old in _steps(folder)[:-keep]:
+    for old in _complete(folder)[:-keep]:
         shutil.rmtree(old)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes have left half written; for the process that owns the run alone."""
+def remove_partial(folder: Path) -> None:
+    """Remove checkpoints that a killed process left half written. Only the main process of a run may call this."""
     for partial in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(partial)
 
 
 @contextmanager
-def _disk(folder: Path, step: int, partial: Path | None) -> Generator[None]:
-    """A disk that refuses is a TrainingError, and `partial` is removed."""
+def _explain_disk_errors(folder: Path, step: int, partial: Path | None) -> Generator[None]:
+    """Turn an error of the file system inside into a TrainingError, and remove the folder `partial`."""
     from torch.distributed.checkpoint import CheckpointException
 
     try:
@@ -178,19 +181,19 @@ def _disk(folder: Path, step: int, partial: Path | None) -> Generator[None]:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
-    """torch warns of being used by a single process, which is meant."""
+def _ignore_single_process_warning() -> Generator[None]:
+    """Hide torch's warning that its distributed checkpoints are used by a single process, as they are here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
-def _name(step: int) -> str:
+def _folder_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _steps(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+def _complete(folder: Path) -> list[Path]:
+    """List the complete checkpoints of a folder, oldest first."""
     if not folder.exists():
         return []
     found = (p for p in folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name))

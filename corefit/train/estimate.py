@@ -11,11 +11,12 @@ from attrs import evolve, frozen
 from corefit.data import buckets
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Pipeline
+from corefit.system import cuda, memory
 from corefit.system.memory import size
 from corefit.system.ranks import is_half
 from corefit.train import fake, weights
 from corefit.types import Sized
-from corefit.types.objective import summands
+from corefit.types.objective import weighted_objectives
 from corefit.types.stage import Full, Stage
 
 if TYPE_CHECKING:
@@ -41,10 +42,12 @@ class Device:
     def here() -> Device:
         """This machine's."""
         import psutil
-        import torch
 
-        if torch.cuda.is_available():
-            return Device(torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[1]), gpu=True)
+        if cuda.may_be_there():
+            import torch
+
+            if torch.cuda.is_available():
+                return Device(torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[1]), gpu=True)
         return Device("main memory", float(psutil.virtual_memory().total), gpu=False)
 
     @staticmethod
@@ -188,7 +191,7 @@ def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, grap
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     share = world if pipeline.shard else 1
     copies = (stage.ema is not None) + ("reference" in stage.objective.uses)
-    held = 1 + (len(summands(stage.objective)) > 1)  # a sum's so far, while the next part makes its own
+    held = 1 + (len(weighted_objectives(stage.objective)) > 1)  # a sum's so far, while the next part makes its own
     return Estimate(
         stage=stage.name,
         parameters=sum(p.numel() for p in parameters),
@@ -205,7 +208,8 @@ def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, grap
 
 def _blank(pipeline: Pipeline, stage: Stage, device: Device) -> Any:
     """A copy of the backbone as training has it, without weights."""
-    import torch
+    with memory.uncollected("torch"):
+        import torch
 
     small = device.half(pipeline.precision) and pipeline.freezes_in_half(stage)
     backbone: Any = evolve(cast(Any, pipeline.backbone))

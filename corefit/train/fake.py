@@ -38,7 +38,7 @@ def peak(backbone: Sized, shape: tuple[int, ...], *, half: bool, gpu: bool) -> i
             return None
 
 
-def _step(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: bool) -> memory.Held:
+def _step(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: bool) -> memory.LiveBytes:
     import torch
     from torch import nn
 
@@ -50,7 +50,7 @@ def _step(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: 
     cond = Condition({name: torch.empty(shape[0], *one) for name, one in backbone.condition_shapes().items()})
     whole, backbone.transformer = backbone.transformer, network
     try:
-        with memory.held() as held:
+        with memory.track_live_bytes() as held:
             with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
                 v = backbone.velocity(x, sigma, cond)
             held.kept = held.now

@@ -1,4 +1,4 @@
-"""The gradient of one optimiser step: of one objective, or of several that are added up."""
+"""The gradient of one optimizer step, from one objective or added up over several."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ if TYPE_CHECKING:
 
 @define(eq=False)
 class Gradients:
-    """What backward left in the parameters that train, on the ranks that hold them. Nothing here waits for the device.
+    """The gradients that backward leaves in the trainable parameters, or in this rank's shards of them.
 
-    Parts of a sum are backpropagated one after the other; `hold` keeps each, divided by its own count, until `merge`.
-    It takes the memory of one more gradient, and none where nothing is held.
+    The objectives of a sum are backpropagated one after the other. `hold` sets the gradient of each aside, divided by
+    its own count, and `merge` gives the parameters the sum. The held sum takes the memory of one more gradient. Nothing
+    here waits for the device.
     """
 
-    named: weights.Trainable
+    trainable: weights.Trainable
     ranks: Ranks
     _held: dict[torch.nn.Parameter, Tensor] = field(factory=dict["torch.nn.Parameter", "Tensor"])
 
     def norm(self) -> Tensor:
-        """Of all of them as one vector, over the ranks that hold shards of it."""
+        """Return the norm [] of all gradients as one vector, over all shards."""
         import torch
 
         norm = torch.nn.utils.get_total_norm(self._local())
         return self.ranks.all_reduce(norm.to(self.ranks.device) ** 2).sqrt() if self.ranks.sharded else norm
 
     def multiply(self, factor: Tensor) -> None:
-        """Multiply all by `factor` []."""
+        """Multiply all gradients by `factor` []."""
         import torch
 
         torch._foreach_mul_(self._local(), factor)  # pyright: ignore[reportPrivateUsage]
 
     def hold(self, scale: Tensor) -> Tensor:
-        """Take a part's gradient, times `scale` [], out of the parameters; its norm."""
+        """Move an objective's gradient, times `scale` [], from the parameters to the held sum; return its norm []."""
         norm = self.norm() * scale
         self.multiply(scale)
         self.merge()
-        self._held = {p: p.grad for p in self.named.values() if p.grad is not None}
+        self._held = {p: p.grad for p in self.trainable.values() if p.grad is not None}
         for p in self._held:
             p.grad = None
         return norm
 
     def merge(self) -> None:
-        """Add what is held to what the parameters have."""
+        """Add the held sum to the gradients of the parameters; nothing is held afterwards."""
         import torch
 
         both = [(p.grad, held) for p, held in self._held.items() if p.grad is not None]
@@ -63,4 +64,4 @@ class Gradients:
         self._held = {}
 
     def _local(self) -> list[Tensor]:
-        return weights.local(p.grad for p in self.named.values() if p.grad is not None)
+        return weights.local(p.grad for p in self.trainable.values() if p.grad is not None)

@@ -1,25 +1,24 @@
-"""The only training loop.
+"""The only training loop: `train` runs a stage, `Loop.take_step` is one of its steps.
 
-A step: one batch -> the objective's experience -> for each of its parts, micro-batches -> terms, each
-backpropagated and freed as it is yielded -> one division by the global count -> one optimiser step.
-Where the objective is a sum, all but the optimiser step is done for each of its objectives.
+A step takes one batch, which the objective turns into experience: one or more parts, each of which is what one
+optimizer step trains on. A part is cut into micro-batches, whose loss the objective yields in terms; a term is
+backpropagated and its graph freed before the next one is computed. Then the gradient is divided once, by the number of
+items on all ranks, and the optimizer takes its step. Where the objective is a weighted sum, all but the optimizer's
+step is done for one of its objectives after the other.
 """
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from attrs import define, frozen
+from attrs import define
 
 from corefit.data import loader
-from corefit.data.dataset import Dataset
-from corefit.data.order import BatchSampler, Order
+from corefit.data.order import BatchSampler
 from corefit.errors import NonFinite, Stopped
 from corefit.plugins import contract
 from corefit.rng import Rng
@@ -29,145 +28,73 @@ from corefit.system import memory
 from corefit.system.ranks import Ranks
 from corefit.train import remedies, weights
 from corefit.train.gradients import Gradients
+from corefit.train.job import Cost, Job, Metrics
 from corefit.train.meters import NonFiniteGuard
 from corefit.train.state import State
-from corefit.types import Backbone, Batch, Weighted, blame
-from corefit.types.objective import Context, Objective, Part, parts, summands, term_names
-from corefit.types.stage import Full, Lora, Stage
+from corefit.types import Batch, Weighted, blame
+from corefit.types.objective import Context, Objective, Part, checked_parts, term_names, weighted_objectives
+from corefit.types.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-Metrics = Mapping[str, float]
-
-
-class Listener(ABC):
-    """What training tells of itself, and asks after each step."""
-
-    @abstractmethod
-    def stopping(self) -> bool:
-        """Whether to write a checkpoint now and raise Stopped; one rank's yes is enough."""
-
-    @abstractmethod
-    def stepped(self, step: int, metrics: Metrics) -> None:
-        """Hear of a step that is done; with its metrics where they are logged, with none otherwise."""
-
-    @abstractmethod
-    def started(self, step: int) -> None:
-        """Hear that training starts at `step`. The network has the weights that the stage would leave now."""
-
-    @abstractmethod
-    def logged(self, step: int, metrics: Metrics) -> None:
-        """Hear of a logged step. The network has the weights that the stage would leave now."""
-
-    @abstractmethod
-    def saved(self, step: int, path: Path) -> None:
-        """Hear that `path` is a whole checkpoint. The network has the weights that the stage would leave now."""
-
-
-class Silence(Listener):
-    """Hears nothing and never asks training to stop."""
-
-    def stopping(self) -> bool:
-        return False
-
-    def stepped(self, step: int, metrics: Metrics) -> None:
-        pass
-
-    def started(self, step: int) -> None:
-        pass
-
-    def logged(self, step: int, metrics: Metrics) -> None:
-        pass
-
-    def saved(self, step: int, path: Path) -> None:
-        pass
-
-
-@frozen(kw_only=True, eq=False)
-class Job:
-    """All that one stage's training is given."""
-
-    stage: Stage
-    mode: Full | Lora
-    seed: int
-    backbone: Backbone
-    dataset: Dataset
-    order: Order
-    folder: Path
-    """The stage's own folder; checkpoints go to `checkpoints/` in it."""
-    listener: Listener
-    """Hears how training goes, and may ask it to stop."""
-    identity: str = ""
-    """Hash of what determines the stage's weights; its checkpoints carry it."""
-    adapter: Path | None = None
-    """The LoRA that the stage before left, if it left one."""
-    half: bool = False
-    """Whether weights that do not train are held in bfloat16."""
-
-
-@frozen
-class Cost:
-    """What training took.
-
-    seconds             of steps
-    samples_per_second  over all ranks
-    peak_memory         bytes of one rank
-    survived            share of the weights that training moved which differ from the start as they were saved; None
-                        where they were saved as they were trained
-    """
-
-    seconds: float
-    samples_per_second: float
-    peak_memory: int
-    survived: float | None = None
-
 
 def train(job: Job, ranks: Ranks) -> Cost:
-    """Run a stage's steps from its newest checkpoint on; the backbone ends with the final weights, sharded as it was.
+    """Train a stage from its newest checkpoint on, and leave the final weights in the backbone, sharded as it was.
 
-    Raises NonFinite before a weight is touched by a non-finite loss or gradient, and Stopped.
+    Raises NonFinite where a loss or gradient is not finite, before a weight has changed because of it, and Stopped
+    where the listener requests a stop, after a checkpoint has been written.
     """
-    helps = remedies.weights_helps(job.mode, ranks.world, sharded=ranks.sharded)
-    with memory.explain_exhaustion(f"stage {job.stage.name}, loading the weights", helps):
-        loop = Loop.build(job, ranks)
-        loop.state.resume(job.stage.keep)
-    with loop.state.to_be_left():
-        job.listener.started(loop.state.step)
+    loop = Loop.resume(job, ranks)
+    loop.report_start()
     with closing(loop.batches()) as batches:
-        for batch in batches if loop.state.step < job.stage.steps else ():
-            loop.take_step(batch)
-            loop.report()
-            step = loop.state.step
-            last = step == job.stage.steps
-            if ranks.any(job.listener.stopping()):
+        while loop.state.step < job.stage.steps:
+            loop.take_step(next(batches))
+            loop.report_step()
+            if ranks.any(job.listener.stop_requested()):
                 raise Stopped(loop.save())
-            if last or step % job.stage.checkpoint_every == 0:
+            if loop.checkpoint_is_due():
                 loop.save()
-            if last:
-                break
     return loop.finish()
 
 
 @define(eq=False, kw_only=True)
 class Loop:
-    """A stage in training: what it is given, what its objective may touch, and where it stands."""
+    """A stage in training.
+
+    objectives  the terms of the stage's weighted sum, or its one objective, without a name
+    ctx         what objectives may use
+    state       how far training has come: all that a checkpoint holds
+    """
 
     job: Job
     ranks: Ranks
-    summands: tuple[Weighted[Objective[Any]], ...]
+    objectives: tuple[Weighted[Objective[Any]], ...]
     ctx: Context
     gradients: Gradients
     state: State
-    _first: bool = True
+    _is_first_step: bool = True
+    """Whether this process has not taken a step yet."""
+    _draws: list[float] | None = None
+    """In the first step on several ranks, numbers of the noise that this rank drew; ranks then compare them."""
+
+    @staticmethod
+    def resume(job: Job, ranks: Ranks) -> Loop:
+        """Build the loop and continue from the stage's newest whole checkpoint, if there is one."""
+        helps = remedies.weights_helps(job.mode, ranks.world, sharded=ranks.sharded)
+        with memory.explain_exhaustion(f"stage {job.stage.name}, loading the weights", helps):
+            loop = Loop.build(job, ranks)
+            loop.state.resume(job.stage.keep)
+        return loop
 
     @staticmethod
     def build(job: Job, ranks: Ranks) -> Loop:
-        """Load the weights that train, and put everything on the device."""
-
+        """Load the network, choose the weights that train, and put everything on the device."""
         stage, backbone, device = job.stage, job.backbone, ranks.device
-        trainable = weights.load(backbone, ranks, half=job.half, adapter=job.adapter, mode=job.mode, seed=job.seed)
+        trainable = weights.load(
+            backbone, ranks, frozen_in_bf16=job.frozen_in_bf16, adapter=job.adapter, mode=job.mode, seed=job.seed
+        )
         backbone.empty = job.dataset.null.to(device)
         uses = stage.objective.uses
         ctx = Context(
@@ -180,7 +107,7 @@ class Loop:
             micro_batch=stage.micro_batch or stage.rows,
             gather=ranks.all_gather,
         )
-        # sharded, it only gets autocast; otherwise DDP as well
+        # a sharded network only gets autocast; another one is wrapped in DDP as well
         backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, evaluation_mode=ranks.sharded)
         state = State(
             stage=stage.name,
@@ -192,13 +119,13 @@ class Loop:
             ema=weights.Ema.of(trainable, stage.ema) if stage.ema is not None else None,
             guard=NonFiniteGuard.none(device, term_names(stage.objective), stage.skips),
         )
-        gradients = Gradients(trainable, ranks)
-        return Loop(job=job, ranks=ranks, summands=summands(stage.objective), ctx=ctx, gradients=gradients, state=state)
+        objectives, gradients = weighted_objectives(stage.objective), Gradients(trainable, ranks)
+        return Loop(job=job, ranks=ranks, objectives=objectives, ctx=ctx, gradients=gradients, state=state)
 
     def batches(self) -> Generator[Batch, None, None]:
-        """This rank's share of each step's batch, from the next step on."""
+        """Yield this rank's share of each step's batch, endlessly, from the next step on."""
         stage, dataset = self.job.stage, self.job.dataset
-        walk = BatchSampler(
+        sampler = BatchSampler(
             buckets=list(dataset.buckets.values()),
             batch=stage.rows,
             group=stage.objective.group_size,
@@ -208,7 +135,7 @@ class Loop:
         )
         return loader.batches(
             dataset,
-            walk,
+            sampler,
             start=self.state.step,
             rank=self.ranks.rank,
             world=self.ranks.world,
@@ -216,30 +143,162 @@ class Loop:
         )
 
     def take_step(self, batch: Batch) -> None:
-        """One batch: experience, then an optimiser step on each of its parts."""
+        """Turn one batch into experience, and take an optimizer step on each part of it."""
         started = time.perf_counter()
-        stage = self.job.stage
-        ctx = attrs.evolve(self.ctx, first=self._first)
-        drawn: list[float] | None = [] if self._first and self.ranks.world > 1 else None
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = stage.optimizer.rate(self.state.step, stage.steps)
+        self._set_learning_rate()
+        ctx = attrs.evolve(self.ctx, first_batch=self._is_first_step)
+        self._draws = [] if self._is_first_step and self.ranks.world > 1 else None
         try:
-            for update, each in enumerate(self._experience(batch, ctx, drawn)):
-                self._update(update, each, ctx, drawn)
-        except NonFinite:  # of an experience, which no weight has seen
-            if self._too_many_skipped():
+            for update, parts_of_update in enumerate(self._parts_by_update(batch, ctx)):
+                self._train_on(parts_of_update, update, ctx)
+        except NonFinite:  # raised by the experience: no weight has changed because of it
+            if self._skipped_too_many():
                 raise
-        if drawn is not None:
-            self.ranks.refuse_same_noise(drawn, stage.name)
+        if self._draws is not None:
+            self.ranks.refuse_same_noise(self._draws, self.job.stage.name)
         self.state.step += 1
-        if self.ranks.device.type == "cpu":
-            self.state.guard.refuse(stage.name, self.ranks)
-        elapsed = time.perf_counter() - started
-        self.state.seconds += elapsed
-        self.state.unreported = (self.state.unreported[0] + stage.rows, self.state.unreported[1] + elapsed)
-        self._first = False
+        if self.ranks.device.type == "cpu":  # where looking costs no wait
+            self.state.guard.refuse(self.job.stage.name, self.ranks)
+        self.state.add_time(self.job.stage.rows, time.perf_counter() - started)
+        self._is_first_step = False
 
-    def _memory(self, what: str) -> AbstractContextManager[None]:
+    def _set_learning_rate(self) -> None:
+        """Give the optimizer the learning rate of the step that begins."""
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = self.job.stage.optimizer.rate(self.state.step, self.job.stage.steps)
+
+    def _parts_by_update(self, batch: Batch, ctx: Context) -> Iterator[tuple[Part, ...]]:
+        """Yield, for each optimizer step, the part of the experience that each objective trains on.
+
+        In a sum with groups, an objective that makes none gets one row of each group. One that takes a single
+        optimizer step trains on its part again in each of the others' steps.
+        """
+        whole = self.job.stage.objective
+        streams: list[Iterable[Part]] = []
+        for index, each in enumerate(self.objectives):
+            stride = whole.group_size // each.value.group_size
+            rows = batch[::stride] if stride > 1 else batch
+            stream = checked_parts(each.value, rows, ctx.at(self._rng("experience", 0, rows, index)))
+            repeated = each.value.num_updates < whole.num_updates
+            streams.append([*stream] * whole.num_updates if repeated else stream)
+        with self._explain_exhaustion("the experience"):
+            yield from zip(*streams, strict=True)
+
+    def _train_on(self, parts_of_update: tuple[Part, ...], update: int, ctx: Context) -> None:
+        """Backpropagate each objective's part in micro-batches, then take one optimizer step."""
+        import torch
+
+        is_sum = len(self.objectives) > 1
+        scale = ones = torch.ones((), device=self.ranks.device)
+        no_items, terms_before = ones > 0, 0
+        for index, (each, part) in enumerate(zip(self.objectives, parts_of_update, strict=True)):
+            prefix = f"{each.name}/" if is_sum else ""
+            for name, values in part.metrics.items():
+                self.state.means.add(prefix + name, values)
+            count: float | Tensor = 0.0
+            starts = range(0, len(part), ctx.micro_batch)
+            for start in starts:
+                micro_batch = part[start : start + ctx.micro_batch] if len(starts) > 1 else part
+                bound = ctx.at(self._rng("terms", update, micro_batch, index))
+                is_last = start == starts[-1]
+                count = count + self._backward(each.value, micro_batch, bound, prefix, terms_before, is_last=is_last)
+            terms_before += each.value.num_terms
+            total = self._global_count(count)
+            # DDP and FSDP2 give the mean of the ranks' gradients: times world, it is their sum
+            scale = torch.where(total > 0, each.weight * self.ranks.world / total, 0)
+            no_items = no_items & ~(total > 0)
+            if is_sum:
+                self.state.means.add(f"grad_norm/{each.name}", self.gradients.hold(scale))
+                scale = ones
+        with self._explain_exhaustion("the optimizer's step"):
+            self.gradients.merge()
+            self._apply_gradient(scale, no_items)
+
+    def _backward(
+        self,
+        objective: Objective[Any],
+        micro_batch: Part,
+        ctx: Context,
+        prefix: str,
+        terms_before: int,
+        *,
+        is_last: bool,
+    ) -> float | Tensor:
+        """Backpropagate each term as it is yielded, so that one graph lives at a time; return the number of items.
+
+        A term's forward runs inside next(). Gradients are exchanged in the last term of the last micro-batch alone.
+
+        prefix        put before the names of metrics
+        terms_before  how many terms of other objectives come before these in the step
+        """
+        count: float | Tensor = 0.0
+        terms = objective.terms(micro_batch, ctx)
+        blame.require_result(terms, lambda it: isinstance(it, Iterator), objective, "terms()", "a generator of terms")
+        number = objective.num_terms
+        for index in range(number):
+            exchanges = is_last and index == number - 1
+            with self._explain_exhaustion(f"{prefix}term {index}"), self._gradient_exchange(exchanges):
+                yielded = next(terms, None)
+                blame.require(yielded is not None, objective, f"yielded {index} terms, not num_terms = {number}")
+                term = contract.term(yielded, objective)
+                del yielded  # it would keep the graph alive
+                self.ranks.accelerator.backward(term.total)
+            self.state.guard.check(term.total.detach(), self.state.step, terms_before + index)
+            for name, values in term.metrics.items():
+                self.state.means.add(prefix + name, values)
+            count = count + term.count
+            del term
+        blame.require(next(terms, None) is None, objective, f"yields more than num_terms = {number} terms")
+        return count
+
+    def _gradient_exchange(self, exchanges: bool) -> Any:
+        """Let DDP exchange gradients only where `exchanges`; FSDP2 does in each backward, for it keeps shards alone."""
+        if exchanges or self.ranks.sharded:
+            return nullcontext()
+        return self.ranks.accelerator.no_sync(self.state.transformer)
+
+    def _global_count(self, count: float | Tensor) -> Tensor:
+        """Add up `count` over all ranks, and make a fault that one of them found a fault of all."""
+        import torch
+
+        mine = torch.as_tensor(count, dtype=torch.float32, device=self.ranks.device)
+        total, faults = self.ranks.all_reduce(torch.stack([mine, self.state.guard.found.float()]))
+        self.state.guard.found = faults > 0
+        return total
+
+    def _apply_gradient(self, scale: Tensor, no_items: Tensor) -> None:
+        """Multiply the gradient by `scale` [], clip it and take the optimizer's step, without a wait for the device.
+
+        Where `no_items` (bool []), or where a loss or gradient of any rank was not finite, the fused optimizer leaves
+        every weight as it is.
+        """
+        norm = self.gradients.norm() * scale
+        self.state.guard.check(norm, self.state.step, -1)
+        limit = self.job.stage.max_grad_norm
+        self.gradients.multiply(scale * (limit / (norm + 1e-6)).clamp(max=1))
+        skipped = self.state.guard.end_update()
+        unchanged = skipped | no_items
+        self.state.optimizer.found_inf = unchanged.float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        if self.state.ema:
+            self.state.ema.update(self.state.trainable, unchanged)
+        self.state.means.add("grad_norm", norm)
+        self.state.means.end_update(skipped)
+
+    def _skipped_too_many(self) -> bool:
+        """Skip the optimizer step in progress; return whether the stage has now skipped more than it may."""
+        guard = self.state.guard
+        guard.found = guard.found | True
+        self.state.means.end_update(guard.end_update())
+        return bool(guard.exceeded)
+
+    def _rng(self, purpose: str, update: int, part: Part, objective: int) -> Rng:
+        """Return the randomness of an objective; the first one of a sum draws what it would draw alone."""
+        rng = Rng((self.job.seed, self.job.stage.name, self.state.step, purpose, update), part.rows, drawn=self._draws)
+        return rng.of(f"summand {objective}") if objective else rng
+
+    def _explain_exhaustion(self, what: str) -> AbstractContextManager[None]:
         """Say in which stage and step memory ran out, while `what` was computed."""
         job, ranks = self.job, self.ranks
         helps = remedies.step_helps(job.stage, job.mode, job.backbone, ranks.world, sharded=ranks.sharded)
@@ -247,130 +306,21 @@ class Loop:
             f"stage {job.stage.name}, step {self.state.step + 1}, {what}", helps, remedies.KEPT
         )
 
-    def _too_many_skipped(self) -> bool:
-        """Count a skipped step, and whether it was one too many."""
-        self.state.guard.now = self.state.guard.now | True
-        self.state.means.settle(self.state.guard.settle())
-        return bool(self.state.guard.over)
+    def report_start(self) -> None:
+        """Report to the listener that training starts, from the weights that the network now has."""
+        with self.state.ema_applied():
+            self.job.listener.started(self.state.step)
 
-    def _experience(self, batch: Batch, ctx: Context, drawn: list[float] | None) -> Iterator[tuple[Part, ...]]:
-        """What each optimiser step trains on, a part for each summand."""
-        whole = self.job.stage.objective
-        streams: list[Iterable[Part]] = []
-        for index, each in enumerate(self.summands):
-            every = whole.group_size // each.value.group_size
-            rows = batch[::every] if every > 1 else batch
-            made = parts(each.value, rows, ctx.at(self._rng("experience", 0, rows, drawn, index)))
-            once = each.value.num_updates < whole.num_updates
-            streams.append([*made] * whole.num_updates if once else made)
-        with self._memory("the experience"):
-            yield from zip(*streams, strict=True)
+    def report_step(self) -> None:
+        """Report a step to the listener; where it is logged, with means over all ranks and steps since the last log.
 
-    @property
-    def _several(self) -> bool:
-        """Whether objectives are added up."""
-        return len(self.summands) > 1
-
-    def _update(self, update: int, parts: tuple[Part, ...], ctx: Context, drawn: list[float] | None) -> None:
-        """Backward over the micro-batches of each part, then one optimiser step."""
-        import torch
-
-        scale = ones = torch.ones((), device=self.ranks.device)
-        idle, terms = ones > 0, 0
-        for index, (each, part) in enumerate(zip(self.summands, parts, strict=True)):
-            label = f"{each.name}/" if self._several else ""
-            for name, values in part.metrics.items():
-                self.state.means.add(label + name, values)
-            count: float | Tensor = 0.0
-            firsts = range(0, len(part), ctx.micro_batch)
-            for first in firsts:
-                piece = part[first : first + ctx.micro_batch] if len(firsts) > 1 else part
-                bound = ctx.at(self._rng("terms", update, piece, drawn, index))
-                count = count + self._backward(each.value, piece, bound, label, terms, last=first == firsts[-1])
-            terms += each.value.num_terms
-            total = self._agreed_count(count)
-            scale, idle = torch.where(total > 0, each.weight * self.ranks.world / total, 0), idle & ~(total > 0)
-            if self._several:
-                self.state.means.add(f"grad_norm/{each.name}", self.gradients.hold(scale))
-                scale = ones
-        with self._memory("the optimizer's step"):
-            self.gradients.merge()
-            self._apply(scale, idle)
-
-    def _backward(
-        self, objective: Objective[Any], part: Part, ctx: Context, label: str, before: int, *, last: bool
-    ) -> float | Tensor:
-        """Backward on each term as it is yielded, so that one graph lives at a time; the items there were.
-
-        A term's forward runs inside next(): all but the last one of an objective run without gradient exchange.
-        `label` is put before the names of metrics; `before` terms of other objectives came before these.
-        """
-        count: float | Tensor = 0.0
-        terms = objective.terms(part, ctx)
-        blame.returned(terms, lambda it: isinstance(it, Iterator), objective, "terms()", "a generator of terms")
-        number = objective.num_terms
-        for index in range(number):
-            with self._memory(f"{label}term {index}"), self._exchange(last and index == number - 1):
-                made = next(terms, None)
-                blame.expect(made is not None, objective, f"yielded {index} terms, not num_terms = {number}")
-                term = contract.term(made, objective)
-                del made  # or its graph would live on
-                self.ranks.accelerator.backward(term.total)
-            self.state.guard.see(term.total.detach(), self.state.step, before + index)
-            for name, values in term.metrics.items():
-                self.state.means.add(label + name, values)
-            count = count + term.count
-            del term
-        blame.expect(next(terms, None) is None, objective, f"yields more than num_terms = {number} terms")
-        return count
-
-    def _exchange(self, now: bool) -> Any:
-        """DDP adds gradients up in a step's last backward alone; FSDP2 in each, for it keeps none in full."""
-        return nullcontext() if now or self.ranks.sharded else self.ranks.accelerator.no_sync(self.state.transformer)
-
-    def _apply(self, scale: Tensor, idle: Tensor) -> None:
-        """Multiply by `scale` [], clip, step unless there is nothing to learn (`idle`, bool []); all on the device.
-
-        A non-finite loss or gradient on any rank makes the fused optimiser leave every weight as it is.
-        """
-        norm = self.gradients.norm() * scale
-        self.state.guard.see(norm, self.state.step, -1)
-        limit = self.job.stage.max_grad_norm
-        self.gradients.multiply(scale * (limit / (norm + 1e-6)).clamp(max=1))
-        skipped = self.state.guard.settle()
-        idle = skipped | idle
-        self.state.optimizer.found_inf = idle.float()  # pyright: ignore[reportAttributeAccessIssue]
-        self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=True)
-        if self.state.ema:
-            self.state.ema.update(self.state.trainable, idle)
-        self.state.means.add("grad_norm", norm)
-        self.state.means.settle(skipped)
-
-    def _agreed_count(self, count: float | Tensor) -> Tensor:
-        """Items of all ranks; a fault that one of them saw is then a fault of all."""
-        import torch
-
-        mine = torch.as_tensor(count, dtype=torch.float32, device=self.ranks.device)
-        total, faults = self.ranks.all_reduce(torch.stack([mine, self.state.guard.now.float()]))
-        self.state.guard.now = faults > 0
-        return total
-
-    def _rng(self, purpose: str, update: int, part: Part, drawn: list[float] | None, summand: int) -> Rng:
-        """The first of several objectives draws what it would draw alone."""
-        rng = Rng((self.job.seed, self.job.stage.name, self.state.step, purpose, update), part.rows, drawn=drawn)
-        return rng.of(f"summand {summand}") if summand else rng
-
-    def report(self) -> None:
-        """Tell the listener of a step, with means over all ranks since the last report where the step is logged.
-
-        A logged step is the only one that waits for the device.
+        Logged steps are the only ones that wait for the device.
         """
         step, listener = self.state.step, self.job.listener
         metrics = self._metrics() if self.job.stage.reports(step) else {}
         listener.stepped(step, metrics)
         if metrics:
-            with self.state.to_be_left():
+            with self.state.ema_applied():
                 listener.logged(step, metrics)
 
     def _metrics(self) -> Metrics:
@@ -386,23 +336,28 @@ class Loop:
             "seconds": state.seconds,
         }
 
+    def checkpoint_is_due(self) -> bool:
+        """Whether the step just finished is one after which the stage writes a checkpoint; the last one always is."""
+        step, stage = self.state.step, self.job.stage
+        return step == stage.steps or step % stage.checkpoint_every == 0
+
     def save(self) -> int:
-        """Write a checkpoint of the step just finished; its number."""
+        """Write a checkpoint of the step just finished, and return the step's number."""
         path = self.state.save(self.job.identity, self.job.stage.keep)
         if path:
-            with self.state.to_be_left():
+            with self.state.ema_applied():
                 self.job.listener.saved(self.state.step, path)
         self.ranks.barrier()
         return self.state.step
 
     def finish(self) -> Cost:
-        """Leave the final weights, averaged where the stage averages, in the unwrapped model, sharded as it was."""
+        """Unwrap the network and give it the final weights: the average, where the stage keeps one."""
         state, ranks, backbone = self.state, self.ranks, self.job.backbone
-        state.refuse_spoiled()
+        state.refuse_non_finite()
         backbone.transformer = ranks.accelerator.unwrap_model(state.transformer)
         ranks.accelerator.free_memory()
         if ranks.sharded:
-            backbone.transformer.reshard()  # after sampling, its own weights are whole
+            backbone.transformer.reshard()  # sampling leaves the weights of the root module gathered
         for name, average in state.ema.average.items() if state.ema else ():
             state.trainable[name].data.copy_(average)
         rows = self.job.stage.rows * state.step

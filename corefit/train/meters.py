@@ -1,4 +1,4 @@
-"""What is noted of steps on the device, without waiting for it until someone asks."""
+"""Metrics and faults of steps, collected on the device; nothing waits for the device until a value is read."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
 
 @define(eq=False)
 class MetricMeans:
-    """Sums and counts of what is logged, kept on the device until someone asks."""
+    """Sums and counts of metrics since the last log; values of a skipped optimizer step do not count."""
 
     sums: dict[str, Tensor] = field(factory=dict[str, "Tensor"])
     """Name -> [sum, count], float64, of this rank."""
-    _new: dict[str, Tensor] = field(factory=dict[str, "Tensor"])
-    """The same of the optimiser step in progress."""
+    _pending: dict[str, Tensor] = field(factory=dict[str, "Tensor"])
+    """The same, of the optimizer step in progress alone."""
 
     def add(self, name: str, values: Tensor) -> None:
-        """Add detached values [n] of the optimiser step in progress."""
+        """Add values [n] of the optimizer step in progress."""
         import torch
 
         values = values.detach().double()
         pair = torch.stack([values.sum(), torch.full_like(values.sum(), values.numel())])
-        self._new[name] = self._new[name].to(pair.device) + pair if name in self._new else pair
+        self._pending[name] = self._pending[name].to(pair.device) + pair if name in self._pending else pair
 
-    def settle(self, skipped: Tensor) -> None:
-        """Keep what was added since the last call, or forget it if the step was skipped."""
+    def end_update(self, skipped: Tensor) -> None:
+        """End the optimizer step in progress: count its values, or drop them where it was skipped (bool [])."""
         import torch
 
-        for name, new in self._new.items():
-            pair = torch.where(skipped.to(new.device), 0, new)
+        for name, pending in self._pending.items():
+            pair = torch.where(skipped.to(pending.device), 0, pending)
             self.sums[name] = self.sums[name].to(pair.device) + pair if name in self.sums else pair
-        self._new = {}
+        self._pending = {}
 
     def take(self, ranks: Ranks) -> dict[str, float]:
-        """MetricMeans over all ranks, and start anew; names of which there is nothing are left out."""
+        """Return each metric's mean over all ranks, without metrics that have no values, and set the sums to zero."""
         import torch
 
         names = sorted(self.sums)
@@ -54,7 +54,7 @@ class MetricMeans:
         return {name: s / n for name, (s, n) in zip(names, rows, strict=True) if n}
 
     def by_rank(self, ranks: Ranks) -> dict[str, Tensor]:
-        """Name -> [world, 2]: what a checkpoint holds, so that the same ranks go on to the last bit."""
+        """Gather name -> [world, 2] for a checkpoint, so that as many ranks continue with exactly these sums."""
         import torch
 
         mine = {name: self.sums[name].cpu() for name in sorted(self.sums)}
@@ -62,7 +62,7 @@ class MetricMeans:
         return {name: torch.stack([rank[name] for rank in every]) for name in mine}
 
     def restore(self, tables: dict[str, Tensor], ranks: Ranks) -> None:
-        """Take this rank's row; other ranks than those that wrote it give all to the first."""
+        """Take this rank's row of `by_rank`'s tables; where the number of ranks differs, rank 0 takes all rows."""
         same = all(len(table) == ranks.world for table in tables.values())
         rest = {name: table.sum(0) * ranks.main for name, table in tables.items()}
         self.sums = {name: table[ranks.rank] for name, table in tables.items()} if same else rest
@@ -70,23 +70,24 @@ class MetricMeans:
 
 @define(eq=False)
 class NonFiniteGuard:
-    """Non-finite losses and gradients, noted on the device without waiting for it.
+    """Notes losses and gradients that are not finite, and counts the optimizer steps that are skipped for them.
 
     terms    what messages call the terms of a step
-    limit    how many optimiser steps may be skipped for one; the next stops training
-    skipped  how many were
-    place    [step, term] of the last, term -1 for the gradient
-    now      whether the optimiser step in progress has one
+    limit    how many optimizer steps may be skipped; one more stops training
+    skipped  how many were skipped, long []
+    place    [step, term] of the newest fault; term -1 is the gradient
+    found    whether the optimizer step in progress has a fault, bool []
     """
 
     terms: Sequence[str]
     limit: int
     skipped: Tensor
     place: Tensor
-    now: Tensor
+    found: Tensor
 
     @staticmethod
     def none(device: torch.device, terms: Sequence[str], limit: int = 0) -> NonFiniteGuard:
+        """Make a guard that has found nothing yet."""
         import torch
 
         no = torch.zeros((), dtype=torch.bool, device=device)
@@ -94,32 +95,32 @@ class NonFiniteGuard:
             terms, limit, torch.zeros((), dtype=torch.long, device=device), torch.zeros(2, device=device), no
         )
 
-    def see(self, value: Tensor, step: int, term: int) -> None:
-        """Note whether `value` is finite."""
+    def check(self, value: Tensor, step: int, term: int) -> None:
+        """Note a fault where `value` [] is not finite; `place` keeps the first one of an optimizer step."""
         import torch
 
         bad = ~value.isfinite()
-        here = torch.stack([torch.full_like(self.place[0], step), torch.full_like(self.place[1], term)])
-        self.place = torch.where(bad & ~self.now & ~self.over, here, self.place)
-        self.now = self.now | bad
+        place = torch.stack([torch.full_like(self.place[0], step), torch.full_like(self.place[1], term)])
+        self.place = torch.where(bad & ~self.found & ~self.exceeded, place, self.place)
+        self.found = self.found | bad
 
-    def settle(self) -> Tensor:
-        """Whether this optimiser step must leave the weights as they are, bool []; the next one begins."""
+    def end_update(self) -> Tensor:
+        """End the optimizer step in progress; return whether it must be skipped, bool []."""
         import torch
 
-        leave = self.now | self.over
-        self.skipped = self.skipped + leave
-        self.now = torch.zeros_like(self.now)
-        return leave
+        skip = self.found | self.exceeded
+        self.skipped = self.skipped + skip
+        self.found = torch.zeros_like(self.found)
+        return skip
 
     @property
-    def over(self) -> Tensor:
-        """Whether training must stop, bool []."""
+    def exceeded(self) -> Tensor:
+        """Whether more optimizer steps were skipped than may be, bool []; all steps after that are skipped too."""
         return self.skipped > self.limit
 
     def refuse(self, stage: str, ranks: Ranks) -> None:
-        """NonFinite, on all ranks alike, if there were too many; waits for the device."""
-        if not self.over:
+        """Raise NonFinite, on all ranks alike, where the limit is exceeded. Waits for the device."""
+        if not self.exceeded:
             return
         step, term = max(place for place in ranks.all_gather_object([int(n) for n in self.place.tolist()]))
         what = "the gradient" if term < 0 else f"the loss of {self.terms[term]}"

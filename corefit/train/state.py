@@ -1,4 +1,4 @@
-"""Where training stands: all that a checkpoint holds and a resume brings back."""
+"""How far training has come: all that a checkpoint holds and that a resumed run reads back."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 
 @define(eq=False, kw_only=True)
 class State:
-    """What a stage's training has done so far.
+    """How far a stage's training has come.
 
-    transformer  the network under training, as the trainer has wrapped it
+    folder       where the stage's checkpoints lie
+    transformer  the network under training, wrapped in DDP or sharded where there are several ranks
     trainable    the parameters that train, by name
-    ema          their average, where the stage keeps one
-    step         steps that are done, and the seconds that they took
-    unreported   samples and seconds since the last report
+    ema          their moving average, where the stage keeps one
+    step         number of finished steps
+    seconds      time that these steps took
+    unreported   samples and seconds since the last logged step
     """
 
     stage: str
     folder: Path
-    """Where its checkpoints lie."""
     ranks: Ranks
     transformer: torch.nn.Module
     trainable: weights.Trainable
@@ -45,30 +46,43 @@ class State:
     seconds: float = 0.0
     unreported: tuple[int, float] = (0, 0.0)
 
-    def to_be_left(self) -> AbstractContextManager[None]:
-        """Within it the network has the weights that the stage would leave now: the average, where there is one."""
+    def ema_applied(self) -> AbstractContextManager[None]:
+        """Within, the network has the average in place of its weights: what the stage would leave if it ended now.
+
+        Without `ema` nothing changes.
+        """
         return self.ema.in_place_of(self.transformer, self.trainable) if self.ema else nullcontext()
 
-    def refuse_spoiled(self) -> None:
-        """NonFinite where training went wrong, TrainingError where weights are not finite: such are never saved."""
+    def add_time(self, samples: int, seconds: float) -> None:
+        """Count the samples and the time of a step."""
+        self.seconds += seconds
+        self.unreported = (self.unreported[0] + samples, self.unreported[1] + seconds)
+
+    def refuse_non_finite(self) -> None:
+        """Raise NonFinite where too many steps were skipped, and TrainingError where a weight is not finite.
+
+        It is called before anything is saved.
+        """
         import torch
 
         self.guard.refuse(self.stage, self.ranks)
-        held = weights.local([*self.trainable.values(), *(self.ema.average.values() if self.ema else ())])
-        fine = bool(torch.stack([t.isfinite().all() for t in held]).all())
-        if self.ranks.any(not fine):
+        tensors = weights.local([*self.trainable.values(), *(self.ema.average.values() if self.ema else ())])
+        finite = bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+        if self.ranks.any(not finite):
             raise TrainingError(
                 f"stage {self.stage}: the weights after step {self.step} are not finite and are not saved; the "
                 f"checkpoints in {self.folder} are good. Lower optimizer.lr and run again"
             )
 
     def save(self, identity: str, keep: int) -> Path | None:
-        """Write a checkpoint of the step just finished; its path, on ranks that took part. Never of spoiled weights.
+        """Write a checkpoint of the step just finished; return its path on the ranks that wrote it, None on others.
+
+        Raises as `refuse_non_finite`, and TrainingError where the disk refuses.
 
         identity  hash of what determines the stage's weights
-        keep      checkpoints that stay
+        keep      how many checkpoints to keep
         """
-        self.refuse_spoiled()
+        self.refuse_non_finite()
         means = self.means.by_rank(self.ranks)
         if not (self.ranks.main or self.ranks.sharded):
             return None
@@ -78,11 +92,11 @@ class State:
         return checkpoint.save(self.folder, self.step, tensors, info, keep, holders)
 
     def resume(self, keep: int) -> None:
-        """Continue from the newest whole checkpoint, if there is one."""
+        """Read the newest whole checkpoint, if there is one; all but the newest `keep` are removed."""
         import torch
 
         if self.ranks.main:
-            checkpoint.sweep(self.folder)
+            checkpoint.remove_partial(self.folder)
         self.ranks.barrier()
         found, damaged = checkpoint.latest(self.folder, self.ranks)
         for message in damaged:
@@ -90,18 +104,18 @@ class State:
         if found is None:
             return
         shapes = found.shapes()
-        self._expect_optimizer(shapes)
+        self._allocate_optimizer(shapes)
         names = [name for name in shapes if name.startswith("means/")]
         means = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in names}
         found.read({**self._tensors(), **means})
         if self.ranks.main:
-            checkpoint.prune(self.folder, keep)  # what a killed process did not come to remove
+            checkpoint.keep_newest(self.folder, keep)  # a process killed after saving has not removed older ones
         self.step, self.seconds = found.step, found.info["seconds"]
         self.unreported = (found.info["since"][0], found.info["since"][1])
         self.means.restore({name.removeprefix("means/"): t for name, t in means.items()}, self.ranks)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What of a checkpoint is equal on all ranks, or a rank's shards of it."""
+        """Return the tensors of a checkpoint that are equal on all ranks, or this rank's shards of them."""
         tensors: dict[str, Tensor] = {f"weights/{name}": p for name, p in self.trainable.items()}
         for name, parameter in self.trainable.items():
             for key, value in self.optimizer.state[parameter].items():
@@ -110,8 +124,8 @@ class State:
             tensors |= {f"ema/{name}": t for name, t in self.ema.average.items()}
         return {**tensors, "fault/skipped": self.guard.skipped}
 
-    def _expect_optimizer(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Make room for the optimizer's state, which torch itself makes in its first step."""
+    def _allocate_optimizer(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Allocate the optimizer's state of these shapes, which torch itself would do in the first step."""
         import torch
 
         for name, shape in shapes.items():

@@ -1,7 +1,7 @@
-"""Which weights train, how they lie on the ranks, and copies of them: the average (EMA) and the reference policy.
+"""Which weights train, how they are sharded and saved, and copies of them: the average (EMA) and the reference policy.
 
-A weight is a plain tensor on every rank, or, sharded (FSDP2), a DTensor of which a rank holds a part. Sharded weights
-are read and written a tensor at a time: no device and no process ever holds a second copy of the whole.
+A weight is a plain tensor on every rank, or, sharded (FSDP2), a DTensor of which each rank holds a shard. Sharded
+weights are read and written one tensor at a time: no device and no process ever holds a second copy of the network.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
 Trainable = Mapping[str, "Parameter"]
+"""The parameters that train, by name."""
 
 
 def load(
     backbone: Backbone,
     ranks: Ranks,
     *,
-    half: bool,
+    frozen_in_bf16: bool,
     adapter: Path | None = None,
     mode: Full | Lora | None = None,
     seed: int = 0,
 ) -> Trainable:
-    """Read the network onto this rank's device, whole or this rank's shards of it; the parameters that train.
+    """Read the network, or this rank's shards of it, onto this rank's device; return the parameters that train.
 
-    Training and evaluation both read weights here, so what is judged is computed as it was trained.
+    Training and evaluation both read weights here, so that what is evaluated is computed as it was trained.
 
-    half     hold weights that do not train in bfloat16
-    adapter  folder of a LoRA that is put on the network
-    mode     which weights train; None where none do
-    seed     of a new adapter's random half
+    frozen_in_bf16  whether weights that do not train are held in bfloat16
+    adapter         folder of a LoRA to put on the network
+    mode            which weights train; None for none, in evaluation
+    seed            seed of a new adapter's random factor (lora_A)
     """
     import torch
 
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = torch.bfloat16 if frozen_in_bf16 else torch.float32
     streamed = backbone if ranks.sharded and isinstance(backbone, Streamed) else None
     if streamed:
         streamed.load_empty(dtype)
@@ -60,7 +61,7 @@ def load(
         make_trainable(backbone, mode)
         if isinstance(mode, Lora) and not adapter:
             _materialize_adapter(backbone.transformer)
-            seeded_adapter(trainable(backbone.transformer), seed)
+            seed_adapter(trainable(backbone.transformer), seed)
     if ranks.sharded:
         shard(backbone.transformer, ranks.device)
         if streamed:
@@ -70,29 +71,29 @@ def load(
 
 
 def make_trainable(backbone: Backbone, mode: Full | Lora) -> Trainable:
-    """Set up full or LoRA training of a loaded backbone; the parameters that train, by name, in float32.
+    """Set a loaded backbone up for full or LoRA training; return the parameters that train, in float32.
 
-    An adapter that is there already (of the stage before) trains on.
+    An adapter that the network has already, from the previous stage, is trained further.
     """
     transformer = backbone.transformer
     if isinstance(mode, Full):
         transformer.requires_grad_(True)
     elif not getattr(transformer, "peft_config", None):
         transformer.requires_grad_(False)
-        _adapt(transformer, mode, mode.targets or tuple(backbone.lora_targets))
+        _add_adapter(transformer, mode, mode.targets or tuple(backbone.lora_targets))
     transformer.train()
-    trained = trainable(transformer)
-    for parameter in trained.values():
+    parameters = trainable(transformer)
+    for parameter in parameters.values():
         parameter.data = parameter.data.float()
-    return trained
+    return parameters
 
 
 def trainable(transformer: torch.nn.Module) -> Trainable:
-    """The parameters that train, by name."""
+    """Return the parameters that train, by name."""
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
-def _adapt(transformer: Any, mode: Lora, targets: tuple[str, ...]) -> None:
+def _add_adapter(transformer: Any, mode: Lora, targets: tuple[str, ...]) -> None:
     from peft import LoraConfig
 
     _check_rank(transformer, mode.rank, targets)
@@ -110,16 +111,16 @@ def _adapt(transformer: Any, mode: Lora, targets: tuple[str, ...]) -> None:
 
 
 def _materialize_adapter(transformer: Any) -> None:
-    """Give a new adapter memory where its network has none yet; peft puts it beside the weights that it adapts."""
+    """Allocate a new adapter in main memory where peft put it on the meta device, with the weights that it adapts."""
     import torch
 
     blank = {name: p for name, p in trainable(transformer).items() if p.is_meta}
-    made = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in blank.items()}
-    transformer.load_state_dict(made, strict=False, assign=True)
+    allocated = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in blank.items()}
+    transformer.load_state_dict(allocated, strict=False, assign=True)
 
 
 def _check_rank(transformer: torch.nn.Module, rank: int, targets: tuple[str, ...]) -> None:
-    """ConfigError for a rank that no module could have, before memory for it is asked for."""
+    """Raise ConfigError for a rank that no adapted module can have, before memory is allocated for it."""
     named = ((name, getattr(module, "weight", None)) for name, module in transformer.named_modules())
     found = [w for name, w in named if w is not None and f".{name}".endswith(tuple(f".{t}" for t in targets))]
     widest = max((min(w.shape[0], w[0].numel()) for w in found if w.ndim > 1), default=None)
@@ -129,20 +130,20 @@ def _check_rank(transformer: torch.nn.Module, rank: int, targets: tuple[str, ...
         )
 
 
-def seeded_adapter(trained: Trainable, seed: int) -> None:
-    """Draw the adapter's random half again, keyed, so that every rank and every start has the same."""
+def seed_adapter(parameters: Trainable, seed: int) -> None:
+    """Draw the adapter's random factor (lora_A) from `seed` and its name: the same on every rank, in every run."""
     import torch
 
     from corefit.rng import generator
 
-    for name, parameter in trained.items():
+    for name, parameter in parameters.items():
         if ".lora_A." in name:
             draw = generator(seed, "lora", name).standard_normal(tuple(parameter.shape), "float32")
             parameter.data.copy_(torch.from_numpy(draw) / parameter.shape[0])
 
 
 def shard(transformer: torch.nn.Module, device: torch.device) -> None:
-    """Split every parameter over the ranks of `device` (FSDP2), block by block: items of its ModuleLists."""
+    """Shard every parameter over the ranks (FSDP2). Each item of a ModuleList, a block, is gathered by itself."""
     import torch.distributed as dist
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
@@ -157,36 +158,36 @@ def shard(transformer: torch.nn.Module, device: torch.device) -> None:
 
 
 def is_sharded(transformer: torch.nn.Module) -> bool:
-    """Whether `shard` has split it."""
+    """Return whether `shard` has been called on the network."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(transformer, FSDPModule)
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this rank holds of each, sharing memory with it."""
-    return [_part(t.detach()) for t in tensors]
+    """Return this rank's shards of DTensors, and other tensors themselves; the memory is shared with them."""
+    return [_local(t.detach()) for t in tensors]
 
 
-def _part(t: Any) -> Tensor:
+def _local(t: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 def fill(transformer: torch.nn.Module, backbone: Streamed, device: torch.device) -> None:
-    """Read this rank's part of every weight from the files; what has memory already, an adapter, stays as it is."""
+    """Read this rank's shard of every weight from the files; an adapter, which has its values already, stays."""
     import torch
 
     transformer._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)  # pyright: ignore[reportPrivateUsage]
     with torch.no_grad(), backbone.stored() as stored:
         for name, tensor in transformer.state_dict().items():
             if not is_adapter(name):
-                _part(tensor).copy_(stored[plain_name(name)][_rows(tensor)])
+                _local(tensor).copy_(stored[plain_name(name)][_local_rows(tensor)])
 
 
-def _rows(tensor: Any) -> slice:
-    """Which rows of a tensor this rank holds: all, or those that fully_shard gives it, which are torch.chunk's."""
+def _local_rows(tensor: Any) -> slice:
+    """Return which rows of a tensor this rank holds: all, or those that fully_shard gives it, cut as by torch.chunk."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(tensor, DTensor):
@@ -197,47 +198,53 @@ def _rows(tensor: Any) -> slice:
 
 
 def plain_name(name: str) -> str:
-    """A weight's name without what peft puts into it."""
+    """Return a weight's name without what peft puts into it."""
     return name.replace(".base_layer.", ".")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a weight of this name is a LoRA's."""
+    """Return whether a weight of this name belongs to a LoRA."""
     return ".lora_" in name
 
 
-def save(backbone: Backbone, folder: Path, ranks: Ranks, mode: Full | Lora, *, half: bool = False) -> float | None:
-    """Write what `mode` has trained to `folder`, which the first rank has made; every rank must call this.
+def save(backbone: Backbone, folder: Path, ranks: Ranks, mode: Full | Lora, *, in_bf16: bool = False) -> float | None:
+    """Write what `mode` has trained to `folder`, which rank 0 has made; every rank must call this.
 
-    Sharded weights are gathered one at a time, and the first rank writes them.
+    Sharded weights are gathered one at a time, and rank 0 writes them.
 
-    half  round the weights to bfloat16. Then the share of those that training has moved which still differ from the
-          start, as that would be rounded, is returned: None where the backbone cannot tell what it started from.
+    in_bf16  round the weights to bfloat16, and return how much of training the rounding left: of the numbers that
+             training moved, the share that still differ from the start once both are rounded. None is returned where
+             nothing is rounded, or where the backbone's files cannot be read again (Streamed) for a comparison.
     """
     streamed = backbone if isinstance(backbone, Streamed) else None
-    with streamed.stored() if streamed and half and ranks.main else nullcontext({}) as start:
-        written = Written(whole(backbone.transformer), start, half=half)
+    with streamed.stored() if streamed and in_bf16 and ranks.main else nullcontext({}) as start:
+        saved = Saved(whole(backbone.transformer), start, in_bf16=in_bf16)
         if ranks.main and streamed:
-            streamed.save_tensors(folder, written)
+            streamed.save_tensors(folder, saved)
         elif ranks.main:
-            _save_whole(backbone, folder, written, mode)
-        deque(written, maxlen=0)  # the other ranks send what the first one writes
-    return written.survived
+            _save_at_once(backbone, folder, saved, mode)
+        deque(saved, maxlen=0)  # the other ranks take part in gathering what rank 0 writes
+    return saved.survived
 
 
 @define(eq=False)
-class Written:
-    """(name, tensor) of each tensor that is saved, rounded where `half` says so, and what the rounding has left."""
+class Saved:
+    """Iterates over (name, tensor) of what is saved, rounded to bfloat16 where `in_bf16`, and counts what that changes.
+
+    start  the weights before training, where they are known
+    moved  how many numbers training has changed
+    kept   how many of those still differ from the start once both are rounded
+    """
 
     tensors: Iterator[tuple[str, Tensor]]
     start: StoredTensors
-    half: bool
+    in_bf16: bool
     moved: int = 0
     kept: int = 0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.tensors:
-            yield name, self._rounded(name, tensor) if self.half and tensor.is_floating_point() else tensor
+            yield name, self._rounded(name, tensor) if self.in_bf16 and tensor.is_floating_point() else tensor
 
     def _rounded(self, name: str, tensor: Tensor) -> Tensor:
         import torch
@@ -251,29 +258,30 @@ class Written:
 
     @property
     def survived(self) -> float | None:
+        """`kept` as a share of `moved`, once all tensors have been taken; None where nothing was compared."""
         return self.kept / self.moved if self.moved else None
 
 
-def _save_whole(backbone: Backbone, folder: Path, tensors: Iterable[tuple[str, Tensor]], mode: Full | Lora) -> None:
-    """Save a backbone that is not Streamed; where it is sharded, through a second network in main memory."""
+def _save_at_once(backbone: Backbone, folder: Path, tensors: Iterable[tuple[str, Tensor]], mode: Full | Lora) -> None:
+    """Save a backbone that is not Streamed; where it is sharded, through an unsharded copy in main memory."""
     import torch
 
-    made = backbone
+    unsharded = backbone
     if is_sharded(backbone.transformer):
-        made = copy.copy(backbone)
-        made.load(torch.device("cpu"), torch.float32)
-        make_trainable(made, mode)
-    parameters = dict(made.transformer.named_parameters())
+        unsharded = copy.copy(backbone)
+        unsharded.load(torch.device("cpu"), torch.float32)
+        make_trainable(unsharded, mode)
+    parameters = dict(unsharded.transformer.named_parameters())
     for name, tensor in tensors:
         if name in parameters:
             parameters[name].data = tensor.to(parameters[name].device)
-    made.save(folder)
+    unsharded.save(folder)
 
 
 def whole(transformer: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor) of what is saved of a network, its LoRA's alone where it has one; one tensor at a time.
+    """Yield (name, unsharded tensor) of what is saved: a LoRA's weights where the network has one, else all.
 
-    Every rank must take them all where they are sharded.
+    A sharded tensor is gathered when it is taken, so every rank must take them all.
     """
     tensors = transformer.state_dict()
     adapted = any(map(is_adapter, tensors))
@@ -285,17 +293,18 @@ def whole(transformer: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @define(eq=False)
 class Ema:
-    """An exponential moving average of the trained weights, in float32 beside them."""
+    """An exponential moving average of the weights that train, in float32 on the same device."""
 
     decay: float
     average: dict[str, Tensor]
 
     @staticmethod
     def of(trained: Trainable, decay: float) -> Ema:
+        """Start the average at the weights as they are now."""
         return Ema(decay, {name: p.detach().clone() for name, p in trained.items()})
 
     def update(self, trained: Trainable, skipped: Tensor) -> None:
-        """average <- decay average + (1 - decay) weights unless skipped (bool []), without a sync."""
+        """Set average <- decay * average + (1 - decay) * weights unless skipped (bool []), without waiting for it."""
         import torch
 
         share = torch.where(skipped, 0.0, 1 - self.decay)
@@ -304,7 +313,7 @@ class Ema:
 
     @contextmanager
     def in_place_of(self, transformer: torch.nn.Module, trained: Trainable) -> Generator[None]:
-        """Let the network have the average for a while; the weights are then again what they were, to the bit."""
+        """Within, the network has the average in place of its weights; afterwards it has them back, to the bit."""
         self._swap(transformer, trained)
         try:
             yield
@@ -312,17 +321,17 @@ class Ema:
             self._swap(transformer, trained)
 
     def _swap(self, transformer: Any, trained: Trainable) -> None:
-        """Exchange average and weights, one tensor at a time, so that no copy of all of them is made."""
+        """Exchange average and weights one tensor at a time, so that no copy of all of them is made."""
         if is_sharded(transformer):
-            transformer.reshard()  # what is still gathered is of the weights before
-        for mine, other in zip(local(trained.values()), local(self.average.values()), strict=True):
-            kept = mine.clone()
-            mine.copy_(other)
-            other.copy_(kept)
+            transformer.reshard()  # weights that are still gathered would be used in place of the new shards
+        for weight, average in zip(local(trained.values()), local(self.average.values()), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
 
 def reference(backbone: Backbone, trained: Trainable) -> Backbone:
-    """The policy as it is now, frozen: the same network called with copies of the trained weights alone."""
+    """Return the policy as it is now, frozen: the same network, called with copies of the weights that train."""
     from torch import nn
     from torch.func import functional_call
 
@@ -333,7 +342,7 @@ def reference(backbone: Backbone, trained: Trainable) -> Backbone:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if not is_sharded(transformer):
                 return functional_call(transformer, start, args, kwargs)
-            with _exchanged(transformer, trained, start):
+            with _with_weights(transformer, trained, start):
                 return transformer(*args, **kwargs)
 
     frozen = copy.copy(backbone)
@@ -342,16 +351,16 @@ def reference(backbone: Backbone, trained: Trainable) -> Backbone:
 
 
 @contextmanager
-def _exchanged(transformer: Any, trained: Trainable, start: Mapping[str, Tensor]) -> Generator[None]:
-    """The shards of `start` in place of the model's. FSDP2 gathers parameters itself, so they cannot be passed in."""
+def _with_weights(transformer: Any, trained: Trainable, others: Mapping[str, Tensor]) -> Generator[None]:
+    """Within, a sharded network has other weights. FSDP2 gathers parameters itself, so they cannot be passed in."""
     import torch
 
-    mine, other = local(trained.values()), local(start.values())
-    kept = [t.clone() for t in mine]
+    weights = local(trained.values())
+    kept = [t.clone() for t in weights]
     transformer.reshard()
-    torch._foreach_copy_(mine, other)  # pyright: ignore[reportPrivateUsage]
+    torch._foreach_copy_(weights, local(others.values()))  # pyright: ignore[reportPrivateUsage]
     try:
         yield
     finally:
         transformer.reshard()
-        torch._foreach_copy_(mine, kept)  # pyright: ignore[reportPrivateUsage]
+        torch._foreach_copy_(weights, kept)  # pyright: ignore[reportPrivateUsage]

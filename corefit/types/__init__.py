@@ -1,7 +1,8 @@
-"""What plugins and the trainer say to each other: values, the protocols of plugins, objectives, a stage's settings."""
+"""The types that plugins and the trainer share: values, protocols of plugins, objectives, a stage's settings."""
 
 from corefit.types.protocols import (
     Backbone,
+    Configured,
     NoiseWeighting,
     Reward,
     Sampler,
@@ -30,6 +31,7 @@ __all__ = [
     "Backbone",
     "Batch",
     "Condition",
+    "Configured",
     "Example",
     "Meta",
     "ModelPath",
@@ -48,4 +50,4 @@ __all__ = [
 ]
 
 Stored = ArchiveMember
-"""The name that it had in version 0.1."""
+"""`ArchiveMember`, under the name that it had in version 0.1."""

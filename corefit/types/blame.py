@@ -1,4 +1,4 @@
-"""What a plugin did wrong, told with its name and file; a plugin that calls sys.exit() does not end the process."""
+"""Blame a plugin for its mistakes by name and file, and keep its sys.exit() from ending the process."""
 
 from __future__ import annotations
 
@@ -9,41 +9,44 @@ from importlib.metadata import entry_points
 from types import FrameType, TracebackType
 from typing import Any
 
-from corefit.errors import PluginError, shown
+from corefit.errors import PluginError, short_repr
 
 GROUP = "corefit"
-"""The entry points of plugins."""
+"""The entry-point group of plugins."""
 LOCAL = "corefit_local_"
-"""Begins the module names of local plugin files."""
+"""The prefix of the module names of local plugin files."""
 
 
-def returned(value: Any, fine: Callable[[Any], bool], of: Any, member: str, wanted: str) -> None:
-    """PluginError that names class, member and file unless `value`, which a plugin gave, is as wanted."""
+def require_result(value: Any, fine: Callable[[Any], bool], plugin: Any, member: str, wanted: str) -> None:
+    """Raise PluginError with the plugin's class, file and member unless `value`, which the member gave, is fine.
+
+    wanted  what the message says that the value must be
+    """
     if not fine(value):
-        raise PluginError(f"{member} of {place(type(of))} is {shown(value)}, not {wanted}; mend it")
+        raise PluginError(f"{member} of {place(type(plugin))} is {short_repr(value)}, not {wanted}; fix it")
 
 
-def expect(fine: bool, of: Any, done: str) -> None:
-    """PluginError that names the class of `of` and its file, and what it has done, unless all is fine."""
-    if not fine:
-        raise PluginError(f"{place(type(of))} {done}; mend it")
+def require(condition: bool, plugin: Any, mistake: str) -> None:
+    """Raise PluginError with the plugin's class and file, and its mistake, unless `condition` holds."""
+    if not condition:
+        raise PluginError(f"{place(type(plugin))} {mistake}; fix it")
 
 
 def place(cls: type) -> str:
-    """A class with the file that it is written in."""
+    """Return a class's name and the file that it is written in, for a message."""
     try:
         return f"{cls.__name__} ({inspect.getfile(cls)})"
-    except (OSError, TypeError):  # of a session, or written in C
+    except (OSError, TypeError):  # a class of an interactive session, or one written in C, has no file
         return f"{cls.__module__}.{cls.__name__}"
 
 
 @contextmanager
 def no_exit() -> Generator[None]:
-    """Turn a SystemExit of the block into a PluginError: it would end a run as if it were done."""
+    """Turn a SystemExit inside the block into a PluginError, because it would end a run as if it were done."""
     try:
         yield
     except SystemExit as error:
-        if _package(list(_frames(error.__traceback__))[-1][0]) == "click":  # which has answered a shell
+        if _package(list(_frames(error.__traceback__))[-1][0]) == "click":  # it exits after shell completion
             raise
         raise PluginError(
             f"{_place(error.__traceback__)} called sys.exit({'' if error.code is None else repr(error.code)}), which "
@@ -52,7 +55,7 @@ def no_exit() -> Generator[None]:
 
 
 def _place(traceback: TracebackType | None) -> str:
-    """The innermost line of a plugin, or of whatever it was: "plugin 'sharp' (sharp.py:12)"."""
+    """Return the innermost line that is a plugin's, as "plugin 'sharp' (sharp.py:12)"; without one, the last line."""
     frames = list(_frames(traceback))
     names = {point.module.partition(".")[0]: point.name for point in entry_points(group=GROUP)}
     names.pop("corefit", None)
@@ -68,11 +71,12 @@ def _place(traceback: TracebackType | None) -> str:
 
 
 def _package(frame: FrameType) -> str:
-    """The first part of the name of the module that a line is in."""
+    """Return the name of the top-level package whose code a frame runs."""
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
+    """Yield the frames of a traceback with their line numbers, from the outermost inwards."""
     while traceback is not None:
         yield traceback.tb_frame, traceback.tb_lineno
         traceback = traceback.tb_next

@@ -1,4 +1,4 @@
-"""Names that members of plugins had in version 0.1: classes that still write them go on working."""
+"""Names that plugin members had in version 0.1; classes that still use them go on working."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from operator import attrgetter
 from typing import Any
 
 FORMER: Mapping[str, str] = {"moved": "from_saved", "rows_per_prompt": "group_size"}
-"""Former name -> today's, of members that plugins write."""
+"""Maps former names of members that plugins write to today's names."""
 
 
 def adopt(cls: type[Any]) -> None:
-    """Give a class that writes a member under its former name the member under today's, unless it writes that too."""
+    """Add today's name to each member that a class defines under its former name only."""
     own = {**vars(cls).get("__annotations__", {}), **vars(cls)}
     for former, name in FORMER.items():
         if former in own and name not in own:

@@ -1,4 +1,4 @@
-"""What is learned: the protocol of objectives, and the context that is all they may touch."""
+"""Objectives: their protocol, the context that they work with, and sums of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 from attrs import evolve, field, frozen
 
 from corefit.errors import ConfigError
-from corefit.types.blame import expect, returned
+from corefit.types.blame import require, require_result
 from corefit.types.former import adopt
 from corefit.types.protocols import Backbone, NoiseWeighting, Reward, Sampler
 from corefit.types.values import Batch, Condition, Term, Weighted
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 @frozen(eq=False)
 class Context:
-    """All that an objective may touch. No optimiser, rank, file or logger.
+    """Everything that an objective may use. It holds no optimizer, rank, file or logger.
 
-    reference    the policy as the stage found it, frozen; None unless "reference" is in `uses`
-    first        whether this is the first batch since the process started: the moment for checks that sync
-    micro_batch  rows a forward may hold; roll out in slices of it, so that training sees the same kernels
-    gather       [B] of this rank -> [global B], in global row order
+    reference    the policy as it was when the stage began, frozen; None unless "reference" is in `uses`
+    first_batch  whether this is the first batch since the process started: the time for checks that make the host wait
+    micro_batch  the number of rows of a forward; roll out in slices of it, so that rollout and training run the same
+                 kernels
+    gather       all_gather of a tensor [B] of this rank to [global B], in global row order
     """
 
     backbone: Backbone
@@ -37,24 +38,29 @@ class Context:
     rng: Rng
     rewards: Sequence[Weighted[Reward]] = ()
     reference: Backbone | None = None
-    first: bool = False
+    first_batch: bool = False
     micro_batch: int = 1 << 30
     gather: Callable[[Tensor], Tensor] = lambda x: x
 
+    @property
+    def first(self) -> bool:
+        """`first_batch`, under the name that it had in version 0.1."""
+        return self.first_batch
+
     def at(self, rng: Rng) -> Context:
-        """The same context with other randomness."""
+        """Return the same context with another `rng`."""
         return evolve(self, rng=rng)
 
     def rand(self, n: int) -> Tensor:
-        """Keyed uniform draws in [0, 1), [n]; n is the number of rows of this part."""
+        """Draw keyed uniform numbers in [0, 1), [n]; n is the number of rows of this part."""
         return self.rng.rand(n)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Keyed standard normal draws, shaped like x [B, ...], float32, on x's device."""
+        """Draw keyed standard normal numbers, shaped like x [B, ...], float32, on x's device."""
         return self.rng.randn(tuple(x.shape)).to(x.device, non_blocking=True)
 
     def dropout(self, cond: Condition, share: float) -> Condition:
-        """`cond` with a keyed `share` of its rows replaced by the empty prompt's condition."""
+        """Return `cond` with a keyed random `share` of its rows replaced by the empty prompt's condition."""
         if not share:
             return cond
         device = next(iter(cond.tensors.values())).device
@@ -62,30 +68,39 @@ class Context:
         return cond.where(keep, self.backbone.null(len(cond)))
 
     def sigma(self, x: Tensor) -> Tensor:
-        """Noise levels [B] for x [B, ...], from the stage's noise weighting and the backbone's shift.
+        """Draw noise levels [B] for x [B, ...] from the stage's noise weighting, with the backbone's shift.
 
-        Raises PluginError where the weighting gives another number of levels, which would be broadcast.
+        Raises PluginError if the weighting gives another number of levels, which would be broadcast.
         """
         shift = self.backbone.shift(tuple(x.shape[1:]))
         levels = self.noise.sample(len(x), shift, self.rng)
         shape = getattr(levels, "shape", None)
-        expect(shape == (len(x),), self.noise, f"gave {shape} noise levels for {len(x)} samples, not [{len(x)}]")
+        require(shape == (len(x),), self.noise, f"gave {shape} noise levels for {len(x)} samples, not [{len(x)}]")
         return levels.to(x.device, non_blocking=True)
 
 
 class Part(Protocol):
-    """What one optimiser step trains on: rows that the trainer slices into micro-batches."""
+    """What one optimizer step trains on: rows that the trainer slices into micro-batches.
+
+    All four members must be written. A `Batch` is a part.
+    """
 
     @property
-    def rows(self) -> Sequence[int]: ...
-
-    @property
-    def metrics(self) -> Mapping[str, Tensor]:
-        """Name -> values [n], of the experience as a whole (rewards, for example); logged as means."""
+    @abstractmethod
+    def rows(self) -> Sequence[int]:
+        """The global sample number of each row, by which random draws are keyed."""
         ...
 
+    @property
+    @abstractmethod
+    def metrics(self) -> Mapping[str, Tensor]:
+        """Names with values [n] that describe the experience as a whole, such as rewards; their means are logged."""
+        ...
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, rows: slice, /) -> Any: ...
 
 
@@ -93,17 +108,14 @@ P = TypeVar("P", bound=Part)
 
 
 class Objective(Protocol, Generic[P]):
-    """What is learned. An attrs class; its fields are the keys of an `objective` table.
+    """Defines what is learned. It is an attrs class; its fields are the keys of an `objective` table.
 
-    uses             of {"media", "noise", "sampler", "reward", "reference"}: what it reads; a pipeline that
-                     gives it less, or something that it does not read, is refused
-    num_terms        terms that `terms` yields, known from the configuration and equal on every rank
-    num_updates      parts that `experience` yields: optimiser steps a batch
-    group_size       consecutive rows that share a prompt and stay on one rank: 1, or a group's size
-    rows_per_graph   rows that a term's graph holds for each row of a micro-batch; memory is estimated from it
+    `uses`, `num_terms`, `experience` and `terms` are abstract and must be written. `num_updates`, `group_size` and
+    `rows_per_graph` are 1 by default in a class that derives from this one. `Supervised` also has `uses`, `num_terms`
+    and `experience`, so that only `terms` is left to write.
     """
 
-    if not TYPE_CHECKING:  # no member that a class must have to be one
+    if not TYPE_CHECKING:  # type checkers would demand it of classes that do not derive from this one
 
         def __init_subclass__(cls, **keys: Any) -> None:
             super().__init_subclass__(**keys)
@@ -111,18 +123,27 @@ class Objective(Protocol, Generic[P]):
 
     @property
     @abstractmethod
-    def uses(self) -> frozenset[str]: ...
+    def uses(self) -> frozenset[str]:
+        """The names, out of "media", "noise", "sampler", "reward" and "reference", of what the objective reads.
+
+        A pipeline that gives it less, or something that it does not read, is refused.
+        """
+        ...
 
     @property
     @abstractmethod
-    def num_terms(self) -> int: ...
+    def num_terms(self) -> int:
+        """The number of terms that `terms` yields; it follows from the keys alone and is equal on every rank."""
+        ...
 
     @property
     def num_updates(self) -> int:
+        """The number of parts that `experience` yields, which is the number of optimizer steps on each batch."""
         return 1
 
     @property
     def group_size(self) -> int:
+        """The number of consecutive rows that share a prompt and stay on one rank; 1 for no groups."""
         return 1
 
     @property
@@ -132,21 +153,26 @@ class Objective(Protocol, Generic[P]):
 
     @property
     def rows_per_graph(self) -> int:
+        """The number of rows in the graph of a term for each row of a micro-batch; memory is estimated from it."""
         return 1
 
     @abstractmethod
     def experience(self, batch: Batch, ctx: Context, /) -> Iterable[P]:
-        """Turn a batch into `num_updates` parts; no gradient."""
+        """Turn a batch into `num_updates` parts, without gradient."""
         ...
 
     @abstractmethod
     def terms(self, part: P, ctx: Context, /) -> Iterator[Term]:
-        """Yield `num_terms` terms; each is backpropagated and freed before the next is computed."""
+        """Yield `num_terms` terms; the trainer runs backward on each and frees its graph before it takes the next."""
         ...
 
 
 class Supervised(Objective[Batch]):
-    """Base of objectives whose experience is the batch itself; a subclass writes `terms` only."""
+    """Base of objectives whose experience is the batch itself.
+
+    `terms` is abstract and must be written. By default `uses` is {"media", "noise"} and `num_terms` is 1; a subclass
+    writes them where it differs.
+    """
 
     @property
     def uses(self) -> frozenset[str]:
@@ -161,36 +187,36 @@ class Supervised(Objective[Batch]):
 
 
 def _can_be_added(_: Any, __: Any, of: tuple[Weighted[Objective[Any]], ...]) -> None:
-    """ConfigError from what the objectives declare."""
+    """Raise ConfigError if the objectives cannot be summed."""
     if not of:
         raise ConfigError('\'of\' must list the objectives, such as [{ use = "soar" }, { use = "sft" }]')
     names = [each.name for each in of]
     for name in sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError(f"'of' must list {name!r} once; its loss counts as often as its weight says")
     if any(isinstance(each.value, Sum) for each in of):
-        raise ConfigError("'of' must list objectives that are no sums; list the parts of that sum here")
+        raise ConfigError("'of' must list objectives that are not sums; list that sum's objectives here instead")
     for each in of:
         if not 0 < each.weight < math.inf:
             raise ConfigError(f"'of' must give {each.name!r} a weight above 0, not {each.weight}")
-    for what, says in (("group_size", "samples a prompt"), ("num_updates", "optimiser steps a batch")):
-        told = {each.name: int(getattr(each.value, what)) for each in of}
-        if len(set(told.values()) - {1}) > 1:
-            both = ", ".join(f"{name} takes {number}" for name, number in told.items())
-            raise ConfigError(f"'of' must list objectives of as many {says}, or of 1: {both}")
+    for what, unit in (("group_size", "samples a prompt"), ("num_updates", "optimizer steps a batch")):
+        numbers = {each.name: int(getattr(each.value, what)) for each in of}
+        if len(set(numbers.values()) - {1}) > 1:
+            listed = ", ".join(f"{name} takes {number}" for name, number in numbers.items())
+            raise ConfigError(f"'of' must list objectives with the same number of {unit}, or with 1: {listed}")
 
 
 @frozen(kw_only=True, eq=False)
 class Sum(Objective[Any]):
     """The weighted sum of objectives on the same batches: SOAR with an SFT anchor, GRPO with one on real data.
 
-    Each loss is divided by its own count before it is weighted, so a weight means the same whatever the others count.
-    The trainer runs them one after the other; a sum has no experience and no terms of its own. In groups, an objective
-    that makes none gets one row of each group. One that takes a single optimiser step a batch takes part in each of
-    the others' steps, with noise of its own in each.
+    Each loss is divided by its own count before it is weighted, so a weight does not depend on what the others count.
+    The trainer runs the objectives one after the other; a sum has no experience and no terms of its own. If one of
+    them needs groups, an objective without groups gets one row of each group. If one takes several optimizer steps on
+    a batch, an objective that takes one joins in each of them, with new noise each time.
     """
 
     of: tuple[Weighted[Objective[Any]], ...] = field(validator=_can_be_added)
-    """The objectives' tables, each with its `weight`, 1 by default."""
+    """The tables of the objectives, each with a `weight`, 1 by default."""
 
     @property
     def uses(self) -> frozenset[str]:
@@ -213,37 +239,37 @@ class Sum(Objective[Any]):
         return max(each.value.rows_per_graph for each in self.of)
 
     def experience(self, batch: Batch, ctx: Context, /) -> Iterable[Any]:
-        """The trainer asks the summands (`summands`), so it never comes here."""
+        """Raise AssertionError: the trainer calls the objectives of the sum, never the sum."""
         raise AssertionError("a sum has no experience of its own")
 
     def terms(self, part: Any, ctx: Context, /) -> Iterator[Term]:
-        """The trainer asks the summands (`summands`), so it never comes here."""
+        """Raise AssertionError: the trainer calls the objectives of the sum, never the sum."""
         raise AssertionError("a sum has no terms of its own")
 
 
-def summands(objective: Objective[Any]) -> tuple[Weighted[Objective[Any]], ...]:
-    """What the trainer runs for an objective: the parts of a sum, or the objective alone, without a name."""
+def weighted_objectives(objective: Objective[Any]) -> tuple[Weighted[Objective[Any]], ...]:
+    """Return the objectives that the trainer runs: those of a sum, or the objective alone, without a name."""
     return objective.of if isinstance(objective, Sum) else (Weighted("", objective),)
 
 
 def term_names(objective: Objective[Any]) -> list[str]:
-    """What messages call the terms of a step, in order."""
-    every = [(each.name, index) for each in summands(objective) for index in range(each.value.num_terms)]
-    return [f"term {index}{f' of {name}' if name else ''}" for name, index in every]
+    """Return the names of a step's terms in messages, in order: "term 0", or "term 0 of soar" in a sum."""
+    terms = [(each.name, index) for each in weighted_objectives(objective) for index in range(each.value.num_terms)]
+    return [f"term {index}{f' of {name}' if name else ''}" for name, index in terms]
 
 
 def _is_part(value: Any) -> bool:
     return all(hasattr(value, name) for name in ("rows", "metrics", "__len__", "__getitem__"))
 
 
-def parts(objective: Objective[Any], batch: Batch, ctx: Context) -> Iterator[Part]:
-    """What a batch's experience yields, part by part; PluginError unless they are `num_updates`."""
-    number, every = objective.num_updates, objective.experience(batch, ctx)
-    returned(every, lambda it: isinstance(it, Iterable), objective, "experience()", "an iterable of parts")
-    made = iter(every)
+def checked_parts(objective: Objective[Any], batch: Batch, ctx: Context) -> Iterator[Part]:
+    """Yield the parts of a batch's experience; raise PluginError unless there are exactly `num_updates`."""
+    number, experience = objective.num_updates, objective.experience(batch, ctx)
+    require_result(experience, lambda it: isinstance(it, Iterable), objective, "experience()", "an iterable of parts")
+    remaining = iter(experience)
     for index in range(number):
-        part = next(made, None)
-        expect(part is not None, objective, f"yielded {index} parts, not num_updates = {number}")
-        returned(part, _is_part, objective, "a part", "rows with metrics that can be counted and sliced")
+        part = next(remaining, None)
+        require(part is not None, objective, f"yielded {index} parts, not num_updates = {number}")
+        require_result(part, _is_part, objective, "a part", "rows with metrics that can be counted and sliced")
         yield cast("Part", part)
-    expect(next(made, None) is None, objective, f"yields more than num_updates = {number} parts")
+    require(next(remaining, None) is None, objective, f"yields more than num_updates = {number} parts")

@@ -1,4 +1,9 @@
-"""What backbones, samplers, noise weightings, rewards and sources are asked for; objectives are in objective.py."""
+"""The protocols of backbones, samplers, noise weightings, rewards and sources; that of objectives is in objective.py.
+
+Members that the author of a plugin must write are abstract: a class that derives from a protocol and lacks one cannot
+be instantiated. The few others have defaults here, which a class that derives from the protocol inherits. A class that
+derives from nothing must have all members. The host refuses a class that lacks one, and names the member.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +24,23 @@ if TYPE_CHECKING:
 
 
 class Backbone(Protocol):
-    """How one model family is called. An attrs class; its fields are the keys of `[backbone]`.
+    """Loads, calls and saves one model family. It is an attrs class; its fields are the keys of `[backbone]`.
 
-    Nothing is read before `load`; text encoders and VAE are read when first used and dropped by `release`.
+    Nothing is read before `load`; text encoders and VAE are read when they are first used and dropped by `release`.
+
+    `distilled` and `combine` have defaults, which a class that derives from this one inherits. All other methods are
+    abstract and must be written, and the three attributes must be declared, usually as attrs fields with init=False.
     """
 
     transformer: Any
     """The network under training, an nn.Module; the trainer replaces it with its prepared (DDP) form."""
     empty: Condition | None
-    """The empty prompt's condition [1, ...], where it is known; set from the cache, so that `null` needs no encoder."""
+    """The empty prompt's condition [1, ...], or None while it is unknown. The trainer sets it from the cache, so that
+    `null` needs no text encoder."""
     lora_targets: Sequence[str]
-    """Module names that a LoRA adapts by default."""
+    """Names of the modules that a LoRA adapts by default."""
 
-    if not TYPE_CHECKING:  # no member that a class must have to be one
+    if not TYPE_CHECKING:  # type checkers would demand it of classes that do not derive from this one
 
         def __init_subclass__(cls, **keys: Any) -> None:
             super().__init_subclass__(**keys)
@@ -39,17 +48,20 @@ class Backbone(Protocol):
 
     @property
     def distilled(self) -> bool:
-        """Whether the scale of guidance is an input of the network: `guided` is one call then, and has no halves."""
+        """Whether the network takes the guidance scale as an input; `guided` is then one call without `combine`.
+
+        The default is False.
+        """
         return False
 
     @abstractmethod
     def check(self) -> None:
-        """CorefitError for what is wrong with the model's files and shows without reading weights."""
+        """Raise CorefitError if something is wrong with the model's files that shows without reading weights."""
         ...
 
     @abstractmethod
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Say where text encoders and VAE go, and in which precision prompts are encoded; reads nothing."""
+        """Set the device of text encoders and VAE, and the dtype in which prompts are encoded; read nothing."""
         ...
 
     @abstractmethod
@@ -59,17 +71,17 @@ class Backbone(Protocol):
 
     @abstractmethod
     def from_saved(self, folder: Path) -> Backbone:
-        """The same backbone, unloaded, with the weights that `save` wrote to `folder`."""
+        """Return the same backbone, not loaded, with the weights that `save` wrote to `folder`."""
         ...
 
     @abstractmethod
     def weights_key(self) -> str:
-        """Hash of the transformer's files."""
+        """Return a hash of the transformer's files."""
         ...
 
     @abstractmethod
     def load_lora(self, folder: Path) -> None:
-        """Add the adapter saved in `folder` to the loaded transformer, trainable."""
+        """Add the LoRA saved in `folder` to the loaded transformer; only the LoRA is trainable then."""
         ...
 
     @abstractmethod
@@ -79,30 +91,37 @@ class Backbone(Protocol):
 
     @abstractmethod
     def encoding_key(self) -> Mapping[str, str]:
-        """What determines `encode_text` and `encode`, each as a short text or hash: the cache's key."""
+        """Name everything that the results of `encode_text` and `encode` depend on, each with a short text or a hash.
+
+        The cache of encoded data is keyed by it.
+        """
         ...
 
     @abstractmethod
-    def encode_text(self, prompts: Sequence[str]) -> Condition: ...
+    def encode_text(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts; row i of the condition depends on prompt i alone."""
+        ...
 
     @abstractmethod
     def null(self, n: int) -> Condition:
-        """The condition of n empty prompts: what guidance and condition dropout use."""
+        """Return the condition of n empty prompts, which guidance and condition dropout use."""
         ...
 
     @abstractmethod
     def encode(self, media: Tensor) -> Tensor:
-        """Media [B, 3, H, W] (video [B, 3, T, H, W]) in [0, 1] -> x0 [B, ...], float32."""
+        """Encode media [B, 3, H, W] (video [B, 3, T, H, W]) in [0, 1] to x0 [B, ...], float32."""
         ...
 
     @abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 [B, ...] -> media in [0, 1], float32."""
+        """Decode x0 [B, ...] to media in [0, 1], float32."""
         ...
 
     @abstractmethod
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Shape of one row's latents for media of `size`; ConfigError, a ValueError, for sizes it does not take.
+        """Return the shape of one row's latents for media of `size`.
+
+        Raises ConfigError, a ValueError, for a size that the model does not take.
 
         size  [height, width] of pictures, [frames, height, width] of clips
         """
@@ -110,135 +129,177 @@ class Backbone(Protocol):
 
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
-        """v(x, sigma, cond) [B, ...] in float32; sigma [B] in float32."""
+        """Return the predicted velocity v(x, sigma, cond) [B, ...] in float32; sigma [B] is float32."""
         ...
 
     @abstractmethod
     def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
-        """Classifier-free guidance: `combine` of the velocities of `cond` and `null`; scale 1 is `velocity`.
+        """Return the velocity [B, ...] under classifier-free guidance: `combine` of those of `cond` and `null`.
 
-        A known v_cond = velocity(x, sigma, cond) saves one of the two calls. Distilled, one call with the scale.
+        With scale 1 it is `velocity`. Passing v_cond = velocity(x, sigma, cond) saves one of the two calls. A distilled
+        network is called once, with the scale.
         """
         ...
 
     def combine(self, v_cond: Tensor, v_null: Tensor, scale: float) -> Tensor:
-        """How guidance joins its halves [B, ...], row by row: v_null + scale (v_cond - v_null), but for some families.
+        """Combine the two velocities [B, ...] of guidance, each row by itself.
 
-        Qwen-Image, for one, gives the result the norm of v_cond. Differentiable in both; v_cond where scale is 1.
+        The default is v_null + scale (v_cond - v_null). Families that differ write their own: Qwen-Image, for one,
+        rescales the result to the norm of v_cond. It is differentiable in both, and gives v_cond for scale 1.
         """
         return v_null + scale * (v_cond - v_null)
 
     @abstractmethod
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
-        """The checkpoint's own inference grid, [steps + 1], falling from 1 (or near) to 0; float32, CPU."""
+        """Return the checkpoint's own inference grid, [steps + 1], falling from 1 (or near) to 0; float32, CPU."""
         ...
 
     @abstractmethod
     def shift(self, shape: Sequence[int]) -> float:
-        """The timestep shift that training noise uses for latents of `shape`."""
+        """Return the timestep shift for training noise on latents of `shape`."""
         ...
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what diffusers loads: a whole pipeline, or the LoRA alone where one is trained."""
+        """Write to `folder` what diffusers loads: the whole pipeline, or the LoRA alone if one is trained."""
         ...
 
 
 @runtime_checkable
 class Sized(Protocol):
-    """What a Backbone may offer besides, so that its need of memory is known before weights are read."""
+    """What a Backbone may implement as well, so that the memory it needs is known before weights are read.
 
+    All methods must be written. A backbone without them is not refused; its memory is not estimated.
+    """
+
+    @abstractmethod
     def routes(self) -> Sequence[Any]:
-        """Once loaded: networks of which each row passes through one; `transformer`, or several alike inside it."""
+        """Return the networks of equal size of which each row passes through exactly one, once loaded.
+
+        That is `transformer` itself, or the experts inside it.
+        """
         ...
 
+    @abstractmethod
     def load_blank(self, dtype: torch.dtype) -> None:
-        """What `load` does, on the meta device: shapes without weights. CorefitError for what `load` would refuse."""
+        """Do what `load` does, on the meta device: shapes without weights.
+
+        Raises CorefitError for what `load` would refuse.
+        """
         ...
 
+    @abstractmethod
     def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of each tensor of a condition, of one row; empty where that is not known."""
+        """Return the shape of one row of each tensor of a condition; empty if they are not known."""
+        ...
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """What a Sized Backbone may offer besides, so that its need of memory is computed once and not by every check."""
+
+    def config_key(self) -> str:
+        """Hash of all files that `load_blank`, `condition_shapes` and `latent_shape` read."""
         ...
 
 
 StoredTensors = Mapping[str, Any]
-"""Name -> a tensor in a file, of which `stored[name][rows]` reads rows alone, and `stored[name][...]` all."""
+"""Maps names to tensors in files: `stored[name][rows]` reads only these rows, `stored[name][...]` the whole tensor."""
 
 
 @runtime_checkable
 class Streamed(Protocol):
-    """What a Backbone may offer besides, so that sharded weights are read and saved a tensor at a time.
+    """What a Backbone may implement as well, so that sharded weights are read and saved one tensor at a time.
 
-    Without it every process reads the whole network into main memory before it is sharded, and the first one holds a
-    whole copy there while it saves.
+    All methods must be written. Without them every process reads the whole network into main memory before it is
+    sharded, and rank 0 holds a whole copy there while it saves.
     """
 
+    @abstractmethod
     def load_empty(self, dtype: torch.dtype) -> None:
-        """What `load` does, with parameters on the meta device and with real buffers."""
+        """Do what `load` does, but leave parameters on the meta device; buffers are real."""
         ...
 
+    @abstractmethod
     def stored(self) -> AbstractContextManager[StoredTensors]:
-        """The files' tensors, by their names in `transformer.state_dict()`, a LoRA's left out.
+        """Open the tensors of the checkpoint's files, by their names in `transformer.state_dict()`, without a LoRA's.
 
-        CorefitError where they are not those that `load_empty` has made, in name and shape.
+        Raises CorefitError if their names or shapes are not those of the network that `load_empty` made.
         """
         ...
 
+    @abstractmethod
     def save_tensors(self, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """What `save` does, of tensors that come one at a time: of the LoRA alone where there is one."""
+        """Do what `save` does with tensors that arrive one at a time; if there is a LoRA, they are its tensors only."""
         ...
 
 
 class Sampler(Protocol):
-    """How one step is taken. An attrs class; its fields are the keys of a `sampler` table."""
+    """Takes one step of a rollout. It is an attrs class; its fields are the keys of a `sampler` table.
+
+    `step` is abstract and must be written; `stochastic` and `log_prob` have defaults, which a class that derives from
+    this one inherits.
+    """
 
     @property
     def stochastic(self) -> bool:
-        """Whether `step` may return std > 0: what policy gradients need."""
+        """Whether `step` may return std > 0, which policy gradients need. The default is True."""
         return True
 
     @abstractmethod
     def step(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Step:
-        """The transition from sigma [B] to sigma_next [B] < sigma, given v = velocity at (x, sigma)."""
+        """Return the transition from x at sigma [B] to sigma_next [B] < sigma, given v = velocity at (x, sigma)."""
         ...
 
     def log_prob(self, x_next: Tensor, step: Step) -> Tensor:
-        """log p(x_next) [B] under `step`, mean over all but the first axis."""
+        """Return log p(x_next) [B] under `step`, as a mean (not a sum) over all but the first axis.
+
+        The default is the density of the normal distribution with the mean and std of `step`.
+        """
         from corefit.flow import log_prob
 
         return log_prob(x_next, step.mean, step.std)
 
 
 class NoiseWeighting(Protocol):
-    """At which noise levels a model is supervised, and how much each counts."""
+    """Draws the noise levels at which a model is supervised, and weights the loss at each.
+
+    It is an attrs class; its fields are the keys of a `noise` table. Both methods are abstract and must be written.
+    """
 
     @abstractmethod
     def sample(self, n: int, shift: float, rng: Rng) -> Tensor:
-        """sigma [n] in (0, 1], already shifted; draws come from `rng` only."""
+        """Draw sigma [n] in (0, 1], already shifted, from `rng` only."""
         ...
 
     @abstractmethod
     def weight(self, sigma: Tensor) -> Tensor:
-        """Loss weight [n] at sigma [n]."""
+        """Return the loss weight [n] at sigma [n]."""
         ...
 
 
 class Reward(Protocol):
-    """Scores media. An attrs class. Failing is an exception, never a 0."""
+    """Scores media. It is an attrs class; its fields are the keys of a `reward` table.
+
+    `score` is abstract and must be written.
+    """
 
     @abstractmethod
     def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
-        """Rewards [B] for media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1].
+        """Return scores [B] for media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1].
 
-        A row's score must not depend on its neighbours.
+        A row's score must not depend on the other rows. Where scoring fails, raise an exception; never return 0.
         """
         ...
 
 
 class Source(Protocol):
-    """Raw examples from somewhere; the cache turns them into MDS."""
+    """Reads raw examples, which corefit encodes into its cache. It is an attrs class; its fields are keys of `source`.
+
+    `examples` is abstract and must be written.
+    """
 
     @abstractmethod
     def examples(self) -> Iterator[Example]:
-        """All examples, in a fixed order."""
+        """Yield all examples, always in the same order."""
         ...

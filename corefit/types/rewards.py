@@ -1,11 +1,11 @@
-"""Rewards are asked here, and their scores are checked here, whoever asks."""
+"""Calling rewards, and checking the scores that they return; training, evaluation and filtering all do it here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from corefit.errors import NonFinite, PluginError, shown
+from corefit.errors import NonFinite, PluginError, short_repr
 from corefit.types.blame import place
 from corefit.types.protocols import Reward
 from corefit.types.values import Meta, Weighted
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def score(entry: Weighted[Reward], media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
-    """The scores [B] of media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1]: float64, detached, on the CPU.
+    """Score media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1]; return [B] in float64, detached, on the CPU.
 
-    PluginError, with the reward's name and file, for anything but one real number a sample. Scores may be NaN or
-    infinite: `refuse_non_finite` is asked where all ranks can be.
+    Raises PluginError, with the reward's name and file, unless there is one real number for each sample. Scores may be
+    NaN or infinite; `refuse_non_finite`, which needs all ranks, checks that.
     """
     import torch
 
@@ -26,7 +26,7 @@ def score(entry: Weighted[Reward], media: Tensor, prompts: Sequence[str], meta: 
     try:
         scores = torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise _wrong(entry, shown(found), len(prompts)) from None
+        raise _wrong(entry, short_repr(found), len(prompts)) from None
     readable = not scores.is_meta and scores.layout == torch.strided
     if not readable or scores.is_complex() or scores.shape != (len(prompts),):
         kind = str(scores.dtype if readable else "meta" if scores.is_meta else scores.layout).removeprefix("torch.")
@@ -44,9 +44,10 @@ def _wrong(entry: Weighted[Reward], found: str, number: int) -> PluginError:
 def refuse_non_finite(
     scores: Mapping[str, Tensor], names: Sequence[str], gather: Callable[[Tensor], Tensor] = lambda x: x
 ) -> None:
-    """NonFinite, on every rank that `gather` reaches, if a reward's scores [B] hold NaN or infinity on any of them.
+    """Raise NonFinite on every rank if a reward's scores [B] contain NaN or infinity on any rank.
 
-    names  what messages call the samples, B of them
+    names   the samples' names in messages, B of them
+    gather  all_gather of a tensor [B] over the ranks; without it, this rank's scores alone are checked
     """
     import torch
 

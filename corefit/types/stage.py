@@ -1,4 +1,4 @@
-"""What a pipeline says of one stage: the tables of TOML as classes, and what contradicts what."""
+"""The keys of one stage as classes, one for each TOML table, and the check that they do not contradict each other."""
 
 from __future__ import annotations
 
@@ -24,26 +24,28 @@ share: Any = [validators.ge(0), validators.lt(1)]
 
 @frozen(kw_only=True)
 class Optimizer:
-    """AdamW, and how its learning rate moves."""
+    """AdamW, and its learning rate over the steps."""
 
     lr: float = field(default=2e-5, validator=positive)
-    """Learning rate, after the warm-up."""
+    """The learning rate after the warm-up."""
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=validators.deep_iterable(share))
-    """Decay of the running means of the gradient and of its square."""
+    """The decay rates of the running means of the gradient and of its square."""
     eps: float = field(default=1e-8, validator=positive)
-    """Added to the denominator."""
+    """The number added to the denominator."""
     weight_decay: float = field(default=1e-2, validator=validators.ge(0))
-    """Decoupled weight decay."""
+    """The decoupled weight decay."""
     warmup: int = field(default=0, validator=validators.ge(0))
-    """Steps over which the rate rises linearly, from lr / warmup in the first to lr in the last of them."""
+    """The number of steps in which the learning rate rises linearly, from lr / warmup at the first one to lr."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the rate does after the warm-up: stay, or fall to what would be 0 after the last step."""
+    """The learning rate after the warm-up: it stays, or falls along a line or half a cosine, reaching 0 one step after
+    the last."""
 
     def rate(self, step: int, steps: int) -> float:
-        """Learning rate of `step`, counted from 0, of `steps`.
+        """Return the learning rate of `step`, counted from 0, out of `steps`.
 
-        It falls as transformers' schedules of these names do, so `linear` takes the last step at
-        lr / (steps - warmup). Their warm-up is one step behind: its first step has the rate 0 and moves nothing.
+        It falls like transformers' schedules of the same names, so with `linear` the last step has the rate
+        lr / (steps - warmup). It rises one step earlier than theirs, whose first step has the rate 0 and so changes
+        nothing.
         """
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
@@ -62,11 +64,11 @@ class Lora:
     """Train a low-rank adapter (peft) on the transformer's projections."""
 
     rank: int = field(default=16, validator=positive)
-    """Rank of the two factors."""
+    """The rank of the two factors."""
     alpha: float | None = field(default=None, validator=some_positive)
-    """Scale of the adapter times rank; the rank itself by default."""
+    """The adapter is scaled by alpha / rank; alpha is the rank by default, for a scale of 1."""
     targets: tuple[str, ...] | None = None
-    """Names of the modules to adapt; the backbone's own choice by default."""
+    """The names of the modules to adapt; by default those that the backbone names."""
 
 
 Training = Full | Lora
@@ -74,69 +76,72 @@ Training = Full | Lora
 
 @frozen(kw_only=True)
 class Stage:
-    """One `[[stage]]`: what is learned, from what, for how long."""
+    """One `[[stage]]` of a pipeline: what is learned, from which data and rewards, and for how many steps."""
 
     name: str = field(validator=validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"))
-    """Of its folder, its row in the results, and in `--set` and `--from`."""
+    """The stage's name: its folder, its row in the results, and how `--set` and `--from` call it."""
     steps: int = field(validator=[positive, validators.le(1_000_000_000)])
-    """Batches; an objective may take several optimiser steps on each."""
+    """The number of batches to train on; an objective may take several optimizer steps on each."""
     objective: Objective[Any]
-    """What is learned."""
+    """The objective, which defines what is learned."""
     batch: int | None = field(default=None, validator=some_rows)
-    """Samples a step over all ranks, or rollouts where the objective rolls out; 32, or 48 groups, by default."""
+    """The number of samples in a step, over all ranks; rollouts, if the objective rolls out. The default is 32, or 48
+    groups."""
     micro_batch: int | None = field(default=None, validator=some_rows, metadata=ROUNDING)
-    """Samples a forward and rank; the whole share of a rank by default. Changes memory and rounding, not results."""
+    """The number of samples in one forward of a rank; by default all samples that the rank has in a step. It changes
+    memory and rounding, not what is learned."""
     noise: NoiseWeighting | None = None
-    """logit_normal where the objective reads one and none is given."""
+    """The noise levels to train on and their weights; logit_normal by default, if the objective reads a weighting."""
     sampler: Sampler | None = None
-    """How a step is taken, where the objective takes stochastic ones."""
+    """The sampler of the objective's rollouts; needed if the objective rolls out."""
     reward: tuple[Weighted[Reward], ...] = ()
-    """Rewards to learn from, each with its weight; their weighted sum counts."""
+    """The rewards to learn from, each with a weight; the objective learns from their weighted sum."""
     train: Training | None = None
-    """Which weights train; those of [backbone] train by default."""
+    """The weights to train: all of them, or a LoRA; by default as in [backbone]."""
     optimizer: Optimizer = field(factory=Optimizer)
-    """AdamW and its learning rate."""
+    """The settings of AdamW and its learning rate."""
     max_grad_norm: float = field(default=1.0, validator=positive)
-    """The gradient is scaled down to this norm where it is larger."""
+    """The norm to which a larger gradient is clipped."""
     ema: float | None = field(default=None, validator=validators.optional(share))
-    """Decay of an average of the weights, which is what the stage then leaves."""
+    """The decay of an exponential moving average of the weights. If it is set, the stage saves the average."""
     save_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of the weights that full training saves. bf16 halves the folder, and the rounded weights are what is judged
-    and what the next stage starts from; small updates do not survive that, and the table says what share did."""
+    """The dtype of the weights that full training saves. bf16 halves the folder, but the rounded weights are evaluated,
+    and the next stage starts from them. Rounding loses small updates; the table of results shows what share is kept."""
     log_every: int = field(default=10, validator=positive)
-    """Steps between lines of metrics.jsonl, each the means since the last."""
+    """The number of steps between lines of metrics.jsonl; each line has the means since the line before."""
     checkpoint_every: int = field(default=500, validator=positive)
-    """Steps between checkpoints; one is also written when a signal stops the run."""
+    """The number of steps between checkpoints; one is also written when a signal stops the run."""
     keep: int = field(default=2, validator=positive)
-    """Checkpoints kept."""
+    """The number of newest checkpoints to keep."""
     sample_every: int | None = field(default=None, validator=some_positive)
-    """Steps between sample grids of the [eval] prompts, of the average if there is one; one at the end in any case."""
+    """The number of steps between sample grids of the [eval] prompts, drawn from the average if there is `ema`. A grid
+    is drawn at the end in any case."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What a loss, gradient or reward that is not finite does: stop before weights change, or skip that step."""
+    """What to do about a loss, gradient or reward that is not finite: stop before weights change, or skip that step."""
     max_skips: int | None = field(default=None, validator=some_positive)
-    """Optimizer steps that `skip` may leave out before the stage stops after all; 10 by default."""
+    """The number of optimizer steps that on_nan = "skip" may skip before the stage stops; 10 by default."""
 
     def reports(self, step: int) -> bool:
-        """Whether metrics are logged after `step` steps."""
+        """Return whether metrics are logged after `step` steps."""
         return step == self.steps or step % self.log_every == 0 or self.samples(step)
 
     def samples(self, step: int) -> bool:
-        """Whether a sample grid is drawn after `step` steps; the last one is drawn when the stage is finished."""
+        """Return whether a sample grid is drawn after `step` steps, other than the one at the end of the stage."""
         return self.sample_every is not None and step % self.sample_every == 0 and step < self.steps
 
     @property
     def skips(self) -> int:
-        """Optimizer steps that may be skipped."""
+        """The number of optimizer steps that may be skipped."""
         return (self.max_skips or 10) if self.on_nan == "skip" else 0
 
     @property
     def rows(self) -> int:
-        """Samples, or rollouts, a step over all ranks."""
+        """The number of samples, or rollouts, in a step over all ranks."""
         group = self.objective.group_size
         return self.batch or (32 if group == 1 else 48 * group)
 
     def problems(self) -> Iterator[str]:
-        """What cannot work, or would be read by nobody, each with its key."""
+        """Yield a message, with its key, for everything that cannot work and every key that nothing would read."""
         uses = self.objective.uses
         for key, given in (("noise", self.noise), ("sampler", self.sampler), ("reward", self.reward)):
             if given and key not in uses:
@@ -168,18 +173,18 @@ class Stage:
 
 
 Samples = Callable[[], tuple[Sequence[str], "Tensor"]]
-"""Makes prompts and their media."""
+"""A function that samples: it returns prompts and their media."""
 
 
 @frozen(eq=False)
 class TrainState:
-    """What observers may read of a running stage.
+    """The state of a running stage, for observers to read.
 
-    step     steps finished
-    folder   the stage's own, runs/<name>/01-soar for example; `model/` in it once the stage has finished
-    backbone with the weights that the stage would leave now: their average where the stage has `ema`
-    sample   makes (prompts, media [n, 3, H, W], or clips, in [0, 1]): the first [eval] prompts, always from the same
-             noise; None without [eval], and of sharded weights but for the steps where the stage's own samples are due
+    step      the number of finished steps
+    folder    the stage's folder, such as runs/<name>/01-soar; it contains `model/` once the stage has finished
+    backbone  the backbone with the weights that the stage would save now, which are the average if it has `ema`
+    sample    returns (prompts, media [n, 3, H, W], or clips, in [0, 1]) for the leading [eval] prompts, always from the
+              same noise. It is None without [eval]; with sharded weights also, except at the steps of `sample_every`
     """
 
     step: int

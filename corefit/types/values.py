@@ -1,7 +1,7 @@
 """The values that objectives, samplers, backbones and the trainer hand to each other.
 
 Latents keep their natural layout: images [B, C, H, W], video [B, C, T, H, W], packed tokens [B, L, C].
-sigma is in [0, 1]: 1 is pure noise, 0 is clean; x = (1 - sigma) x0 + sigma noise; velocity = noise - x0.
+sigma is in [0, 1], where 1 is pure noise and 0 is clean; x = (1 - sigma) x0 + sigma noise; velocity = noise - x0.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Meta = Mapping[str, Any]
 MOST = 1_000_000
-"""A plugin may declare no more of anything that is counted for a step: rows, terms, updates."""
+"""The largest number that a plugin may declare of anything that is counted for a step: rows, terms, updates."""
 ROUNDING: Mapping[str, bool] = {"corefit.rounding": True}
-"""Metadata of a plugin's field whose value changes how results are rounded, and nothing else: field(metadata=ROUNDING).
+"""Marks a plugin's field that changes only how results are rounded: `chunk: int = field(default=1, metadata=ROUNDING)`.
 
-A stage that is finished stays so when the key changes, and one that was interrupted goes on from its checkpoint. For
-keys that trade memory for time, such as how many rows a forward holds; none may change a random draw.
+When such a key changes, a finished stage stays finished and an interrupted one continues from its checkpoint. It is
+meant for keys that trade memory for time, such as the number of rows of a forward. The key must not change a random
+draw.
 """
 ModelPath = NewType("ModelPath", str)
-"""A diffusers folder, relative to the pipeline file, or a name on the hub ("organisation/model")."""
+"""A diffusers folder, relative to the pipeline file, or a name on the hub ("organization/model")."""
 
 
 @frozen(eq=False)
 class Condition:
-    """Named [B, ...] tensors that one backbone made and only it reads (text embeddings, for example)."""
+    """Holds named tensors [B, ...], such as text embeddings, that only the backbone that made them reads."""
 
     tensors: Mapping[str, Tensor]
 
@@ -46,17 +47,17 @@ class Condition:
         return Condition({name: t[rows] for name, t in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> Condition:
-        """The same condition on `device`; dtypes stay."""
+        """Return the same condition on `device`; dtypes stay."""
         return Condition({name: t.to(device, non_blocking=True) for name, t in self.tensors.items()})
 
     def repeat(self, times: int) -> Condition:
-        """`times` copies one after the other, [times * B, ...]: what a batch of several states needs."""
+        """Return `times` copies one after the other, [times * B, ...], for a batch with several states of each row."""
         if times == 1:
             return self
         return Condition({name: t.repeat(times, *(1,) * (t.ndim - 1)) for name, t in self.tensors.items()})
 
     def where(self, keep: Tensor, other: Condition) -> Condition:
-        """Rows of self where `keep` [B] (bool) is true, rows of `other` elsewhere."""
+        """Return the rows of self where `keep` [B] (bool) is true, and the rows of `other` elsewhere."""
         return Condition(
             {
                 name: t.where(keep.reshape(-1, *(1,) * (t.ndim - 1)), other.tensors[name])
@@ -65,23 +66,24 @@ class Condition:
         )
 
     @staticmethod
-    def cat(parts: Sequence[Condition]) -> Condition:
-        """Rows of all parts, in order."""
+    def cat(conditions: Sequence[Condition]) -> Condition:
+        """Concatenate the rows of several conditions, in order."""
         import torch
 
-        return Condition({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
+        names = conditions[0].tensors
+        return Condition({name: torch.cat([each.tensors[name] for each in conditions]) for name in names})
 
 
 @frozen(eq=False)
 class Batch:
-    """Samples of one step on one rank.
+    """Holds the samples of one step on one rank.
 
-    x0      clean latents [B, ...] in float32; None for prompt-only data
-    cond    the prompts' condition
-    prompts the prompts themselves
-    meta    one mapping a row: whatever the source said besides
-    rows    global sample numbers, unique in a stage and independent of the number of ranks
-    shape   of one row's latents, also where x0 is None
+    x0       clean latents [B, ...] in float32; None for data with prompts only
+    cond     the condition of the prompts
+    prompts  the prompts as text, B of them
+    meta     the metadata of the source, one mapping for each row
+    rows     global sample numbers, unique in a stage and independent of the number of ranks
+    shape    the shape of one row's latents, also if x0 is None
     """
 
     x0: Tensor | None
@@ -106,20 +108,21 @@ class Batch:
 
     @property
     def metrics(self) -> Mapping[str, Tensor]:
+        """An empty mapping: a batch has nothing to log when an objective uses it as its part."""
         return {}
 
     @property
     def clean(self) -> Tensor:
-        """x0 [B, ...] of a batch that has media; pipelines that lack them are refused before they start."""
+        """x0 [B, ...], not None: a pipeline whose objective `uses` media is refused without them before it starts."""
         assert self.x0 is not None, "an objective that reads clean latents must say so in `uses`"
         return self.x0
 
 
 @frozen(eq=False)
 class Step:
-    """The Gaussian transition of one sampler step: mean [B, ...], whole standard deviation std [B].
+    """The Gaussian transition of one sampler step, with mean [B, ...] and the whole standard deviation std [B].
 
-    std 0 is deterministic. x_next = mean + like(std, x) * noise.
+    x_next = mean + expand_like(std, x) * noise; with std 0 the step is deterministic.
     """
 
     mean: Tensor
@@ -128,12 +131,12 @@ class Step:
 
 @frozen(eq=False)
 class Term:
-    """A SUM over supervised items, and how many there were.
+    """The SUM of the losses of supervised items, and the number of items.
 
-    total    scalar, on the graph; the trainer runs backward on it and frees the graph at once
-    count    items (a number, or a scalar tensor where it depends on the data); totals are divided once,
-             by the count summed over terms, micro-batches and ranks (SOAR, eq. 15)
-    metrics  name -> detached values [n], one an item; logged as means over all ranks
+    total    scalar with a graph; the trainer runs backward on it and frees the graph at once
+    count    the number of items, as a number, or as a scalar tensor if it depends on the data; totals are divided
+             once, by the count summed over terms, micro-batches and ranks (SOAR, eq. 15)
+    metrics  names with detached values [n], one for each item; their means over all ranks are logged
     """
 
     total: Tensor
@@ -142,14 +145,14 @@ class Term:
 
     @staticmethod
     def of(loss: Tensor, weight: float = 1.0, **metrics: Tensor) -> Term:
-        """A term from the losses of its items, [n]; `weight` multiplies the total, not the count.
+        """Make a term from the losses [n] of its items; `weight` multiplies the total, not the count.
 
-        Raises ValueError for losses that are not one an item.
+        Raises ValueError if the losses are not [n].
         """
         if loss.ndim != 1:
             raise ValueError(
-                f"Term.of takes losses [n], one an item, and was given {list(loss.shape)}: not their mean, and not one "
-                "for each element (corefit.flow.per_sample)"
+                f"Term.of takes losses [n], one for each item, and got {list(loss.shape)}: pass neither their mean nor "
+                "one loss for each element (corefit.flow.per_sample)"
             )
         detached = {name: value.detach() for name, value in metrics.items()}
         return Term(loss.sum() * weight, float(len(loss)), {"loss": loss.detach(), **detached})
@@ -157,11 +160,11 @@ class Term:
 
 @frozen(eq=False)
 class ArchiveMember:
-    """Media inside an archive.
+    """A media file inside an archive.
 
-    name  what messages call it; its suffix says what it is
-    read  its bytes, whenever they are asked for
-    file  one that does not change unless they do
+    name  its name in messages; the suffix tells its format
+    read  returns its bytes, at each call
+    file  a file, such as the archive, that changes whenever the bytes change
     """
 
     name: str
@@ -173,9 +176,10 @@ class ArchiveMember:
 class Example:
     """One raw example of a source.
 
-    prompt: one, or several captions of which each time one is drawn.
-    media: a picture or video file, a folder of frames, what an archive holds, or an array in memory, uint8 [H, W, 3]
-    or [T, H, W, 3]; None for a prompt alone.
+    prompt  a prompt, or several captions of which one is drawn each time the example is used
+    media   a picture or video file, a folder of frames, a file inside an archive, or an array in memory, uint8
+            [H, W, 3] or [T, H, W, 3]; None for a prompt alone
+    meta    the example's metadata, which rewards and `[data] keep` can read
     """
 
     prompt: str | Sequence[str]
@@ -184,7 +188,7 @@ class Example:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """All captions, one or more."""
+        """The captions, one or more."""
         return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
 
 
@@ -195,10 +199,10 @@ def _finite(_: object, __: object, weight: float) -> None:
 
 @frozen(eq=False)
 class Weighted(Generic[T]):
-    """A plugin in a list where each has a weight: a reward of a stage, an objective of a sum.
+    """A plugin with a weight: one of a stage's rewards, or one of the objectives of a sum.
 
-    name    what the list calls it: its `use`
-    value   the reward or the objective itself
+    name    the name under which it is offered and logged, as in `use`
+    value   the reward or the objective
     weight  the factor of its score or loss
     """
 
@@ -208,5 +212,5 @@ class Weighted(Generic[T]):
 
     @property
     def reward(self) -> T:
-        """The value, under the name that it had in version 0.1."""
+        """`value`, under the name that it had in version 0.1."""
         return self.value

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import activations, soar_step, soar_variants, timing
+from benchmarks import activations, soar_step, soar_variants, start, timing
 from benchmarks.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -124,3 +124,17 @@ def test_rounds_are_interleaved_and_turned_around():
 def test_ratios_are_taken_within_a_round():
     over, under = ([timing.Sample(s, 0) for s in seconds] for seconds in ((2.0, 20.0, 3.0), (1.0, 10.0, 1.0)))
     assert timing.ratio(over, under) == timing.Spread(median=2.0, low=2.0, high=2.5)
+
+
+def test_commands_are_timed_until_they_end_or_take_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "SETTLED", 0)
+    start._write(tmp_path)
+    for name in ("help", "step"):
+        sample = start._waited(start.WAITS[name], tmp_path)
+        assert sample.wall > 0
+        assert sample.cpu > 0
+    assert (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("runs/*/*/model")), "it ends with the first step"
+    (tmp_path / "pipeline.toml").write_text("")
+    with pytest.raises(SystemExit, match="backbone is missing"):
+        start._waited(start.WAITS["check"], tmp_path)

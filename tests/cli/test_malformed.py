@@ -1,6 +1,8 @@
 """What a user gets wrong: exit status 2, a message with the key or file and the remedy, nothing written.
 
-Every case is a good pipeline with one thing spoilt, given to `corefit check` and to `corefit run`.
+Every case is a good pipeline with one thing spoilt, given to `corefit check` and to `corefit run`. What reading alone
+refuses (values of the wrong type, keys and names at every level) is in tests/pipeline/test_reader.py, and what a source
+may find wrong is in tests/data/sources/.
 """
 
 from __future__ import annotations
@@ -83,7 +85,6 @@ FILES = [
     write("other toml", '[project]\nname = "x"\n', "project is not a key", "known here: name, backbone"),
 ]
 KEYS = [
-    swap("key of the file", 'name = "tiny"', 'name = "tiny"\nsede = 1', "sede is not a key", "did you mean 'seed'"),
     swap(
         "key of backbone",
         "max_sequence_length",
@@ -100,9 +101,7 @@ KEYS = [
         "move it",
     ),
     swap("key of train", "rank", "rnak", "backbone.train.rnak is not a key", "did you mean 'rank'"),
-    swap("rank of full", "lora", "full", "backbone.train.rank is not a key", "known here: none"),
     swap("unknown train", "lora", "lroa", "backbone.train", "did you mean 'lora'"),
-    swap("key of data", "size =", "sizes =", "data.sizes is not a key", "did you mean 'size'"),
     swap(
         "key of source",
         'path = "train',
@@ -112,47 +111,17 @@ KEYS = [
         "data.source.path is missing",
     ),
     swap("key of stage", "steps = 2", "step = 2", "stage.soar.step is not a key", "did you mean 'steps'"),
-    swap("key of objective", "points", "point", "stage.soar.objective.point is not a key", "did you mean 'points'"),
-    swap(
-        "key of noise",
-        '"logit_normal"',
-        '"logit_normal", men = 1',
-        "stage.soar.noise.men is not a key",
-        "did you mean 'mean'",
-    ),
-    swap(
-        "key of sampler", "noise = 0.7", "nosie = 0.7", "stage.grpo.sampler.nosie is not a key", "did you mean 'noise'"
-    ),
-    swap("noise of ode", "flow_sde", "ode", "stage.grpo.sampler.noise is not a key", "known here: none"),
-    swap("key of reward", "weight", "wieght", "stage.grpo.reward.0.wieght is not a key", "did you mean 'weight'"),
-    swap("key of optimizer", "lr =", "rl =", "stage.soar.optimizer.rl is not a key", "known here: lr, betas"),
-    swap("key of eval", "limit", "limits", "eval.limits is not a key", "did you mean 'limit'"),
     swap("table that is none", "[eval]", "[evaluation]", "evaluation is not a key", "known here"),
 ]
 TYPES = [
-    swap("text for a number", "steps = 2", 'steps = "2"', "stage.soar.steps", "must be a whole number"),
-    swap("fraction for a number", "steps = 2", "steps = 2.5", "stage.soar.steps", "must be a whole number"),
-    swap("number for text", 'name = "tiny"', "name = 3", "name: must be text in quotes"),
-    write("one bracket", 'name = "a"\n[stage]\nsteps = 1\n', "stage: must be a list", "write [[...]]"),
-    swap("one number for size", "size = [16, 16]", "size = 16", "data.size: must be a list", "write [...]"),
     swap("three numbers for size", "size = [16, 16]", "size = [16, 16, 3]", "size is [height, width]"),
-    swap("text for a list", "rank = 2", 'targets = "to_q"', "backbone.train.targets: must be a list", "write [...]"),
-    swap("table for rewards", '[{ use = "bright" }]', '{ use = "bright" }', "eval.reward: must be a list", "[{ ... }]"),
     swap("text for plugins", '["bright.py"]', '"bright.py"', "plugins: must be a list of files", "such as"),
-    swap("text for objective", SOAR, 'objective = "soar"', "stage.soar.objective: must be a table such as"),
     swap(
         "precision",
         'name = "tiny"',
         'name = "tiny"\nprecision = "bf61"',
         "precision: must be one of",
         "did you mean 'bf16'",
-    ),
-    swap(
-        "schedule",
-        "lr = 1e-3",
-        'schedule = "cosin"',
-        "stage.soar.optimizer.schedule: must be one of",
-        "did you mean 'cosine'",
     ),
 ]
 VALUES = [
@@ -172,14 +141,6 @@ NAMES = [
     swap("two stages of one name", 'name = "grpo"', 'name = "soar"', "stage.soar: two stages", "rename one"),
     swap("a stage called base", 'name = "soar"', 'name = "base"', "stage.base", "rename the stage"),
     swap("unknown backbone", '"sd3"', '"sd33"', "backbone: no backbone is called 'sd33'", "did you mean 'sd3'"),
-    swap(
-        "unknown objective",
-        '"soar", points',
-        '"soer", points',
-        "stage.soar.objective: no objective",
-        "did you mean 'soar'",
-    ),
-    swap("unknown sampler", "flow_sde", "flow_sed", "stage.grpo.sampler: no sampler", "did you mean 'flow_sde'"),
     swap("unknown noise", "logit_normal", "lognormal", "stage.soar.noise: no noise weighting", "there are: "),
     swap(
         "unknown reward",
@@ -188,8 +149,6 @@ NAMES = [
         "stage.grpo.reward.0: no reward",
         "did you mean 'bright'",
     ),
-    swap("unknown source", '"jsonl"', '"json"', "data.source: no source", "did you mean 'jsonl'"),
-    swap("no use", 'use = "soar", ', "", "stage.soar.objective: needs `use`", "soar"),
 ]
 CONTRADICTIONS = [
     swap("no stages", "[[stage]]\n", "[[stages]]\n", "stages is not a key", "did you mean 'stage'"),
@@ -251,23 +210,23 @@ PLUGINS = [
         "brigth.py",
         "relative to the pipeline file",
     ),
-    plugin("plugin of no python", "def f(:\n", "bright.py:1 cannot be run (SyntaxError", "mend it"),
+    plugin("plugin of no python", "def f(:\n", "bright.py:1 cannot be run (SyntaxError", "fix it"),
     plugin(
         "plugin that does not import",
         "import os\nimport not_there\n",
         "bright.py:2 cannot be run (ModuleNotFoundError",
-        "mend it",
+        "fix it",
     ),
     plugin(
-        "misspelt hook",
+        "misspelled hook",
         "from corefit import hookimpl\n@hookimpl\ndef corefit_reward():\n    return {}\n",
-        "implements 'corefit_reward', which is no hook",
+        "implements 'corefit_reward', which is not a hook",
         "did you mean 'corefit_rewards'",
     ),
     plugin(
         "unmarked hook",
         "def corefit_rewards():\n    return {}\n",
-        "bright.py: corefit_rewards() is not marked",
+        "bright.py: corefit_rewards() is not marked as a hook",
         "@corefit.hookimpl",
     ),
     plugin(
@@ -323,7 +282,7 @@ OFFERED = [
         bare("rewards", "bright", "weight: float = 1.0", "(Reward)"),
         "bright.py",
         "offers 'bright'",
-        "which is no reward: it has no score(media, prompts, meta)",
+        "which is not a valid reward: it has no score(media, prompts, meta)",
     ),
     plugin(
         "reward that looks like none",
@@ -335,7 +294,7 @@ OFFERED = [
         "reward of one argument",
         bare("rewards", "bright", "def score(self, media): return media"),
         "bright.py",
-        "its score does not take what it is given, score(media, prompts, meta)",
+        "its score does not accept the arguments of score(media, prompts, meta)",
     ),
     plugin(
         "reward that exits",
@@ -356,7 +315,7 @@ OFFERED = [
     objective("objective of complex terms", "num_terms = 1j", "num_terms of Bare", "is 1j, not a whole number"),
 ]
 CHECKPOINTS = [
-    swap("no folder", '"base"', '"bass"', "backbone: 'bass': no such folder", "organisation/model"),
+    swap("no folder", '"base"', '"bass"', "backbone: 'bass': no such folder", "organization/model"),
     swap("no checkpoint", 'path = "base"', 'path = "media"', "media: no model_index.json", "diffusers folder"),
     base("no model_index.json", lambda folder: (folder / "model_index.json").unlink(), "base: no model_index.json"),
     base(
@@ -382,12 +341,8 @@ CHECKPOINTS = [
 DATA = [
     swap("no jsonl", '"train.jsonl"', '"trian.jsonl"', "data: ", "trian.jsonl does not exist", "`path` must name"),
     rows("bad line", SKY, '{"prompt": "a sky",', said=("train.jsonl:2: this is not JSON", "one object a line")),
-    rows("line that is no object", SKY, ["a sky"], said=("train.jsonl:2: found a list", "expected an object")),
-    rows("no prompt", SKY, {"text": "a sky", "media": "x"}, said=("train.jsonl:2: there is no 'prompt'", "'text'")),
-    rows("prompt of no text", {"prompt": 3, "media": "x"}, said=("train.jsonl:1: 'prompt' is 3", "expected a string")),
     rows("mixed media", SKY, {"prompt": "a sky"}, said=("train.jsonl:2: this line has no 'media'", "give every line")),
     rows("no media", {"prompt": "a sky"}, said=("data: 1 of 1 examples have no media",)),
-    rows("no lines", "", said=("train.jsonl is empty", "expected one JSON object")),
     rows(
         "missing media",
         SKY,
@@ -407,13 +362,6 @@ DATA = [
         'source = { use = "imagefolder", path = "media" }',
         "8 of 8 media have no .txt",
         "class_prompt =",
-    ),
-    swap(
-        "folder without pictures",
-        SOURCE,
-        'source = { use = "imagefolder", path = "base" }',
-        "base holds no media",
-        ".png",
     ),
     swap(
         "no eval prompts", '"heldout.jsonl"', '"held.jsonl"', "eval.prompts: ", "held.jsonl does not exist", "must name"
@@ -445,7 +393,7 @@ INPUT = [
     rows(
         "half a character",
         {"prompt": "a \ud800 sky", "media": "media/0.png"},
-        said=("train.jsonl:1: 'prompt' is", "lone surrogate", "write it anew"),
+        said=("train.jsonl:1: 'prompt' is", "lone surrogate", "correct the text"),
     ),
     rows(
         "half a character in captions",
@@ -495,16 +443,7 @@ INPUT = [
     ),
 ]
 CASES = [*FILES, *KEYS, *TYPES, *VALUES, *NAMES, *CONTRADICTIONS, *PLUGINS, *OFFERED, *CHECKPOINTS, *DATA, *INPUT]
-TYPED = (
-    "missing file",
-    "no toml",
-    "key of stage",
-    "no whole groups",
-    "plugin of no python",
-    "another family",
-    "missing media",
-    "unknown reward",
-)
+TYPED = ("key of stage", "plugin of no python", "missing media")
 """Cases that are also given to the installed command, in a process of its own."""
 
 
@@ -524,7 +463,7 @@ def test_the_pipeline_that_is_spoilt_is_good(project):
     before = project.tree()
     ended = project.main("check", "pipeline.toml")
     assert (ended.status, ended.err) == (0, "")
-    assert project.tree() == before
+    assert {name: stat for name, stat in project.tree().items() if not name.startswith(".corefit")} == before
 
 
 def test_cases_have_names_of_their_own():
@@ -553,12 +492,8 @@ def test_the_installed_command_refuses(project, name):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("steps", "write KEY=VALUE"),
         ("stage.sora.steps=1", "did you mean 'soar'"),
-        ("stage.steps=1", "say which stage (soar, grpo)"),
         ("stage.soar.steps=many", "stage.soar.steps: must be a whole number, not 'many'"),
-        ("stage.soar.stpes=1", "stage.soar.stpes is not a key (did you mean 'steps'?)"),
-        ("eval.reward=[]", "eval.reward: name at least one reward"),
     ],
 )
 def test_settings_are_refused_as_the_file_is(project, setting, said):
@@ -658,7 +593,7 @@ def spoil_pictures(project, *numbers):
 def test_unreadable_pictures_are_all_listed_and_no_half_cache_is_left(project):
     spoil_pictures(project, 2, 5)
     assert project.main("check", "pipeline.toml").status == 0
-    ended = project.command("run", "pipeline.toml")
+    ended = project.main("run", "pipeline.toml")
     assert ended.status == 2, ended.err
     assert "Traceback" not in ended.err
     assert "2 of 8 media are missing or unreadable, and 0 may be skipped" in ended.err
@@ -669,10 +604,12 @@ def test_unreadable_pictures_are_all_listed_and_no_half_cache_is_left(project):
     assert not list(project.folder.glob("runs/tiny/0*"))
 
 
-def test_disabling_plugins(project):
-    ended = project.command("check", "pipeline.toml", COREFIT_DISABLE="saor")
+def test_disabling_plugins(project, monkeypatch):
+    monkeypatch.setenv("COREFIT_DISABLE", "saor")
+    ended = project.main("check", "pipeline.toml")
     assert ended.status == 2
     assert "COREFIT_DISABLE names 'saor'" in ended.err
     assert "did you mean 'soar'" in ended.err
-    ended = project.command("check", "pipeline.toml", COREFIT_DISABLE="soar")
+    monkeypatch.setenv("COREFIT_DISABLE", "soar")
+    ended = project.main("check", "pipeline.toml")
     assert "stage.soar.objective: no objective is called 'soar'" in ended.err

@@ -50,6 +50,21 @@ def test_a_backbone_is_told_all_that_it_lacks():
         assert f"it has no {name}" in said
 
 
+def test_attributes_that_a_backbone_neither_declares_nor_uses_are_named():
+    class Silent(Backbone):
+        transformer = None
+
+        def place(self, device, dtype):
+            self.empty = None
+
+    said = lacks(frozen(Silent), "backbones").split("; ")
+    assert "it has no lora_targets" in said
+    assert not {"it has no transformer", "it has no empty"} & {*said}
+    assert "lora_targets" not in lacks(
+        define(type("Field", (Backbone,), {"__annotations__": {"lora_targets": list}})), "backbones"
+    )
+
+
 def test_a_class_that_looks_alike_needs_what_a_subclass_inherits():
     @frozen
     class Alike:
@@ -100,7 +115,10 @@ def test_a_coroutine_is_no_method():
     class Late(Reward):
         async def score(self, media, prompts, meta): ...
 
-    assert lacks(Late, "rewards") == "its score is a coroutine (async def), and is called without await"
+    assert (
+        lacks(Late, "rewards")
+        == "its score is a coroutine (async def), but corefit calls it without await; write a plain method"
+    )
 
 
 def test_an_offer_that_lacks_a_member_is_refused_by_name(tmp_path):
@@ -108,7 +126,9 @@ def test_an_offer_that_lacks_a_member_is_refused_by_name(tmp_path):
         "from attrs import frozen\nfrom corefit import hookimpl\n\n@frozen\nclass Dim:\n"
         "    def score(self, media): ...\n\n@hookimpl\ndef corefit_rewards():\n    return {'dim': Dim}\n"
     )
-    with pytest.raises(PluginError, match=r"offers 'dim', Dim \(.*mine.py\), which is no reward: its score does not"):
+    with pytest.raises(
+        PluginError, match=r"offers 'dim', Dim \(.*mine.py\), which is not a valid reward: its score does not"
+    ):
         Host(plugins=[]).add_file(tmp_path / "mine.py")
 
 
@@ -164,5 +184,5 @@ def test_a_term_without_a_gradient_is_named():
 
 
 def test_a_metric_with_a_name_of_the_trainer_is_refused():
-    with pytest.raises(PluginError, match=r"int logs 'step', which is the trainer's; give it another name"):
+    with pytest.raises(PluginError, match=r"int logs 'step', a name that the trainer uses; give the metric another"):
         term(Term(TOTAL, 1.0, {"step": TOTAL}), 3)

@@ -108,7 +108,8 @@ def cut(weights: dict[str, torch.Tensor]) -> None:
     [("flux", 4, "text_encoder"), ("flux", 5, "text_encoder"), ("wan", 4, "text_encoder")],
 )
 @pytest.mark.parametrize(
-    ("spoil", "said"), [(one_more, "has no place for .*adapter.down.weight"), (cut, r" is of shape \[\d+.*, and by")]
+    ("spoil", "said"),
+    [(one_more, "which has no .*adapter.down.weight"), (cut, r" has the shape \[\d+.*; according")],
 )
 def test_other_weights_than_the_models_are_refused(
     family: str, version: int, part: str, spoil: Any, said: str, copied: Callable[..., Path]
@@ -156,7 +157,7 @@ SPOILT: dict[str, tuple[str, int, Callable[[Path], object], str]] = {
         "flux",
         4,
         lambda f: (f / "tokenizer/merges.txt").write_text("#version: 0.2\nx\ny z q\n"),
-        "tokenizer/merges.txt: no line of it joins two pieces",
+        "tokenizer/merges.txt: no line of it joins two tokens",
     ),
     "no merges": ("flux", 4, lambda f: (f / "tokenizer/merges.txt").unlink(), "tokenizer: .* lacks merges.txt"),
     "no tokenizer.json": ("wan", 5, lambda f: (f / "tokenizer/tokenizer.json").unlink(), "tokenizer: .* lacks spiece"),
@@ -178,7 +179,7 @@ SPOILT: dict[str, tuple[str, int, Callable[[Path], object], str]] = {
         "flux",
         4,
         lambda f: edit(f / "text_encoder/config.json", hidden_size="four"),
-        "text_encoder/config.json: no CLIPTextModel can be made of it",
+        "text_encoder/config.json: no CLIPTextModel can be made from it",
     ),
     "unknown class": (
         "wan",

@@ -5,7 +5,10 @@ What sd3 alone has to show is in test_sd3.py.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import pkgutil
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vectors import golden as golden_file
 
+import corefit_backbones as package
 from corefit.errors import ConfigError, ModelError
 from corefit.testing import check_backbone, tiny_chroma, tiny_flux, tiny_wan
 from corefit.train import weights
@@ -409,6 +413,16 @@ def test_flux_packs_and_shifts_as_published() -> None:
         if name.startswith("flux.L") and name.endswith(".sigmas"):
             tokens, steps = (int(part[1:]) for part in name.split(".")[1:3])
             schedules.check(name, schedule.grid(config, steps, tokens, linear=True))
+
+
+def test_a_class_is_abstract_or_has_no_subclass() -> None:
+    """So every method of a backbone that runs is found in one class, or in an abstract one above it."""
+    names = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+    held = [kind for name in names for kind in vars(importlib.import_module(name)).values() if inspect.isclass(kind)]
+    classes = {kind for kind in held if kind.__module__ in names}
+    parents = {base for kind in classes for base in kind.__mro__[1:]} & classes
+    assert {kind.__name__ for kind in parents} == {"Diffusers", "Packed"}
+    assert all(inspect.isabstract(kind) for kind in parents)
 
 
 # what a user can get wrong

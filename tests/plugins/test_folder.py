@@ -59,7 +59,7 @@ SPOILT: dict[str, tuple[Callable[[Project], None], str]] = {
     "text for a shift": (value(SCHEDULER, shift="three"), f"{SCHEDULER}: shift is 'three'; a number is expected"),
     "a class that is no list": (value("model_index.json", vae="AutoencoderKL"), "vae is 'AutoencoderKL'; [library"),
     "half a class": (value("model_index.json", text_encoder=["transformers"]), "text_encoder is ['transformers'];"),
-    "a file": (path("train.jsonl"), "train.jsonl is a file; name the folder"),
+    "a file": (path("train.jsonl"), "train.jsonl is a file; name the diffusers folder"),
     "nothing": (path(""), "backbone.path: must name a folder"),
     "a name of thousands of characters": (
         path("a" * 5000),

@@ -152,7 +152,7 @@ def test_what_ends_the_process_is_refused(install, file):
 
 
 def test_an_offer_of_no_text_is_refused():
-    assert "offers the name 3, which is no text" in refused(offering("samplers", {3: Toy}))
+    assert "offers the name 3, which is not a string" in refused(offering("samplers", {3: Toy}))
 
 
 def test_a_name_that_nobody_offers():
@@ -207,7 +207,7 @@ def test_two_distributions_with_one_plugin_name(install):
     assert "uninstall one of them" in said
 
 
-def test_a_misspelt_hook_names_the_near_miss(install):
+def test_a_misspelled_hook_names_the_near_miss(install):
     install(
         "corefit-outside",
         "outside",
@@ -216,7 +216,7 @@ def test_a_misspelt_hook_names_the_near_miss(install):
     with pytest.raises(PluginError) as error:
         Host()
     said = str(error.value)
-    assert "plugin 'outside' of corefit-outside 1.2 implements 'corefit_sampler', which is no hook" in said
+    assert "plugin 'outside' of corefit-outside 1.2 implements 'corefit_sampler', which is not a hook" in said
     assert "did you mean 'corefit_samplers'?" in said
     assert "corefit_stage_finished" in said
     assert "COREFIT_DISABLE=outside" in said
@@ -224,7 +224,7 @@ def test_a_misspelt_hook_names_the_near_miss(install):
 
 def test_a_hook_that_is_not_marked():
     said = refused(SimpleNamespace(corefit_samplers=lambda: {"toy": Toy}))
-    assert "corefit_samplers() is not marked; decorate it with @corefit.hookimpl" in said
+    assert "corefit_samplers() is not marked as a hook; decorate it with @corefit.hookimpl" in said
     assert "leave it out of Host(plugins=[...])" in said
 
 
@@ -244,7 +244,7 @@ def test_an_argument_that_the_hook_does_not_have():
 def test_an_offer_that_is_no_attrs_class(offered):
     said = refused(offering("samplers", {"toy": offered}))
     assert "corefit_samplers() offers 'toy', which is" in said
-    assert "no attrs class; decorate the class with @attrs.frozen" in said
+    assert "not an attrs class; decorate the class with @attrs.frozen" in said
 
 
 @pytest.mark.parametrize("offers", [None, [Toy], Toy, "toy"])
@@ -276,7 +276,7 @@ def test_disabling_what_is_not_there(monkeypatch):
     monkeypatch.setenv("COREFIT_DISABLE", "soaar")
     with pytest.raises(PluginError) as error:
         Host()
-    assert "COREFIT_DISABLE names 'soaar', and no installed plugin is called so (did you mean 'soar'?)" in str(
+    assert "COREFIT_DISABLE names 'soaar', but no installed plugin has that name (did you mean 'soar'?)" in str(
         error.value
     )
     assert "there are: " in str(error.value)
@@ -340,7 +340,7 @@ def test_a_local_file_that_does_not_run_names_the_line(file, tmp_path, source, l
         file(source)
     said = str(error.value)
     assert f"plugin file {tmp_path / 'mine.py'}:{line} cannot be run ({what}: " in said
-    assert "mend it, or remove it from `plugins`" in said
+    assert "fix it, or remove it from `plugins`" in said
     assert not any(name.startswith("corefit_local") for name in set(sys.modules) - modules)
 
 
@@ -349,7 +349,7 @@ def test_a_local_file_that_exits_is_refused(file):
         file("import sys\nsys.exit(0)\n")
 
 
-def test_a_local_file_with_a_misspelt_hook_says_what_to_remove(file):
+def test_a_local_file_with_a_misspelled_hook_says_what_to_remove(file):
     with pytest.raises(PluginError, match=r"(?s)did you mean 'corefit_samplers'.*remove it from `plugins`"):
         file(OFFER.format(field="pass", name="x").replace("corefit_samplers", "corefit_smplers"))
 
@@ -421,9 +421,12 @@ def test_observers_add_metrics():
 @pytest.mark.parametrize(
     ("plugins", "problem"),
     [
-        ([adding(loss=1.0)], r"corefit_step_metrics\(\) of .*Adder.* adds the metric 'loss', which the stage has"),
-        ([adding(x=1.0), adding(x=2.0)], r"adds the metric 'x', which the object .*Adder.* has"),
-        ([adding(step=1.0)], r"adds the metric 'step', which the stage has"),
+        (
+            [adding(loss=1.0)],
+            r"corefit_step_metrics\(\) of .*Adder.* adds .* 'loss', which the stage logs already",
+        ),
+        ([adding(x=1.0), adding(x=2.0)], r"adds the metric 'x', which the object .*Adder.* logs already"),
+        ([adding(step=1.0)], r"adds the metric 'step', which the stage logs already"),
         ([adding(x="high")], r"returned \{'x': 'high'\}, not a mapping of names to numbers"),
         ([adding(x=True)], "not a mapping of names to numbers"),
         ([adding(x=10**400)], "not a mapping of names to numbers"),

@@ -470,7 +470,10 @@ BAD_FOLDERS = {
         "model_index.json has no transformer",
     ),
     "no config": (lambda f: (f / "vae" / "config.json").unlink(), "vae: no config.json"),
-    "channels differ": (lambda f: rewrite(f / "vae" / "config.json", latent_channels=8), "VAE of 8 channels"),
+    "channels differ": (
+        lambda f: rewrite(f / "vae" / "config.json", latent_channels=8),
+        "4 input channels, and the VAE's latents need 8",
+    ),
     "another scheduler": (
         lambda f: rewrite(f / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler"),
         "its scheduler is DDIMScheduler",
@@ -483,15 +486,15 @@ BAD_FOLDERS = {
     ),
     "a weight too many": (
         lambda f: change_weights(f / "transformer" / WEIGHTS, lambda w: w | {"x.bias": torch.ones(1)}),
-        f"{WEIGHTS}: a SD3Transformer2DModel, as transformer is to be, has no place for x.bias",
+        f"{WEIGHTS}: transformer should be a SD3Transformer2DModel, which has no x.bias",
     ),
     "a weight of another shape": (
         lambda f: change_weights(f / "transformer" / WEIGHTS, lambda w: w | {"proj_out.bias": torch.ones(3)}),
-        rf"{WEIGHTS}: proj_out.bias is of shape \[3\], and by config.json a SD3Transformer2DModel has \[16\] there",
+        rf"{WEIGHTS}: proj_out.bias has the shape \[3\]; according to config.json a SD3Transformer2DModel has \[16\]",
     ),
     "text for a number": (
         lambda f: rewrite(f / "transformer" / "config.json", num_layers="four"),
-        "transformer/config.json: no SD3Transformer2DModel can be made of it",
+        "transformer/config.json: no SD3Transformer2DModel can be made from it",
     ),
 }
 
@@ -517,7 +520,7 @@ def test_other_things_a_user_can_get_wrong(folder):
         Sd3(str(folder), max_sequence_length=0)
     with pytest.raises(ModelError, match=r"revision .*is for a name on the hub"):
         Sd3(str(folder), revision="main").latent_shape([16, 16])
-    with pytest.raises(ModelError, match="no name on the hub"):
+    with pytest.raises(ModelError, match="not a name on the hub"):
         Sd3("/no/such/folder").latent_shape([16, 16])
 
 
@@ -534,11 +537,11 @@ def test_a_name_on_the_hub_fetches_json_first_and_weights_on_load(folder, monkey
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fake_snapshot)
     monkeypatch.setattr(DiffusionPipeline, "download", fake_download)
-    backbone = Sd3("organisation/model", revision="abc")
+    backbone = Sd3("organization/model", revision="abc")
     assert backbone.latent_shape([16, 16]) == (4, 8, 8)
-    assert calls == [("json", "organisation/model", "abc", ["*.json"])]
+    assert calls == [("json", "organization/model", "abc", ["*.json"])]
     backbone.load(CPU, torch.float32)
-    assert calls[1:] == [("weights", "organisation/model", "abc", None)]
+    assert calls[1:] == [("weights", "organization/model", "abc", None)]
 
 
 def test_a_hub_that_gives_nothing_is_told(monkeypatch):

@@ -58,16 +58,16 @@ def test_time_of_a_sigma_and_what_the_model_is_told():
     vectors = golden("schedules")
     sigma, shift = vectors["inv.sigma"], vectors.meta["lookup_shift"]
     vectors.check("inv.t", table.time_of(sigma, shift))
-    vectors.check("inv.timestep", table.told(sigma, shift) * 1000)
+    vectors.check("inv.timestep", table.model_sigma(sigma, shift) * 1000)
     vectors.check("inv.timestep_continuous", sigma.double() * 1000)
 
 
 def test_float32_sends_165_of_1000_entries_to_their_neighbour():
     """math.md (b) 2: so telling a table sigma a second time moves it."""
     entries = table.table(SHIFT, torch.zeros(1))
-    moved = table.told(entries, SHIFT) != entries
+    moved = table.model_sigma(entries, SHIFT) != entries
     assert int(moved.sum()) == 165
-    assert torch.equal(table.told(entries, SHIFT)[moved], entries[moved.nonzero().flatten() - 1])
+    assert torch.equal(table.model_sigma(entries, SHIFT)[moved], entries[moved.nonzero().flatten() - 1])
 
 
 def test_table_levels_are_the_published_ones():
@@ -81,7 +81,7 @@ def test_table_levels_are_the_published_ones():
     base, _, point = model.asked
     vectors.check("sigma_t0", base)
     # the model is told s* through the look-up, as published
-    assert torch.equal(point, table.told(vectors["sigma_t1"], SHIFT))
+    assert torch.equal(point, table.model_sigma(vectors["sigma_t1"], SHIFT))
 
 
 # ---- the rollout step and the correction points
@@ -148,7 +148,7 @@ def test_correction_points_are_the_published_ones(file, sampler):
         z, _ = renoised(z0, eps, paths[path], s_star, level)
         vectors.check(f"point{number}.sample_indices", rows)
         vectors.check(f"point{number}.sigmas", level[rows])
-        vectors.check(f"point{number}.timesteps", (table.told(level, SHIFT) * 1000)[rows])
+        vectors.check(f"point{number}.timesteps", (table.model_sigma(level, SHIFT) * 1000)[rows])
         vectors.check(f"point{number}.latents", z[rows])
 
 

@@ -180,8 +180,8 @@ def test_code_of_a_plugin_file(project):
 
 def test_code_of_a_package(project, monkeypatch):
     was = identities(project.file)
-    real = identity._source
-    monkeypatch.setattr(identity, "_source", lambda file: "new" if file.parent.name == "corefit_soar" else real(file))
+    real = identity.source
+    monkeypatch.setattr(identity, "source", lambda file: "new" if file.parent.name == "corefit_soar" else real(file))
     assert changes(was, identities(project.file)) == {"soar": "code of corefit_soar changed", **LATER}
 
 
@@ -226,6 +226,6 @@ def test_code_of_a_part_of_a_sum(project, monkeypatch):
     sums = "stage.soar.objective={use='sum', of=[{use='soar', points=2}, {use='sft', weight=0.1}]}"
     was = identities(project.file, sums)
     assert changes(was, identities(project.file, sums.replace("0.1", "0.2"))).keys() == {"soar", *LATER}
-    real = identity._source
-    monkeypatch.setattr(identity, "_source", lambda file: "new" if file.parent.name == "corefit_sft" else real(file))
+    real = identity.source
+    monkeypatch.setattr(identity, "source", lambda file: "new" if file.parent.name == "corefit_sft" else real(file))
     assert changes(was, identities(project.file, sums)) == {"soar": "code of corefit_sft changed", **LATER}

@@ -14,13 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quick
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from corefit.cli import main
 from corefit.pipeline import Pipeline, read
 from corefit.plugins import Host
 from corefit.rng import Rng
+from corefit.run import observers
+from corefit.run.report import curves
 from corefit.run.run import run
 from corefit.system import files, ranks, signals
 from corefit.train import loop as train
@@ -91,9 +95,9 @@ LORA = 'train = { use = "lora", rank = 4, alpha = 10 }'
 
 
 @pytest.fixture
-def spec(tmp_path: Path, checkpoint: Path):
+def spec(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     """Write a pipeline and its data; the file."""
-    from PIL import Image
+    monkeypatch.setattr(observers, "curves", quick.blank)
 
     rows: list[Mapping[str, Any]] = []
     for i in range(6):
@@ -154,13 +158,15 @@ def generated(pipeline: Pipeline, model: Path, prompt: str, lora: Path | None = 
 
 
 @pytest.mark.parametrize("mode", ["", LORA])
-def test_what_a_run_leaves_and_that_diffusers_makes_the_same(spec, checkpoint, mode):
+def test_what_a_run_leaves_and_that_diffusers_makes_the_same(spec, checkpoint, monkeypatch, mode):
     pipeline = read(spec(mode))
+    monkeypatch.setattr(observers, "curves", curves)
     folder = run(pipeline)
     for name in ("00-base", "01-soar", "02-grpo"):
         assert (folder / name / "samples" / "last.png").exists()
     for name in ("01-soar", "02-grpo"):
-        assert (folder / name / "metrics.png").exists()
+        with Image.open(folder / name / "metrics.png") as drawn:
+            assert drawn.width > 300
         model = folder / name / "model"
         made = (
             generated(pipeline, checkpoint, "a blue 1", lora=model) if mode else generated(pipeline, model, "a blue 1")
@@ -203,18 +209,20 @@ def stopping(pipeline: Pipeline, monkeypatch, steps: Sequence[int]) -> int:
         real(self, batch)
         taken += 1
 
-    monkeypatch.setattr(train.Loop, "take_step", take_step)
-    monkeypatch.setattr(signals.Signals, "asked", property(lambda self: taken in stops, lambda self, value: None))
     stopped = 0
-    while True:
-        try:
-            run(pipeline)
-        except train.Stopped:
-            stopped += 1
-            stops.discard(taken)
-        else:
-            monkeypatch.undo()
-            return stopped
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Loop, "take_step", take_step)
+        patched.setattr(
+            signals.Signals, "stop_requested", property(lambda self: taken in stops, lambda self, value: None)
+        )
+        while True:
+            try:
+                run(pipeline)
+            except train.Stopped:
+                stopped += 1
+                stops.discard(taken)
+            else:
+                return stopped
 
 
 @pytest.mark.parametrize(("mode", "extra"), [("", "ema = 0.9\nmicro_batch = 3"), (LORA, "")])
@@ -251,9 +259,9 @@ def test_finished_stages_are_used_as_they_are(spec, monkeypatch):
     path = unjudged(spec())
     folder = run(read(path))
     before = weights(folder / "02-grpo")
-    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a finished stage was trained again"))
-    run(read(path, ["stage.soar.log_every=1"]))
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train", lambda *_: pytest.fail("a finished stage was trained again"))
+        run(read(path, ["stage.soar.log_every=1"]))
     soar = (folder / "01-soar" / "done.json").read_text()
     run(read(path, ["stage.grpo.optimizer.lr=5e-4"]))
     assert (folder / "01-soar" / "done.json").read_text() == soar
@@ -293,7 +301,7 @@ def test_a_stage_that_was_stopped_and_then_changed_starts_at_step_0(spec, monkey
         first.append((self.stage, self.step))
 
     monkeypatch.setattr(state.State, "resume", resume)
-    monkeypatch.setattr(signals.Signals, "asked", property(lambda self: True, lambda self, value: None))
+    monkeypatch.setattr(signals.Signals, "stop_requested", property(lambda self: True, lambda self, value: None))
     for settings in (SFT, SFT, [*SFT, "stage.soar.optimizer.lr=5e-4"]):
         with pytest.raises(train.Stopped):
             run(read(path, settings))

@@ -50,18 +50,18 @@ def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path):
     assert process.stdout.readline() == b"held\n"
     with files.locked(file, wait=False) as free:
         assert not free
-    files.sweep(tmp_path)
+    files.remove_stale_locks(tmp_path)
     assert file.exists()
     process.kill()
     process.wait()
     with files.locked(file, wait=False) as free:
         assert free
-    files.sweep(tmp_path)
+    files.remove_stale_locks(tmp_path)
     assert not file.exists()
 
 
 def test_a_held_lock_leaves_no_file(tmp_path):
-    with files.held(tmp_path / "a.lock"):
+    with files.temporary_lock(tmp_path / "a.lock"):
         assert (tmp_path / "a.lock").exists()
     assert not list(tmp_path.iterdir())
 
@@ -102,5 +102,5 @@ def test_other_errors_pass(tmp_path, error):
 
 
 def refuse(folder: Path, error: Exception) -> None:
-    with files.written(folder):
+    with files.explain_write_errors(folder):
         raise error

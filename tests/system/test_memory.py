@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 import torch
 from attrs import frozen
@@ -112,8 +115,36 @@ def test_what_it_happened_in_is_named(job, monkeypatch, where):
         yield
 
     if where == "the experience":
-        monkeypatch.setattr(train, "parts", full)
+        monkeypatch.setattr(train, "checked_parts", full)
     else:
-        monkeypatch.setattr(train.Loop, "_apply", lambda *args: cuda())
+        monkeypatch.setattr(train.Loop, "_apply_gradient", lambda *args: cuda())
     with pytest.raises(TrainingError, match=f"stage s, step 1, {where}: out of memory; 2.50 GiB"):
         train.train(job(), ranks.join("fp32"))
+
+
+def test_an_import_is_not_searched_for_garbage_and_a_later_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    during: list[bool] = []
+
+    def fails() -> None:
+        with memory.uncollected("a_library"):
+            during.append(gc.isenabled())
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        fails()
+    assert during == [False]
+    assert gc.isenabled()
+    assert frozen == [False]
+    monkeypatch.setitem(sys.modules, "a_library", memory)
+    with memory.uncollected("a_library"):
+        assert gc.isenabled()
+    assert frozen == [False]
+
+
+def test_a_collector_that_is_off_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "isenabled", lambda: False)
+    monkeypatch.setattr(gc, "enable", lambda: pytest.fail("it is on"))
+    with memory.uncollected("a_library"):
+        pass

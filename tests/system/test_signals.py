@@ -12,7 +12,7 @@ import pytest
 from corefit.system import signals as module
 from corefit.system.signals import Signals
 
-ASKING = module.heard()
+ASKING = module.stop_signals()
 pytestmark = pytest.mark.usefixtures("stays")
 
 
@@ -50,7 +50,7 @@ def test_in_training_the_first_asks_and_the_second_ends(said, number):
     def run() -> None:
         with signals.handled(), signals.training():
             send(number)
-            assert signals.asked
+            assert signals.stop_requested
             assert said == ["stopping after this step; once more to stop now"]
             send(number)
             pytest.fail("the second signal was not heard")
@@ -128,7 +128,7 @@ def test_what_cannot_be_said_is_asked_all_the_same():
     signals = Signals(say)
     with pytest.raises(KeyboardInterrupt), signals.handled(), signals.training():
         send()
-    assert signals.asked
+    assert signals.stop_requested
 
 
 def test_an_ending_process_ignores_further_signals():
@@ -151,7 +151,7 @@ with open(sys.argv[1], "w") as log, asked.handled():
     try:
         with asked.training():
             print("here", flush=True)
-            while not asked.asked:
+            while not asked.stop_requested:
                 time.sleep(0.01)
             print("the next step's line", flush=True)
             log.write("checkpoint")

@@ -94,7 +94,7 @@ WRONG = [
     (IgnoresPrompts, HIDDEN),
     (Timestep, r"velocity at sigma \d+(\.\d)?: sigma is a noise level in \[0, 1\]"),
     (MeanOfBatch, "a row's loss must not depend on its neighbours"),
-    (MeanOfLosses, r"Term\.of takes losses \[n\], one an item, and was given \[\]"),
+    (MeanOfLosses, r"Term\.of takes losses \[n\], one for each item, and got \[\]"),
     (Bare, r"terms\(\) gives Tensor and not Term: yield Term\.of\(losses\)"),
 ]
 

@@ -328,7 +328,7 @@ class OldPolicyOfTheProcess(OwnOldPolicy):
     """The same, taken where a process starts, which a resume does again."""
 
     def share(self, batch, ctx):
-        self.old = None if ctx.first else self.old
+        self.old = None if ctx.first_batch else self.old
         return super().share(batch, ctx)
 
 

@@ -109,7 +109,7 @@ class InTheFirstStep(Supervised):
 
     def terms(self, batch, ctx):
         loss = errors(batch, ctx)
-        if ctx.first:
+        if ctx.first_batch:
             assert loss.isfinite().all()
         yield Term.of(loss)
 

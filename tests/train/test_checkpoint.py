@@ -74,7 +74,7 @@ MANIFESTS = {
 
 def former(content: dict[str, Any]) -> dict[str, Any]:
     """A manifest as the format before digests had it."""
-    return {key: value for key, value in content.items() if key != "digest"} | {"format": state.UNDIGESTED}
+    return {key: value for key, value in content.items() if key != "digest"} | {"format": state.LAST_WITHOUT_DIGEST}
 
 
 def test_one_of_the_former_format_is_read(tmp_path):

@@ -51,7 +51,7 @@ def measured(pipeline: Pipeline, rows: int) -> int:
     cond = backbone.encode_text(["a red sky"] * rows)
     for p in backbone.transformer.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    with memory.held() as held:
+    with memory.track_live_bytes() as held:
         backbone.velocity(x, sigma, Condition(cond.tensors)).square().mean().backward()
     return held.peak
 
@@ -257,7 +257,7 @@ def test_activations_alone_are_a_warning(project: Project) -> None:
 def test_options_that_cannot_be_are_told_by_check(project: Project) -> None:
     ended = project.main("check", "pipeline.toml", "--set", "backbone.attention='flesh'")
     assert ended.status == 2
-    assert "Did you mean 'flash'?" in ended.err
+    assert "(did you mean 'flash'?)" in ended.err
 
 
 def test_a_run_that_cannot_fit_does_not_start(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,9 +54,9 @@ def test_lora_trains_the_adapter_alone(job):
     assert any(float(p.abs().max()) > 0 for n, p in adapter.items() if "lora_B" in n)
 
 
-def _started(job: train.Job, on: ranks.Ranks) -> weights.Named:
+def _started(job: train.Job, on: ranks.Ranks) -> weights.Trainable:
     """What trains, as the first step finds it."""
-    return weights.load(job.backbone, on, half=job.half, mode=job.mode, seed=job.seed)
+    return weights.load(job.backbone, on, frozen_in_bf16=job.frozen_in_bf16, mode=job.mode, seed=job.seed)
 
 
 def _loaded(job: train.Job) -> dict[str, torch.Tensor]:
@@ -97,7 +97,7 @@ def test_the_average_goes_back_where_an_observer_raises(job):
     moved = []
 
     def observe() -> None:
-        with loop.state.to_be_left():
+        with loop.state.ema_applied():
             moved.append(worst(dict(loop.state.trainable), before))
             raise RuntimeError("the tracker is away")
 
@@ -238,7 +238,7 @@ class Miscounted(Supervised):
 
 
 def test_a_wrong_number_of_terms_is_named(job):
-    with pytest.raises(PluginError, match=r"Miscounted .* yielded 1 terms, not num_terms = 2; mend it"):
+    with pytest.raises(PluginError, match=r"Miscounted .* yielded 1 terms, not num_terms = 2; fix it"):
         train.train(job(Miscounted()), ranks.join("fp32"))
 
 
@@ -372,7 +372,7 @@ def test_in_bf16_the_weights_that_train_stay_in_float32(job, join, mode):
     keys = {"mode": mode, "optimizer": Optimizer(lr=1e-3, eps=1e-3)}
 
     def of(objective: Any = None, **more: Any) -> train.Job:
-        return train.Job(**{**_fields(job(objective, **keys)), "half": isinstance(mode, Lora), **more})
+        return train.Job(**{**_fields(job(objective, **keys)), "frozen_in_bf16": isinstance(mode, Lora), **more})
 
     half, mine = join("bf16"), of()
     rounded = trained(mine, half)

@@ -162,14 +162,14 @@ def timeless(metrics: dict[str, float]) -> dict[str, float]:
     [
         ((), "must list the objectives"),
         ((("sft", Sft(), 1.0), ("sft", Sft(), 1.0)), "must list 'sft' once"),
-        ((("sum", Sum(of=(Weighted("sft", Sft()),)), 1.0),), "no sums"),
+        ((("sum", Sum(of=(Weighted("sft", Sft()),)), 1.0),), "not sums"),
         (
             (("a", FlowGrpo(group=4), 1.0), ("b", FlowGrpo(group=8), 1.0)),
-            "of as many samples a prompt, or of 1: a takes 4, b takes 8",
+            "with the same number of samples a prompt, or with 1: a takes 4, b takes 8",
         ),
         (
             (("a", FlowGrpo(updates=2), 1.0), ("b", FlowGrpo(updates=3), 1.0)),
-            "of as many optimiser steps a batch, or of 1: a takes 2, b takes 3",
+            "with the same number of optimizer steps a batch, or with 1: a takes 2, b takes 3",
         ),
     ],
 )

@@ -51,7 +51,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, list[Any]]:
 
     def seen_step(loop: Any, batch: Any) -> None:
         if loop.state.step == 0:
-            seen["trained"].append(frozen(loop.transformer))
+            seen["trained"].append(frozen(loop.state.transformer))
         step(loop, batch)
 
     monkeypatch.setattr(evaluate.Evaluator, "score", seen_score)

@@ -8,7 +8,7 @@ import pytest
 
 from corefit.errors import PluginError
 from corefit.plugins import Host
-from corefit.types.blame import no_exit, place, returned
+from corefit.types.blame import no_exit, place, require_result
 
 EXITS = """
 import argparse
@@ -53,5 +53,5 @@ def test_other_endings_are_left_as_they_are():
 def test_places():
     assert place(Host).startswith("Host (")
     assert place(int) == "builtins.int"
-    with pytest.raises(PluginError, match=r"uses of builtins.int is 3, not a name; mend it"):
-        returned(3, lambda value: isinstance(value, str), 4, "uses", "a name")
+    with pytest.raises(PluginError, match=r"uses of builtins.int is 3, not a name; fix it"):
+        require_result(3, lambda value: isinstance(value, str), 4, "uses", "a name")

@@ -1,4 +1,4 @@
-"""Backbones of corefit: how the model families of diffusers are loaded, called and saved."""
+"""The backbones of corefit: how the model families of diffusers are loaded, called and saved."""
 
 from corefit import Backbone, Offers, hookimpl
 from corefit_backbones.chroma import Chroma

@@ -1,48 +1,64 @@
-"""What the backbones of diffusers' families share: their files, their lazily read parts, guidance, saving."""
+"""What all model families of diffusers have in common: how they are read, called with guidance, and saved."""
 
 from __future__ import annotations
 
+import gc
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from attrs import define, evolve, field, validators
 
 from corefit import ROUNDING, Condition
 from corefit.errors import ModelError
 from corefit.types import ModelPath
-from corefit_backbones import encoders, network, parts, schedule
-from corefit_backbones.folder import Checkpoint, fingerprint, link
+from corefit_backbones import encoders, network, schedule
+from corefit_backbones.folder import LONGEST, Checkpoint, fingerprint, link
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
+class Codec(Protocol):
+    """Converts media to the latents that a family is trained on, and back: the module `pictures` or `clips`."""
+
+    def encode(self, vae: Any, media: Tensor) -> Tensor: ...
+    def decode(self, vae: Any, x0: Tensor) -> Tensor: ...
+
+
 @define(eq=False, slots=False)
 class Diffusers(ABC):
-    """One family: a leaf names diffusers' classes and says how its transformer, text and latents are called.
+    """The base of every family. A family names diffusers' classes and says how its transformer is called.
 
     path                    a folder that the family's pipeline loads, or its name on the hub
     revision                branch, tag or commit on the hub
-    variant                 of the weight files: "fp16" reads model.fp16.safetensors
+    variant                 which weight files are read: "fp16" reads model.fp16.safetensors
     gradient_checkpointing  recompute activations in backward: less memory, about a third more time
     attention               backend of diffusers' dispatcher: "native" (torch), "flash", "xformers", ...
     compile                 torch.compile for the repeated blocks: faster steps after a first one that takes a minute
+    max_sequence_length     number of T5 tokens that every prompt is padded or cut to
 
-    The last three change how fast and not what is computed, but for rounding: changed, a stage that is finished stays
-    so, and one that was interrupted goes on. Every other key but `path` determines the weights that stages leave.
+    gradient_checkpointing, attention and compile change speed and rounding only. If one of them changes, a finished
+    stage is not run again, and an interrupted one continues. Every other key except `path` is part of what determines
+    a stage's weights.
     """
 
     pipeline_class: ClassVar[str]
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str]
+    codec: ClassVar[Codec]
+    timestep_scale: ClassVar[float] = 1000
+    """The timestep that the network takes at sigma 1."""
+    linear_grid: ClassVar[bool] = False
+    """Whether the pipeline passes its scheduler the grid 1, 1 - 1/steps, ..., 1/steps, which the scheduler shifts."""
     lora_names: ClassVar[Callable[[Mapping[str, Any]], Mapping[str, Any]]] = dict
-    """A LoRA's weights by diffusers' names -> by those that they are saved under."""
+    """Renames a LoRA's weights from diffusers' names to those in the saved file."""
 
     path: ModelPath
     revision: str | None = None
@@ -52,10 +68,12 @@ class Diffusers(ABC):
     gradient_checkpointing: bool = field(default=False, metadata=ROUNDING)
     attention: str = field(default="native", metadata=ROUNDING)
     compile: bool = field(default=False, metadata=ROUNDING)
+    max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(LONGEST)])
 
     transformer: Any = field(init=False, default=None)
+    lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
     empty: Condition | None = field(init=False, default=None)
-    """The empty prompt's condition, one row: kept once made, or set from a cache."""
+    """The empty prompt's condition [1, ...]: kept once it was encoded, or set from a cache."""
     _device: Any = field(init=False, default=None)
     _dtype: Any = field(init=False, default=None)
     _text: Any = field(init=False, default=None)
@@ -63,56 +81,91 @@ class Diffusers(ABC):
 
     @property
     def distilled(self) -> bool:
-        """Whether guidance is an input of the network."""
+        """Whether the guidance scale is an input of the network."""
         return False
-
-    @cached_property
-    def schedule(self) -> Mapping[str, Any]:
-        """The scheduler's config."""
-        return schedule.check(self.checkpoint.config("scheduler", "scheduler_config.json"), self.path)
 
     @abstractmethod
     def check_settings(self) -> None:
         """Read every JSON file that `load` and `sigmas` need; ModelError if they do not fit this family."""
 
     @abstractmethod
+    def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Shape of one sample's latents for media of `size` in pixels; ConfigError for sizes that do not fit."""
+
+    @abstractmethod
+    def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor of one sample's condition."""
+
+    @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Condition: ...
 
     @abstractmethod
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor: ...
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        """v [B, ...] in float32; the network runs in the dtype given to `load`, and gets sigma in float32."""
+
+    @abstractmethod
+    def num_tokens(self, shape: Sequence[int]) -> int:
+        """Number of patches of latents of `shape`; dynamic shifting of the noise levels depends on it."""
+
+    @cached_property
+    def schedule(self) -> Mapping[str, Any]:
+        """The scheduler's config."""
+        return schedule.check(self.checkpoint.config("scheduler", "scheduler_config.json"), self.path)
+
+    def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
+        """The pipeline's own noise levels [steps + 1] for latents of `shape`, the last 0; float32, CPU."""
+        return schedule.grid(self.schedule, steps, self.num_tokens(shape), linear=self.linear_grid)
+
+    def shift(self, shape: Sequence[int]) -> float:
+        """The scheduler's timestep shift; with dynamic shifting, the one for latents of `shape`."""
+        return schedule.shift(self.schedule, self.num_tokens(shape))
 
     def check(self) -> None:
-        """ModelError for settings that do not fit this family, and for parts without weights."""
+        """Raise a ModelError for settings that do not fit this family, and for parts without weights."""
         self.check_settings()
         self._check_class("vae", self.vae_class)
         for name in self.networks:
             self._check_class(name, self.transformer_class)
             config = self.checkpoint.config(name)
             for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
-                config.get(key)  # a number that is none is told now
+                config.get(key)  # raises now if the value is not a number
         self.checkpoint.check_weights("transformer", "vae", "text_encoder")
 
     def _check_class(self, part: str, expected: str) -> None:
-        """ModelError where a part is of another class than this family's: its weights may have the same names."""
+        """Raise a ModelError if a part has another class than this family's, whose weights may have equal names."""
         config = self.checkpoint.config(part)
         if config.get("_class_name", expected) != expected:
             raise ModelError(f"{config.file}: _class_name is {config['_class_name']}; this family's is {expected}")
+
+    def check_channels(self, latents: int, patch: int = 1) -> None:
+        """Raise a ModelError unless the transformer takes the VAE's number of latent channels.
+
+        patch  side of the patches, in latents, that are packed into channels before the transformer
+        """
+        needed, config = latents * patch**2, self.checkpoint.config("transformer")
+        if config["in_channels"] != needed:
+            raise ModelError(
+                f"{config.file}: the transformer has {config['in_channels']} input channels, and the VAE's latents "
+                f"need {needed}; the two are of different models"
+            )
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(self.pipeline_class, self.path, self.revision, self.variant)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Where text encoders and VAE will go, and the precision of the former; `load` says so as well."""
+        """Set the device of text encoders and VAE, and the dtype of the text encoders; `load` does this as well."""
         self._device, self._dtype = device, dtype
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Read the transformer, cast to `dtype`; ModelError for a folder or file that cannot be used."""
+        """Read the transformer in `dtype`; ModelError for a folder or file that cannot be used."""
         self.check_settings()
-        self._set_up(self.joined([self._read(name, dtype) for name in self.networks]).to(device), device, dtype)
+        kind = _class(self.transformer_class)
+        read = [network.read(kind, self.checkpoint, name, dtype) for name in self.networks]
+        self._set_up(self.joined(read).to(device), device, dtype)
 
     def load_empty(self, dtype: torch.dtype) -> None:
-        """What `load` does, with parameters on the meta device and real buffers on the CPU."""
+        """Do what `load` does, with parameters on the meta device and real buffers on the CPU."""
         import torch
 
         self.check_settings()
@@ -121,7 +174,7 @@ class Diffusers(ABC):
         self._set_up(self.joined(empty), torch.device("cpu"), dtype)
 
     def _set_up(self, transformer: Any, device: torch.device, dtype: torch.dtype) -> None:
-        """Take a network that was just made as `transformer`, with what the keys ask of it."""
+        """Make a new network `self.transformer`, with the attention, checkpointing and compilation configured."""
         self.place(device, dtype)
         self.transformer = transformer
         if self.attention != "native":
@@ -132,9 +185,10 @@ class Diffusers(ABC):
             network.compile_blocks(self.transformer)
 
     def load_blank(self, dtype: torch.dtype) -> None:
-        """What `load` does, on the meta device: shapes without weights. Only JSON is read.
+        """Do what `load` does on the meta device, which has shapes without weights. Only JSON is read.
 
-        ModelError for options that `load` would refuse. Attention stays torch's own: others run on a GPU alone.
+        ModelError for options that `load` would refuse. The network keeps torch's own attention, because the other
+        backends run on a GPU only.
         """
         import torch
 
@@ -146,84 +200,100 @@ class Diffusers(ABC):
             self._recompute()
 
     def routes(self) -> Sequence[Any]:
-        """Once loaded, the networks of which each row passes through one."""
+        """The loaded networks; each sample passes through exactly one of them."""
         return [part for _, part in self._parts()]
 
-    def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of each tensor of a condition, of one row; empty where a family does not say."""
-        return {}
+    def config_key(self) -> str:
+        """Hash of all config files: whatever is read before the weights is in them."""
+        return self.checkpoint.config_key()
 
     def _blank(self, dtype: torch.dtype) -> Any:
-        import torch
-
-        kind, usual = _class(self.transformer_class), torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("meta"):
-                return self.joined([self._described(kind, name) for name in self.networks])
-        finally:
-            torch.set_default_dtype(usual)
-
-    def _described(self, kind: Any, name: str) -> Any:
-        config = self.checkpoint.config(name)
-        with parts.described(kind, config.file):
-            return kind.from_config(dict(config))
+        kind, configs = _class(self.transformer_class), [self.checkpoint.config(name) for name in self.networks]
+        return self.joined([network.blank(kind, config, dtype) for config in configs])
 
     def _recompute(self) -> None:
         for _, part in self._parts():
             network.recompute(part)
 
     def joined(self, networks: Sequence[Any]) -> Any:
-        """The networks under training as one module."""
-        (network,) = networks
-        return network
-
-    def _read(self, name: str, dtype: torch.dtype) -> Any:
-        return network.read(_class(self.transformer_class), self.checkpoint, name, dtype)
+        """Join the networks under training into one module; here for a family that has one network."""
+        (only,) = networks
+        return only
 
     @property
     def networks(self) -> Sequence[str]:
-        """Folders of the networks under training; of several, each is a child of `transformer` by that name."""
+        """Folders of the networks under training; if several, these are also their names inside `transformer`."""
         return [name for name in self.checkpoint.parts if name.startswith("transformer")]
 
     def from_saved(self, folder: Path) -> Self:
-        """The same backbone, unloaded, on the whole pipeline that `save` wrote to `folder`."""
+        """The same backbone, not loaded, for the whole pipeline that `save` wrote to `folder`."""
         return evolve(self, path=ModelPath(str(folder)), revision=None, variant=None)
 
     moved = from_saved
-    """The name that it had in version 0.1."""
+    """The name of `from_saved` in version 0.1."""
 
     def weights_key(self) -> str:
         """sha256 of the files of the networks under training."""
         return "+".join(fingerprint(self.checkpoint.folder / name) for name in self.networks)
 
     def load_lora(self, folder: Path) -> None:
-        """Add what `save` wrote for a LoRA to the loaded transformer: trainable, float32, the rest frozen."""
+        """Add the LoRA that `save` wrote to the loaded transformer: trainable, in float32, all else frozen."""
         for name, part in self._parts():
             network.load_lora(_class(self.pipeline_class), part, folder, network.lora_file(name))
 
     def release(self) -> None:
-        """Drop the text encoders and the VAE; `null` needs neither once `empty` is known."""
+        """Free the text encoders and the VAE. `null` needs neither if `empty` is set."""
         import torch
 
         self._text = self._vae = None
         torch.cuda.empty_cache()
 
     def encoding_key(self) -> Mapping[str, str]:
-        """Hashes of the files behind `encode` ("vae") and `encode_text` ("text..."); after `place` or `load`."""
+        """What determines the results of `encode` ("vae") and `encode_text` ("text..."), mostly hashes of files.
+
+        `place` or `load` must be called first, because the dtype is part of it.
+        """
         assert self._dtype is not None, "place or load first: the dtype is part of the key"
         folder, kinds = self.checkpoint.folder, ("vae", "text_encoder", "tokenizer")
         parts = [name for name in self.checkpoint.parts if name.startswith(kinds)]
         key = {name.replace("tokenizer", "text_tokenizer"): fingerprint(folder / name) for name in parts}
-        return {**key, "text_dtype": str(self._dtype)}
+        return {**key, "text_dtype": str(self._dtype), "text_length": str(self.max_sequence_length)}
+
+    def encode(self, media: Tensor) -> Tensor:
+        """Media [B, 3, H, W] or clips [B, 3, T, H, W] in [0, 1] -> x0 [B, ...]: the mode of the latents, float32."""
+        self.latent_shape(media.shape[2:])
+        return self.codec.encode(self.vae(), media)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 [B, ...] -> media in [0, 1], float32; differentiable in x0."""
+        return self.codec.decode(self.vae(), x0)
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Condition, **inputs: Tensor | None) -> Tensor:
+        """The transformer's output for x [B, ...] and sigma [B], float32, in the shape of x.
+
+        inputs  what this family's transformer takes besides latents, time and text
+        """
+        v = self.transformer(
+            hidden_states=x.to(self._dtype),
+            timestep=self.timestep_scale * sigma.float(),
+            encoder_hidden_states=cond.tensors["prompt_embeds"].to(self._dtype),
+            return_dict=False,
+            **inputs,
+        )[0].float()
+        assert v.shape == x.shape, f"latents {tuple(x.shape)} were cropped to {tuple(v.shape)}: see latent_shape"
+        return v
 
     def null(self, n: int) -> Condition:
-        """The empty prompt's condition, n rows that share memory."""
+        """The empty prompt's condition [n, ...]; the n rows share memory."""
         empty = self.empty = (self.encode_text([""]) if self.empty is None else self.empty).to(self._device)
         return Condition({name: t.expand(n, *t.shape[1:]) for name, t in empty.tensors.items()})
 
     def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
-        """`combine` of both velocities [B, ...]: one call of 2B rows, or of B where v_cond is known or scale is 1."""
+        """Classifier-free guidance: `combine` applied to the velocities of the prompt and the empty prompt, [B, ...].
+
+        This is one call of the network with 2B rows, or with B rows if v_cond is given. At a scale of 1 the empty
+        prompt is not needed.
+        """
         import torch
 
         if scale == 1:
@@ -242,7 +312,7 @@ class Diffusers(ABC):
 
     @contextmanager
     def stored(self) -> Generator[Mapping[str, Any]]:
-        """The tensors in the files of the networks under training, by their names in `transformer`."""
+        """A context with the tensors in the weight files of the networks under training, by name in `transformer`."""
         with ExitStack() as opened:
             found: dict[str, Any] = {}
             for name, part in self._parts():
@@ -252,14 +322,15 @@ class Diffusers(ABC):
             yield found
 
     def save(self, folder: Path) -> None:
-        """Write the LoRA alone where there is one, otherwise a whole pipeline under plain file names.
+        """Write only the LoRA if there is one, otherwise a whole pipeline, its file names without the variant.
 
-        `moved(folder)` reads the pipeline back, `load_lora(folder)` the LoRA. Untouched parts are hard links.
+        `from_saved(folder)` reads the pipeline back, and `load_lora(folder)` the LoRA. Parts that were not trained are
+        hard links to the source.
         """
         self.save_tensors(folder, network.unwrapped(self.transformer).state_dict().items())
 
     def save_tensors(self, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """What `save` does, of tensors that come one at a time in the order of `transformer.state_dict()`."""
+        """Do what `save` does with an iterable of tensors, in the order of `transformer.state_dict()`."""
         adapted, parts = network.has_lora(network.unwrapped(self.transformer)), dict(self._parts())
         for name, group in groupby(tensors, self._owner):
             own = ((each.removeprefix(self._prefix(name)), tensor) for each, tensor in group)
@@ -273,27 +344,27 @@ class Diffusers(ABC):
             self._link_others(folder)
 
     def _link_others(self, folder: Path) -> None:
-        """Put everything that has not been trained into `folder`."""
+        """Link everything that was not trained into `folder`."""
         source = self.checkpoint
         others = [name for name in source.parts if name not in self.networks]
         for name in ("model_index.json", *(f"{name}/config.json" for name in self.networks), *others):
             link(source.folder / name, folder / name, self.variant)
 
     def _owner(self, named: tuple[str, Tensor]) -> str:
-        """The network, of those under training, that a tensor of `transformer` belongs to."""
+        """Folder of the network that a (name, tensor) of `transformer` belongs to."""
         return named[0].partition(".")[0] if len(self.networks) > 1 else self.networks[0]
 
     def _prefix(self, name: str) -> str:
-        """What `transformer` puts before the names of one network's tensors."""
+        """Prefix of one network's tensors in `transformer.state_dict()`."""
         return f"{name}." if len(self.networks) > 1 else ""
 
     def _parts(self) -> list[tuple[str, Any]]:
-        """(folder, network) of each under training."""
+        """(folder, network) for each network under training."""
         transformer, names = network.unwrapped(self.transformer), self.networks
         return [(name, getattr(transformer, name) if len(names) > 1 else transformer) for name in names]
 
     def text(self) -> Any:
-        """The family's diffusers pipeline with tokenizers and frozen text encoders, read on first use."""
+        """The family's diffusers pipeline with only tokenizers and frozen text encoders, read on first use."""
         assert self._device is not None, "place or load first"
         if self._text is None:
             self._text = encoders.read(_class(self.pipeline_class), self.checkpoint, self._dtype)
@@ -314,6 +385,19 @@ class Diffusers(ABC):
 
 
 def _class(name: str) -> Any:
-    import diffusers
+    """A class of diffusers. What the first import makes is not searched for garbage, neither then nor later.
 
-    return getattr(diffusers, name)
+    That would be a fifth of the time to the first step: there are half a million objects, and nearly all of them stay.
+    """
+    first = "diffusers" not in sys.modules and gc.isenabled()
+    if first:
+        gc.collect()
+        gc.disable()
+    try:
+        import diffusers
+
+        return getattr(diffusers, name)
+    finally:
+        if first:
+            gc.freeze()
+            gc.enable()

@@ -1,6 +1,6 @@
-"""Latents of video VAEs: the mode, normalised by a mean and a standard deviation for each channel.
+"""Latents of video VAEs: the mode of the VAE's distribution, normalized by mean and standard deviation per channel.
 
-One frame is a picture: media [B, 3, H, W] outside, a clip of length 1 inside.
+A single frame is an image: its media are [B, 3, H, W], and the VAE gets a clip of length 1.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def latents(size: Sequence[int], every: int) -> int:
-    """Latents along time of [frames, height, width], one for the first frame and one for `every` after it.
+    """Number of latents along time for [frames, height, width]: one for the first frame, and one per `every` others.
 
-    [height, width] has one. ConfigError for a size of another length, and for frames that would be cut off.
+    For [height, width] it is 1. ConfigError for a size of another length, and for frames that would be cut off.
     """
     if len(size) not in (2, 3):
         raise ConfigError(

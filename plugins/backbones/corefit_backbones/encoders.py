@@ -1,4 +1,4 @@
-"""What encodes prompts: a family's diffusers pipeline with text encoders and tokenizers alone, each read whole."""
+"""What encodes prompts: a family's diffusers pipeline that has only its text encoders and tokenizers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def read(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """A pipeline of class `kind` that can encode prompts, without transformer and VAE.
 
-    ModelError as in `parts.read` for each part, and for tokenizers whose files are missing or damaged.
+    ModelError for text encoders as in `parts.read`, and for tokenizers whose files are missing or damaged.
     """
     checkpoint.check_weights("text_encoder")
     for name in checkpoint.parts:
@@ -38,9 +38,15 @@ def read(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     taken = signature(kind).parameters
     absent = {name: None for name, parameter in taken.items() if parameter.default is parameter.empty}
     pipeline = kind(**{name: value for name, value in {**absent, **settings, **made}.items() if name in taken})
-    # where SD3 has no T5, encode_prompt asks the transformer how wide its zeros should be
+    # if SD3 has no T5, encode_prompt reads the width of the zeros in its place from the transformer's config
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**checkpoint.config("transformer")))
     return pipeline
+
+
+def check_length(checkpoint: Checkpoint) -> None:
+    """Raise a ModelError if the CLIP tokenizer's number of tokens is not a number."""
+    if "tokenizer" in checkpoint.parts:
+        checkpoint.config("tokenizer", "tokenizer_config.json").get("model_max_length")
 
 
 def _part(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
@@ -49,7 +55,7 @@ def _part(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
 
     folder, kind = checkpoint.folder / name, _class(checkpoint, name)
     if issubclass(kind, Module):
-        # a part without files of the variant is read from the plain ones, as diffusers does
+        # as in diffusers, a part that has no files of the variant is read from its plain files
         has = checkpoint.variant and any(folder.glob(f"*.{checkpoint.variant}.*"))
         return parts.read(kind, folder, dtype, checkpoint.variant if has else None)
     if issubclass(kind, PreTrainedTokenizerBase):
@@ -64,12 +70,12 @@ def _part(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
 
 
 def _class(checkpoint: Checkpoint, part: str) -> Any:
-    """The class that model_index.json names for a part: of diffusers or transformers, and of nothing else."""
+    """The class that model_index.json names for a part; it must be one of diffusers or transformers."""
     library, name = checkpoint.classes[part] or ("", "")
     module: Any = None
     if library in ("diffusers", "transformers"):
         module = import_module(library)
-    elif library.isidentifier():  # such as ["ltx2", "LTX2TextConnectors"]
+    elif library.isidentifier():  # a module of diffusers.pipelines, as in ["ltx2", "LTX2TextConnectors"]
         module = getattr(import_module("diffusers.pipelines"), library, None)
     kind = getattr(module, name, None)
     if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
@@ -81,13 +87,13 @@ def _class(checkpoint: Checkpoint, part: str) -> Any:
 
 
 def _tokenizer(kind: Any, folder: Path, config: Mapping[str, Any]) -> Any:
-    """A tokenizer, whichever version of transformers wrote it."""
+    """Read a tokenizer that was written by transformers 4 or 5."""
     import transformers
 
     kind = _readable(kind, folder)
     special, more = config.get("extra_special_tokens"), dict[str, Any]()
     if isinstance(special, list) and int(transformers.__version__.split(".")[0]) < 5:
-        more = {"extra_special_tokens": {}, "additional_special_tokens": list(special)}  # as 4 calls what 5 has there
+        more = {"extra_special_tokens": {}, "additional_special_tokens": list(special)}  # version 4's name for it
     try:
         made = kind.from_pretrained(folder, **more)
         if not made.vocab_size:
@@ -101,7 +107,7 @@ def _tokenizer(kind: Any, folder: Path, config: Mapping[str, Any]) -> Any:
 
 
 def _check_merges(folder: Path) -> None:
-    """ModelError where merges.txt has no merge whose result vocab.json knows: prompts would fall into single bytes."""
+    """Raise a ModelError if no merge of merges.txt gives a token of vocab.json: prompts would become single bytes."""
     merges, vocabulary = folder / "merges.txt", folder / "vocab.json"
     if not (merges.is_file() and vocabulary.is_file()):
         return
@@ -110,13 +116,13 @@ def _check_merges(folder: Path) -> None:
         lines = merges.read_text(encoding="utf-8").splitlines()
     pairs = (line.split() for line in lines if not line.startswith("#version"))
     if not any(len(pair) == 2 and "".join(pair) in known for pair in pairs):
-        raise ModelError(f"{merges}: no line of it joins two pieces to one that vocab.json has; fetch the file again")
+        raise ModelError(f"{merges}: no line of it joins two tokens into one that vocab.json has; fetch the file again")
 
 
 def _readable(kind: Any, folder: Path) -> Any:
-    """`kind`, or its fast form where the folder has the latter's file alone; ModelError where files are missing.
+    """`kind`, or its fast class if the folder has only the file for that; ModelError if files are missing.
 
-    transformers 5 writes tokenizer.json for a T5Tokenizer, which in 4 is the name of the one that reads spiece.model.
+    transformers 5 writes tokenizer.json for a T5Tokenizer; in transformers 4 the class of that name reads spiece.model.
     """
     import transformers
 

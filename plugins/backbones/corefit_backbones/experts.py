@@ -1,4 +1,4 @@
-"""Two networks that are one: each sample goes through the one for its noise level (Wan 2.2 A14B)."""
+"""The two networks of Wan 2.2 A14B as one module: each sample goes through the one for its noise level."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 
 class Experts(nn.Module):
-    """`transformer` for timesteps from 1000 boundary on, `transformer_2` below, as in WanPipeline.
+    """`transformer` for timesteps of at least 1000 boundary, `transformer_2` for the others, as in WanPipeline.
 
-    How many rows go where is asked of the device: one synchronisation a call.
+    The number of rows for each expert is read from the device, which is one synchronization per call.
     """
 
     def __init__(self, transformer: nn.Module, transformer_2: nn.Module, *, boundary: float) -> None:
@@ -27,16 +27,16 @@ class Experts(nn.Module):
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
-        """v of all rows, in their order.
+        """v [B, ...] of all rows, in their order.
 
-        An expert without rows gets a gradient of 0 in place of none, so that the optimizer does with it what it does
-        where other processes have rows for it.
+        An expert without rows gets a gradient of 0 and not None, so that the optimizer treats it as on those processes
+        that have rows for it.
         """
         inputs = (hidden_states, timestep, encoder_hidden_states)
         high = timestep >= self.boundary
         order = (~high).int().argsort(stable=True)
         here, anywhere = self._rows(high)
-        # always in this order: sharded weights are gathered block by block, and on every rank the same ones
+        # every rank calls the experts in this order, because sharded weights are gathered on all ranks together
         made: list[Tensor] = []
         nothing = hidden_states.new_zeros(())
         for expert, rows, called in zip(self._both(), order.split(here), anywhere, strict=True):
@@ -49,7 +49,7 @@ class Experts(nn.Module):
         return (torch.cat(made)[order.argsort()] + nothing,)
 
     def _rows(self, high: Tensor) -> tuple[list[int], list[int]]:
-        """How many this process has for each expert, and, sharded, how many any process has at most."""
+        """Number of rows for each expert in this process, and the largest of all processes if weights are sharded."""
         here = torch.stack([high.sum(), (~high).sum()])
         anywhere = here.clone()
         if isinstance(self, FSDPModule):
@@ -57,19 +57,19 @@ class Experts(nn.Module):
         numbers = torch.cat([here, anywhere]).tolist()
         return numbers[:2], numbers[2:]
 
-    # what diffusers' models offer, of both
+    # the members of diffusers' models that corefit uses, for both experts
 
     @property
     def peft_config(self) -> Mapping[str, Any]:
         return getattr(self.transformer, "peft_config", {})
 
     def add_adapter(self, config: Any, adapter_name: str = "default") -> None:
-        """Add one to each."""
+        """Add an adapter to each expert."""
         for expert in self._both():
             expert.add_adapter(config, adapter_name=adapter_name)
 
     def set_attention_backend(self, backend: str) -> None:
-        """For both."""
+        """Set the attention backend of both experts."""
         for expert in self._both():
             expert.set_attention_backend(backend)
 
@@ -78,12 +78,12 @@ class Experts(nn.Module):
 
 
 def _least(expert: Any, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first row, cut down to one patch and one token of text: the weights are met, and little is computed."""
+    """The first row, cut to one patch and one token of text: all weights are used, and little is computed."""
     frames, height, width = expert.config.patch_size
     return x[:1, :, :frames, :height, :width], timestep[:1], text[:1, :1]
 
 
 def _touched(expert: nn.Module) -> Tensor | int:
-    """0, on the graph of every weight that trains."""
+    """A 0 that depends on every trainable weight, which gives each a gradient of 0."""
     held = (p.to_local() if isinstance(p, DTensor) else p for p in expert.parameters() if p.requires_grad)
     return sum(0 * p.flatten()[:1].float().sum() for p in held)

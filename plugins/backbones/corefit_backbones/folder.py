@@ -1,4 +1,4 @@
-"""A diffusers folder, here or on the hub: checked and read without torch, hashed, linked elsewhere."""
+"""A diffusers folder, on disk or on the hub: how it is checked and read (without torch), hashed and linked."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from attrs import frozen
 from corefit.errors import ConfigError, ModelError
 
 READ = frozenset({".json", ".txt", ".model", ".safetensors"})
-"""What models and tokenizers are read from; pickles never are."""
+"""Suffixes of the files that models and tokenizers are read from; pickles are never read."""
 
 NAMED = 80
-"""Characters of a path that a message repeats."""
+"""Characters of a path that a message shows at most."""
 COMPONENT = re.compile(r"(transformer|vae|text_encoder|tokenizer|scheduler)(_\d+)?")
-"""Names in model_index.json that are no settings."""
+"""Names in model_index.json that are components and not settings."""
 
 
 @frozen
 class Checkpoint:
-    """One model as `[backbone]` names it.
+    """A model as the keys of `[backbone]` name it.
 
     family    the pipeline class that its model_index.json must name
-    path      a diffusers folder, or "organisation/model" on the hub
+    path      a diffusers folder, or "organization/model" on the hub
     revision  branch, tag or commit on the hub
-    variant   of the weight files: "fp16" reads model.fp16.safetensors
+    variant   which weight files are read: "fp16" reads model.fp16.safetensors
     """
 
     family: str
@@ -43,7 +43,10 @@ class Checkpoint:
 
     @cached_property
     def index(self) -> Mapping[str, bool]:
-        """Component -> whether there is one (False: left out, like SD3's T5); ModelError if its folder is missing."""
+        """For each component, whether the model has it; SD3 may leave out its T5.
+
+        ModelError for a component whose folder is missing.
+        """
         folder = _described(self.path, self.revision)
         found = {name: kind is not None for name, kind in self.classes.items()}
         missing = [name for name, there in found.items() if there and not (folder / name).is_dir()]
@@ -53,7 +56,7 @@ class Checkpoint:
 
     @cached_property
     def classes(self) -> Mapping[str, tuple[str, str] | None]:
-        """Component -> (library, class), None where it is left out; ModelError for what names neither."""
+        """For each component its (library, class), or None if it is left out; ModelError for any other value."""
         file, found = _described(self.path, self.revision) / "model_index.json", dict[str, tuple[str, str] | None]()
         for name, value in self.settings.items():
             if named := _named(value):
@@ -64,7 +67,7 @@ class Checkpoint:
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
-        """model_index.json; ModelError if it is of another family."""
+        """The content of model_index.json; ModelError if it names another family."""
         folder = _described(self.path, self.revision)
         index = _json(folder / "model_index.json", "a diffusers folder has one beside its component folders")
         _check_family(self.path, str(index["_class_name"]), self.family)
@@ -76,9 +79,9 @@ class Checkpoint:
         return [name for name, there in self.index.items() if there]
 
     def check_weights(self, *kinds: str) -> None:
-        """ModelError for a part, its name beginning with one of `kinds`, that has no weight files.
+        """Raise a ModelError if a part whose name begins with one of `kinds` has no weight files.
 
-        Those of a hub name are fetched later.
+        A model on the hub is not checked: its weights are fetched later.
         """
         here = _local(self.path, self.revision)
         if here is None:
@@ -88,20 +91,29 @@ class Checkpoint:
                 raise ModelError(f"{here / part}: no .safetensors file; copy the weights there")
 
     def config(self, part: str, file: str = "config.json") -> Settings:
-        """The settings of one component."""
+        """The JSON settings of one component; ModelError if the model does not have it."""
         if part not in self.parts:
             raise ModelError(f"{self.path}: its model_index.json has no {part}; it has {', '.join(self.parts)}")
         return _json(_described(self.path, self.revision) / part / file, f"{part} cannot be read without it")
 
+    def config_key(self) -> str:
+        """sha256 over the names and bytes of model_index.json and of all config files of the parts."""
+        folder, total = _described(self.path, self.revision), hashlib.sha256()
+        configs = (file for part in self.parts for file in (folder / part).glob("*config.json"))
+        for file in (folder / "model_index.json", *sorted(configs)):
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            total.update(f"{file.relative_to(folder).as_posix()} {digest}\n".encode())
+        return total.hexdigest()
+
     @property
     def folder(self) -> Path:
-        """Where all files are; those of a hub name are fetched now, weights included."""
+        """The folder with all files; those of a model on the hub are fetched now, including weights."""
         here = _local(self.path, self.revision)
         return here if here is not None else _fetched(self.path, self.revision, self.variant)
 
 
 def check_size(size: Sequence[int], unit: int, largest: int) -> tuple[int, int]:
-    """(height, width) in pixels, both positive multiples of `unit` up to `largest`; ConfigError otherwise."""
+    """(height, width) in pixels; ConfigError unless both are positive multiples of `unit` up to `largest`."""
     if len(size) != 2:
         raise ConfigError(f"size = {list(size)}: this model makes images, whose size is [height, width]")
     for name, n in zip(("height", "width"), size, strict=True):
@@ -115,7 +127,7 @@ def check_size(size: Sequence[int], unit: int, largest: int) -> tuple[int, int]:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over the names and bytes of all files of `folder` that a component can be read from."""
+    """sha256 of the names and contents of all files of `folder` that a component can be read from."""
     total = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in READ and f.is_file()):
         stat = file.stat()
@@ -125,9 +137,10 @@ def fingerprint(folder: Path) -> str:
 
 
 def link(source: Path, target: Path, variant: str | None = None) -> None:
-    """Put a file, or all files under a folder, at `target`: hard links, or copies where those cannot be.
+    """Hard-link a file, or all files under a folder, to `target`; copy them where the disk has no hard links.
 
-    Weight files of `variant` take the plain name in place of the plain ones, so `target` loads without it.
+    Weight files of `variant` are linked without the variant in their names, in place of those that have such names,
+    so that `target` loads without `variant`.
     """
     files = [f for f in source.rglob("*") if f.is_file()] if source.is_dir() else [source]
     for file in sorted(files, key=lambda f: (_plain(f.name, variant) != f.name, f)):
@@ -142,7 +155,7 @@ def link(source: Path, target: Path, variant: str | None = None) -> None:
 def _put(file: Path, target: Path, variant: str | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    if file.name.endswith(".json") and target.name != file.name:  # an index, which names the weight files
+    if file.name.endswith(".json") and target.name != file.name:  # an index, which contains the names of weight files
         target.write_text(_plain(file.read_text(encoding="utf-8"), variant), encoding="utf-8")
         return
     try:
@@ -168,9 +181,9 @@ def _check_family(path: str, found: str, expected: str) -> None:
 
 
 LONGEST = 100_000
-"""Tokens of a prompt at most: far beyond what any encoder was trained with."""
+"""Tokens of a prompt at most; no encoder was trained with nearly as many."""
 LARGEST = 1_000_000
-"""No width, number of channels or length of a real model is more."""
+"""Largest width, number of channels or length that is accepted; no real model has a larger one."""
 SIZES = frozenset(
     {
         *("in_channels", "latent_channels", "z_dim", "patch_size", "block_out_channels", "pos_embed_max_size"),
@@ -179,20 +192,20 @@ SIZES = frozenset(
         *("scale_factor_temporal", "scale_factor_spatial"),
     }
 )
-"""Keys of config.json that are calculated with before a class has read the file: positive whole numbers, or several."""
+"""Keys whose values corefit uses in calculations: positive integers, or lists of them."""
 LEVELS = frozenset(
     {
         *("shift", "flow_shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
         *("boundary_ratio", "scaling_factor", "shift_factor"),
     }
 )
-"""Keys that are finite numbers."""
+"""Keys whose values must be finite numbers."""
 
 
 class Settings(dict[str, Any]):
     """A JSON object of a checkpoint.
 
-    A key that is not there, and one of SIZES or LEVELS that is no such number, is a ModelError that names the file.
+    A missing key, and a value under SIZES or LEVELS that is not such a number, raise a ModelError that names the file.
     """
 
     def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
@@ -202,11 +215,11 @@ class Settings(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
         if (key in SIZES and not _sized(value)) or (key in LEVELS and not _finite(value)):
-            raise ModelError(f"{self.file}: {key} is {value!r}; a number is expected there: fetch the file again")
+            raise ModelError(f"{self.file}: {key} is {value!r}; a number is expected: fetch the file again")
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value, or `default` where there is none, or null."""
+        """The value, or `default` if it is missing or null."""
         return default if super().get(key) is None else self[key]
 
     def __missing__(self, key: str) -> Any:
@@ -214,7 +227,7 @@ class Settings(dict[str, Any]):
 
 
 def _named(value: Any) -> tuple[Any, Any] | None:
-    """(library, class) as model_index.json writes them, two texts or two nulls; None for anything else."""
+    """(library, class) as in model_index.json, two strings or two nulls; None for anything else."""
     match value:
         case [str() as library, str() as name]:
             return library, name
@@ -229,7 +242,7 @@ def _finite(value: Any) -> bool:
 
 
 def _sized(value: Any) -> bool:
-    """Whether it is a positive whole number, or a list of some."""
+    """Whether `value` is a positive integer up to LARGEST, or a list of those."""
     each: Sequence[Any] = value if isinstance(value, list) else [value]
     return bool(each) and all(type(n) is int and 0 < n <= LARGEST for n in each)
 
@@ -247,24 +260,24 @@ def _json(file: Path, why: str) -> Settings:
 
 
 def _local(path: str, revision: str | None) -> Path | None:
-    """The folder, or None for a name on the hub."""
+    """The folder, or None if `path` is a name on the hub; ModelError if it is neither."""
     try:
         is_folder, is_file = Path(path).is_dir(), Path(path).is_file()
     except OSError as e:
         raise ModelError(f"path = {path[:NAMED]!r}...: no such folder: {e.strerror}") from e
     if is_file:
-        raise ModelError(f"{path} is a file; name the folder of diffusers' layout, in which model_index.json is")
+        raise ModelError(f"{path} is a file; name the diffusers folder that contains model_index.json")
     if is_folder:
         if revision is not None:
             raise ModelError(f'revision = "{revision}" is for a name on the hub, and {path} is a folder')
         return Path(path)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
-        raise ModelError(f"{path!r}: no such folder, and no name on the hub, which is organisation/model")
+        raise ModelError(f"{path!r}: no such folder, and not a name on the hub, which is organization/model")
     return None
 
 
 def _described(path: str, revision: str | None) -> Path:
-    """A folder with at least the JSON files."""
+    """A folder that has at least the model's JSON files."""
     here = _local(path, revision)
     return here if here is not None else _fetched_json(path, revision)
 
@@ -291,6 +304,6 @@ def _fetched(name: str, revision: str | None, variant: str | None) -> Path:
 
 @cache
 def _digest(file: str, size: int, modified: int) -> str:
-    """sha256 of a file, read once while its size [bytes] and time [ns] stay."""
+    """sha256 of a file; it is read again only if its size [bytes] or its time of modification [ns] changes."""
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

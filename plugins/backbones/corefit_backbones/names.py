@@ -1,4 +1,4 @@
-"""Names of a LoRA's weights as the authors of a model have them, which programs other than diffusers look for."""
+"""Names of a LoRA's weights in the original code of a model, which programs other than diffusers expect."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ WAN = {
     r"condition_embedder\.(text|time)_embedder\.linear_2": r"\1_embedding.2",
     r"proj_out": "head.head",
 }
-"""Modules in diffusers -> in the authors' code; what `WanPipeline.lora_state_dict` takes back."""
+"""Modules in diffusers -> in Wan's original code; `WanPipeline.lora_state_dict` converts them back."""
 
 
 def wan(weights: Mapping[str, T]) -> dict[str, T]:
     """ "transformer.blocks.0.attn1.to_q.lora_A.weight" -> "diffusion_model.blocks.0.self_attn.q.lora_A.weight".
 
-    All or none: diffusers reads a file with one kind of names, and only with a block among them.
+    Either all names are converted or none, because diffusers does not read a file with both kinds of names. It also
+    needs at least one block to recognize the original names.
     """
     named = {_wan(name): weight for name, weight in weights.items()}
     if None in named or not any(".blocks." in str(name) for name in named):
@@ -35,7 +36,7 @@ def wan(weights: Mapping[str, T]) -> dict[str, T]:
 
 def _wan(name: str) -> str | None:
     module, dot, half = name.removeprefix("transformer.").partition(".lora_")
-    for theirs, authors in WAN.items():
-        if re.fullmatch(theirs, module):
-            return f"diffusion_model.{re.sub(theirs, authors, module)}{dot}{half}"
+    for diffusers, original in WAN.items():
+        if re.fullmatch(diffusers, module):
+            return f"diffusion_model.{re.sub(diffusers, original, module)}{dot}{half}"
     return None

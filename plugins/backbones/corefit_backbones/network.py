@@ -1,4 +1,4 @@
-"""A transformer and its LoRA: read, unwrapped, saved, with every fault of a file told as a ModelError."""
+"""A transformer and its LoRA: how they are read, set up and saved. A file that cannot be used is a ModelError."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corefit.errors import ModelError
+from corefit.errors import ModelError, near
 from corefit_backbones import parts
 from corefit_backbones.folder import Checkpoint, Settings
 
@@ -23,36 +22,39 @@ ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),  # unqualified: SD3.5-medium has them in attn2 as well
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
 )
-"""What a LoRA adapts by default: the projections of attention, of both streams where there are two."""
+"""Modules that a LoRA adapts by default: the projections of attention, for image and text."""
 MASK = "attention_mask"
 FORWARD_ONLY = re.compile("_?sage.*|_flash_3")
-"""Attention backends of diffusers 0.39 without a backward; sage's cut the gradient in silence."""
+"""Attention backends of diffusers 0.39 that have no backward; sage's stop the gradient without an error."""
 SHARD = 10**9
-"""Bytes of one weight file at most, and so of main memory while a model is saved from its shards."""
+"""Largest weight file in bytes, and so the main memory needed to save a model whose weights are sharded."""
 
 
 def lora_file(part: str) -> str:
-    """Name of the LoRA of a network; that of a second one is loaded with load_into_transformer_2=True."""
+    """File name of the LoRA for the network in folder `part`; diffusers loads Wan's second one separately."""
     return LORA_FILE if part == "transformer" else LORA_FILE.replace(".", f".{part}.", 1)
 
 
 def read(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> Any:
-    """The model of class `kind` in the folder `part`, in `dtype` whatever its files hold; ModelError as parts.read."""
+    """The model of class `kind` in the folder `part`, converted to `dtype`; errors as in `parts.read`."""
     return parts.read(kind, checkpoint.folder / part, dtype, checkpoint.variant)
 
 
+def blank(kind: Any, config: Settings, dtype: torch.dtype) -> Any:
+    """A network of class `kind` on the meta device, its parameters in `dtype`."""
+    import torch
+
+    with torch.device("meta"):
+        return _made(kind, config, dtype)
+
+
 def empty(kind: Any, config: Settings, dtype: torch.dtype) -> Any:
-    """A network of class `kind` with the dtypes that `read` gives, its parameters on the meta device, buffers real."""
+    """A network with the dtypes that `read` gives it, its parameters on the meta device, its buffers on the CPU."""
     import torch
     from accelerate import init_empty_weights
 
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # as from_pretrained does
-    try:
-        with init_empty_weights(), parts.described(kind, config.file):
-            network = kind.from_config(dict(config))
-    finally:
-        torch.set_default_dtype(usual)
+    with init_empty_weights():
+        network = _made(kind, config, dtype)
     exact = set(kind._keep_in_fp32_modules or ())
     for name, tensor in network.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
@@ -60,9 +62,25 @@ def empty(kind: Any, config: Settings, dtype: torch.dtype) -> Any:
     return network.eval()
 
 
+def _made(kind: Any, config: Settings, dtype: torch.dtype) -> Any:
+    """A network of class `kind`, made while `dtype` is torch's default, as from_pretrained does."""
+    import torch
+
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with parts.described(kind, config.file):
+            return kind.from_config(dict(config))
+    finally:
+        torch.set_default_dtype(usual)
+
+
 @contextmanager
 def stored(checkpoint: Checkpoint, part: str) -> Generator[Mapping[str, Any]]:
-    """Name -> a tensor in the weight files of `part`, of which slices are read; ModelError for damaged files."""
+    """A context with the tensors in the weight files of `part`, by name; a slice is read when indexed.
+
+    ModelError for damaged files.
+    """
     from safetensors import safe_open
 
     folder = checkpoint.folder / part
@@ -73,7 +91,7 @@ def stored(checkpoint: Checkpoint, part: str) -> Generator[Mapping[str, Any]]:
 
 
 def _weight_files(folder: Path, variant: str | None) -> Sequence[Path]:
-    """The files that diffusers reads a model's weights from: one, or those that an index names."""
+    """The files that diffusers reads a model's weights from: a single file, or those named in an index."""
     from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 
     index, one = (folder / _of_variant(name, variant) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME))
@@ -88,7 +106,7 @@ def _of_variant(name: str, variant: str | None) -> str:
 
 
 def check_stored(network: Any, found: Mapping[str, Any], folder: Path) -> None:
-    """ModelError where the files of `folder` do not hold just the tensors of `network`, with their shapes."""
+    """Raise a ModelError unless the files of `folder` hold exactly the tensors of `network`, in their shapes."""
     wanted = {name: list(t.shape) for name, t in network.state_dict().items() if ".lora_" not in name}
     wanted = {name.replace(".base_layer.", "."): shape for name, shape in wanted.items()}
     ignored = network._keys_to_ignore_on_load_unexpected or ()
@@ -106,9 +124,9 @@ def check_stored(network: Any, found: Mapping[str, Any], folder: Path) -> None:
 
 
 def save_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write tensors as diffusers reads them: one file, or, of more than SHARD bytes, several with an index.
+    """Write tensors as diffusers reads them: one file, or several with an index if they exceed SHARD bytes.
 
-    No more than SHARD bytes are held at a time, or one tensor.
+    At most SHARD bytes are in main memory at a time, or one tensor if that is larger.
     """
     from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -127,7 +145,7 @@ def save_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> N
 
 
 def _pieces(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors in main memory, some at a time: as many as `limit` bytes hold, or one."""
+    """The tensors on the CPU, in groups of at most `limit` bytes, or of one larger tensor."""
     held: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > limit:
@@ -138,7 +156,7 @@ def _pieces(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator
 
 
 def _write(file: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, int]:
-    """Write one safetensors file; name -> bytes."""
+    """Write one safetensors file, and return the size of each tensor in bytes."""
     from safetensors.torch import save_file
 
     save_file(dict(tensors), file, {"format": "pt"})
@@ -146,7 +164,7 @@ def _write(file: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, int]
 
 
 def compile_blocks(transformer: Any) -> None:
-    """torch.compile for each item of the outermost lists of modules: names and wrappers stay as they are."""
+    """Compile each block of the outermost ModuleLists in place, so that names and wrappers stay as they are."""
     from torch import nn
 
     lists = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.ModuleList)}
@@ -157,10 +175,10 @@ def compile_blocks(transformer: Any) -> None:
 
 
 def recompute(transformer: Any) -> None:
-    """Gradient checkpointing, block by block where diffusers has it.
+    """Turn on gradient checkpointing for the blocks that diffusers supports it for.
 
-    diffusers 0.39 calls Chroma's single blocks without the mask then, and only then: they would train another network
-    than samples come from. Blocks that take one and were given none get the forward's own.
+    With checkpointing, diffusers 0.39 calls Chroma's single blocks without the attention mask, so the network that is
+    trained would differ from the one that samples. Blocks that take a mask and get none are given the forward's mask.
     """
     from torch.utils.checkpoint import checkpoint
 
@@ -171,7 +189,7 @@ def recompute(transformer: Any) -> None:
 
     def call(block: Any, *args: Any) -> Any:
         unfilled = list(signature(block.forward).parameters)[len(args) :]
-        # an argument, not a look-up in backward: another forward may have been in between
+        # the mask is an argument of checkpoint: by the time of backward, `masks` may hold another forward's
         return checkpoint(block, *args, use_reentrant=False, **(masks if MASK in unfilled else {}))
 
     transformer.register_forward_pre_hook(remember, with_kwargs=True)
@@ -179,48 +197,48 @@ def recompute(transformer: Any) -> None:
 
 
 def set_attention(transformer: Any, backend: str) -> None:
-    """Let diffusers compute attention with `backend`, in this network alone.
+    """Let diffusers compute attention with `backend` in this network only.
 
-    ModelError for a name it does not know, one without its package, one that cannot train, and a network whose
-    attention diffusers does not dispatch: there the key would do nothing.
+    ModelError for an unknown name, a backend whose package is missing or that has no backward, and a network whose
+    attention does not go through diffusers' dispatcher, where the key would have no effect.
     """
     from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
-    said, known = f"attention = {backend!r}", sorted(name.value for name in AttentionBackendName)
+    setting, known = f"attention = {backend!r}", sorted(name.value for name in AttentionBackendName)
     if backend not in known:
-        near = "".join(f". Did you mean {name!r}?" for name in get_close_matches(backend, known, 1))
-        raise ModelError(f"{said} is not one of {', '.join(known)}{near}")
+        raise ModelError(f"{setting} is not one of {', '.join(known)}{near(backend, known)}")
     if FORWARD_ONLY.fullmatch(backend):
-        raise ModelError(f"{said} cannot train: it has no backward, and what is before it would learn nothing")
+        raise ModelError(f"{setting} cannot train: it has no backward, so the layers before it would get no gradient")
     if not dispatches(transformer):
-        raise ModelError(f"{said} would do nothing: diffusers computes this family's attention with torch's own alone")
+        raise ModelError(f"{setting} would have no effect: diffusers computes this family's attention with torch only")
     try:
-        with attention_backend():  # or other networks of this process would follow
+        with attention_backend():  # without it, other networks of this process would change as well
             transformer.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError) as e:
-        raise ModelError(f"{said} cannot be used here: {e}") from e
+        raise ModelError(f"{setting} cannot be used here: {e}") from e
 
 
 def dispatches(transformer: Any) -> bool:
-    """Whether its attention asks diffusers which backend to take."""
+    """Whether the network's attention goes through diffusers' dispatcher of backends."""
     return any(hasattr(getattr(m, "processor", None), "_attention_backend") for m in transformer.modules())
 
 
 def unwrapped(transformer: Any) -> Any:
-    """The model inside DDP's and torch.compile's wrappers."""
+    """The model inside the wrappers of DDP and torch.compile."""
     while (inner := getattr(transformer, "module", getattr(transformer, "_orig_mod", None))) is not None:
         transformer = inner
     return transformer
 
 
 def exact_time(transformer: Any) -> Any:
-    """`transformer`, which then embeds 1000 times the timestep and guidance that it is given, unrounded.
+    """Make `transformer` embed its timestep and guidance in float32, and return it.
 
-    For networks that are told sigma in [0, 1] and multiply it by 1000 themselves; one that is told 1000 sigma, as SD3
-    and Wan are, would embed a level 1000 times too large. Their `time_text_embed` takes both first.
+    diffusers' networks of FLUX and Chroma round both to their own dtype before they multiply them by 1000: in bfloat16
+    the timestep 997.1 becomes 996, and the sample is denoised as if it had another noise level. Hooks replace the
+    rounded values, which are the first arguments of `time_text_embed`.
 
-    The networks of FLUX and Chroma round both to the dtype they compute in first: in bfloat16 the timestep 997.1
-    becomes 996, and the sample is denoised as if it were of another noise level.
+    This is only for networks that take sigma in [0, 1] and multiply it by 1000. SD3 and Wan take 1000 sigma, and would
+    embed a level 1000 times too large.
     """
     given, rounded = list[Any](), list[Any]()
 
@@ -232,7 +250,7 @@ def exact_time(transformer: Any) -> Any:
         return (*given, *args[len(given) :])
 
     def cast(_: Any, args: tuple[Any, ...], embedded: Any) -> Any:
-        return embedded.to(rounded[0].dtype)  # Chroma's is of its input's dtype, and its weights are not
+        return embedded.to(rounded[0].dtype)  # Chroma's embedding has its input's dtype, which is now float32
 
     transformer.register_forward_pre_hook(remember, with_kwargs=True)
     transformer.time_text_embed.register_forward_pre_hook(replace)
@@ -241,7 +259,7 @@ def exact_time(transformer: Any) -> Any:
 
 
 def has_lora(transformer: Any) -> bool:
-    """Whether the (unwrapped) transformer carries adapters."""
+    """Whether the (unwrapped) transformer has adapters."""
     return bool(getattr(transformer, "peft_config", None))
 
 
@@ -253,16 +271,16 @@ def save_lora(
     name: str = LORA_FILE,
     named: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> None:
-    """Write the adapter "default" for `pipeline.load_lora_weights(folder)`, rank and alpha included.
+    """Write the adapter "default", with rank and alpha, so that `pipeline.load_lora_weights(folder)` reads it.
 
-    weights  its tensors, as `transformer.state_dict()` names them
-    named    diffusers' names -> those in the file
+    weights  the adapter's tensors, by their names in `transformer.state_dict()`
+    named    renames weights from diffusers' names to those in the file
     """
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     settings = {f"transformer.{k}": v for k, v in _settings(transformer.peft_config["default"]).items()}
-    # one entry alone, because safetensors writes several in random order: equal adapters are equal files
+    # one entry only: safetensors writes several in random order, and equal adapters should be equal files
     metadata = {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
     pipeline.save_lora_weights(
         folder,
@@ -273,7 +291,7 @@ def save_lora(
 
 
 def _settings(config: Any) -> Mapping[str, Any]:
-    """What peft needs to rebuild `config`: no defaults, which other versions may not know; no sets."""
+    """What peft needs to rebuild `config`, as JSON. Defaults are left out: other versions may not know them."""
     from peft import LoraConfig
 
     needed = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
@@ -286,7 +304,7 @@ def _settings(config: Any) -> Mapping[str, Any]:
 
 
 def load_lora(pipeline: Any, transformer: Any, folder: Path, name: str = LORA_FILE) -> None:
-    """Add what `save_lora` wrote as the adapter "default": trainable, in float32, the rest frozen.
+    """Add what `save_lora` wrote as the adapter "default": trainable, in float32, all else frozen.
 
     ModelError if the file is missing, damaged, without rank and alpha, or made for another model.
     """
@@ -298,7 +316,7 @@ def load_lora(pipeline: Any, transformer: Any, folder: Path, name: str = LORA_FI
             folder, weight_name=name, use_safetensors=True, return_lora_metadata=True
         )
     if not settings:
-        raise ModelError(f"{file}: its metadata has no rank and alpha; corefit and diffusers >= 0.35 write them")
+        raise ModelError(f"{file}: its metadata has no rank and alpha; save it again with diffusers >= 0.35")
     try:
         unused = _attach(transformer, _within(weights), _within(settings))
     except (ValueError, RuntimeError) as e:
@@ -308,17 +326,18 @@ def load_lora(pipeline: Any, transformer: Any, folder: Path, name: str = LORA_FI
 
 
 def _attach(transformer: Any, weights: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Add the adapter; what the file has and the model has not, or the reverse."""
+    """Add the adapter, and return the names that only the file or only the model has."""
     import torch
     from peft import LoraConfig
     from peft.utils import set_peft_model_state_dict
 
     transformer.add_adapter(LoraConfig(**settings), adapter_name="default")
     for parameter in transformer.parameters():
-        if parameter.requires_grad:  # the adapter's; in the model's dtype, which would round the weights
+        if parameter.requires_grad:  # the adapter, which peft made in the model's dtype: that would round its weights
             parameter.data = parameter.data.float()
     adapter = {name: p for name, p in transformer.named_parameters() if p.requires_grad and p.is_meta}
-    room = {name: torch.zeros_like(p, device="cpu") for name, p in adapter.items()}  # peft put it beside empty weights
+    # peft made the adapter on the device of the model's weights, which may be meta
+    room = {name: torch.zeros_like(p, device="cpu") for name, p in adapter.items()}
     transformer.load_state_dict(room, strict=False, assign=True)
     result = set_peft_model_state_dict(transformer, dict(weights), adapter_name="default")
     return [*result.unexpected_keys, *(name for name in result.missing_keys if "lora_" in name)]

@@ -1,4 +1,4 @@
-"""A part of a diffusers folder: read whole, or refused by a ModelError that names part, tensor and file."""
+"""Read a part of a diffusers folder completely, or raise a ModelError that names the part, the tensor and the file."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ if TYPE_CHECKING:
     import torch
 
 OUTER = "text_model."
-"""What transformers 4 has before the names of a CLIPTextModel's weights and 5 has not (4 does not know 5's names)."""
+"""Prefix of a CLIPTextModel's weights in transformers 4; version 5 leaves it out, and 4 cannot read such names."""
 LISTED = 5
+"""Names of tensors that a message lists at most."""
 
 
 def read(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any:
-    """The model of class `kind` in `folder`, on the CPU, in `dtype` whatever its files hold.
+    """The model of class `kind` in `folder`, on the CPU, converted to `dtype`.
 
-    ModelError, naming the file, if weights are missing, damaged, of another shape, or without a place in the model:
-    nothing is left random. Buffers that the model computes by itself may be in the file or not.
+    ModelError, which names the file, if weights are missing, damaged, of another shape or not part of the model, so
+    that no weight is left random. Buffers that the model computes itself may be in the file or not.
     """
     model, info = _loaded(kind, folder, dtype, variant)
     if info["missing_keys"] and set(info["missing_keys"]) == {f"{OUTER}{name}" for name in info["unexpected_keys"]}:
         model, info = _loaded(kind, folder, dtype, variant, key_mapping={"^(?=.)": OUTER})
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{_read_first(folder, variant)}: the weights of {folder.name} lack {_some(missing)}; nothing would "
-            "determine them: fetch the file again"
+            f"{_read_first(folder, variant)}: the weights of {folder.name} lack {_some(missing)}, which would be "
+            "random: fetch the file again"
         )
     if left := sorted(set(info["unexpected_keys"]) - {name for name, _ in model.named_buffers()}):
         raise ModelError(
-            f"{_holding(folder, left[0]) or folder}: a {kind.__name__}, as {folder.name} is to be, has no place for "
+            f"{_holding(folder, left[0]) or folder}: {folder.name} should be a {kind.__name__}, which has no "
             f"{_some(left)}; weights and config.json are of different models"
         )
     return model
 
 
 def _loaded(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None, **more: Any) -> tuple[Any, Any]:
-    """What `from_pretrained` gives, and what it says of the weights."""
+    """The model that `from_pretrained` returns, and its report on the weights."""
     with reading(folder, kind):
         return kind.from_pretrained(
             folder, torch_dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True, **more
@@ -49,18 +50,18 @@ def _loaded(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None, **
 
 @contextmanager
 def reading(folder: Path, kind: Any = None) -> Generator[None]:
-    """Turn what the libraries raise on bad files of `folder` into a ModelError that names the file.
+    """Turn what the libraries raise for bad files of `folder` into a ModelError that names the file.
 
-    kind  class of the model whose weights are read
+    kind  class of the model, if it is weights that are read
     """
     try:
         yield
-    except Exception as e:  # neither library checks what it reads: anything may be raised
+    except Exception as e:  # neither library checks the files that it reads, so they may raise anything
         raise ModelError(_damaged(folder) or (kind and _wrong_model(kind, folder)) or f"{folder}: {e}") from e
 
 
 def _damaged(folder: Path) -> str | None:
-    """The first weights file under `folder` that is unreadable, and why."""
+    """A message about the first weights file under `folder` that cannot be read, or None."""
     from safetensors import SafetensorError, safe_open
 
     for file in sorted(folder.rglob("*.safetensors")):
@@ -74,7 +75,7 @@ def _damaged(folder: Path) -> str | None:
 
 
 def _wrong_model(kind: Any, folder: Path) -> str | None:
-    """How config.json and weights do not fit together, or why no model can be made of the former."""
+    """A message about the first tensor whose shape does not fit config.json, or None."""
     with described(kind, folder / "config.json"):
         expected = {name: list(t.shape) for name, t in _blank(kind, folder).state_dict().items()}
     for file, shapes in _shapes(folder):
@@ -82,34 +83,34 @@ def _wrong_model(kind: Any, folder: Path) -> str | None:
             names = (name, f"{OUTER}{name}", name.removeprefix(OUTER))
             wanted = next((expected[n] for n in names if n in expected), shape)
             if shape != wanted:
-                return f"{file}: {name} is of shape {shape}, and by config.json a {kind.__name__} has {wanted} there"
+                return f"{file}: {name} has the shape {shape}; according to config.json a {kind.__name__} has {wanted}"
     return None
 
 
 @contextmanager
 def described(kind: Any, file: Path) -> Generator[None]:
-    """Turn what a class raises on settings of other types or numbers than it takes into a ModelError that names `file`.
+    """Turn what a class raises for wrong settings into a ModelError that names `file`.
 
-    None of them checks its arguments, so this may be anything.
+    The models of diffusers and transformers do not check their arguments, so they may raise anything.
     """
     try:
         yield
     except Exception as e:
-        raise ModelError(f"{file}: no {kind.__name__} can be made of it: {e}") from e
+        raise ModelError(f"{file}: no {kind.__name__} can be made from it: {e}") from e
 
 
 def _blank(kind: Any, folder: Path) -> Any:
-    """The model that config.json describes, on the meta device."""
+    """The model described by config.json, on the meta device."""
     import torch
 
     with torch.device("meta"):
-        if hasattr(kind, "config_class"):  # of transformers
+        if hasattr(kind, "config_class"):  # a model of transformers
             return kind(kind.config_class.from_pretrained(folder))
         return kind.from_config(kind.load_config(folder))
 
 
 def _shapes(folder: Path) -> Iterable[tuple[Path, Mapping[str, list[int]]]]:
-    """Each weights file and the shapes of its tensors, of which no values are read."""
+    """Each weights file with the shapes of its tensors; no values are read."""
     from safetensors import safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
@@ -118,7 +119,7 @@ def _shapes(folder: Path) -> Iterable[tuple[Path, Mapping[str, list[int]]]]:
 
 
 def _read_first(folder: Path, variant: str | None) -> Path:
-    """The index of several weights files, otherwise the file."""
+    """The file to name in a message: the index of several weights files, or else the only one."""
     files = [*sorted(folder.glob("*.safetensors.index*.json")), *sorted(folder.glob("*.safetensors"))]
     return next(
         (f for f in files if (variant is not None) == (f".{variant}." in f.name)), files[0] if files else folder

@@ -1,38 +1,21 @@
-"""Latents as a sequence of 2 x 2 patches, as FLUX and its kin see them."""
+"""Latents as a sequence of 2 x 2 patches, the input of FLUX and the models made from it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from corefit.errors import ModelError
-from corefit_backbones.folder import Checkpoint
-
 if TYPE_CHECKING:
     from torch import Tensor
 
-LARGEST = 8192
-"""Pixels a side; the networks have no bound of their own."""
-
-
-def geometry(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Latent channels, pixels a latent; ModelError if the transformer's patches are not of the VAE's latents."""
-    vae, net = checkpoint.config("vae"), checkpoint.config("transformer")
-    channels = vae["latent_channels"]
-    if net["in_channels"] != channels * 4:
-        raise ModelError(
-            f"{checkpoint.path}: VAE of {channels} channels, transformer of {net['in_channels']} a 2 x 2 patch"
-        )
-    return channels, 2 ** (len(vae["block_out_channels"]) - 1)
-
 
 def number(shape: Sequence[int]) -> int:
-    """Patches of latents of `shape` [..., H, W]."""
+    """Number of patches of latents of `shape` [..., H, W]."""
     return (shape[-2] // 2) * (shape[-1] // 2)
 
 
 def pack(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H W / 4, 4 C], a 2 x 2 patch a token."""
+    """[B, C, H, W] -> [B, H W / 4, 4 C], one 2 x 2 patch per token."""
     b, c, h, w = x.shape
     return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
 
@@ -45,7 +28,7 @@ def unpack(tokens: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def positions(x: Tensor) -> Tensor:
-    """Row and column of each patch of x [B, C, H, W]: [H W / 4, 3], the first 0."""
+    """(0, row, column) of each patch of x [B, C, H, W], as the network's position embedding takes it: [H W / 4, 3]."""
     import torch
 
     rows, columns = (torch.arange(n // 2, device=x.device, dtype=torch.float32) for n in x.shape[-2:])

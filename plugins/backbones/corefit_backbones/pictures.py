@@ -1,4 +1,4 @@
-"""Latents of image VAEs: the mode, shifted and scaled as the VAE's config says."""
+"""Latents of image VAEs: the mode of the VAE's distribution, shifted and scaled as its config says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """ModelError for a VAE's config by which latents could not be scaled, and back."""
+    """Raise a ModelError if latents cannot be shifted, scaled and restored with the VAE's config."""
     vae = checkpoint.config("vae")
     _ = vae["shift_factor"]
     if not vae["scaling_factor"]:

@@ -1,4 +1,4 @@
-"""Noise levels as a checkpoint's own scheduler places them."""
+"""Noise levels of a checkpoint's own scheduler."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ EULER, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
 
 
 def check(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    """`config` if it is of a scheduler with flow-matching noise levels; ModelError otherwise."""
+    """Return `config` if it describes a scheduler with flow-matching noise levels; ModelError otherwise."""
     name = config.get("_class_name")
     if name == EULER or (name == UNIPC and config.get("use_flow_sigmas")):
-        for key in LEVELS & config.keys():  # a number that is none is told now, and not when images are made
+        for key in LEVELS & config.keys():  # raises now, and not when images are made, if the value is not a number
             config.get(key)
         for key in ("shift", "flow_shift"):
             if config.get(key, 1) <= 0:
                 raise ModelError(f"{path}: the scheduler's {key} is {config[key]}; it must be more than 0")
         return config
-    raise ModelError(f"{path}: its scheduler is {name}; {EULER}, and {UNIPC} with use_flow_sigmas, are understood")
+    raise ModelError(f"{path}: its scheduler is {name}; {EULER}, and {UNIPC} with use_flow_sigmas, are supported")
 
 
 def mu(config: Mapping[str, Any], tokens: int) -> float:
-    """The logarithm of the shift for an image of `tokens` patches: a line through two configured points."""
+    """The logarithm of the shift for an image of `tokens` patches, linear between two configured points (FLUX)."""
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return low + (high - low) * (tokens - few) / (many - few)
 
 
 def shift(config: Mapping[str, Any], tokens: int) -> float:
-    """The shift of training noise: configured, or following the image's size where shifting is dynamic."""
+    """The shift of training noise: a configured one, or one for `tokens` patches if shifting is dynamic."""
     if not config.get("use_dynamic_shifting", False):
         return float(config.get("flow_shift" if config.get("_class_name") == UNIPC else "shift", 1.0))
     value = mu(config, tokens)
@@ -44,9 +44,9 @@ def shift(config: Mapping[str, Any], tokens: int) -> float:
 
 
 def grid(config: Mapping[str, Any], steps: int, tokens: int, *, linear: bool = False) -> Tensor:
-    """Inference sigmas [steps + 1], the last 0: what the diffusers pipeline steps through; float32, CPU.
+    """The sigmas [steps + 1] that the diffusers pipeline samples with, the last 0; float32, CPU.
 
-    linear  whether the pipeline hands its scheduler 1, 1 - 1/steps, ..., 1/steps, as FLUX's does
+    linear  whether the pipeline passes its scheduler the grid 1, 1 - 1/steps, ..., 1/steps, as FLUX's does
     """
     import diffusers
     import numpy as np

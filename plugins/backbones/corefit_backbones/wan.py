@@ -8,48 +8,48 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import define, field, validators
+from attrs import define
 
 from corefit import Condition
 from corefit.errors import ModelError
-from corefit_backbones import clips, names, network, schedule
+from corefit_backbones import clips, names
 from corefit_backbones.backbone import Diffusers
-from corefit_backbones.folder import LONGEST, check_size
+from corefit_backbones.folder import check_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST = 4096
+"""Pixels on a side at most."""
 
 
 @define(eq=False, slots=False)
 class Wan(Diffusers):
-    """Latents [B, 16, 1 + (T-1)/4, H/8, W/8]; conditions {"prompt_embeds": [B, L, D]}, zero behind the prompt.
+    """Wan with latents [B, 16, 1 + (T-1)/4, H/8, W/8] and conditions {"prompt_embeds": [B, L, D]}.
 
-    Of 2.2's A14B both experts train; each sample goes through the one for its noise level, at one guidance scale.
+    Embeddings beyond the end of a prompt are 0.
+
+    Both experts of Wan 2.2 A14B are trained. Each sample goes through the expert for its noise level, and the guidance
+    scale is the same for both.
     """
 
     pipeline_class: ClassVar[str] = "WanPipeline"
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     vae_class: ClassVar[str] = "AutoencoderKLWan"
+    codec = clips
     lora_names = staticmethod(names.wan)
-
-    max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(LONGEST)])
-    """UMT5 tokens of a prompt, padded and cut to this number."""
-    lora_targets: Sequence[str] = field(init=False, default=network.ATTENTION)
 
     @cached_property
     def geometry(self) -> tuple[int, int, int, int]:
-        """Latent channels, frames a latent, pixels a latent, latents a patch."""
+        """Latent channels, frames per latent, pixels per latent, and latents per patch; the last two on a side."""
         vae, net = self.checkpoint.config("vae"), self.checkpoint.config("transformer")
-        channels = vae["z_dim"]
-        if net["in_channels"] != channels:
-            raise ModelError(f"{self.path}: VAE of {channels} channels, transformer of {net['in_channels']}")
-        return channels, vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8), net["patch_size"][1]
+        self.check_channels(vae["z_dim"])
+        frames, pixels = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+        return vae["z_dim"], frames, pixels, net["patch_size"][1]
 
     @cached_property
     def boundary(self) -> float | None:
-        """Noise level from which on the first of two experts works; None where there is one."""
+        """Lowest noise level at which the first of two experts is used; None for a model of one network."""
         ratio = self.checkpoint.settings.get("boundary_ratio")
         if (ratio is None) == ("transformer_2" in self.checkpoint.parts):
             raise ModelError(
@@ -68,7 +68,7 @@ class Wan(Diffusers):
         return Experts(*networks, boundary=self.boundary)
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
-        """(C, 1 + (T-1)/4, H/8, W/8) of [frames, height, width]; [height, width] is one frame."""
+        """(C, 1 + (T-1)/4, H/8, W/8) for [frames, height, width] in pixels; [height, width] is one frame."""
         channels, every, scale, patch = self.geometry
         length = clips.latents(size, every)
         height, width = check_size(size[-2:], scale * patch, LARGEST)
@@ -76,13 +76,16 @@ class Wan(Diffusers):
 
     def encoding_key(self) -> Mapping[str, str]:
         mended = f"ftfy {version('ftfy')}" if find_spec("ftfy") else "as written"
-        return {**super().encoding_key(), "text_length": str(self.max_sequence_length), "text_mended": mended}
+        return {**super().encoding_key(), "text_mended": mended}
 
     def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {"prompt_embeds": (self.max_sequence_length, self.checkpoint.config("transformer")["text_dim"])}
 
     def encode_text(self, prompts: Sequence[str]) -> Condition:
-        """What WanPipeline.encode_prompt gives, in the dtype of `load`; ftfy mends prompts where it is installed."""
+        """Encode prompts as WanPipeline.encode_prompt does, in the dtype given to `load`.
+
+        As there, ftfy corrects the prompts' characters where it is installed.
+        """
         embeds, _ = self.text().encode_prompt(
             list(prompts),
             do_classifier_free_guidance=False,
@@ -91,27 +94,8 @@ class Wan(Diffusers):
         )
         return Condition({"prompt_embeds": embeds})
 
-    def encode(self, media: Tensor) -> Tensor:
-        self.latent_shape(media.shape[2:])
-        return clips.encode(self.vae(), media)
-
-    def decode(self, x0: Tensor) -> Tensor:
-        return clips.decode(self.vae(), x0)
-
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
-        """v [B, C, t, h, w] in float32; the network runs in the dtype of `load`, its timestep in float32."""
-        v = self.transformer(
-            hidden_states=x.to(self._dtype),
-            timestep=1000 * sigma.float(),
-            encoder_hidden_states=cond.tensors["prompt_embeds"].to(self._dtype),
-            return_dict=False,
-        )[0].float()
-        assert v.shape == x.shape, f"latents {tuple(x.shape)} were cropped to {tuple(v.shape)}: see latent_shape"
-        return v
+        return self.predict(x, sigma, cond)
 
-    def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
-        """The checkpoint's own grid [steps + 1], the last 0; float32, CPU."""
-        return schedule.grid(self.schedule, steps, tokens=0)
-
-    def shift(self, shape: Sequence[int]) -> float:
-        return schedule.shift(self.schedule, tokens=0)
+    def num_tokens(self, shape: Sequence[int]) -> int:
+        return 0  # WanPipeline's noise levels do not depend on the size

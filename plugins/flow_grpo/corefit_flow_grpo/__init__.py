@@ -1,4 +1,4 @@
-"""Flow-GRPO (arXiv 2505.05470): policy gradients for flow models, by groups of stochastic rollouts."""
+"""Flow-GRPO (arXiv 2505.05470): policy gradients for flow models from groups of stochastic rollouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollouts in groups, scored: what one batch of Flow-GRPO trains on."""
+"""The experience that Flow-GRPO trains on: groups of rollouts and their scores."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 @frozen(eq=False)
 class Rollouts:
-    """B rollouts and the T consecutive transitions of each that are trained.
+    """B rollouts, each with the T consecutive transitions that are trained.
 
-    states      [B, T + 1, ...] float32: what the policy saw, never rounded between rollout and training
-    sigmas      [B, T + 1] of those states
-    log_probs   [B, T] of states[:, 1:] under the policy that rolled out
-    advantages  [B]
-    informative [B] bool: rows whose group has variance; the others carry no gradient and are not counted
+    states       [B, T + 1, ...] float32, exactly as the policy saw them: nothing is rounded before training
+    sigmas       [B, T + 1], the noise levels of the states
+    log_probs    [B, T], log-probabilities of states[:, 1:] under the policy of the rollout
+    advantages   [B]
+    informative  [B] bool, whether a row's group has variance; other rows have no gradient and are not counted
+    rows         global numbers of the rollouts, as in `Batch.rows`
+    update       number of the optimizer step on this batch, from 0
     """
 
     states: Tensor
@@ -43,7 +45,7 @@ class Rollouts:
         return self.take(list(range(len(self))[rows]))
 
     def take(self, index: Sequence[int]) -> Rollouts:
-        """The rows of `index`, without the experience's metrics."""
+        """The rows in `index`, without the metrics of the experience."""
         return Rollouts(
             self.states[index],
             self.sigmas[index],
@@ -58,7 +60,7 @@ class Rollouts:
 
 @frozen(eq=False)
 class Recording:
-    """States, levels and log-probabilities of one micro-batch's rollout, and its clean latents."""
+    """States, noise levels, log-probabilities and final latents of one micro-batch's rollout."""
 
     states: Tensor
     sigmas: Tensor
@@ -77,9 +79,9 @@ def record(
     guidance: float,
     windowed: bool,
 ) -> Recording:
-    """Roll a micro-batch out and keep the `length` transitions from index start [B] on.
+    """Roll out a micro-batch and keep `length` transitions of each row, from step start [B] on.
 
-    windowed: only those transitions are stochastic (Flow-GRPO-Fast); otherwise all are.
+    windowed  whether only these transitions are stochastic (Flow-GRPO-Fast), or all are
     """
     import torch
 
@@ -109,13 +111,13 @@ def record(
 
 
 def score(x0: Tensor, batch: Batch, ctx: Context) -> Mapping[str, Tensor]:
-    """Each reward's scores of clean latents [B, ...], [B] float64 on the CPU."""
+    """Scores [B] of clean latents x0 [B, ...] by the name of the reward; float64, CPU."""
     media = ctx.backbone.decode(x0)
     return {entry.name: rewards.score(entry, media, batch.prompts, batch.meta) for entry in ctx.rewards}
 
 
 def _window(start: Tensor, length: int, steps: int) -> Tensor:
-    """[steps, B] bool: whether a step lies in its row's window."""
+    """[steps, B] bool: whether a step is in the window of the row."""
     import torch
 
     step = torch.arange(steps, device=start.device)[:, None]
@@ -123,7 +125,7 @@ def _window(start: Tensor, length: int, steps: int) -> Tensor:
 
 
 def joined(parts: Sequence[Recording]) -> Recording:
-    """Recordings of consecutive micro-batches as one."""
+    """Concatenate the recordings of consecutive micro-batches."""
     import torch
 
     return Recording(
@@ -135,5 +137,5 @@ def joined(parts: Sequence[Recording]) -> Recording:
 
 
 def for_update(rollouts: Rollouts, update: int, index: Sequence[int], metrics: Mapping[str, Tensor]) -> Rollouts:
-    """The rows that optimiser step `update` of this batch trains on."""
+    """The rows that optimizer step `update` of this batch trains on."""
     return evolve(rollouts.take(index), update=update, metrics=metrics if update == 0 else {})

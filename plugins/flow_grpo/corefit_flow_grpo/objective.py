@@ -1,4 +1,4 @@
-"""Flow-GRPO as an objective: experience = grouped rollouts and advantages, a term for each trained step."""
+"""The objective Flow-GRPO: rollouts in groups give advantages, and each trained sampling step is a term."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ at_least_one, at_most = validators.ge(1), validators.le(10_000)
 
 @frozen
 class FlowGrpo(Objective[Rollouts]):
-    """Flow-GRPO, paper eq. 4 to 9. Needs a stochastic `sampler`, at least one `reward`, prompts; no media."""
+    """Flow-GRPO, eq. 4 to 9 of the paper. It needs prompts, a stochastic `sampler` and a `reward`, but no media."""
 
     group: int = field(default=24, validator=[validators.ge(2), at_most])
-    """Rollouts of one prompt, K; they stay on one rank."""
+    """Number of rollouts per prompt, K; they are on the same rank."""
     steps: int = field(default=10, validator=[validators.ge(2), at_most])
-    """Sampling steps of a rollout."""
+    """Number of sampling steps of a rollout."""
     guidance: float = field(default=4.5, validator=validators.gt(0))
-    """Scale of classifier-free guidance; the policy is the guided velocity, in rollout and in training."""
+    """Scale of classifier-free guidance. The policy is the guided velocity, in the rollout and in training."""
     start: Literal["own", "shared"] = "own"
-    """Initial noise: each rollout's own (Flow-GRPO), or one for a group (DanceGRPO): what differs is then trained."""
+    """Initial noise for each rollout (Flow-GRPO), or the same for a whole group (DanceGRPO)."""
     detach_unconditional: bool = False
-    """No gradient through the unconditional half, as in the published code of July 2025."""
+    """Stop the gradient through the unconditional part of guidance, as in the published code of July 2025."""
     clip: float = field(default=1e-4, validator=validators.gt(0))
-    """Ratio clipping; log-probabilities are means over dimensions, hence the small numbers."""
+    """Clip range of the ratio. It is small because log-probabilities are means over dimensions."""
     clip_high: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
-    """Upper clip where it differs from `clip`."""
+    """Upper clip range if it differs from `clip`."""
     advantage_clip: float = field(default=5.0, validator=validators.gt(0))
-    """Advantages are clamped to +- this."""
+    """Advantages are clamped to [-advantage_clip, advantage_clip]."""
     std: Literal["global", "group"] = "global"
-    """Whose standard deviation divides: all rewards of the batch (published code) or the group's (paper)."""
+    """Divide by the standard deviation over all rewards of the batch (published code) or over the group (paper)."""
     zero_variance: Literal["drop", "keep"] = "drop"
-    """Groups whose rewards are all alike: leave them out of the mean (and of the work), or count them as 0."""
+    """Leave groups whose rewards are all equal out of the mean and of the work, or keep them in the mean as 0."""
     fraction: float | None = field(default=None, validator=validators.optional([validators.gt(0), validators.lt(1)]))
-    """Share of the steps trained, from the first on; 0.99 (all but the last) unless `window` is given."""
+    """Share of the steps that are trained, from the first on; 0.99 (all but the last) unless `window` is given."""
     window: int | None = field(default=None, validator=validators.optional(at_least_one))
-    """Train this many consecutive steps, and be stochastic only there (Flow-GRPO-Fast)."""
+    """Number of consecutive steps that are trained; only these are stochastic (Flow-GRPO-Fast)."""
     window_range: tuple[int, int] | None = None
-    """The window lies in [low, high) steps, drawn for each group; the first half of the steps by default."""
+    """Range [low, high) of steps in which each group's window is drawn; by default the first half of the steps."""
     epochs: int = field(default=1, validator=[at_least_one, at_most])
-    """Passes over each batch of rollouts."""
+    """Number of passes over each batch of rollouts."""
     updates: int = field(default=1, validator=at_least_one)
-    """Optimiser steps a pass; each takes an equal share of every group."""
+    """Number of optimizer steps per pass; each takes an equal share of every group."""
     beta: float = field(default=0.0, validator=validators.ge(0))
-    """Weight of the KL to the policy as the stage found it."""
+    """Weight of the KL to the policy at the start of the stage."""
     kl: Literal["exact", "published"] = "exact"
-    """The Gaussians' KL, or the published SD3 script's, which is smaller by |dt|."""
+    """The KL of the Gaussians, or that of the published SD3 script, which is |dt| times as large."""
     ratio_tolerance: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
-    """Largest |log ratio| before the first update; more means that training and rollout differ. `clip` by default."""
+    """Largest |log ratio| allowed before the first update, where training and rollout must agree; default `clip`."""
 
     def __attrs_post_init__(self) -> None:
         if self.window is None and self.window_range is not None:
@@ -123,7 +123,7 @@ class FlowGrpo(Objective[Rollouts]):
             yield self._term(part, j, ctx)
 
     def _collect(self, batch: Batch, ctx: Context) -> tuple[Rollouts, Mapping[str, Tensor]]:
-        """Roll the whole batch out, score it, and compare within groups."""
+        """Roll out the whole batch, score it and compute advantages; also the metrics of the experience."""
         import torch
 
         recordings: list[Recording] = []
@@ -174,7 +174,7 @@ class FlowGrpo(Objective[Rollouts]):
         )
 
     def _advantages(self, reward: Tensor, rows: Sequence[int], ctx: Context) -> Tensor:
-        """[B] of this rank, with statistics over all ranks."""
+        """Advantages [B] of this rank's rows, with statistics over all ranks."""
         import torch
 
         first = int((ctx.gather(torch.tensor(rows)) < rows[0]).sum())
@@ -182,10 +182,11 @@ class FlowGrpo(Objective[Rollouts]):
         return every[first : first + len(rows)]
 
     def _shares(self, rollouts: Rollouts, ctx: Context) -> Iterator[list[int]]:
-        """Row indices of each optimiser step, equally many on every rank.
+        """Row indices of each optimizer step, the same number on every rank.
 
-        A pass deals each group's rows in a keyed random order to its updates. Rows without information are left
-        out, but for those that fill a rank up to the number of rows of the fullest.
+        Each pass distributes the rows of every group over its updates, in a random order that does not depend on the
+        number of ranks. Rows that are not informative are left out, except those that a rank needs to have as many
+        rows as the others.
         """
         import torch
 
@@ -210,13 +211,13 @@ class FlowGrpo(Objective[Rollouts]):
         return sorted(live + spare[: max(most, 1) - len(live)])
 
     def _term(self, part: Rollouts, j: int, ctx: Context) -> Term:
-        """The clipped objective of transition j, eq. 5, over the informative rows."""
+        """The clipped objective (eq. 5) of transition j, summed over the informative rows."""
         x, x_next = part.states[:, j], part.states[:, j + 1]
         sigma, sigma_next = part.sigmas[:, j], part.sigmas[:, j + 1]
         reference = self._reference(x, sigma, sigma_next, part, ctx)
         step = ctx.sampler.step(x, self._velocity(x, sigma, part, ctx), sigma, sigma_next)
         log_ratio = ctx.sampler.log_prob(x_next, step) - part.log_probs[:, j]
-        if ctx.first and part.update == 0:
+        if ctx.first_batch and part.update == 0:
             self._on_policy(log_ratio)
         ratio = log_ratio.exp()
         high = self.clip if self.clip_high is None else self.clip_high
@@ -236,7 +237,7 @@ class FlowGrpo(Objective[Rollouts]):
         import torch
 
         backbone = ctx.backbone
-        # a distilled model has no unconditional half: its guidance is an input
+        # a distilled model has no unconditional part: its guidance scale is an input
         if not self.detach_unconditional or backbone.distilled or self.guidance == 1:
             return backbone.guided(x, sigma, part.cond, self.guidance)
         v = backbone.velocity(x, sigma, part.cond)
@@ -254,7 +255,10 @@ class FlowGrpo(Objective[Rollouts]):
             return ctx.sampler.step(x, v, sigma, sigma_next)
 
     def _on_policy(self, log_ratio: Tensor) -> None:
-        """The ratio must be 1 before the first update; otherwise every later clip is of rounding, not of change."""
+        """Raise a TrainingError unless the ratio is 1 before the first update.
+
+        Otherwise clipping would act on numerical differences, and not on changes of the policy.
+        """
         worst = float(log_ratio.detach().abs().max())
         if not worst <= (self.ratio_tolerance or self.clip):
             raise TrainingError(

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning by flow matching: the objective that SOAR replaces."""
+"""Supervised fine-tuning (SFT) by flow matching."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Sft(Supervised):
     """Rectified-flow matching (arXiv 2403.03206, eq. 5): mean over samples of w(sigma) |v - (noise - x0)|^2."""
 
     dropout: float = field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
-    """Share of samples whose prompt is replaced by the empty one."""
+    """Share of samples whose prompt is replaced by the empty prompt."""
 
     def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
         x0 = batch.clean

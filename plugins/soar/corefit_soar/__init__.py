@@ -1,4 +1,4 @@
-"""SOAR (arXiv 2604.12617): supervise the model back from its own off-trajectory states; no reward needed."""
+"""SOAR (arXiv 2604.12617): the model learns to return from off-trajectory states of its own; no reward is needed."""
 
 from __future__ import annotations
 

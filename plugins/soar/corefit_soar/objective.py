@@ -1,4 +1,4 @@
-"""SOAR as an objective: one base term, then the correction points in chunks, a backward for each."""
+"""The objective SOAR: one base term, and then a term for each chunk of correction points."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @frozen(eq=False)
 class Rollout:
-    """What one batch's correction points share. Latents [B, ...], levels [B]; nothing here has a graph."""
+    """What all correction points of a batch have in common: latents [B, ...] and levels [B], without gradients."""
 
     z0: Tensor
     eps: Tensor
     s: Tensor
     s_star: Tensor
-    room: Tensor
-    """Whether the step ends above sigma 0: stochastic paths need it, [B]."""
+    above_zero: Tensor
+    """[B] bool: whether the step ends above sigma 0, as stochastic paths must."""
     shift: float
     cond: Condition
     v: Tensor
@@ -38,35 +38,36 @@ at_most = validators.le(10_000)
 
 @frozen
 class Soar(Supervised):
-    """SOAR, paper eq. 9 to 15. Reward-free: data as for SFT, 1 + paths x points supervised items a sample.
+    """SOAR, eq. 9 to 15 of the paper. It needs the data of SFT, and no reward.
 
-    A step costs about 1 + paths x points SFT steps and, with chunk = 1, keeps the activations of one.
+    Each sample gives 1 + paths x points supervised items. A step costs about as much as that many SFT steps, and with
+    chunk = 1 it keeps the activations of one.
     """
 
     points: int = field(default=6, validator=[validators.gt(0), at_most])
-    """Correction points a path, N."""
+    """Correction points per path, N."""
     paths: int = field(default=1, validator=[validators.gt(0), at_most])
-    """Off-trajectory states a sample, M: the ODE step, then M - 1 steps of the stage's `sampler`."""
+    """Off-trajectory states per sample, M: one from the ODE's step, M - 1 from steps of the stage's `sampler`."""
     guidance: float = field(default=4.5, validator=validators.gt(0))
-    """Scale of classifier-free guidance in the rollout; 1 is none."""
+    """Scale of classifier-free guidance in the rollout; 1 means no guidance."""
     steps: int = field(default=40, validator=[validators.gt(1), at_most])
-    """Sampling steps K whose length the rollout step has (1/K in unshifted time)."""
+    """Number of sampling steps K that determines the length of the rollout's step: 1/K in unshifted time."""
     weight: float = field(default=1.0, validator=validators.ge(0))
-    """lambda: weight of the correction points."""
+    """Weight of the correction points, lambda."""
     normalize: Literal["items", "weighted"] = "items"
-    """Divide by B + N_aux, as eq. 15 reads, or by B + lambda N_aux, as the published code does."""
+    """Divide the loss by B + N_aux, as in eq. 15, or by B + lambda N_aux, as in the published code."""
     chunk: int = field(default=1, validator=[validators.gt(0), at_most], metadata=ROUNDING)
-    """Correction points a forward: more is up to 10 % faster and keeps the activations of as many."""
+    """Correction points per forward: more are up to 10 % faster, and their activations are kept together."""
     dropout: float = field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
-    """Share of samples whose prompt is replaced by the empty one; their rollout is unguided."""
+    """Share of samples whose prompt is replaced by the empty prompt; their rollout has no guidance."""
     noise: Literal["shared", "fresh"] = "shared"
-    """Re-noise toward the sample's own noise, or toward fresh noise for each path (the paper's ablation)."""
+    """Re-noise with the noise of the sample, or with fresh noise for each path (the paper's ablation)."""
     floor: float = field(default=0.003, validator=[validators.gt(0), validators.lt(1)])
-    """Lowest sigma of a rollout's end and of its points: v_corr divides by it."""
+    """Lowest sigma at the end of a rollout and of its points, because v_corr is divided by sigma."""
     max_gain: float = field(default=1.0, validator=validators.gt(0))
-    """Points whose target amplifies a rollout error by more count (max_gain / gain)^2; `bounded` is their share."""
+    """Points whose target amplifies an error of the rollout by more than this are weighted by (max_gain / gain)^2."""
     levels: Literal["continuous", "table"] = "continuous"
-    """Exact sigmas, or the published code's 1000-entry table look-ups."""
+    """Exact sigmas, or look-ups in a table of 1000 as in the published code."""
 
     @property
     def uses(self) -> frozenset[str]:
@@ -84,7 +85,7 @@ class Soar(Supervised):
         z0 = batch.clean
         shift = ctx.backbone.shift(tuple(z0.shape[1:]))
         eps = ctx.randn_like(z0)
-        s, s_star, room = self._levels(ctx.sigma(z0), shift)
+        s, s_star, above_zero = self._levels(ctx.sigma(z0), shift)
         cond = ctx.dropout(batch.cond, self.dropout)
         z = interpolate(z0, eps, s)
         v = ctx.backbone.velocity(z, s, cond)
@@ -94,10 +95,10 @@ class Soar(Supervised):
         if self.weight:
             del base
             v = self._guided(z, s, cond, v, ctx)
-            yield from self._corrections(Rollout(z0, eps, s, s_star, room, shift, cond, v), ctx)
+            yield from self._corrections(Rollout(z0, eps, s, s_star, above_zero, shift, cond, v), ctx)
 
     def _guided(self, z: Tensor, s: Tensor, cond: Condition, v: Tensor, ctx: Context) -> Tensor:
-        """The rollout's velocity; the conditional half is the base term's own prediction."""
+        """The guided velocity of the rollout; its conditional part v is the prediction of the base term."""
         import torch
 
         with torch.no_grad():
@@ -113,16 +114,17 @@ class Soar(Supervised):
                 yield self._correction(roll, delta, live, fresh, draws, ctx)
 
     def _step(self, roll: Rollout, path: int, ctx: Context) -> tuple[Tensor, Tensor]:
-        """(Delta, which rows count) of a path: the ODE's, or a draw of the sampler's transition.
+        """Delta [B, ...] of a path, and a mask [B] of the rows that count.
 
-        A stochastic path that would reach sigma 0 is left out, as published: it has no room for noise.
+        The first path is the ODE's step, the others are drawn from the sampler's transition. As in the published code,
+        rows in which a stochastic path would end at sigma 0 are left out, because there is no noise at that level.
         """
         if path == 0:
             return deviation(roll.v, roll.z0, roll.eps, roll.s, roll.s_star), roll.s > 0
         z = interpolate(roll.z0, roll.eps, roll.s)
         step = ctx.sampler.step(z, roll.v, roll.s, roll.s_star)
         z = step.mean + expand_like(step.std, z) * ctx.randn_like(z)
-        return z - interpolate(roll.z0, roll.eps, roll.s_star), roll.room
+        return z - interpolate(roll.z0, roll.eps, roll.s_star), roll.above_zero
 
     def _correction(
         self,
@@ -133,14 +135,14 @@ class Soar(Supervised):
         draws: list[Tensor],
         ctx: Context,
     ) -> Term:
-        """The term of one chunk: a forward on len(draws) x B states, point by point."""
+        """The term of one chunk: one forward on len(draws) x B states, ordered by point."""
         import torch
 
         levels = [roll.s_star + u * (1 - roll.s_star) for u in draws]
         pairs = [renoised(roll.z0, roll.eps, delta, roll.s_star, level, fresh) for level in levels]
         z, target = (torch.cat(each) for each in zip(*pairs, strict=True))
         level, cond, count = torch.cat(levels), roll.cond.repeat(len(draws)), len(draws)
-        v = ctx.backbone.velocity(z, self._told(level, roll.shift), cond)
+        v = ctx.backbone.velocity(z, self._model_level(level, roll.shift), cond)
         bound = (self.max_gain / gain(roll.s.repeat(count), roll.s_star.repeat(count), level)).clamp(max=1) ** 2
         loss = bound * ctx.noise.weight(level) * per_sample((v - target) ** 2)
         counts = live.repeat(count)
@@ -150,7 +152,7 @@ class Soar(Supervised):
         return Term(loss.sum() * self.weight, items, metrics)
 
     def _levels(self, sigma: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, s*, whether s* is above 0) of drawn noise levels sigma, each [B]."""
+        """(s, s*, whether the step ends above sigma 0) for drawn noise levels sigma, each [B]."""
         if self.levels == "table":
             t = unshifted(sigma, shift)
             lower = (t - 1 / self.steps).clamp(min=0)
@@ -158,6 +160,6 @@ class Soar(Supervised):
         s = sigma.clamp(min=self.floor)
         return s, next_level(s, shift, self.steps, self.floor), next_time(s, shift, self.steps) > 0
 
-    def _told(self, level: Tensor, shift: float) -> Tensor:
-        """The level of a correction point as the model is told it."""
-        return table.told(level, shift) if self.levels == "table" else level
+    def _model_level(self, level: Tensor, shift: float) -> Tensor:
+        """The level [B] that the model is given for correction points at `level` [B]."""
+        return table.model_sigma(level, shift) if self.levels == "table" else level
