@@ -80,7 +80,7 @@ class Reads:
 
 @contextmanager
 def watched(values: object, own: Sequence[object] = ()) -> Generator[Reads]:
-    """Record where the block reads on the host the tensors in `values`, or what is computed from them."""
+    """Record where the block reads, on the host, a value of the tensors in `values` or computed from them."""
     reads = Reads([each for each in own if each is not None])
     for tensor in _tensors(values):
         setattr(tensor, MARK, True)
