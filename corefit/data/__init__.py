@@ -1,1 +1,1 @@
-"""Data: from raw examples to encoded ones on the disk, and from those to batches."""
+"""Training data: raw examples are encoded once into a cache on disk, and batches are read from that cache."""

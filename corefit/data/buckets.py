@@ -1,4 +1,4 @@
-"""Sizes that media of other aspects go to: of about the same area, in steps that the model takes."""
+"""Aspect-ratio buckets: sizes of about the same area, each in steps that the model accepts."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from corefit.errors import ConfigError, CorefitError
 if TYPE_CHECKING:
     from corefit.types import Backbone
 
-LARGEST_UNIT = 256
-PART = re.compile(r"\d{1,5}")
-"""Of an aspect."""
+LARGEST_STEP = 256
+ASPECT_SIDE = re.compile(r"\d{1,5}")
+"""Matches one side of an aspect ratio."""
 Size = tuple[int, ...]
 
 
 @frozen
 class Aspect:
-    """Width to height, as "16:9" says it."""
+    """An aspect ratio, width to height, such as "16:9"."""
 
     width: int
     height: int
 
     @staticmethod
-    def of(text: str) -> Aspect:
-        """ValueError for anything but two positive whole numbers with a colon between."""
+    def parse(text: str) -> Aspect:
+        """Return the aspect ratio that `text` names; ValueError unless it is two positive whole numbers and a colon."""
         parts = text.split(":")
-        if len(parts) != 2 or not all(PART.fullmatch(part.strip()) and int(part) for part in parts):
-            raise ValueError(f"{text!r} is no aspect; write width:height, such as '4:3'")
+        if len(parts) != 2 or not all(ASPECT_SIDE.fullmatch(part.strip()) and int(part) for part in parts):
+            raise ValueError(f"{text!r} is not an aspect ratio; write width:height, such as '4:3'")
         return Aspect(int(parts[0]), int(parts[1]))
 
     @property
@@ -41,17 +41,17 @@ class Aspect:
 
 
 def sizes(size: Size, aspects: Sequence[str], backbone: Backbone) -> tuple[Size, ...]:
-    """The buckets: `size` alone, or for each aspect the size of its area; frames stay.
+    """Return the size of each bucket: `size` alone, or for each aspect ratio a size of the same area and frames.
 
-    Height and width are rounded to the steps that `latent_shape` takes. ConfigError where it takes none near.
+    Height and width are rounded to steps that `latent_shape` accepts. ConfigError if it accepts none near them.
     """
     if not aspects:
         return (size,)
     *frames, height, width = size
-    unit = _unit(size, backbone)
+    unit = _size_step(size, backbone)
     found: dict[Size, str] = {}
     for text in aspects:
-        ratio = Aspect.of(text).ratio
+        ratio = Aspect.parse(text).ratio
         side = math.sqrt(height * width)
         bucket = (*frames, _rounded(side / math.sqrt(ratio), unit), _rounded(side * math.sqrt(ratio), unit))
         if bucket in found:
@@ -70,25 +70,27 @@ def sizes(size: Size, aspects: Sequence[str], backbone: Backbone) -> tuple[Size,
 
 
 def nearest(height: int, width: int, sizes: Sequence[Size]) -> int:
-    """Number of the bucket whose aspect is nearest to that of media of `height` and `width`."""
+    """Return the index of the bucket whose aspect ratio is nearest, on a log scale, to that of `height` and `width`."""
     wanted = math.log(width / height)
     return min(range(len(sizes)), key=lambda n: abs(math.log(sizes[n][-1] / sizes[n][-2]) - wanted))
 
 
-def _unit(size: Size, backbone: Backbone) -> int:
-    """The smallest step in pixels, a power of two, by which the model lets height and width grow or shrink."""
+def _size_step(size: Size, backbone: Backbone) -> int:
+    """Return the smallest step in pixels, a power of two, by which the model lets height and width grow or shrink."""
     backbone.latent_shape(size)
     *frames, height, width = size
     unit = 1
-    while unit <= LARGEST_UNIT:
+    while unit <= LARGEST_STEP:
         for step in (unit, -unit):
-            if _takes((*frames, height + step, width), backbone) and _takes((*frames, height, width + step), backbone):
+            if _accepts((*frames, height + step, width), backbone) and _accepts(
+                (*frames, height, width + step), backbone
+            ):
                 return unit
         unit *= 2
-    raise ConfigError(f"size = {list(size)}: this model takes no other size near it, so there can be no aspects")
+    raise ConfigError(f"size = {list(size)}: this model accepts no other size near it; remove aspects")
 
 
-def _takes(size: Size, backbone: Backbone) -> bool:
+def _accepts(size: Size, backbone: Backbone) -> bool:
     try:
         backbone.latent_shape(size)
     except CorefitError:

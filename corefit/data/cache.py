@@ -1,8 +1,9 @@
-"""The only writer of training data: every example is encoded once, into MDS shards that `data` reads.
+"""Write caches: encode every example of a source once, into MDS shards that `dataset` reads.
 
-A cache is a folder named by the hash of everything that determines it. It is written in parts, each whole or not
-at all, under another name, and renamed when complete: half a cache is never read, and finished parts are never made
-again. What a part holds depends on its examples alone, not on how many processes there are or were.
+A cache is a folder named by the hash of everything that determines its content. It is written in partitions, folders
+of PARTITION examples each. A partition is written under a temporary name and renamed when complete, and so is the
+whole cache: a half-written one is never read, and complete partitions are not encoded again after a kill. What a
+partition holds depends on its examples alone, not on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import attrs
 from attrs import define, field, frozen
 
 from corefit.data import buckets, mds
-from corefit.data.dataset import COND, DONE, NULL, ROWS, X0, Dataset, Manifest, Spec, part_name
+from corefit.data.dataset import COND, DONE, NULL, ROWS, X0, Dataset, Manifest, TensorSpec, partition_name
 from corefit.data.encode import Encoder, chunks
-from corefit.data.scan import Hashes, check_readable, survey, too_many
+from corefit.data.scan import MediaHashes, check_readable, scan, too_many_unreadable
 from corefit.data.settings import Data
 from corefit.errors import DataError
 from corefit.system import files, memory
@@ -37,69 +38,72 @@ if TYPE_CHECKING:
     from corefit.types import Backbone, Example, Reward, Weighted
 
 FORMAT = 4
-"""Part of every key: raise it when the same input gives other bytes."""
-PART = 512
-"""Examples of a part: what a kill costs at most, a process."""
+"""The version of the cache format, hashed into every key: raise it when the same input gives other bytes."""
+PARTITION = 512
+"""Examples in a partition: the most that a process has to encode again after a kill."""
 SKIPPED = "skipped.json"
-ACCOUNT = "part.json"
-UNDIGESTED = {"seen", "count", "failed", "enlarged", "cond"}
-"""Keys of part.json as version 0.1 wrote it, without a digest."""
+RECORD = "part.json"
+KEYS_0_1 = {"seen", "count", "failed", "enlarged", "cond"}
+"""The keys of part.json as version 0.1 wrote it, without a digest."""
 HASHES = "media.json"
 ABANDONED = 7 * 86400
-"""Seconds after which unfinished parts that nobody goes on with are removed."""
-UNFINISHED = re.compile(r"[0-9a-f]{16}\.parts")
+"""Seconds after which an unfinished cache that no run continues is removed."""
+UNFINISHED_NAME = re.compile(r"[0-9a-f]{16}\.parts")
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 
 def check(data: Data, *, media: bool) -> int | None:
-    """Examples; None where only a network knows. DataError for what is wrong and shows without opening a picture."""
+    """Return the number of examples, or None if only the network could tell.
+
+    DataError for everything wrong with the data that shows without decoding media.
+    """
     if data.encoded is None:
-        return survey(data, media, lambda _: "")[0]
+        return scan(data, media, lambda _: "")[0]
     if _is_remote(data.encoded):
         return None
     manifest = Manifest.read(Path(data.encoded))
-    _refuse_without(manifest, data.encoded, media)
+    _require_media(manifest, data.encoded, media)
     return manifest.count
 
 
 def key(data: Data, backbone: Backbone, root: Path, *, media: bool) -> str:
-    """Hash of all that determines the cache: examples, media bytes, sizes, encoders, scores, what is encoded."""
-    return _keyed(data, backbone, media, Hashes(root / HASHES))[1]
+    """Return the hash of everything that determines the cache: examples, media bytes, sizes, encoders and scores."""
+    return _count_and_key(data, backbone, media, MediaHashes(root / HASHES))[1]
 
 
-def opened(data: Data, backbone: Backbone, root: Path, *, media: bool) -> Dataset:
-    """What `data.encoded` names, where it is; copies of a remote one are kept under `root`.
+def open_encoded(data: Data, backbone: Backbone, root: Path, *, media: bool) -> Dataset:
+    """Open the cache that `data.encoded` names; copies of a remote one are kept under `root`.
 
-    After `place` or `load` of the backbone. DataError: it is missing or damaged, was made for other encoders or
-    another size, or has no media where they are asked for.
+    Call it after the backbone's `place` or `load`. DataError if the cache is missing or damaged, was encoded with
+    other encoders or another size, or lacks media that `media` requires.
     """
-    place = str(data.encoded)
-    remote = place.rstrip("/") if _is_remote(place) else None
-    folder = root / f"remote-{hashlib.sha256(remote.encode()).hexdigest()[:16]}" if remote else Path(place)
-    dataset = Dataset.open(folder, remote, data.condition)
-    _refuse_without(dataset.manifest, place, media)
-    here = _fits(data, backbone, dataset.has_media)
-    if wrong := [name for name in sorted(here) if dataset.manifest.fits.get(name) != here[name]]:
+    location = str(data.encoded)
+    remote = location.rstrip("/") if _is_remote(location) else None
+    folder = root / f"remote-{hashlib.sha256(remote.encode()).hexdigest()[:16]}" if remote else Path(location)
+    dataset = Dataset.open(folder, remote, data.filter)
+    _require_media(dataset.manifest, location, media)
+    current = _compatibility(data, backbone, dataset.has_media)
+    if wrong := [name for name in sorted(current) if dataset.manifest.fits.get(name) != current[name]]:
         raise DataError(
-            f"{place} was encoded with another {', '.join(wrong)} than this pipeline has; encode its data again "
-            "([data] source), or take the backbone and size that it was made with"
+            f"{location} was encoded with another {', '.join(wrong)} than this pipeline has; encode its data again "
+            "([data] source), or set the backbone and size that it was encoded with"
         )
     return dataset
 
 
-def _is_remote(place: str) -> bool:
-    return "://" in place
+def _is_remote(location: str) -> bool:
+    return "://" in location
 
 
-def _refuse_without(manifest: Manifest, place: str, media: bool) -> None:
+def _require_media(manifest: Manifest, location: str, media: bool) -> None:
     if media and not manifest.media:
-        raise DataError(f"{place} holds prompts alone, and a stage needs media")
+        raise DataError(f"{location} has prompts without media, and a stage needs media")
 
 
 def exists(data: Data, backbone: Backbone, root: Path, *, media: bool) -> bool:
-    """Whether `prepare` would return at once."""
+    """Return whether the cache is complete, so that `prepare` would encode nothing."""
     digest = key(data, backbone, root, media=media)
     return _complete(_folder(root, digest), digest)
 
@@ -113,39 +117,42 @@ def prepare(
     progress: Progress = lambda done, total: None,
     ranks: Ranks = SINGLE,
 ) -> Path:
-    """The folder under `root` with `data` encoded: an existing one, or one that is written now.
+    """Return the folder under `root` with the cache of `data`, and encode the data first if there is none.
 
-    media=False encodes prompts alone. Only text encoders and VAE are used, and released. progress gets
-    (examples done, all) of this process. Several ranks share the parts; a killed one's are kept.
-    DataError: media missing or unreadable beyond `skip`, values that are not finite.
+    media=False encodes prompts only. Text encoders and VAE are used and then released. `progress` is called with two
+    numbers: how many examples this process has encoded, and how many it has to encode. The ranks divide the
+    partitions among them, and those that a killed process completed are kept. DataError for more missing or
+    unreadable media than `skip`, and for values that are not finite.
     """
-    hashes = Hashes(root / HASHES)
-    total, digest = ranks.from_main(lambda: _keyed(data, backbone, media, hashes))
+    hashes = MediaHashes(root / HASHES)
+    total, digest = ranks.from_main(lambda: _count_and_key(data, backbone, media, hashes))
     folder = _folder(root, digest)
-    work = CacheBuilder(data, backbone, media, digest, total, folder)
+    builder = CacheBuilder(data, backbone, media, digest, total, folder)
     if not ranks.from_main(lambda: _complete(folder, digest)):
-        with _alone(root, work.parts, ranks.main):
-            if not ranks.from_main(lambda: _complete(folder, digest)):  # another run may have been at it until now
-                _make(work, progress, ranks)
+        with _exclusive(root, builder.unfinished, ranks.main):
+            # another run may have completed it while this one waited for the lock
+            if not ranks.from_main(lambda: _complete(folder, digest)):
+                _build(builder, progress, ranks)
     if ranks.main:
         files.remove_stale_locks(root)
         hashes.save()
-        _within_budget(data, folder)
+        _check_skipped(data, folder)
     ranks.barrier()
     return folder
 
 
-def _make(work: CacheBuilder, progress: Progress, ranks: Ranks) -> None:
-    size = work.data.encode_batch
-    helps = [f"encode_batch = {size // 2} (now {size})"] if size > 1 else []
+def _build(builder: CacheBuilder, progress: Progress, ranks: Ranks) -> None:
+    size = builder.data.encode_batch
+    remedies = [f"encode_batch = {size // 2} (now {size})"] if size > 1 else []
     try:
-        with memory.explain_exhaustion("encoding", helps, "Parts that are encoded are kept; the same command goes on"):
-            work.encode(progress, ranks.rank, ranks.world)
+        kept = "Partitions that are encoded are kept; the same command continues"
+        with memory.explain_exhaustion("encoding", remedies, kept):
+            builder.encode(progress, ranks.rank, ranks.world)
         ranks.barrier()
         if ranks.main:
-            work.publish()
+            builder.publish()
     finally:
-        work.backbone.release()
+        builder.backbone.release()
 
 
 def _folder(root: Path, digest: str) -> Path:
@@ -153,54 +160,60 @@ def _folder(root: Path, digest: str) -> Path:
 
 
 def _complete(folder: Path, digest: str) -> bool:
+    """Return whether `folder` has a complete cache; DataError if it is the cache of another key."""
     if not (folder / DONE).exists():
         return False
-    if Manifest.read(folder, remade=True).key != digest:
-        raise mds.damaged(folder / DONE, "its key is not the folder's", remade=True)
+    if Manifest.read(folder, rebuildable=True).key != digest:
+        raise mds.damaged(folder / DONE, "its key does not match the folder's name", rebuildable=True)
     return True
 
 
-def _within_budget(data: Data, folder: Path) -> None:
-    """A cache that was written under a larger budget is no way around a smaller one."""
-    if (manifest := Manifest.read(folder, remade=True)).skipped > data.skip:
+def _check_skipped(data: Data, folder: Path) -> None:
+    """Raise DataError if the cache was encoded with a larger `skip` and leaves out more than `skip` allows now."""
+    if (manifest := Manifest.read(folder, rebuildable=True)).skipped > data.skip:
         total = manifest.skipped + manifest.count
-        raise DataError(too_many(json.loads((folder / SKIPPED).read_bytes()), total, data.skip))
+        raise DataError(too_many_unreadable(json.loads((folder / SKIPPED).read_bytes()), total, data.skip))
 
 
-# what determines a cache
+# keys
 
 
-def _keyed(data: Data, backbone: Backbone, media: bool, hashes: Hashes) -> tuple[int, str]:
-    total, examples = survey(data, media, hashes.of)
-    scores = {entry.name: _scorer(entry) for entry in data.score} if media else {}
-    parts = {**_fits(data, backbone, media), "media": media, "examples": examples, "scores": scores}
-    return total, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _count_and_key(data: Data, backbone: Backbone, media: bool, hashes: MediaHashes) -> tuple[int, str]:
+    """Return the number of examples, and the key of their cache."""
+    total, examples = scan(data, media, hashes.digest)
+    scores = {entry.name: _score_key(entry) for entry in data.score} if media else {}
+    content = {**_compatibility(data, backbone, media), "media": media, "examples": examples, "scores": scores}
+    return total, hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _fits(data: Data, backbone: Backbone, media: bool) -> dict[str, Any]:
-    """What of the key must be equal for whoever reads the cache."""
+def _compatibility(data: Data, backbone: Backbone, media: bool) -> dict[str, Any]:
+    """Return the entries of the key in which a pipeline that reads the cache must agree with the one that wrote it."""
     fps = {"fps": data.fps} if data.fps else {}
-    size = [list(bucket) for bucket in _sizes(data, backbone, media)]
+    size = [list(bucket) for bucket in _bucket_sizes(data, backbone, media)]
     return {"format": FORMAT, "size": size, **fps, **backbone.encoding_key()}
 
 
-def _sizes(data: Data, backbone: Backbone, media: bool) -> Sequence[buckets.Size]:
+def _bucket_sizes(data: Data, backbone: Backbone, media: bool) -> Sequence[buckets.Size]:
     return buckets.sizes(data.size, data.aspects if media else (), backbone)
 
 
-def _scorer(entry: Weighted[Reward]) -> Mapping[str, str]:
-    """What determines a reward's scores: its keys, and the source it is written in."""
+def _score_key(entry: Weighted[Reward]) -> Mapping[str, str]:
+    """Return what determines a reward's scores: its keys, and a hash of the file that defines it."""
     kind = type(entry.value)
     keys = {f.name: str(getattr(entry.value, f.name)) for f in attrs.fields(kind) if f.init}
     return {**keys, "code": sha256(Path(inspect.getfile(kind)))}
 
 
-# parts
+# partitions
 
 
 @define(eq=False)
 class CacheBuilder:
-    """A cache in the making: its parts lie in `parts`, under another name than the finished folder's."""
+    """Encodes a cache in the folder `unfinished`, and renames it to `folder` when all partitions are complete.
+
+    digest  the key of the cache
+    total   the number of examples in the source
+    """
 
     data: Data
     backbone: Backbone
@@ -211,120 +224,127 @@ class CacheBuilder:
     encoder: Encoder = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        sizes = _sizes(self.data, self.backbone, self.media)
+        sizes = _bucket_sizes(self.data, self.backbone, self.media)
         shapes = [tuple(self.backbone.latent_shape(size)) for size in sizes]
         self.encoder = Encoder(self.data, self.backbone, self.media, sizes, shapes)
 
     @property
-    def parts(self) -> Path:
+    def unfinished(self) -> Path:
+        """The folder of the partitions until all are complete."""
         return self.folder.with_name(f"{self.folder.name}.parts")
 
     def encode(self, progress: Progress, rank: int, world: int) -> None:
-        """Every world-th part, from the rank-th on, that is not there already; past the budget none is finished."""
+        """Encode those of this rank's partitions (every world-th) that are not complete; DataError as for `prepare`."""
         import torch
 
-        done, mine = 0, range(rank, -(-self.total // PART), world)
-        share = sum(min(PART, self.total - number * PART) for number in mine)
-        for number, examples in enumerate(chunks(self.data.raw.examples(), PART)):
-            if number in mine:
+        done, assigned = 0, range(rank, -(-self.total // PARTITION), world)
+        share = sum(min(PARTITION, self.total - number * PARTITION) for number in assigned)
+        for number, examples in enumerate(chunks(self.data.raw_source.examples(), PARTITION)):
+            if number in assigned:
                 with torch.no_grad():
-                    self._part(number, examples, lambda n, before=done: progress(before + n, share))
+                    self._encode_partition(number, examples, lambda n, done=done: progress(done + n, share))
                 done += len(examples)
                 progress(done, share)
         check_readable(self.encoder.failed, self.total, self.data.skip)
 
-    def _part(self, number: int, examples: Sequence[Example], progress: Callable[[int], None]) -> None:
-        final, temporary = self.parts / part_name(number), self.parts / f".{part_name(number)}"
-        if final.exists() and (account := Account.found(final)):
-            self.encoder.failed += account.failed
+    def _encode_partition(self, number: int, examples: Sequence[Example], progress: Callable[[int], None]) -> None:
+        final, temporary = self.unfinished / partition_name(number), self.unfinished / f".{partition_name(number)}"
+        if final.exists() and (record := PartitionRecord.load(final)):
+            self.encoder.failed += record.failed
             return
-        shutil.rmtree(final, ignore_errors=True)  # its small files are damaged: it is encoded again, and it alone
+        shutil.rmtree(final, ignore_errors=True)  # a small file in it is damaged: only this partition is encoded again
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         encoder, failed, enlarged = self.encoder, len(self.encoder.failed), self.encoder.enlarged
-        encoder.texts.clear()  # what is encoded together changes the last bits: a part must not depend on others
+        encoder.texts.clear()  # batching changes the last bits of a result: a partition must not depend on others
         try:
             count = _write_rows(encoder, temporary, _counted(encoder.rows(examples), progress))
             hashes = {file.name: sha256(file) for file in temporary.iterdir() if file.name in (ROWS, mds.INDEX)}
             enlarged = encoder.enlarged - enlarged
-            account = Account(len(examples), count, encoder.failed[failed:], enlarged, encoder.cond, hashes)
-            files.write_json(temporary / ACCOUNT, attrs.asdict(account))
+            record = PartitionRecord(len(examples), count, encoder.failed[failed:], enlarged, encoder.cond, hashes)
+            files.write_json(temporary / RECORD, attrs.asdict(record))
             if len(encoder.failed) <= self.data.skip:
                 files.publish(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def publish(self) -> None:
-        """Put the parts together, and give them their name."""
-        accounts = list(self._accounts())
-        if (seen := sum(account.seen for account in accounts)) != self.total:
-            shutil.rmtree(self.parts)
+        """Merge the partitions into a complete cache, and rename it to its final name."""
+        records = list(self._records())
+        if (seen := sum(record.seen for record in records)) != self.total:
+            shutil.rmtree(self.unfinished)
             raise DataError(f"the source gave {self.total} examples, then {seen}: it changed while being encoded")
-        failed = [reason for account in accounts for reason in account.failed]
+        failed = [reason for record in records for reason in record.failed]
         check_readable(failed, self.total, self.data.skip)
-        self._write_small(accounts, failed)
+        self._write_small_files(records, failed)
         if self.folder.exists():
-            shutil.rmtree(self.folder)  # without its manifest, which was asked for before
-        files.publish(self.parts, self.folder)
+            shutil.rmtree(self.folder)  # it has no manifest, as `prepare` has checked
+        files.publish(self.unfinished, self.folder)
 
-    def _accounts(self) -> Iterator[Account]:
+    def _records(self) -> Iterator[PartitionRecord]:
         number = 0
-        while (folder := self.parts / part_name(number)).exists():
-            if (account := Account.found(folder)) is None:
-                raise mds.damaged(folder / ACCOUNT, "it was whole when its part was encoded", remade=True)
-            yield account
+        while (folder := self.unfinished / partition_name(number)).exists():
+            if (record := PartitionRecord.load(folder)) is None:
+                raise mds.damaged(folder / RECORD, "it was changed after its partition was encoded", rebuildable=True)
+            yield record
             number += 1
 
-    def _write_small(self, accounts: Sequence[Account], failed: Sequence[str]) -> None:
-        """What is of all parts: null, index, skipped.json, the manifest last."""
+    def _write_small_files(self, records: Sequence[PartitionRecord], failed: Sequence[str]) -> None:
+        """Write the files that the partitions share: null condition, index, skipped.json and, last, the manifest."""
         from safetensors.torch import save
 
-        encoder, names = self.encoder, [part_name(number) for number in range(len(accounts))]
-        encoder.cond = next(dict(account.cond) for account in accounts if account.cond)
-        (self.parts / NULL).write_bytes(save(encoder.null()))  # save_file would write for the owner alone
-        mds.join(self.parts, [name for name, account in zip(names, accounts, strict=True) if account.count])
-        (self.parts / SKIPPED).write_text(json.dumps(failed, indent=1))
-        small = [mds.INDEX, NULL, SKIPPED, *(f"{name}/{ROWS}" for name in names)]
+        encoder, names = self.encoder, [partition_name(number) for number in range(len(records))]
+        encoder.cond = next(dict(record.cond) for record in records if record.cond)
+        # safetensors' save_file would ignore the umask and let only the owner read the file
+        (self.unfinished / NULL).write_bytes(save(encoder.null()))
+        mds.merge_indexes(self.unfinished, [name for name, record in zip(names, records, strict=True) if record.count])
+        (self.unfinished / SKIPPED).write_text(json.dumps(failed, indent=1))
+        small_files = [mds.INDEX, NULL, SKIPPED, *(f"{name}/{ROWS}" for name in names)]
         Manifest(
             key=self.digest,
-            fits=_fits(self.data, self.backbone, self.media),
-            count=sum(account.count for account in accounts),
-            parts=len(accounts),
+            fits=_compatibility(self.data, self.backbone, self.media),
+            count=sum(record.count for record in records),
+            parts=len(records),
             media=self.media,
             sizes=tuple(encoder.sizes),
             shapes=tuple(encoder.shapes),
             cond=encoder.cond,
             skipped=len(failed),
-            enlarged=sum(account.enlarged for account in accounts),
-            files={name: sha256(self.parts / name) for name in small},
-        ).write(self.parts)
+            enlarged=sum(record.enlarged for record in records),
+            files={name: sha256(self.unfinished / name) for name in small_files},
+        ).write(self.unfinished)
 
 
 @frozen
-class Account:
-    """part.json: examples of a part, those of them that are in it, why others are not, what is in it, and its hashes.
+class PartitionRecord:
+    """The content of a partition's part.json.
 
-    files  sha256 of the small files beside it, by name; none in what version 0.1 wrote
+    seen      how many examples the partition covers
+    count     how many of them were encoded; the others' media could not be read
+    failed    a message for each of those others
+    enlarged  how many media were smaller than their bucket's size
+    cond      dtype and shape of each tensor of a condition
+    files     sha256 of the small files in the same folder, by name; empty as version 0.1 wrote it
     """
 
     seen: int
     count: int
     failed: Sequence[str]
     enlarged: int
-    cond: Mapping[str, Spec]
+    cond: Mapping[str, TensorSpec]
     files: Mapping[str, str] = field(factory=dict[str, str])
 
     @staticmethod
-    def found(folder: Path) -> Account | None:
-        """Return what the part in `folder` holds; None where one of its small files is missing or damaged."""
+    def load(folder: Path) -> PartitionRecord | None:
+        """Return the record of the partition in `folder`, or None if one of its small files is missing or damaged."""
         try:
-            raw = files.read_json(folder / ACCOUNT, lambda content: set(content) == UNDIGESTED)
+            raw = files.read_json(folder / RECORD, lambda content: set(content) == KEYS_0_1)
         except (FileNotFoundError, files.Damaged):
             return None
-        cond = {name: Spec(s["dtype"], tuple(s["shape"])) for name, s in raw["cond"].items()}
-        account = attrs.evolve(Account(**raw), cond=cond)
-        there = {file.name: sha256(file) for file in folder.iterdir() if file.name in account.files}
-        return account if there == account.files else None
+        cond = {name: TensorSpec(s["dtype"], tuple(s["shape"])) for name, s in raw["cond"].items()}
+        record = attrs.evolve(PartitionRecord(**raw), cond=cond)
+        hashes = {file.name: sha256(file) for file in folder.iterdir() if file.name in record.files}
+        return record if hashes == record.files else None
 
 
 def _counted(rows: Iterator[mds.Row], progress: Callable[[int], None]) -> Iterator[mds.Row]:
@@ -334,10 +354,10 @@ def _counted(rows: Iterator[mds.Row], progress: Callable[[int], None]) -> Iterat
 
 
 def _write_rows(encoder: Encoder, folder: Path, rows: Iterator[mds.Row]) -> int:
-    """How many there were. Bucket and metadata go beside the shards too, where all can be read at once."""
+    """Write the rows and return their number; bucket and metadata also go into a file that can be read at once."""
     first, lines = next(rows, None), list[str]()
     if first is not None:
-        with mds.writing(folder, _columns(first)) as shards:
+        with mds.open_writer(folder, _columns(first)) as shards:
             for row in chain([first], rows):
                 shards.append({name: value for name, value in row.items() if name != "bucket"})
                 lines.append(json.dumps({"bucket": row["bucket"], "meta": row["meta"]}) + "\n")
@@ -350,28 +370,28 @@ def _columns(row: mds.Row) -> dict[str, str]:
     return {name: "bytes" if name.startswith(COND) else known[name] for name in row if name != "bucket"}
 
 
-# files
+# locks
 
 
 @contextmanager
-def _alone(root: Path, parts: Path, main: bool) -> Generator[None]:
-    """One run at a time makes a cache; the lock goes with the process, however it ends."""
+def _exclusive(root: Path, unfinished: Path, main: bool) -> Generator[None]:
+    """Let one run at a time encode a cache; the lock is released with the process, however it ends."""
     if not main:
         yield
         return
     root.mkdir(parents=True, exist_ok=True)
     for stale in filter(_abandoned, root.iterdir()):
-        if stale != parts:
+        if stale != unfinished:
             shutil.rmtree(stale, ignore_errors=True)
     try:
-        with files.temporary_lock(parts.with_suffix(".lock")):
+        with files.temporary_lock(unfinished.with_suffix(".lock")):
             yield
     finally:
-        with suppress(OSError):  # nothing in it: a run that could not start leaves nothing
-            parts.rmdir()
+        with suppress(OSError):  # a run that could not start leaves no empty folders behind
+            unfinished.rmdir()
         with suppress(OSError):
             root.rmdir()
 
 
 def _abandoned(folder: Path) -> bool:
-    return UNFINISHED.fullmatch(folder.name) is not None and time.time() - folder.stat().st_mtime > ABANDONED
+    return UNFINISHED_NAME.fullmatch(folder.name) is not None and time.time() - folder.stat().st_mtime > ABANDONED

@@ -1,4 +1,4 @@
-"""Raw examples -> rows of a cache: media are read, text encoders, VAE and rewards are asked once."""
+"""Encode raw examples into rows of a cache: decode media, run text encoders and VAE, and score with rewards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attrs import define, field, frozen
 
 from corefit.data.buckets import Size, nearest
-from corefit.data.dataset import COND, X0, Spec, pack
+from corefit.data.dataset import COND, X0, TensorSpec, pack
 from corefit.data.mds import Row
 from corefit.data.settings import Data
 from corefit.data.sources import dimensions, listed, view
@@ -26,28 +26,32 @@ if TYPE_CHECKING:
     from corefit.data.sources import View
     from corefit.types import Backbone, Example, Reward, Weighted
 
-REMEMBERED = 256
-"""Encoded prompts that are kept for those that come again."""
+TEXT_CACHE_SIZE = 256
+"""How many encoded prompts are kept in memory, in case the same prompt occurs again."""
 
 T = TypeVar("T")
 
 
 @frozen(eq=False)
 class DecodedExample:
-    """An example as it was read: its bucket and what is left of its media, or why that failed."""
+    """An example with its decoded media and their bucket, or the reason why decoding failed."""
 
     example: Example
     bucket: int = 0
     view: View | None = None
-    failed: str = ""
+    error: str = ""
 
 
 @define
 class Encoder:
-    """Turns examples into rows of the cache, and keeps account of what it could not read.
+    """Encodes examples into rows of a cache, and records which media could not be read.
 
-    sizes   of the buckets, in pixels
-    shapes  of one row's latents of each
+    sizes     the size of each bucket, in pixels
+    shapes    the shape of one row's latents in each bucket
+    failed    a message for each example whose media could not be read so far
+    cond      dtype and shape of each tensor of a condition, known after the first prompt
+    texts     the encoded prompts that are kept in memory
+    enlarged  how many media were smaller than their bucket's size
     """
 
     data: Data
@@ -56,141 +60,142 @@ class Encoder:
     sizes: Sequence[Size]
     shapes: Sequence[tuple[int, ...]]
     failed: list[str] = field(factory=list[str])
-    cond: dict[str, Spec] = field(factory=dict[str, Spec])
+    cond: dict[str, TensorSpec] = field(factory=dict[str, TensorSpec])
     texts: dict[str, Row] = field(factory=dict[str, Row])
     enlarged: int = 0
 
     def rows(self, examples: Sequence[Example]) -> Iterator[Row]:
-        """Past the budget the rest is still opened, so that all unreadable media are listed, but not encoded."""
+        """Yield the rows of `examples`; after more than `skip` failures, only decode media, so that all are listed."""
         frames = math.prod(self.sizes[0][:-2])
         for window in chunks(examples, self.data.encode_batch * max(1, 4 * len(self.sizes) // frames)):
-            read = self._read(window)
+            decoded = self._decode(window)
             if len(self.failed) <= self.data.skip:
-                yield from self._encoded(read)
+                yield from self._encode(decoded)
 
-    def _read(self, examples: Sequence[Example]) -> list[DecodedExample]:
-        """Those that could be."""
+    def _decode(self, examples: Sequence[Example]) -> list[DecodedExample]:
+        """Decode the media of `examples`; leave out and record those that cannot be read."""
         if not self.media:
             return [DecodedExample(example) for example in examples]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            tried = list(pool.map(self._try, examples))
-        self.failed += [read.failed for read in tried if read.failed]
-        self.enlarged += sum(read.view.enlarged for read in tried if read.view)
-        return [read for read in tried if read.view]
+            results = list(pool.map(self._decode_one, examples))
+        self.failed += [each.error for each in results if each.error]
+        self.enlarged += sum(each.view.enlarged for each in results if each.view)
+        return [each for each in results if each.view]
 
-    def _try(self, example: Example) -> DecodedExample:
+    def _decode_one(self, example: Example) -> DecodedExample:
         try:
             bucket = nearest(*dimensions(example.media), self.sizes) if len(self.sizes) > 1 else 0
             return DecodedExample(example, bucket, view(example.media, self.sizes[bucket], self.data.fps))
         except MemoryError:
             raise
-        except Exception as error:  # decoders raise all sorts; each is reported, none is passed over
-            return DecodedExample(example, failed=f"{name_of(example)}: {type(error).__name__}: {error}")
+        except Exception as error:  # decoders raise exceptions of all kinds, and each is reported
+            return DecodedExample(example, error=f"{display_name(example)}: {type(error).__name__}: {error}")
 
-    def _encoded(self, read: Sequence[DecodedExample]) -> Iterator[Row]:
-        """A row each, in order, whatever buckets they are in."""
-        texts = self._texts([prompt for one in read for prompt in one.example.prompts])
-        media = self._media(read) if self.media else [({}, {}) for _ in read]
-        for one, (latents, scores) in zip(read, media, strict=True):
+    def _encode(self, decoded: Sequence[DecodedExample]) -> Iterator[Row]:
+        """Yield a row for each example, in order, whichever buckets they are in."""
+        texts = self._encode_texts([prompt for one in decoded for prompt in one.example.prompts])
+        media = self._encode_media(decoded) if self.media else [({}, {}) for _ in decoded]
+        for one, (latents, scores) in zip(decoded, media, strict=True):
             prompts = one.example.prompts
             rows = [texts[prompt] for prompt in prompts]
             yield {
                 "prompts": list(prompts),
                 "meta": {**one.example.meta, **scores},
-                "view": _shown(one, self.sizes),
+                "view": _view_info(one, self.sizes),
                 "bucket": one.bucket,
                 **{name: b"".join(row[name] for row in rows) for name in rows[0]},
                 **latents,
             }
 
-    def _texts(self, prompts: Sequence[str]) -> dict[str, Row]:
-        """Of each prompt; those that occur again are not encoded again while they are remembered."""
-        for part in chunks((p for p in dict.fromkeys(prompts) if p not in self.texts), self.data.encode_batch):
-            self.texts.update(zip(part, self._conditions(part), strict=True))
+    def _encode_texts(self, prompts: Sequence[str]) -> dict[str, Row]:
+        """Return the encoded condition of each prompt; a prompt that is kept in memory is not encoded again."""
+        for batch in chunks((p for p in dict.fromkeys(prompts) if p not in self.texts), self.data.encode_batch):
+            self.texts.update(zip(batch, self._encode_text_batch(batch), strict=True))
         found = {prompt: self.texts[prompt] for prompt in prompts}
-        for prompt in list(self.texts)[:-REMEMBERED]:
+        for prompt in list(self.texts)[:-TEXT_CACHE_SIZE]:
             del self.texts[prompt]
         return found
 
-    def _conditions(self, prompts: Sequence[str]) -> list[Row]:
+    def _encode_text_batch(self, prompts: Sequence[str]) -> list[Row]:
         tensors = self.backbone.encode_text(prompts).tensors
-        cond = {name: _spec(t) for name, t in tensors.items()}
+        cond = {name: _tensor_spec(t) for name, t in tensors.items()}
         self.cond = self.cond or cond
         assert self.cond == cond, f"encode_text gave {cond} for a row, {self.cond} before: pad to a fixed length"
         for name, t in tensors.items():
-            _finite(t, f"encode_text's {name!r}", [repr(p) for p in prompts])
+            _check_finite(t, f"encode_text's {name!r}", [repr(p) for p in prompts])
         packed = [pack(t) for t in tensors.values()]
         return [{COND + name: raw for name, raw in zip(tensors, row, strict=True)} for row in zip(*packed, strict=True)]
 
-    def _media(self, read: Sequence[DecodedExample]) -> list[tuple[Row, Row]]:
-        """(latents, scores) of each, made bucket by bucket."""
-        made: dict[int, tuple[Row, Row]] = {}
+    def _encode_media(self, decoded: Sequence[DecodedExample]) -> list[tuple[Row, Row]]:
+        """Return (latents, scores) of each example, encoded bucket by bucket."""
+        rows: dict[int, tuple[Row, Row]] = {}
         for bucket in range(len(self.sizes)):
-            for part in chunks((n for n, one in enumerate(read) if one.bucket == bucket), self.data.encode_batch):
-                rows = self._batch([read[n] for n in part], bucket)
-                made.update(zip(part, rows, strict=True))
-        return [made[n] for n in range(len(read))]
+            members = (n for n, one in enumerate(decoded) if one.bucket == bucket)
+            for batch in chunks(members, self.data.encode_batch):
+                encoded = self._encode_media_batch([decoded[n] for n in batch], bucket)
+                rows.update(zip(batch, encoded, strict=True))
+        return [rows[n] for n in range(len(decoded))]
 
-    def _batch(self, read: Sequence[DecodedExample], bucket: int) -> list[tuple[Row, Row]]:
+    def _encode_media_batch(self, decoded: Sequence[DecodedExample], bucket: int) -> list[tuple[Row, Row]]:
         import numpy as np
         import torch
 
-        pixels = torch.from_numpy(np.stack([one.view.pixels for one in read if one.view]))
+        pixels = torch.from_numpy(np.stack([one.view.pixels for one in decoded if one.view]))
         media = pixels.movedim(-1, 1).contiguous().float() / 255
         x0, shape = self.backbone.encode(media).float().cpu(), self.shapes[bucket]
         assert tuple(x0.shape[1:]) == shape, f"encode gave {tuple(x0.shape)}, latent_shape says {shape}"
-        _finite(x0, "encode", [name_of(one.example) for one in read])
-        scores = [self._scores(entry, media, [one.example for one in read]) for entry in self.data.score]
+        _check_finite(x0, "encode", [display_name(one.example) for one in decoded])
+        scores = [self._scores(entry, media, [one.example for one in decoded]) for entry in self.data.score]
         return [({X0: row}, dict(scored)) for row, *scored in zip(x0.numpy(), *scores, strict=True)]
 
     def _scores(self, entry: Weighted[Reward], media: Tensor, examples: Sequence[Example]) -> list[tuple[str, float]]:
         prompts, metas = [example.prompts[0] for example in examples], [example.meta for example in examples]
         scores = rewards.score(entry, media, prompts, metas)
-        rewards.refuse_non_finite({entry.name: scores}, list(map(name_of, examples)))
+        rewards.refuse_non_finite({entry.name: scores}, list(map(display_name, examples)))
         for example in examples:
             if entry.name in example.meta:
                 raise DataError(
-                    f"score: {entry.name!r} is metadata of {name_of(example)} already; rename it, or drop the score"
+                    f"score: {entry.name!r} is already metadata of {display_name(example)}; rename one of the two"
                 )
         return [(entry.name, score) for score in scores.tolist()]
 
     def null(self) -> dict[str, Tensor]:
-        """The condition of one empty prompt, as a file can hold it."""
+        """Return the condition of one empty prompt, as contiguous tensors on the CPU that safetensors can save."""
         null = self.backbone.null(1).tensors
-        cond = {name: _spec(t) for name, t in null.items()}
+        cond = {name: _tensor_spec(t) for name, t in null.items()}
         assert cond == self.cond, f"null gave {cond} for a row, encode_text {self.cond}: they must agree"
         for name, t in null.items():
-            _finite(t, f"null's {name!r}", ["the empty prompt"])
+            _check_finite(t, f"null's {name!r}", ["the empty prompt"])
         return {name: t.cpu().contiguous().clone() for name, t in null.items()}
 
 
-def _shown(read: DecodedExample, sizes: Sequence[Size]) -> dict[str, Any]:
-    """What became of the media: the size it has now, the size it had, and which part of it was kept."""
-    if read.view is None:
+def _view_info(decoded: DecodedExample, sizes: Sequence[Size]) -> dict[str, Any]:
+    """Return the size of an example's bucket, the size of its source, and the crop of the source that was kept."""
+    if decoded.view is None:
         return {}
-    return {"size": list(sizes[read.bucket]), "source": list(read.view.source), "crop": list(read.view.crop)}
+    return {"size": list(sizes[decoded.bucket]), "source": list(decoded.view.source), "crop": list(decoded.view.crop)}
 
 
-def name_of(example: Example) -> str:
-    """What messages call it: its file, or its prompt."""
+def display_name(example: Example) -> str:
+    """Return what messages call an example: its file, or its prompt."""
     media: Any = example.media
-    named = str(media) if isinstance(media, Path) else getattr(media, "name", None)
-    return named or f"the media of {example.prompts[0]!r}"
+    name = str(media) if isinstance(media, Path) else getattr(media, "name", None)
+    return name or f"the media of {example.prompts[0]!r}"
 
 
-def _spec(t: Tensor) -> Spec:
-    return Spec(str(t.dtype).removeprefix("torch."), tuple(t.shape[1:]))
+def _tensor_spec(t: Tensor) -> TensorSpec:
+    return TensorSpec(str(t.dtype).removeprefix("torch."), tuple(t.shape[1:]))
 
 
-def _finite(t: Tensor, what: str, names: Sequence[str]) -> None:
-    fine = t.isfinite().reshape(len(t), -1).all(1)
-    if not fine.all():
-        wrong = [name for name, is_fine in zip(names, fine, strict=True) if not is_fine]
+def _check_finite(t: Tensor, what: str, names: Sequence[str]) -> None:
+    finite = t.isfinite().reshape(len(t), -1).all(1)
+    if not finite.all():
+        wrong = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
         raise DataError(f"{what} gave NaN or infinity (another dtype for the encoders may help):\n{listed(wrong)}")
 
 
 def chunks(items: Iterable[T], n: int) -> Iterator[list[T]]:
-    """Lists of n in order, the last shorter."""
+    """Yield the items in lists of n; the last list may be shorter."""
     rest = iter(items)
     while chunk := list(islice(rest, n)):
         yield chunk

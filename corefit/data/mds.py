@@ -1,8 +1,8 @@
-"""MDS shards through mosaicml-streaming: the only module that imports it, and only inside functions.
+"""Read and write MDS shards with mosaicml-streaming: only this module imports it, and only inside functions.
 
-Shards lie in a folder and are read one sample at a time through streaming's own shard readers, without
-StreamingDataset: no shared memory, no leases, so nothing of a killed run is in the way of the next. Those of a
-remote cache (s3://, gs://, hf://, what streaming knows) are first fetched into the folder, each when it is needed.
+Rows are read one at a time through streaming's shard readers, without StreamingDataset and its shared memory, so a
+killed run leaves nothing behind that would stop the next. The shards of a remote cache (s3://, gs://, hf:// and
+whatever else streaming supports) are fetched into a local folder, each when it is first read.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ if TYPE_CHECKING:
 
 HASH = "xxh64"
 INDEX = "index.json"
-PART = "part-"
-"""Folders of a cache in which its shards lie begin so."""
+PARTITION_PREFIX = "part-"
+"""The names of a cache's partitions, the folders that its shards are in, begin with this."""
 TIMEOUT = 60.0
-"""Seconds without a byte after which a download is given up; the storage's own client tries a few times."""
-OWN = re.compile(r"[0-9a-f]{16}(\.parts)?")
-"""Name of a folder that corefit makes for a cache: the beginning of its key."""
-SHARD = 1 << 26
-"""Bytes of a shard, at most; it is read whole once, to be hashed."""
+"""Seconds without data after which an attempt to download fails; the storage's client makes a few attempts."""
+CACHE_NAME = re.compile(r"[0-9a-f]{16}(\.parts)?")
+"""Matches the names of folders that corefit writes caches to: the first digits of the key."""
+SHARD_BYTES = 1 << 26
+"""The most bytes in a shard; each is read whole once, to be hashed."""
 Row = Mapping[str, Any]
 
 
 @frozen(eq=False)
 class Writer:
-    """Appends rows to the shards in `folder`; `writing` makes one."""
+    """Appends rows to the shards in `folder`; `open_writer` opens one."""
 
     mds: MDSWriter
     folder: Path
 
     def append(self, row: Row) -> None:
-        """Write a row; its keys are the columns."""
-        with _disk(self.folder):
+        """Append a row, whose keys are the columns."""
+        with _write_errors(self.folder):
             self.mds.write(dict(row))
 
 
 @contextmanager
-def _disk(folder: Path) -> Generator[None, None, None]:
+def _write_errors(folder: Path) -> Generator[None, None, None]:
     try:
         yield
     except OSError as error:
@@ -60,59 +60,59 @@ def _disk(folder: Path) -> Generator[None, None, None]:
 
 
 @contextmanager
-def writing(folder: Path, columns: Mapping[str, str]) -> Generator[Writer, None, None]:
-    """Shards of `columns` (name -> encoding) in an empty `folder`; its index is written at the end."""
+def open_writer(folder: Path, columns: Mapping[str, str]) -> Generator[Writer, None, None]:
+    """Write shards with these columns (name -> encoding) into an empty folder; the index is written at the end."""
     from streaming.base.format.mds.encodings import is_mds_encoding_safe
     from streaming.base.format.mds.writer import MDSWriter
 
     assert all(map(is_mds_encoding_safe, columns.values())), "pickled columns would run code when read"
-    mds = MDSWriter(columns=dict(columns), out=str(folder), hashes=[HASH], size_limit=SHARD)
+    mds = MDSWriter(columns=dict(columns), out=str(folder), hashes=[HASH], size_limit=SHARD_BYTES)
     try:
         yield Writer(mds, folder)
-        with _disk(folder):
+        with _write_errors(folder):
             mds.finish()
     finally:
         mds.cancel_future_jobs()
 
 
-def join(folder: Path, parts: Sequence[str]) -> None:
-    """Write the index of `folder` for the shards of its subfolders `parts`, in their order."""
+def merge_indexes(folder: Path, partitions: Sequence[str]) -> None:
+    """Write the index of `folder`: the shards of its subfolders `partitions`, in this order."""
     shards: list[dict[str, Any]] = []
-    for part in parts:
-        for shard in json.loads((folder / part / INDEX).read_bytes())["shards"]:
-            shard["raw_data"]["basename"] = f"{part}/{shard['raw_data']['basename']}"
+    for partition in partitions:
+        for shard in json.loads((folder / partition / INDEX).read_bytes())["shards"]:
+            shard["raw_data"]["basename"] = f"{partition}/{shard['raw_data']['basename']}"
             shards.append(shard)
     (folder / INDEX).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
 
 
 @define(eq=False)
 class Shards:
-    """Random access to the rows of a folder. Sizes are checked on opening, a hash before a shard's first row.
+    """Random access to the rows of a cache. Shard sizes are checked on opening, a shard's hash before its first row.
 
-    remote  URL of the shards that `folder` holds copies of; one that is missing or damaged here is fetched
-    remade  whether a source is there from which corefit makes `folder` again, which it has made
+    remote       the URL of the cache that `folder` is a copy of; a shard that is missing or damaged is fetched
+    rebuildable  whether corefit wrote the cache and has its source, so that errors may advise to delete it
     """
 
     folder: Path
     remote: str | None = None
-    remade: bool = False
+    rebuildable: bool = False
     shards: list[JointReader] = field(init=False)
     starts: list[int] = field(init=False)
     verified: set[int] = field(init=False, factory=set[int])
 
     def __attrs_post_init__(self) -> None:
-        self.shards = _readers(self.folder, self.remade)
+        self.shards = _readers(self.folder, self.rebuildable)
         self.starts = [0]
         for shard in self.shards:
             self.starts.append(self.starts[-1] + len(shard))
             if not self.remote and (wrong := self._wrong_size(shard)):
-                raise damaged(self._file(shard), wrong, remade=self.remade)
+                raise damaged(self._file(shard), wrong, rebuildable=self.rebuildable)
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def __getitem__(self, index: int) -> Row:
-        """The row, decoded; DataError names a shard that is missing or damaged."""
+        """Return a decoded row; DataError names a shard that is missing or damaged."""
         from bisect import bisect_right
 
         number = bisect_right(self.starts, index) - 1
@@ -122,26 +122,26 @@ class Shards:
         return self.shards[number].get_item(index - self.starts[number])
 
     def _verify(self, shard: JointReader) -> None:
-        """Nothing of a shard is read before it is what the index says; a remote one gets one more chance."""
+        """Raise DataError unless the shard is what the index says; a remote one is first fetched again."""
         wrong, file = self._wrong(shard), self._file(shard)
         if wrong and self.remote:
-            with locked(self.folder):  # one of a machine's processes fetches, the others find it
+            with locked(self.folder):  # one process of the machine fetches it, and the others then find it
                 wrong = self._wrong(shard)
                 if wrong:
                     fetch(f"{self.remote}/{shard.raw_data.basename}", file)
                     wrong = self._wrong(shard)
         if wrong:
             where = f"{self.remote}/{shard.raw_data.basename}" if self.remote else file
-            raise damaged(where, wrong, remade=self.remade)
+            raise damaged(where, wrong, rebuildable=self.rebuildable)
 
     def _wrong(self, shard: JointReader) -> str:
-        """What is wrong with the local file, or nothing."""
+        """Return what is wrong with the local file, or an empty string."""
         from streaming.base.hashing import get_hash
 
         if wrong := self._wrong_size(shard):
             return wrong
         same = get_hash(HASH, self._file(shard).read_bytes()) == shard.raw_data.hashes[HASH]
-        return "" if same else f"its {HASH} is not the one in {INDEX}"
+        return "" if same else f"its {HASH} does not match {INDEX}"
 
     def _wrong_size(self, shard: JointReader) -> str:
         file, expected = self._file(shard), shard.raw_data.bytes
@@ -155,9 +155,9 @@ class Shards:
 
 
 def fetch(url: str, file: Path) -> Path:
-    """Download `url` and make it appear as `file`, whole, with the storage's usual environment variables.
+    """Download `url` to a temporary file, rename it to `file` when complete, and return it.
 
-    DataError, after the client's own retries, where that fails.
+    The storage's usual environment variables hold the credentials. DataError if the client's retries all fail.
     """
     from streaming.base.storage.download import CloudDownloader
 
@@ -166,7 +166,7 @@ def fetch(url: str, file: Path) -> Path:
     try:
         CloudDownloader.direct_download(url, str(partial), TIMEOUT)
         partial.replace(file)
-    except Exception as error:  # each storage's client has its own; all are told alike
+    except Exception as error:  # each storage's client has exceptions of its own
         partial.unlink(missing_ok=True)
         raise DataError(
             f"{url} cannot be fetched: {type(error).__name__}: {error}. Check the address, the credentials and the "
@@ -177,7 +177,7 @@ def fetch(url: str, file: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """One process of the machine at a time fetches into `folder`, which is made; a killed one holds nothing."""
+    """Let one process of the machine at a time fetch into `folder`, which is created; a kill releases the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder / ".lock"):
         for stale in folder.rglob(f".*.{socket.gethostname()}-*"):
@@ -185,21 +185,21 @@ def locked(folder: Path) -> Generator[None]:
         yield
 
 
-def damaged(file: Path | str, what: str, *, remade: bool = False) -> DataError:
-    """What to say of a file of a cache that cannot be trained on.
+def damaged(file: Path | str, what: str, *, rebuildable: bool = False) -> DataError:
+    """Return the error for a damaged file of a cache.
 
-    remade  whether corefit made the cache under its own name and has a source to make it from again; only such a
-            folder is ever named as one to delete
+    rebuildable  whether corefit wrote the cache and has its source; only then, and only if the folder has a name that
+                 corefit gives, does the message advise to delete it
     """
-    cache = Path(file).parent.parent if Path(file).parent.name.startswith(PART) else Path(file).parent
-    if remade and OWN.fullmatch(cache.name):
-        return DataError(f"{file} is damaged: {what}. Delete {cache}; it is then made again from the source")
+    cache = Path(file).parent.parent if Path(file).parent.name.startswith(PARTITION_PREFIX) else Path(file).parent
+    if rebuildable and CACHE_NAME.fullmatch(cache.name):
+        return DataError(f"{file} is damaged: {what}. Delete {cache}; it is then encoded again from the source")
     return DataError(
-        f"{file} is damaged: {what}. Put a whole copy of the cache there, or give its source instead ([data] source)"
+        f"{file} is damaged: {what}. Copy the whole cache there again, or give its source instead ([data] source)"
     )
 
 
-def _readers(folder: Path, remade: bool) -> list[JointReader]:
+def _readers(folder: Path, rebuildable: bool) -> list[JointReader]:
     from streaming.base.format import reader_from_json
 
     try:
@@ -209,5 +209,5 @@ def _readers(folder: Path, remade: bool) -> list[JointReader]:
             shard.validate(False)
             shard.raw_data.hashes[HASH]
     except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
-        raise damaged(folder / INDEX, f"{type(error).__name__}: {error}", remade=remade) from None
+        raise damaged(folder / INDEX, f"{type(error).__name__}: {error}", rebuildable=rebuildable) from None
     return shards

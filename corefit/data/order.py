@@ -1,4 +1,4 @@
-"""Which example is trained on when: a function of (seed, stage, step), never of rank or history."""
+"""Sample batches: which examples a step trains on depends on (seed, stage, step) alone, never on rank or history."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Order = Literal["epochs", "independent"]
 
 @frozen(kw_only=True, eq=False, slots=False)
 class BatchSampler:
-    """A stage's way through the data; a prompt's `group` rows follow each other.
+    """Chooses the examples of each step of a stage; the `group` rows of one prompt are consecutive.
 
-    buckets  numbers of the examples of each bucket, none empty; a batch is of one bucket
-    batch    rows a step over all ranks
-    order    epochs: keyed permutations one after the other, each example of a bucket once before any comes again,
-             and each bucket in every epoch as often as it has batches; independent: batch / group different prompts
-             a step, as Flow-GRPO's DistributedKRepeatSampler draws them from (seed, step); its shuffle over ranks is
-             left out, so that groups stay whole
+    buckets  indices of the examples in each bucket, none empty; all examples of a batch are from one bucket
+    batch    rows in a step, over all ranks
+    order    epochs: a keyed permutation for each epoch, so each example of a bucket is seen once before any is seen
+             again, and each epoch has as many batches of a bucket as it fills; independent: batch / group different
+             prompts for each step, drawn from (seed, step) as Flow-GRPO's DistributedKRepeatSampler draws them, but
+             without its shuffle over ranks, so that groups stay whole
     """
 
     buckets: Sequence[NDArray[np.int64]]
@@ -37,15 +37,15 @@ class BatchSampler:
     stage: str | int
     order: Order
 
-    def at(self, step: int) -> list[int]:
-        """Numbers of the examples of the global batch, [batch]."""
-        chosen = self._drawn(step) if self.order == "independent" else self._walked(step)
-        return [int(number) for number in chosen for _ in range(self.group)]
+    def indices(self, step: int) -> list[int]:
+        """Return the indices of the examples in the global batch of `step`, [batch]."""
+        chosen = self._draw_independent(step) if self.order == "independent" else self._draw_epochs(step)
+        return [int(index) for index in chosen for _ in range(self.group)]
 
-    def turns(self, step: int) -> list[float]:
-        """Which caption of its example a row gets, [batch] in [0, 1); one for a group."""
+    def caption_choices(self, step: int) -> list[float]:
+        """Return for each row which of its example's captions to use, [batch] in [0, 1); equal within a group."""
         drawn = generator(self.seed, self.stage, "caption", step).random(self._prompts)
-        return [float(turn) for turn in drawn for _ in range(self.group)]
+        return [float(choice) for choice in drawn for _ in range(self.group)]
 
     @property
     def _prompts(self) -> int:
@@ -55,49 +55,51 @@ class BatchSampler:
     def _counts(self) -> tuple[int, ...]:
         return tuple(len(bucket) for bucket in self.buckets)
 
-    def _drawn(self, step: int) -> Sequence[int]:
+    def _draw_independent(self, step: int) -> Sequence[int]:
         import torch
 
         share = np.cumsum(self._counts) / sum(self._counts)
-        at = generator(self.seed, self.stage, "bucket", step).random() if len(self.buckets) > 1 else 0.0
-        bucket = self.buckets[int(np.searchsorted(share, at, side="right"))]
+        uniform = generator(self.seed, self.stage, "bucket", step).random() if len(self.buckets) > 1 else 0.0
+        bucket = self.buckets[int(np.searchsorted(share, uniform, side="right"))]
         shuffled = torch.randperm(len(bucket), generator=torch.Generator().manual_seed(self.seed + step))
         return [int(bucket[index]) for index in shuffled[: self._prompts]]
 
-    def _walked(self, step: int) -> Sequence[Any]:
-        number, turn = self._turn(step)
+    def _draw_epochs(self, step: int) -> Sequence[Any]:
+        number, nth = self._bucket_and_batch(step)
         bucket, count = self.buckets[number], self._counts[number]
-        places = range(turn * self._prompts, (turn + 1) * self._prompts)
         key = (number,) if len(self.buckets) > 1 else ()
-        return [bucket[_permutation(count, self.seed, self.stage, at // count, *key)[at % count]] for at in places]
+        positions = range(nth * self._prompts, (nth + 1) * self._prompts)  # in the bucket's permutations, concatenated
+        return [bucket[_permutation(count, self.seed, self.stage, p // count, *key)[p % count]] for p in positions]
 
-    def _turn(self, step: int) -> tuple[int, int]:
-        """The bucket of a step, and how many batches of it came before."""
+    def _bucket_and_batch(self, step: int) -> tuple[int, int]:
+        """Return the bucket of a step, and how many earlier batches were from that bucket."""
         if len(self.buckets) == 1:
             return 0, step
         epoch = step * self._prompts // sum(self._counts)
-        while (before := self._before(epoch + 1)) <= step:
+        while (before := self._batches_before(epoch + 1)) <= step:
             epoch += 1
-        turns = _turns(self._counts, self._prompts, self.seed, self.stage, epoch)
-        return turns[step - before + len(turns)]
+        schedule = _epoch_schedule(self._counts, self._prompts, self.seed, self.stage, epoch)
+        return schedule[step - before + len(schedule)]
 
-    def _before(self, epoch: int) -> int:
-        """Batches of all epochs before `epoch`: what does not fill one is left to the next epoch."""
+    def _batches_before(self, epoch: int) -> int:
+        """Count the batches of all epochs before `epoch`; examples that fill no batch are carried to the next epoch."""
         return sum(epoch * count // self._prompts for count in self._counts)
 
 
 @lru_cache(maxsize=4)
-def _turns(counts: tuple[int, ...], prompts: int, seed: int, stage: str | int, epoch: int) -> Sequence[tuple[int, int]]:
-    """The batches of an epoch in their order: (bucket, how many of it came before in all)."""
-    turns = [
-        (bucket, turn)
+def _epoch_schedule(
+    counts: tuple[int, ...], prompts: int, seed: int, stage: str | int, epoch: int
+) -> Sequence[tuple[int, int]]:
+    """Return the batches of an epoch in order, each as (bucket, number of earlier batches from that bucket)."""
+    batches = [
+        (bucket, nth)
         for bucket, count in enumerate(counts)
-        for turn in range(epoch * count // prompts, (epoch + 1) * count // prompts)
+        for nth in range(epoch * count // prompts, (epoch + 1) * count // prompts)
     ]
-    shuffled = [turns[i] for i in generator(seed, stage, "buckets", epoch).permutation(len(turns))]
-    # whatever their order, a bucket's own batches come one after the other
-    waiting = {bucket: iter([t for t in turns if t[0] == bucket]) for bucket in range(len(counts))}
-    return [next(waiting[bucket]) for bucket, _ in shuffled]
+    shuffled = [batches[i] for i in generator(seed, stage, "buckets", epoch).permutation(len(batches))]
+    # buckets are shuffled; within a bucket, batches stay in order, for each continues the bucket's permutation
+    remaining = {bucket: iter([b for b in batches if b[0] == bucket]) for bucket in range(len(counts))}
+    return [next(remaining[bucket]) for bucket, _ in shuffled]
 
 
 @lru_cache(maxsize=64)
@@ -106,7 +108,7 @@ def _permutation(n: int, seed: int, stage: str | int, epoch: int, *bucket: int) 
 
 
 def check_batch(n: int, batch: int, group: int, world: int, order: Order) -> None:
-    """ConfigError where n examples cannot fill batches of whole groups on `world` ranks."""
+    """Raise ConfigError if n examples cannot fill batches of whole groups on `world` ranks."""
     if batch % group or (batch // group) % world:
         nearest = max(round(batch / (group * world)), 1) * group * world
         raise ConfigError(

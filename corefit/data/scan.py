@@ -1,4 +1,4 @@
-"""What a source holds, without decoding any of it: how many examples, a hash of them, what is missing."""
+"""Scan a source without decoding media: count its examples, hash them, and find what is missing."""
 
 from __future__ import annotations
 
@@ -24,39 +24,46 @@ from corefit.types import ArchiveMember, Example, Source
 from corefit.types.blame import require_result
 
 SETTLED = 2_000_000_000
-"""Nanoseconds after which a file's time stamps tell it from any later version."""
+"""Nanoseconds since its last change after which any later change is sure to show in a file's time stamps."""
 
 
-def survey(data: Data, media: bool, digest: Callable[[Any], str]) -> tuple[int, str]:
-    """Number and hash of all examples; media are ignored unless asked for."""
+def scan(data: Data, media: bool, digest: Callable[[Any], str]) -> tuple[int, str]:
+    """Return the number of examples and a hash of them all, of their media too if `media` is set.
+
+    DataError for examples that lack media, and for more unreadable media than `data.skip` allows.
+    """
     total, number = hashlib.sha256(), 0
-    bare: list[str] = []
-    missing: list[str] = []
-    for number, example in enumerate(_examples(data.raw), 1):
+    without_media: list[str] = []
+    unreadable: list[str] = []
+    for number, example in enumerate(_checked_examples(data.raw_source), 1):
         if media and example.media is None:
-            bare.append(f"example {number}: {example.prompts[0]!r}")
+            without_media.append(f"example {number}: {example.prompts[0]!r}")
         if media and isinstance(example.media, Path) and not _exists(example.media):
-            missing.append(f"{example.media}: no such file")
+            unreadable.append(f"{example.media}: no such file")
         content = ""
-        if media and not bare and len(missing) <= data.skip:
+        if media and not without_media and len(unreadable) <= data.skip:
             try:
                 content = digest(example.media)
-            except DataError as error:  # of an archive that is cut off, or a row without its image
-                missing.append(str(error))
-        total.update(_line(number, example, content))
-    if bare:
-        raise DataError(f"{len(bare)} of {number} examples have no media, and a stage needs them:\n{listed(bare)}")
+            except DataError as error:  # the archive is cut off, or a row lacks its image
+                unreadable.append(str(error))
+        total.update(_fingerprint(number, example, content))
+    if without_media:
+        raise DataError(
+            f"{len(without_media)} of {number} examples have no media, and a stage needs them:\n{listed(without_media)}"
+        )
     if number == 0:
-        raise DataError(f"the source {type(data.raw).__name__} has no examples")
-    check_readable(missing, number, data.skip)
+        raise DataError(f"the source {type(data.raw_source).__name__} has no examples")
+    check_readable(unreadable, number, data.skip)
     return number, total.hexdigest()
 
 
-def _examples(source: Source) -> Iterator[Example]:
-    """What a source gives; PluginError where that is no example, or one whose prompt is no text."""
-    given = source.examples()
-    require_result(given, lambda it: isinstance(it, Iterable), source, "examples()", "an iterable of corefit.Example")
-    for example in given:
+def _checked_examples(source: Source) -> Iterator[Example]:
+    """Yield the examples of a source; PluginError for anything that is not a well-formed example."""
+    examples = source.examples()
+    require_result(
+        examples, lambda it: isinstance(it, Iterable), source, "examples()", "an iterable of corefit.Example"
+    )
+    for example in examples:
         require_result(
             example,
             _is_example,
@@ -73,18 +80,20 @@ def _is_example(value: Any) -> bool:
     prompts: Any = (value.prompt,) if isinstance(value.prompt, str) else value.prompt
     meta: Any = value.meta
     media = value.media is None or isinstance(value.media, (Path, ArchiveMember)) or hasattr(value.media, "tobytes")
-    fine = media and isinstance(prompts, Sequence) and len(cast(Any, prompts)) > 0 and isinstance(meta, Mapping)
-    return fine and all(isinstance(text, str) and is_unicode(text) for text in cast(Any, prompts))
+    valid = media and isinstance(prompts, Sequence) and len(cast(Any, prompts)) > 0 and isinstance(meta, Mapping)
+    return valid and all(isinstance(text, str) and is_unicode(text) for text in cast(Any, prompts))
 
 
 def _exists(file: Path) -> bool:
+    """Return whether a file exists; a name that no file can have does not."""
     try:
         return file.exists()
-    except (OSError, ValueError):  # of a name that is too long or holds NUL
+    except (OSError, ValueError):  # the name is too long or contains NUL
         return False
 
 
-def _line(number: int, example: Example, content: str) -> bytes:
+def _fingerprint(number: int, example: Example, content: str) -> bytes:
+    """Return a line with everything that is hashed of an example; `content` is the digest of its media."""
     try:
         return json.dumps([example.prompts, dict(example.meta), content], sort_keys=True).encode() + b"\n"
     except (TypeError, ValueError) as error:
@@ -92,13 +101,14 @@ def _line(number: int, example: Example, content: str) -> bytes:
 
 
 def check_readable(failed: Sequence[str], total: int, skip: int) -> None:
+    """Raise DataError if more than `skip` media, or all of them, failed to be read; `failed` has their messages."""
     if len(failed) > skip:
-        raise DataError(too_many(failed, total, skip))
+        raise DataError(too_many_unreadable(failed, total, skip))
     if len(failed) == total:
         raise DataError(f"none of the {total} media can be read:\n{listed(failed)}")
 
 
-def too_many(failed: Sequence[str], total: int, skip: int) -> str:
+def too_many_unreadable(failed: Sequence[str], total: int, skip: int) -> str:
     return (
         f"{len(failed)} of {total} media are missing or unreadable, and {skip} may be skipped:\n{listed(failed)}\n"
         f"repair them, or set skip = {len(failed)} under [data] to leave them out"
@@ -106,21 +116,21 @@ def too_many(failed: Sequence[str], total: int, skip: int) -> str:
 
 
 @define
-class Hashes:
-    """sha256 of media; those of files are remembered in `file`, by size and time stamps."""
+class MediaHashes:
+    """Computes sha256 digests of media, and remembers those of files in `file`, by their size and time stamps."""
 
     file: Path
     known: dict[str, list[Any]] = field(init=False, factory=dict[str, list[Any]])
     changed: bool = field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
-        with suppress(FileNotFoundError, files.Damaged):  # without it, everything is read once more
+        with suppress(FileNotFoundError, files.Damaged):  # if it is missing or damaged, all media are hashed again
             self.known = files.read_json(self.file)["media"]
 
-    def of(self, media: Path | ArchiveMember | Any) -> str:
-        """Of a file, of all files in a folder, of what is stored in an archive, or of an array."""
+    def digest(self, media: Path | ArchiveMember | Any) -> str:
+        """Return the digest of a file, of all files in a folder, of an archive member or of an array."""
         if isinstance(media, ArchiveMember):
-            return self._known(media.name, media.file, lambda: hashlib.sha256(media.read()).hexdigest())
+            return self._remembered(media.name, media.file, lambda: hashlib.sha256(media.read()).hexdigest())
         if not isinstance(media, Path):
             return hashlib.sha256(f"{media.dtype} {media.shape} ".encode() + media.tobytes()).hexdigest()
         if _exists(media) and media.is_dir():
@@ -129,14 +139,14 @@ class Hashes:
         return self._file(media) if _exists(media) and media.is_file() else "missing"
 
     def _file(self, file: Path) -> str:
-        return self._known(str(file), file, lambda: sha256(file))
+        return self._remembered(str(file), file, lambda: sha256(file))
 
-    def _known(self, name: str, file: Path, digest: Callable[[], str]) -> str:
-        """What was remembered since `file` last changed, or found anew."""
+    def _remembered(self, name: str, file: Path, digest: Callable[[], str]) -> str:
+        """Return the remembered digest if `file` has not changed since, or else a new one."""
         stat = file.stat()
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        *before, found = self.known.get(name, [""])
-        if before == stamp:
+        *former, found = self.known.get(name, [""])
+        if former == stamp:
             return found
         found = digest()
         if time.time_ns() - max(stamp[1:]) > SETTLED:
@@ -144,13 +154,13 @@ class Hashes:
         return found
 
     def save(self) -> None:
-        """Keep what was hashed."""
+        """Write the remembered digests to `file`, and remove what processes that have ended left beside it."""
         if not self.changed:
             return
-        for left in self.file.parent.iterdir():
-            owner = re.fullmatch(rf"\.?{self.file.stem}\.(\d+)(\.part)?", left.name)
+        for stale in self.file.parent.iterdir():
+            owner = re.fullmatch(rf"\.?{self.file.stem}\.(\d+)(\.part)?", stale.name)
             if owner and not alive(int(owner[1])):
-                left.unlink(missing_ok=True)
+                stale.unlink(missing_ok=True)
         temporary = self.file.with_suffix(f".{os.getpid()}")
         files.write_json(temporary, {"media": self.known})
         temporary.replace(self.file)

@@ -1,4 +1,4 @@
-"""What a pipeline says of its training data: where examples come from, and how they are encoded and kept."""
+"""The keys of a pipeline's [data] table: where examples come from, how they are encoded and which are kept."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import attrs
 from attrs import field, frozen, validators
 
 from corefit.data.buckets import Aspect
-from corefit.data.filter import Keep
+from corefit.data.filter import Filter
 from corefit.data.order import Order
 from corefit.types import ROUNDING, ModelPath, Reward, Source, Weighted
 
-LARGEST = 1 << 16
-"""Pixels a side, and frames: no format of pictures has more."""
+MAX_LENGTH = 1 << 16
+"""The largest height or width in pixels, and the largest number of frames; no image format allows more."""
 
 
-def _positive(_: object, attribute: attrs.Attribute[Any], value: Sequence[int]) -> None:
-    if len(value) not in (2, 3) or min(value) < 1 or max(value) > LARGEST:
+def _check_size(_: object, attribute: attrs.Attribute[Any], value: Sequence[int]) -> None:
+    if len(value) not in (2, 3) or min(value) < 1 or max(value) > MAX_LENGTH:
         raise ValueError(
             f"{attribute.name} is {list(value)}, expected [height, width] in pixels, "
-            f"or [frames, height, width] for clips, each at most {LARGEST}"
+            f"or [frames, height, width] for clips, each at most {MAX_LENGTH}"
         )
 
 
-def _parsed(parse: Callable[[str], object]) -> Any:
-    """A validator of text, or of each of several: what `parse` finds wrong, with the key's name."""
+def _parses(parse: Callable[[str], object]) -> Any:
+    """Return a validator that runs `parse` on a string, or on each of several, and names the key in its ValueError."""
 
     def check(_: object, attribute: attrs.Attribute[Any], value: str | Sequence[str]) -> None:
         for text in [value] if isinstance(value, str) else value:
@@ -40,45 +40,49 @@ def _parsed(parse: Callable[[str], object]) -> Any:
 
 @frozen
 class Data:
-    """What stages train on: raw examples, and how they are encoded, once, into a cache."""
+    """The data that stages train on: its raw examples, and how they are encoded once into a cache."""
 
     source: Source | None = None
-    """Where prompts and media come from."""
+    """The source that prompts and media are read from."""
     encoded: ModelPath | None = None
-    """In place of a source: what was encoded before, a folder or a URL such as s3://bucket/cache/0123456789abcdef."""
-    size: tuple[int, ...] = field(default=(512, 512), validator=_positive)
-    """Height and width in pixels; of clips frames before them. The shortest side is resized, the centre kept."""
-    aspects: tuple[str, ...] = field(default=(), validator=_parsed(Aspect.of))
-    """Such as ["1:1", "4:3", "3:4"], width to height: each picture goes to the nearest, at the area of `size`."""
+    """A cache that was encoded before, instead of `source`: a folder, or a URL such as s3://bucket/cache/0123456789abcdef."""
+    size: tuple[int, ...] = field(default=(512, 512), validator=_check_size)
+    """[height, width] in pixels, or [frames, height, width] for clips; media are resized and center-cropped to it."""
+    aspects: tuple[str, ...] = field(default=(), validator=_parses(Aspect.parse))
+    """Aspect ratios, width:height, such as ["1:1", "4:3"]: buckets of the area of `size`; media go to the nearest."""
     fps: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
-    """Frames a second of clips; each clip's own rate by default."""
+    """The frames per second at which clips are sampled; by default each clip keeps its own frame rate."""
     score: tuple[Weighted[Reward], ...] = ()
-    """Rewards that judge the media once, when they are encoded; each score is metadata under the reward's name."""
-    keep: str | None = field(default=None, validator=validators.optional(_parsed(Keep.of)))
-    """Train on examples of which this is true, such as "aesthetic >= 6.8"; it costs no encoding to change."""
+    """Rewards that score the media once, during encoding; each score becomes metadata under the reward's name."""
+    keep: str | None = field(default=None, validator=validators.optional(_parses(Filter.parse)))
+    """A filter over metadata, such as "aesthetic >= 6.8", for what is trained on; changing it encodes nothing again."""
     skip: int = field(default=0, validator=validators.ge(0))
-    """Missing or unreadable media that may be left out (and are counted) before a run stops."""
+    """How many missing or unreadable media may be left out (they are counted); with more, the run stops."""
     order: Order = "epochs"
-    """epochs: every example once, shuffled, then again; independent: each step draws prompts anew (Flow-GRPO)."""
+    """epochs: a new permutation of all examples each epoch; independent: each step draws new prompts (Flow-GRPO)."""
     encode_batch: int = field(default=16, validator=[validators.ge(1), validators.le(10_000)], metadata=ROUNDING)
-    """Prompts or pictures that the text encoders or the VAE see at once."""
+    """How many prompts or media the text encoders or the VAE encode at once."""
 
     def __attrs_post_init__(self) -> None:
         if (self.source is None) == (self.encoded is None):
-            raise ValueError("one of 'source' and 'encoded' says where examples come from: give one of the two")
+            raise ValueError(
+                "set exactly one of 'source' (raw examples) and 'encoded' (a cache that was encoded before)"
+            )
         for key in ("skip", "score", "fps"):
             if self.encoded is not None and getattr(self, key):
-                raise ValueError(f"{key!r} is of a source: what is encoded has been read before; remove it")
+                raise ValueError(
+                    f"{key!r} applies to raw examples, and those of 'encoded' are encoded already; remove it"
+                )
         if self.fps is not None and len(self.size) == 2:
-            raise ValueError("'fps' is of clips, and size = [height, width] is of pictures; remove it")
+            raise ValueError("'fps' applies to clips, and size = [height, width] is for pictures; remove it")
 
     @property
-    def raw(self) -> Source:
-        """The source, where there is one."""
-        assert self.source is not None, "what is encoded before has no source"
+    def raw_source(self) -> Source:
+        """The source of raw examples; it is an error to ask for it where `encoded` is set."""
+        assert self.source is not None, "data that were encoded before have no source"
         return self.source
 
     @property
-    def condition(self) -> Keep | None:
-        """`keep`, understood."""
-        return None if self.keep is None else Keep.of(self.keep)
+    def filter(self) -> Filter | None:
+        """The filter that `keep` describes, if it is set."""
+        return None if self.keep is None else Filter.parse(self.keep)

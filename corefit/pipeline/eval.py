@@ -8,7 +8,7 @@ from typing import Any
 from attrs import field, frozen, validators
 
 from corefit.data.settings import Data
-from corefit.data.sources import prompts
+from corefit.data.sources import prompt_source
 from corefit.types import ROUNDING, Reward, Weighted
 
 positive: Any = validators.gt(0)
@@ -37,4 +37,4 @@ class Eval:
 
     def data(self, size: tuple[int, ...]) -> Data:
         """Return the prompts as a data set without media, to be generated in `size`."""
-        return Data(source=prompts(self.prompts), size=size)
+        return Data(source=prompt_source(self.prompts), size=size)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corefit.data import cache
-from corefit.data.dataset import Dataset, kept_key
+from corefit.data.dataset import Dataset, filtered_key
 from corefit.data.settings import Data
 from corefit.pipeline.pipeline import Pipeline
 from corefit.run import agreement
@@ -47,10 +47,10 @@ def _encode(
     wanted = pipeline.needs_media if media is None else media
     if data.encoded:
         with ranks.main_first():
-            return cache.opened(data, pipeline.backbone, root(pipeline), media=wanted)
+            return cache.open_encoded(data, pipeline.backbone, root(pipeline), media=wanted)
     with display.task(title) as progress:
         folder = cache.prepare(data, pipeline.backbone, root(pipeline), media=wanted, progress=progress, ranks=ranks)
-    return Dataset.open(folder, keep=data.condition, remade=True)
+    return Dataset.open(folder, keep=data.filter, rebuildable=True)
 
 
 def preview(pipeline: Pipeline, data: Any, *, media: bool) -> tuple[str, int, str]:
@@ -59,14 +59,14 @@ def preview(pipeline: Pipeline, data: Any, *, media: bool) -> tuple[str, int, st
     The backbone must have been placed: the key depends on its dtype.
     """
     if data.encoded:
-        found = cache.opened(data, pipeline.backbone, root(pipeline), media=media)
+        found = cache.open_encoded(data, pipeline.backbone, root(pipeline), media=media)
         return found.key, len(found), f"{counted(len(found), 'example')}, encoded before"
     count = cache.check(data, media=media) or 0
     key = cache.key(data, pipeline.backbone, root(pipeline), media=media)
     cached = cache.exists(data, pipeline.backbone, root(pipeline), media=media)
     filtered = f", of which {data.keep!r} keeps some" if data.keep else ""
     text = f"{counted(count, 'example')}{filtered}{', cached' if cached else ' to encode'}"
-    return kept_key(key, data.condition), count, text
+    return filtered_key(key, data.filter), count, text
 
 
 def summary(dataset: Dataset) -> Iterator[str]:

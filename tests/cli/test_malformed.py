@@ -393,7 +393,7 @@ INPUT = [
     rows(
         "half a character",
         {"prompt": "a \ud800 sky", "media": "media/0.png"},
-        said=("train.jsonl:1: 'prompt' is", "lone surrogate", "write it anew"),
+        said=("train.jsonl:1: 'prompt' is", "lone surrogate", "correct the text"),
     ),
     rows(
         "half a character in captions",

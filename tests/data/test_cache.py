@@ -1,4 +1,4 @@
-"""Encoded once, keyed by everything that determines it, never half-written, never silently short."""
+"""A cache is encoded once, keyed by everything that determines it, never half-written, never silently short."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from corefit.data import cache, mds
-from corefit.data import scan as survey
+from corefit.data import cache, mds, scan
 from corefit.data.cache import check, exists, key, prepare
 from corefit.data.dataset import Dataset, Manifest
-from corefit.data.filter import Keep
+from corefit.data.filter import Filter
 from corefit.data.settings import Data
 from corefit.data.sources import Jsonl
 from corefit.errors import ConfigError, DataError
@@ -35,7 +34,7 @@ LENGTH = 5
 
 @attrs.define
 class Toy:
-    """Mean-pooling "VAE" and hashing "text encoder" that count what they are asked for."""
+    """A backbone with a mean-pooling "VAE" and a hashing "text encoder"; it counts what it encodes."""
 
     name: str = "toy"
     length: int = LENGTH
@@ -137,22 +136,22 @@ def test_everything_is_encoded_once_and_read_back(data: Data, root: Path) -> Non
     assert batch.meta[4] == {"n": 4}
 
 
-def test_a_second_start_reads_no_picture_and_encodes_nothing(data: Data, root: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(survey, "SETTLED", -1)
+def test_a_second_run_reads_no_picture_and_encodes_nothing(data: Data, root: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(scan, "SETTLED", -1)
     folder = prepare(data, Toy(), root, media=True)
-    monkeypatch.setattr(survey, "sha256", lambda file: pytest.fail(f"{file} was read again"))
+    monkeypatch.setattr(scan, "sha256", lambda file: pytest.fail(f"{file} was read again"))
     toy = Toy(on_encode=lambda n: pytest.fail("encoded again"))
     assert prepare(data, toy, root, media=True) == folder
     assert exists(data, toy, root, media=True)
     assert (toy.prompts, toy.releases) == ([], 0)
 
 
-def test_new_files_are_not_trusted_by_their_time_stamps(data: Data, root: Path) -> None:
+def test_digests_of_very_new_files_are_not_remembered(data: Data, root: Path) -> None:
     prepare(data, Toy(), root, media=True)
     assert not (root / cache.HASHES).exists()
 
 
-def test_prompts_alone_need_no_media(data: Data, root: Path, tmp_path: Path) -> None:
+def test_prompts_can_be_encoded_without_media(data: Data, root: Path, tmp_path: Path) -> None:
     for file in tmp_path.glob("*.png"):
         file.unlink()
     toy = Toy(on_encode=lambda n: pytest.fail("encoded"))
@@ -183,14 +182,14 @@ def test_the_same_input_gives_the_same_bytes(data: Data, root: Path, tmp_path: P
 
 
 def mixed(n: int = 12) -> Data:
-    """Square, wide and tall pictures in turn, each of one shade."""
+    """Square, wide and tall pictures in turn, each of a single gray."""
     shapes = [(16, 16), (12, 24), (24, 12)]
     items = [Example(f"p{i}", np.full((*shapes[i % 3], 3), 10 * i, np.uint8), {"n": i}) for i in range(n)]
     return Data(Memory(tuple(items)), size=(16, 16), aspects=("1:1", "2:1", "1:2"), encode_batch=3)
 
 
 class Steps(Toy):
-    """Takes multiples of 4."""
+    """A backbone that accepts multiples of 4."""
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
         if size[0] % 4 or size[1] % 4:
@@ -218,9 +217,9 @@ def test_pictures_of_mixed_sizes_go_to_buckets(root: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [2, 5, 512])
-def test_parts_do_not_change_what_is_read(root: Path, monkeypatch: Any, part: int) -> None:
+def test_partitions_do_not_change_what_is_read(root: Path, monkeypatch: Any, part: int) -> None:
     whole = Dataset.open(prepare(mixed(), Steps(), root / "whole", media=True))
-    monkeypatch.setattr(cache, "PART", part)
+    monkeypatch.setattr(cache, "PARTITION", part)
     parts = Dataset.open(prepare(mixed(), Steps(), root / "parts", media=True))
     assert parts.manifest.parts == -(-12 // part)
     for n in range(12):
@@ -242,12 +241,12 @@ def test_of_several_captions_one_is_drawn(root: Path) -> None:
 
 @attrs.frozen
 class Bright:
-    """Mean of all pixels; counts what it was asked."""
+    """The mean of all pixels; it records the sizes of the batches that it scores."""
 
-    asked: list[int] = attrs.field(factory=list, eq=False, repr=False)
+    batches: list[int] = attrs.field(factory=list, eq=False, repr=False)
 
     def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> Tensor:
-        self.asked.append(len(media))
+        self.batches.append(len(media))
         return media.mean(dim=tuple(range(1, media.ndim)))
 
 
@@ -255,17 +254,17 @@ def test_scores_are_metadata_by_which_examples_are_kept(root: Path) -> None:
     reward = Bright()
     data = attrs.evolve(mixed(), score=(Weighted("bright", reward),))
     folder = prepare(data, Steps(), root, media=True)
-    assert sum(reward.asked) == 12
+    assert sum(reward.batches) == 12
     everything = Dataset.open(folder)
     assert everything.batch([3], [0]).meta[0]["bright"] == pytest.approx(30 / 255)
-    dataset = Dataset.open(folder, keep=Keep.of("bright > 0.2 and n != 9"))
+    dataset = Dataset.open(folder, keep=Filter.parse("bright > 0.2 and n != 9"))
     assert {n: rows.tolist() for n, rows in dataset.buckets.items()} == {0: [6], 1: [7, 10], 2: [8, 11]}
     assert len(dataset) == 5
-    assert dataset.key not in (everything.key, Dataset.open(folder, keep=Keep.of("n > 3")).key)
+    assert dataset.key not in (everything.key, Dataset.open(folder, keep=Filter.parse("n > 3")).key)
     assert [column.name for column in dataset.columns] == ["bright", "n"]
     with pytest.raises(DataError, match=r"keeps none of 12 examples: n is 0 to 11"):
-        Dataset.open(folder, keep=Keep.of("n > 11"))
-    with pytest.raises(DataError, match=r"'n' is metadata of .* already"):
+        Dataset.open(folder, keep=Filter.parse("n > 11"))
+    with pytest.raises(DataError, match=r"'n' is already metadata of"):
         prepare(attrs.evolve(data, score=(Weighted("n", reward),)), Steps(), root, media=True)
 
 
@@ -316,9 +315,11 @@ def test_the_rate_of_clips_is_part_of_the_key(root: Path) -> None:
     assert len(keys) == 3
 
 
-def test_other_bytes_of_equal_size_and_time_are_seen(data: Data, root: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """As `cp -p`, `rsync -t` and `touch -r` leave them: the time of change tells."""
-    monkeypatch.setattr(survey, "SETTLED", -1)
+def test_a_change_that_keeps_size_and_mtime_is_noticed(
+    data: Data, root: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """`cp -p`, `rsync -t` and `touch -r` leave files like this; only the ctime differs."""
+    monkeypatch.setattr(scan, "SETTLED", -1)
     folder = prepare(data, Toy(), root, media=True)
     file = tmp_path / "0.png"
     was, whole = file.stat(), file.read_bytes()
@@ -330,7 +331,7 @@ def test_other_bytes_of_equal_size_and_time_are_seen(data: Data, root: Path, tmp
     assert key(data, Toy(), root, media=True) != Manifest.read(folder).key
 
 
-def test_what_determines_nothing_changes_nothing(data: Data, root: Path, tmp_path: Path) -> None:
+def test_keys_that_do_not_change_the_cache_are_not_in_its_key(data: Data, root: Path, tmp_path: Path) -> None:
     before = key(data, Toy(), root, media=True)
     (tmp_path / "moved").mkdir()
     for file in [*tmp_path.glob("*.png"), tmp_path / "train.jsonl"]:
@@ -352,7 +353,7 @@ def spoil(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("skip", [1, 2])
-def test_all_bad_media_are_listed(data: Data, root: Path, tmp_path: Path, skip: int) -> None:
+def test_all_unreadable_media_are_listed(data: Data, root: Path, tmp_path: Path, skip: int) -> None:
     spoil(tmp_path)
     toy = Toy()
     with pytest.raises(DataError, match="3 of 7 media are missing or unreadable") as error:
@@ -363,7 +364,7 @@ def test_all_bad_media_are_listed(data: Data, root: Path, tmp_path: Path, skip: 
     assert toy.releases == 1
 
 
-def test_within_the_budget_they_are_skipped_and_counted(data: Data, root: Path, tmp_path: Path) -> None:
+def test_up_to_skip_unreadable_media_are_left_out_and_counted(data: Data, root: Path, tmp_path: Path) -> None:
     spoil(tmp_path)
     folder = prepare(attrs.evolve(data, skip=3), Toy(), root, media=True)
     manifest = Manifest.read(folder)
@@ -374,7 +375,7 @@ def test_within_the_budget_they_are_skipped_and_counted(data: Data, root: Path, 
         prepare(attrs.evolve(data, skip=2), Toy(), root, media=True)
 
 
-def test_missing_media_show_before_anything_is_read(data: Data, root: Path, tmp_path: Path) -> None:
+def test_missing_media_are_found_before_any_are_decoded(data: Data, root: Path, tmp_path: Path) -> None:
     (tmp_path / "1.png").unlink()
     with pytest.raises(DataError, match=r"1 of 7 media .*and 0 may be skipped(.|\n)*1\.png: no such file"):
         check(data, media=True)
@@ -419,7 +420,7 @@ def test_values_that_are_not_finite_are_named(data: Data, root: Path, tmp_path: 
 
 @attrs.define
 class Shrinking:
-    """Seven examples at first, three later."""
+    """A source that has seven examples when first read, and three later."""
 
     source: Any
     times: int = 0
@@ -429,14 +430,14 @@ class Shrinking:
         return iter(list(self.source.examples())[: 7 if self.times == 1 else 3])
 
 
-def test_a_source_that_changes_meanwhile_is_refused(data: Data, root: Path) -> None:
+def test_a_source_that_changes_during_encoding_is_refused(data: Data, root: Path) -> None:
     with pytest.raises(DataError, match="7 examples, then 3"):
         prepare(attrs.evolve(data, source=Shrinking(data.source)), Toy(), root, media=True)
     assert not root.exists()
 
 
 @pytest.mark.parametrize("wrong", [{"size": (0, 4)}, {"size": (4,)}, {"skip": -1}, {"encode_batch": 0}])
-def test_values_that_cannot_be(wrong: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Data(Memory(()), **wrong)
 
@@ -445,7 +446,7 @@ def test_values_that_cannot_be(wrong: dict[str, Any]) -> None:
 
 
 def run(work: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
-    """`work` in a forked process, on one thread: those of OpenMP do not survive a fork."""
+    """Start `work` in a forked process, with one thread, because OpenMP's threads do not survive a fork."""
 
     def alone() -> None:
         torch.set_num_threads(1)
@@ -457,10 +458,8 @@ def run(work: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
 
 
 @pytest.mark.parametrize(("at", "parts"), [(0, 0), (1, 1), (3, 3)])
-def test_a_killed_process_leaves_its_finished_parts(
-    data: Data, root: Path, monkeypatch: Any, at: int, parts: int
-) -> None:
-    monkeypatch.setattr(cache, "PART", 2)
+def test_complete_partitions_survive_a_kill(data: Data, root: Path, monkeypatch: Any, at: int, parts: int) -> None:
+    monkeypatch.setattr(cache, "PARTITION", 2)
 
     def die(n: int) -> None:
         if n == at:
@@ -484,7 +483,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_killed_between_the_last_byte_and_the_rename(data: Data, root: Path, monkeypatch: Any) -> None:
+def test_a_kill_between_the_last_byte_and_the_rename_costs_no_encoding(
+    data: Data, root: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(cache.CacheBuilder, "publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     process = run(lambda: prepare(data, Toy(), root, media=True))
     process.join(200)
@@ -494,7 +495,7 @@ def test_killed_between_the_last_byte_and_the_rename(data: Data, root: Path, mon
     assert made(root) == [folder.name]
 
 
-def test_unfinished_parts_that_nobody_goes_on_with_are_removed(data: Data, root: Path) -> None:
+def test_abandoned_caches_are_removed(data: Data, root: Path) -> None:
     for name in ("0123456789abcdef.parts", "00000000ffffffff.parts", "mine.parts"):
         (root / name).mkdir(parents=True)
         (root / name / "shard.00000.mds").write_bytes(b"half")
@@ -504,7 +505,7 @@ def test_unfinished_parts_that_nobody_goes_on_with_are_removed(data: Data, root:
     assert made(root) == sorted(["00000000ffffffff.parts", "mine.parts", folder.name])
 
 
-def test_of_two_processes_at_once_one_encodes(data: Data, root: Path, tmp_path: Path) -> None:
+def test_only_one_of_two_processes_encodes(data: Data, root: Path, tmp_path: Path) -> None:
     def slow(n: int) -> None:
         time.sleep(0.2)
         (tmp_path / f"{os.getpid()}.{n}").touch()
@@ -540,27 +541,27 @@ def test_damage_is_named(data: Data, root: Path, name: str, harm: Any) -> None:
     folder = prepare(data, Toy(), root, media=True)
     harm(folder / name)
     with pytest.raises(DataError, match="is damaged") as error:
-        Dataset.open(folder, remade=True).batch([0], [0])
+        Dataset.open(folder, rebuildable=True).batch([0], [0])
     assert str(folder / name) in str(error.value)
-    assert f"Delete {folder}; it is then made again from the source" in str(error.value)
+    assert f"Delete {folder}; it is then encoded again from the source" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["part-00000/shard.00000.mds", "part-00000/rows.jsonl", "index.json", "done.json"])
-def test_nothing_that_cannot_be_made_again_is_said_to_be_deleted(data: Data, root: Path, name: str) -> None:
+def test_no_message_advises_to_delete_what_cannot_be_encoded_again(data: Data, root: Path, name: str) -> None:
     folder = prepare(data, Toy(), root, media=True)
     flip(folder / name)
-    with pytest.raises(DataError, match=r"is damaged: .* Put a whole copy of the cache there, or give its source"):
+    with pytest.raises(DataError, match=r"is damaged: .* Copy the whole cache there again, or give its source"):
         Dataset.open(folder).batch([0], [0])
     flip(folder / name)
     mine = folder.rename(root / "mine")
     flip(mine / name)
     with pytest.raises(DataError, match="is damaged") as error:
-        Dataset.open(mine, remade=True).batch([0], [0])
+        Dataset.open(mine, rebuildable=True).batch([0], [0])
     assert "elete" not in str(error.value), "it has not the name of a folder that corefit makes"
 
 
 @pytest.mark.parametrize("place", [".", "/etc"])
-def test_a_folder_that_is_no_cache_is_said_to_be_none(tmp_path: Path, monkeypatch: Any, place: str) -> None:
+def test_a_folder_without_a_cache_is_named_as_such(tmp_path: Path, monkeypatch: Any, place: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"holds no encoded data") as error:
         cache.check(Data(encoded=place, size=(16, 24)), media=True)  # type: ignore[arg-type]
@@ -579,13 +580,13 @@ def test_a_manifest_of_version_0_1_is_read(data: Data, root: Path) -> None:
 
 
 def killed_before_publishing(data: Data, root: Path, monkeypatch: Any) -> Path:
-    """A cache whose parts are all encoded, in the folder where they lie."""
+    """Encode all partitions of a cache, but do not merge them; return their folder."""
 
     def killed(work: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "PART", 3)
+        patched.setattr(cache, "PARTITION", 3)
         patched.setattr(cache.CacheBuilder, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(data, Toy(), root, media=True)
@@ -594,23 +595,23 @@ def killed_before_publishing(data: Data, root: Path, monkeypatch: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", ["part.json", "rows.jsonl", "index.json"])
-def test_a_part_with_a_damaged_small_file_is_encoded_again_and_it_alone(
+def test_only_a_partition_with_a_damaged_small_file_is_encoded_again(
     data: Data, root: Path, monkeypatch: Any, name: str
 ) -> None:
     parts = killed_before_publishing(data, root, monkeypatch)
     file = parts / "part-00001" / name
     whole, others = file.read_bytes(), {p: p.stat().st_mtime_ns for p in parts.glob("part-0000[02]/*")}
     file.write_bytes(whole.replace(b"3", b"4", 1) if b"3" in whole else whole[:-2])
-    monkeypatch.setattr(cache, "PART", 3)
+    monkeypatch.setattr(cache, "PARTITION", 3)
     folder = prepare(data, Toy(), root, media=True)
     assert {p: (folder / p.relative_to(parts)).stat().st_mtime_ns for p in others} == others
     assert (folder / "part-00001" / name).read_bytes() == whole
     assert len(Dataset.open(folder)) == 7
 
 
-def test_damaged_hashes_of_media_are_made_again(data: Data, root: Path, monkeypatch: Any) -> None:
-    """A digit in media.json would make another key, and everything be encoded again."""
-    monkeypatch.setattr(survey, "SETTLED", -1)
+def test_damaged_hashes_of_media_are_computed_again(data: Data, root: Path, monkeypatch: Any) -> None:
+    """Otherwise one changed digit in media.json would change the key, and everything would be encoded again."""
+    monkeypatch.setattr(scan, "SETTLED", -1)
     folder, file = prepare(data, Toy(), root, media=True), root / cache.HASHES
     content = json.loads(file.read_text())
     for entry in content["media"].values():
@@ -620,7 +621,7 @@ def test_damaged_hashes_of_media_are_made_again(data: Data, root: Path, monkeypa
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_the_umask_says_who_may_read_a_cache(data: Data, root: Path, umask: int) -> None:
+def test_files_of_a_cache_have_the_mode_that_the_umask_gives(data: Data, root: Path, umask: int) -> None:
     former = os.umask(umask)
     try:
         folder = prepare(data, Toy(), root, media=True)
@@ -630,9 +631,9 @@ def test_the_umask_says_who_may_read_a_cache(data: Data, root: Path, umask: int)
     assert modes == dict.fromkeys(modes, 0o666 & ~umask)
 
 
-def test_shards_are_hashed_once_each_when_first_read(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(mds, "SHARD", 2000)
-    with mds.writing(tmp_path / "s", {"n": "json", "raw": "bytes"}) as writer:
+def test_each_shard_is_hashed_once_when_first_read(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(mds, "SHARD_BYTES", 2000)
+    with mds.open_writer(tmp_path / "s", {"n": "json", "raw": "bytes"}) as writer:
         for n in range(20):
             writer.append({"n": n, "raw": bytes(500)})
     shards = mds.Shards(tmp_path / "s")
@@ -646,9 +647,9 @@ def test_shards_are_hashed_once_each_when_first_read(tmp_path: Path, monkeypatch
 
 
 def test_nothing_pickled_is_written_or_read(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="pickled"), mds.writing(tmp_path / "s", {"n": "pkl"}):
+    with pytest.raises(AssertionError, match="pickled"), mds.open_writer(tmp_path / "s", {"n": "pkl"}):
         pass
-    with mds.writing(tmp_path / "t", {"n": "json"}) as writer:
+    with mds.open_writer(tmp_path / "t", {"n": "json"}) as writer:
         writer.append({"n": 1})
     index = tmp_path / "t/index.json"
     index.write_text(index.read_text().replace('"json"', '"pkl"'))
@@ -656,12 +657,15 @@ def test_nothing_pickled_is_written_or_read(tmp_path: Path) -> None:
         mds.Shards(tmp_path / "t")
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: Any) -> None:
     from streaming.base.format.mds.writer import MDSWriter
 
     def full(self: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(MDSWriter, "finish", full)
-    with pytest.raises(DataError, match="cannot be written: No space left"), mds.writing(tmp_path / "s", {"n": "json"}):
+    with (
+        pytest.raises(DataError, match="cannot be written: No space left"),
+        mds.open_writer(tmp_path / "s", {"n": "json"}),
+    ):
         pass

@@ -1,4 +1,4 @@
-"""Batches: rows that belong together, ranks disjoint, one thread that ends."""
+"""Batches: their rows belong together, ranks get disjoint ones, and the prefetch thread ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from corefit.data.cache import prepare
-from corefit.data.dataset import Dataset, Spec, pack, unpack
+from corefit.data.dataset import Dataset, TensorSpec, pack, unpack
 from corefit.data.loader import batches
 from corefit.data.order import BatchSampler, check_batch
 from corefit.data.settings import Data
@@ -27,7 +27,7 @@ N = 10
 
 
 class Toy:
-    """Latents that tell the example: all pixels of picture n are n."""
+    """A backbone whose latents identify the example: all pixels of picture n are n."""
 
     def encoding_key(self) -> dict[str, str]:
         return {"toy": "1"}
@@ -65,7 +65,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset.open(prepare(data, Toy(), tmp_path_factory.mktemp("cache"), media=True))  # type: ignore[arg-type]
 
 
-def walk(dataset: Dataset, **changes: Any) -> BatchSampler:
+def sampler(dataset: Dataset, **changes: Any) -> BatchSampler:
     given: dict[str, Any] = {"batch": 8, "group": 2, "seed": 0, "stage": "soar", "order": "epochs"}
     return BatchSampler(buckets=list(dataset.buckets.values()), **{**given, **changes})
 
@@ -73,7 +73,7 @@ def walk(dataset: Dataset, **changes: Any) -> BatchSampler:
 def stream(
     dataset: Dataset, start: int = 0, rank: int = 0, world: int = 1, device: str = "cpu", **changes: Any
 ) -> Iterator[Batch]:
-    return batches(dataset, walk(dataset, **changes), start=start, rank=rank, world=world, device=device)
+    return batches(dataset, sampler(dataset, **changes), start=start, rank=rank, world=world, device=device)
 
 
 def take(source: Iterator[Batch], n: int) -> list[Batch]:
@@ -87,7 +87,7 @@ def take(source: Iterator[Batch], n: int) -> list[Batch]:
 
 def test_rows_media_prompts_and_meta_belong_together(dataset: Dataset) -> None:
     for step, batch in enumerate(take(stream(dataset), 5)):
-        wanted = walk(dataset).at(step)
+        wanted = sampler(dataset).indices(step)
         assert list(batch.rows) == list(range(8 * step, 8 * step + 8))
         assert batch.clean[:, 0, 0, 0].tolist() == wanted
         assert batch.cond.tensors["text"][:, 0].tolist() == wanted
@@ -115,14 +115,14 @@ def test_ranks_together_see_the_global_batch(dataset: Dataset, world: int, order
     assert len(set(rows)) == len(rows) == 48
 
 
-def test_a_resumed_stream_goes_on_where_it_was(dataset: Dataset) -> None:
+def test_a_resumed_stream_continues_where_it_stopped(dataset: Dataset) -> None:
     whole, resumed = take(stream(dataset), 6), take(stream(dataset, start=4), 2)
     for before, after in zip(whole[4:], resumed, strict=True):
         assert before.rows == after.rows
         assert before.clean.equal(after.clean)
 
 
-def test_prompts_alone_have_no_latents(tmp_path: Path) -> None:
+def test_prompts_without_media_have_no_latents(tmp_path: Path) -> None:
     folder = prepare(Data(Numbers(3, media=False), size=(4, 4)), Toy(), tmp_path, media=False)  # type: ignore[arg-type]
     (batch,) = take(stream(Dataset.open(folder), batch=12), 1)
     assert batch.x0 is None
@@ -131,30 +131,30 @@ def test_prompts_alone_have_no_latents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "group", "world", "order", "says"),
+    ("batch", "group", "world", "order", "message"),
     [
         (10, 4, 1, "epochs", "batch = 10 .* groups of 4 on 1 ranks.* multiple of 4 x 1 = 4, such as 8"),
         (8, 4, 4, "epochs", "multiple of 4 x 4 = 16, such as 16"),
         (44, 2, 2, "independent", "22 different prompts a step and the data have 10"),
     ],
 )
-def test_batches_that_cannot_be_split_are_refused_at_once(
-    dataset: Dataset, batch: int, group: int, world: int, order: Any, says: str
+def test_a_batch_size_that_cannot_be_split_is_refused_at_once(
+    dataset: Dataset, batch: int, group: int, world: int, order: Any, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         stream(dataset, batch=batch, group=group, world=world, order=order)
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         check_batch(N, batch, group, world, order)
 
 
-# the thread
+# the prefetch thread
 
 
 def readers() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("corefit-data")]
 
 
-def test_one_thread_reads_ahead_and_ends_with_the_iterator(dataset: Dataset) -> None:
+def test_one_thread_prefetches_and_ends_with_the_iterator(dataset: Dataset) -> None:
     source = stream(dataset)
     assert readers() == []
     next(source)
@@ -164,13 +164,13 @@ def test_one_thread_reads_ahead_and_ends_with_the_iterator(dataset: Dataset) -> 
     assert readers() == []
 
 
-def test_what_goes_wrong_in_the_thread_is_raised_at_its_step(dataset: Dataset, monkeypatch: Any) -> None:
+def test_an_error_in_the_thread_is_raised_at_its_step(dataset: Dataset, monkeypatch: Any) -> None:
     read = Dataset.batch
 
-    def broken(self: Dataset, indices: Sequence[int], rows: Sequence[int], turns: Sequence[float]) -> Batch:
+    def broken(self: Dataset, indices: Sequence[int], rows: Sequence[int], caption_choices: Sequence[float]) -> Batch:
         if rows[0] >= 16:
             raise DataError("shard.00000.mds is damaged")
-        return read(self, indices, rows, turns)
+        return read(self, indices, rows, caption_choices)
 
     monkeypatch.setattr(Dataset, "batch", broken)
     source = stream(dataset)
@@ -182,9 +182,9 @@ def test_what_goes_wrong_in_the_thread_is_raised_at_its_step(dataset: Dataset, m
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int64", "bool", "float8_e4m3fn"])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 5)])
-def test_any_dtype_survives_as_bytes(dtype: str, shape: tuple[int, ...]) -> None:
+def test_tensors_of_any_dtype_are_restored_from_bytes(dtype: str, shape: tuple[int, ...]) -> None:
     tensor = (torch.arange(4 * max(1, torch.Size(shape).numel())) % 2).reshape(4, *shape).to(getattr(torch, dtype))
-    back = unpack(pack(tensor), Spec(dtype, shape))
+    back = unpack(pack(tensor), TensorSpec(dtype, shape))
     assert back.dtype == tensor.dtype
     assert back.view(torch.uint8).equal(tensor.view(torch.uint8)) if shape else back.float().equal(tensor.float())
 

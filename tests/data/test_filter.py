@@ -1,4 +1,4 @@
-"""Conditions over metadata: what they mean, what is refused, what they leave."""
+"""Filters over metadata: what they mean, what they refuse, and the summary of what they keep."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from corefit.data.filter import Column, Keep, kept
+from corefit.data.filter import Column, Filter, filter_rows
 from corefit.errors import DataError
 
 
 @pytest.mark.parametrize(
-    ("text", "row", "holds"),
+    ("text", "row", "matches"),
     [
         ("a >= 6.8", {"a": 6.8}, True),
         ("a >= 6.8", {"a": 6.79}, False),
@@ -29,36 +29,36 @@ from corefit.errors import DataError
         ("a > -1", {"a": 0}, True),
     ],
 )
-def test_it_means_what_python_means(text: str, row: dict[str, Any], holds: bool) -> None:
-    assert Keep.of(text).holds(row) is holds
+def test_a_filter_means_what_the_same_python_expression_means(text: str, row: dict[str, Any], matches: bool) -> None:
+    assert Filter.parse(text).matches(row) is matches
 
 
 @pytest.mark.parametrize(
     "text", ["f(a)", "a.b > 1", "a >", "a + 1 > 2", "[x for x in a]", "a is None", "__import__('os')"]
 )
-def test_anything_else_is_refused(text: str) -> None:
+def test_anything_but_comparisons_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="write comparisons of metadata with values"):
-        Keep.of(text)
+        Filter.parse(text)
 
 
-def test_examples_that_cannot_be_asked_are_named() -> None:
+def test_an_example_without_a_comparable_value_is_named() -> None:
     with pytest.raises(DataError, match="example 2 has no 'a'; it has b"):
-        kept(Keep.of("a > 1"), [{"a": 2}, {"b": 2}])
+        filter_rows(Filter.parse("a > 1"), [{"a": 2}, {"b": 2}])
     with pytest.raises(DataError, match="example 1: '>' not supported"):
-        kept(Keep.of("a > 1"), [{"a": "x"}])
+        filter_rows(Filter.parse("a > 1"), [{"a": "x"}])
 
 
 def test_nan_is_named() -> None:
-    with pytest.raises(DataError, match="example 2: 'a' is NaN, which is neither more nor less than anything"):
-        kept(Keep.of("a > 1"), [{"a": 2.0}, {"a": float("nan")}])
-    assert kept(Keep.of("a > 1"), [{"a": 2.0, "b": float("nan")}]) == [True], "of what is not asked for"
+    with pytest.raises(DataError, match="example 2: 'a' is NaN, which cannot be compared"):
+        filter_rows(Filter.parse("a > 1"), [{"a": 2.0}, {"a": float("nan")}])
+    assert filter_rows(Filter.parse("a > 1"), [{"a": 2.0, "b": float("nan")}]) == [True], "the filter does not read it"
 
 
 def test_infinite_and_huge_numbers_are_compared() -> None:
     values = [float("inf"), float("-inf"), 10**400, 2.0, 0.0]
-    held = kept(Keep.of("a > 1"), [{"a": value} for value in values])
-    assert held == [True, False, True, True, False]
-    lines = list(Column("a", values, held).histogram())
+    kept = filter_rows(Filter.parse("a > 1"), [{"a": value} for value in values])
+    assert kept == [True, False, True, True, False]
+    lines = list(Column("a", values, kept).histogram())
     assert (lines[0][-6:], lines[-1][-6:]) == ("0 of 1", "1 of 1")
 
 
@@ -67,11 +67,11 @@ def test_values_without_bins_have_no_histogram_or_one_bin(values: list[float]) -
     assert len(list(Column("a", values, [True, True]).histogram())) in (0, 16)
 
 
-def test_spans() -> None:
-    assert Column("a", [3, 1, 2], [False] * 3).span() == "a is 1 to 3"
-    assert Column("a", [3, "x", None, 3], [False] * 4).span() == "a is 3, 'x', None"
-    assert Column("a", [*map(str, range(9)), 1], [False] * 10).span() == "a is '0', '1', '2', '3', '4', ..."
-    assert Column("a", [], []).span() == ""
+def test_value_ranges() -> None:
+    assert Column("a", [3, 1, 2], [False] * 3).value_range() == "a is 1 to 3"
+    assert Column("a", [3, "x", None, 3], [False] * 4).value_range() == "a is 3, 'x', None"
+    assert Column("a", [*map(str, range(9)), 1], [False] * 10).value_range() == "a is '0', '1', '2', '3', '4', ..."
+    assert Column("a", [], []).value_range() == ""
 
 
 def test_a_histogram_counts_everything_and_what_is_kept() -> None:

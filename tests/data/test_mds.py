@@ -1,4 +1,4 @@
-"""Encoded data from elsewhere: a folder or an S3 store, the same bytes, and whatever is damaged is named."""
+"""Data encoded elsewhere, in a folder or an S3 store, train to the same bytes, and damage to them is named."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def left(project: Project, name: str) -> dict[str, bytes]:
     return {str(f.relative_to(project.folder / "runs" / name)): f.read_bytes() for f in files}
 
 
-def test_a_folder_of_encoded_data_trains_as_its_source_does(project, encoded):
+def test_an_encoded_folder_trains_to_the_same_weights_as_its_source(project, encoded):
     reading(project, encoded)
     before = sorted(encoded.rglob("*"))
     assert project.main("run", "pipeline.toml", *PLAIN).status == 0
@@ -115,12 +115,12 @@ def test_a_folder_of_encoded_data_trains_as_its_source_does(project, encoded):
     assert "8 examples, encoded before" in project.main("run", "--dry-run", "pipeline.toml", *PLAIN).out
 
 
-def test_a_store_of_encoded_data_trains_as_its_source_does(project, encoded, store):
+def test_an_encoded_store_trains_to_the_same_weights_as_its_source(project, encoded, store):
     reading(project, store.put(encoded, "caches/abc"))
     assert project.main("check", "pipeline.toml").status == 0
     assert project.main("run", "pipeline.toml", *PLAIN).status == 0
     assert left(project, "tiny") == left(project, "source") != {}
-    # fetched once: what is here is used while it is whole
+    # fetched once: a local copy is used as long as it is undamaged
     (copy,) = (project.folder / ".corefit" / "cache").glob("remote-*")
     fetched = {f.name: f.stat().st_mtime_ns for f in copy.rglob("*.mds")}
     assert fetched
@@ -134,7 +134,7 @@ def flip(data: bytes) -> bytes:
 
 
 HARM: Mapping[str, tuple[str, Callable[[Path], object], str]] = {
-    "flipped bit": (SHARD, lambda f: f.write_bytes(flip(f.read_bytes())), "its xxh64 is not the one"),
+    "flipped bit": (SHARD, lambda f: f.write_bytes(flip(f.read_bytes())), "its xxh64 does not match index.json"),
     "missing shard": (SHARD, lambda f: f.unlink(), "it is missing"),
     "truncated shard": (SHARD, lambda f: f.write_bytes(f.read_bytes()[:-7]), r"it has \d+ bytes instead"),
     "flipped null": ("null.safetensors", lambda f: f.write_bytes(flip(f.read_bytes())), "its sha256 is not the one"),
@@ -145,18 +145,18 @@ HARM: Mapping[str, tuple[str, Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("harm", HARM)
 def test_damage_is_named_and_not_trained_on(project, encoded, harm):
-    name, do, said = HARM[harm]
+    name, do, message = HARM[harm]
     do(encoded / name)
     reading(project, encoded)
-    refused(project, name, said)
+    refused(project, name, message)
 
 
-def refused(project: Project, name: str, said: str) -> None:
+def refused(project: Project, name: str, message: str) -> None:
     import re
 
     ended = project.main("run", "pipeline.toml", *PLAIN)
     assert ended.status == 2
-    assert re.search(rf"error: .*{re.escape(name)} .*{said}", ended.err), ended.err
+    assert re.search(rf"error: .*{re.escape(name)} .*{message}", ended.err), ended.err
     assert "Traceback" not in ended.err
     stage = project.folder / "runs" / "tiny" / "01-soar"
     assert not (stage / "metrics.jsonl").exists()
@@ -165,16 +165,16 @@ def refused(project: Project, name: str, said: str) -> None:
 
 @pytest.mark.parametrize("harm", ["flipped bit", "missing shard", "flipped null", "half a manifest"])
 def test_damage_in_a_store_is_named_and_not_trained_on(project, encoded, store, harm):
-    name, do, said = HARM[harm]
+    name, do, message = HARM[harm]
     url = store.put(encoded, "caches/bad")
     if harm == "missing shard":
         store.client.delete_object(Bucket=BUCKET, Key=f"caches/bad/{name}")
-        said = "cannot be fetched"
+        message = "cannot be fetched"
     else:
         do(encoded / name)
         store.client.upload_file(str(encoded / name), BUCKET, f"caches/bad/{name}")
     reading(project, url)
-    refused(project, name, said)
+    refused(project, name, message)
 
 
 def test_a_damaged_copy_is_fetched_again(project, encoded, store):
@@ -200,42 +200,42 @@ def test_a_store_that_cannot_be_reached_is_named(project, encoded, store, monkey
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (("data.size=[32, 32]",), "was encoded with another size than this pipeline has"),
         (("backbone.max_sequence_length=12",), "was encoded with another text_length"),
     ],
     ids=["size", "text length"],
 )
-def test_encoded_data_must_fit(project, encoded, settings, said):
+def test_encoded_data_must_fit(project, encoded, settings, message):
     reading(project, encoded)
     ended = project.main("run", "pipeline.toml", *PLAIN, *(w for key in settings for w in ("--set", key)))
     assert ended.status == 2
-    assert said in ended.err
+    assert message in ended.err
     assert "encode its data again" in ended.err
 
 
-def test_media_that_were_not_encoded_are_missed(project, encoded):
+def test_encoded_prompts_without_media_are_refused_where_a_stage_needs_media(project, encoded):
     (prompts,) = (f.parent for f in (project.folder / ".corefit" / "cache").glob("*/done.json"))
     reading(project, prompts)
     for command in ("check", "run"):
         ended = project.main(command, "pipeline.toml")
         assert ended.status == 2
-        assert "holds prompts alone, and a stage needs media" in ended.err
+        assert "has prompts without media, and a stage needs media" in ended.err
 
 
-def test_source_and_encoded_exclude_each_other(project):
+def test_exactly_one_of_source_and_encoded_must_be_set(project):
     project.swap(("[data]\n", '[data]\nencoded = "here"\n'))
     ended = project.main("check", "pipeline.toml")
     assert ended.status == 2
-    assert "data: one of 'source' and 'encoded'" in ended.err
+    assert "data: set exactly one of 'source' (raw examples) and 'encoded'" in ended.err
     project.swap(('encoded = "here"\n', ""), ('source = { use = "jsonl", path = "train.jsonl" }\n', ""))
     ended = project.main("check", "pipeline.toml")
     assert ended.status == 2
-    assert "data: one of 'source' and 'encoded'" in ended.err
+    assert "data: set exactly one of 'source' (raw examples) and 'encoded'" in ended.err
 
 
-def test_a_download_that_was_killed_is_swept(tmp_path):
+def test_the_file_of_a_killed_download_is_removed(tmp_path):
     child = os.fork()
     if child == 0:
         with mds.locked(tmp_path):
@@ -249,7 +249,7 @@ def test_a_download_that_was_killed_is_swept(tmp_path):
         assert not list(tmp_path.glob(".shard*"))
 
 
-def test_nothing_of_a_killed_run_is_in_the_way_of_two_more(project):
+def test_two_runs_start_after_a_killed_one(project):
     """streaming's own reader leaves shared memory behind, and the next run then fails."""
     shared = Path("/dev/shm")
     before = set(shared.iterdir())

@@ -41,7 +41,7 @@ RENAME = "pathlib:Path.replace"
 POINTS = (
     Point("pipeline.toml half written", RENAME, inside="_write_pipeline"),
     Point("data being encoded", "corefit.data.mds:Writer.append", call=5),
-    Point("a part encoded, not renamed", "corefit.system.files:publish", inside="_part"),
+    Point("a part encoded, not renamed", "corefit.system.files:publish", inside="_encode_partition"),
     Point("data encoded, the cache not put together", "corefit.data.cache:CacheBuilder.publish"),
     Point("data encoded, the cache not renamed", "corefit.system.files:publish", inside="publish"),
     Point("data encoded", "corefit.system.files:publish", inside="publish", after=True),

@@ -68,10 +68,10 @@ def test_there_is_nothing_to_show_of_prompts_alone(project: Project) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("bright > 0.2", "bright >", "data: keep: 'bright >' is no condition"),
+        ("bright > 0.2", "bright >", "data: keep: 'bright >' is not a filter expression"),
         ("bright > 0.2", "dark > 1", "example 1 has no 'dark'"),
         ("bright > 0.2", "bright > 7", "keeps none of 12 examples: bright is 0"),
-        ('"9:4"', '"9x4"', "data: aspects: '9x4' is no aspect"),
+        ('"9:4"', '"9x4"', "data: aspects: '9x4' is not an aspect ratio"),
         ('"9:4"', '"64:1"', "data: aspects: '64:1' at this size is 128 x 4 pixels: size ="),
         ('use = "bright" }]\nkeep', 'use = "bleak" }]\nkeep', "'bleak'"),
     ],

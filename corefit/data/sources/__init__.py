@@ -1,11 +1,22 @@
-"""Where raw examples come from, and how their media are read."""
+"""The sources of raw examples, and how their media are decoded."""
 
 from corefit.data.sources.folder import ImageFolder
 from corefit.data.sources.jsonl import Jsonl
 from corefit.data.sources.media import View, dimensions, view
 from corefit.data.sources.messages import listed
 from corefit.data.sources.saved import HfDataset
-from corefit.data.sources.text import Text, prompts
+from corefit.data.sources.text import Text, prompt_source
 from corefit.data.sources.webdataset import WebDataset
 
-__all__ = ["HfDataset", "ImageFolder", "Jsonl", "Text", "View", "WebDataset", "dimensions", "listed", "prompts", "view"]
+__all__ = [
+    "HfDataset",
+    "ImageFolder",
+    "Jsonl",
+    "Text",
+    "View",
+    "WebDataset",
+    "dimensions",
+    "listed",
+    "prompt_source",
+    "view",
+]

@@ -1,4 +1,4 @@
-"""What a caption is, wherever it is read."""
+"""Check the captions of an example, whichever source they come from."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from typing import Any, cast
 
 from corefit.errors import is_unicode
 
-SHOWN = 60
+LONGEST = 60
+"""Characters of a value that a message shows."""
 
 
-def captions(value: Any) -> str | tuple[str, ...]:
-    """A text, or a list of one or more; ValueError says what was found instead."""
+def parse_captions(value: Any) -> str | tuple[str, ...]:
+    """Return a caption, or several as a tuple; ValueError for anything but a string or a list of strings."""
     if isinstance(value, str):
-        return _whole(value)
+        return _check_unicode(value)
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"is {shown(value)}, expected a string or a list of strings")
+        raise ValueError(f"is {as_json(value)}, expected a string or a list of strings")
     texts = tuple(cast(Sequence[Any], value))
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"is {shown(value)}, expected one or more strings")
-    return tuple(map(_whole, texts))
+        raise ValueError(f"is {as_json(value)}, expected one or more strings")
+    return tuple(map(_check_unicode, texts))
 
 
-def _whole(text: str) -> str:
-    """A text that encoders of text take."""
+def _check_unicode(text: str) -> str:
+    """Return `text`; ValueError if it is not valid Unicode, which no tokenizer takes."""
     if not is_unicode(text):
-        raise ValueError(f"is {shown(text)}, with half of a character in it (a lone surrogate); write it anew")
+        raise ValueError(f"is {as_json(text)}, with half of a character in it (a lone surrogate); correct the text")
     return text
 
 
-def shown(value: Any) -> str:
-    """A value as JSON writes it, cut short."""
-    return json.dumps(value, default=repr)[:SHOWN]
+def as_json(value: Any) -> str:
+    """Return a value as JSON, cut to LONGEST characters."""
+    return json.dumps(value, default=repr)[:LONGEST]

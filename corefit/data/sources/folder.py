@@ -1,4 +1,4 @@
-"""A folder of media with their prompts beside them."""
+"""Source: a folder of media, each with its prompt in a text file beside it."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from attrs import frozen
 
 from corefit.data.sources.media import MEDIA
 from corefit.data.sources.messages import listed
-from corefit.data.sources.text import lines
+from corefit.data.sources.text import nonblank_lines
 from corefit.errors import DataError
 from corefit.types import Example, Source
 
 
 @frozen
 class ImageFolder(Source):
-    """Pictures and videos of a folder and its subfolders, each with a text file beside it."""
+    """Reads pictures and videos from a folder and its subfolders, and their prompts from text files beside them."""
 
     path: Path
-    """The folder; names that start with a dot are skipped."""
+    """The folder of the media; files and folders whose names start with a dot are skipped."""
     prompt_suffix: str = ".txt"
-    """cat.png's prompt is in cat.txt."""
+    """The suffix of the text files: with ".txt", the prompt of cat.png is in cat.txt."""
     captions: Literal["whole", "lines"] = "whole"
-    """Whether a text file is one prompt, or has several, one a line, of which each time one is drawn."""
+    """whole: a text file is one prompt; lines: each line is a caption, and one is drawn each time."""
     class_prompt: str | None = None
-    """Prompt of pictures without a text file, such as "a photo of a {folder}"."""
+    """The prompt of media without a text file, such as "a photo of a {folder}"."""
 
     def examples(self) -> Iterator[Example]:
-        """All of them, sorted by path; DataError lists those that have no prompt."""
+        """Yield all examples, sorted by path; DataError lists the media that have no prompt."""
         files = self._files()
         prompts = [self._prompts(file) for file in files]
-        bare = [str(file) for file, prompt in zip(files, prompts, strict=True) if prompt is None]
-        if bare:
+        without_prompt = [str(file) for file, prompt in zip(files, prompts, strict=True) if prompt is None]
+        if without_prompt:
             raise DataError(
-                f"{len(bare)} of {len(files)} media have no {self.prompt_suffix} file beside them; write the "
-                f'prompts, or set class_prompt = "a photo of a {{folder}}":\n{listed(bare)}'
+                f"{len(without_prompt)} of {len(files)} media have no {self.prompt_suffix} file beside them; write the "
+                f'prompts, or set class_prompt = "a photo of a {{folder}}":\n{listed(without_prompt)}'
             )
         for file, prompt in zip(files, prompts, strict=True):
             yield Example("" if prompt is None else prompt, file)
@@ -55,7 +55,7 @@ class ImageFolder(Source):
     def _prompts(self, file: Path) -> str | tuple[str, ...] | None:
         text = file.with_suffix(self.prompt_suffix)
         try:
-            said = text.read_text("utf-8-sig").strip()
+            content = text.read_text("utf-8-sig").strip()
         except FileNotFoundError:
             return None if self.class_prompt is None else self.class_prompt.replace("{folder}", file.parent.name)
         except UnicodeDecodeError as error:
@@ -63,7 +63,7 @@ class ImageFolder(Source):
         except IsADirectoryError:
             raise DataError(f"{text} is a folder, where the prompt of {file.name} is looked for; rename one") from None
         if self.captions == "whole":
-            return said
-        if not said:
-            raise DataError(f'{text} is empty: with captions = "lines" it has one or more')
-        return tuple(lines(said))
+            return content
+        if not content:
+            raise DataError(f'{text} is empty: with captions = "lines" it must have at least one caption')
+        return tuple(nonblank_lines(content))

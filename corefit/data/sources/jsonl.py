@@ -1,4 +1,4 @@
-"""JSON Lines: a prompt, or a prompt and its media, a line."""
+"""Source: a JSON Lines file with an example on each line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from attrs import frozen
 
-from corefit.data.sources.captions import captions, shown
+from corefit.data.sources.captions import as_json, parse_captions
 from corefit.errors import DataError
 from corefit.types import Example, Source
 
@@ -20,21 +20,21 @@ KEY = re.compile(r"\{([^{}]+)\}")
 
 @frozen
 class Jsonl(Source):
-    """One JSON object a line: a prompt, a media file if there is one, and anything else, which becomes `meta`."""
+    """Reads one JSON object from each line: a prompt, possibly a media file, and other keys, which become `meta`."""
 
     path: Path
-    """The file; blank lines in it are skipped."""
+    """The JSON Lines file; blank lines are skipped."""
     media: str = MEDIA
-    """The key that holds the media file, or a name made of keys, such as "{md5}.png"; every line has it or none."""
+    """The key of the media file, or a file name made from keys, such as "{md5}.png"; all lines have media, or none."""
     prompt: str = "prompt"
-    """The key that holds the prompt, or a list of captions of which each time one is drawn."""
+    """The key of the prompt, or of a list of captions from which one is drawn each time."""
     root: Path | None = None
-    """Folder that media files are relative to; that of the file itself unless set."""
+    """The folder that media files are relative to; by default the folder of the JSON Lines file."""
 
     def examples(self) -> Iterator[Example]:
-        """All lines in order; DataError names the file and the line.
+        """Yield an example for each line, in order; DataError names the file and the line.
 
-        Lines without media are prompts alone where `media` is what it is by default; a key that is named must be there.
+        If `media` is not set, the lines may be prompts without media; a key that is set must be on every line.
         """
         first: tuple[int, bool] | None = None
         for number, row in self._rows():
@@ -69,14 +69,14 @@ class Jsonl(Source):
 
     def _example(self, number: int, row: dict[str, Any], has_media: bool) -> Example:
         try:
-            prompt = captions(self._value(number, row, self.prompt))
+            prompt = parse_captions(self._value(number, row, self.prompt))
         except ValueError as error:
             raise self._wrong(number, f"{self.prompt!r} {error}") from None
         file = (self.root or self.path.parent) / self._name(number, row) if has_media else None
         return Example(prompt, file, {key: value for key, value in row.items() if key not in (self.prompt, self.media)})
 
     def _name(self, number: int, row: dict[str, Any]) -> str:
-        """Of the media file."""
+        """Return the name of the media file of a line."""
         if KEY.search(self.media):
             return KEY.sub(lambda key: self._text(number, row, key[1], (str, int)), self.media)
         return self._text(number, row, self.media, (str,))
@@ -84,7 +84,7 @@ class Jsonl(Source):
     def _text(self, number: int, row: dict[str, Any], key: str, kinds: tuple[type, ...]) -> str:
         value = self._value(number, row, key)
         if type(value) not in kinds:
-            raise self._wrong(number, f"{key!r} is {shown(value)}, expected a string")
+            raise self._wrong(number, f"{key!r} is {as_json(value)}, expected a string")
         return str(value)
 
     def _value(self, number: int, row: dict[str, Any], key: str) -> Any:

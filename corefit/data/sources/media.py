@@ -1,4 +1,4 @@
-"""How media are read: upright, scaled and cropped to a size, as pixels."""
+"""Decode media: turn pictures and clips upright, scale and crop them to a size, and return their pixels."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MEDIA = pictures.PICTURES | video.VIDEOS
 
 @frozen(eq=False)
 class View:
-    """What is left of an example's media.
+    """The decoded pixels of an example's media after scaling and cropping.
 
-    pixels    uint8 [height, width, 3], of clips [frames, height, width, 3]
-    enlarged  whether a side was smaller than it is now
-    source    (height, width) before, upright
-    crop      (left, top, right, bottom) of what was kept, in pixels of the source
+    pixels    uint8 [height, width, 3], or [frames, height, width, 3] for clips
+    enlarged  whether the source was smaller in height or width
+    source    (height, width) of the upright source
+    crop      (left, top, right, bottom) of the part of the source that was kept, in its pixels
     """
 
     pixels: Pixels
@@ -39,63 +39,64 @@ class View:
 
 
 def view(media: Path | ArchiveMember | Any, size: Sequence[int], fps: float | None = None) -> View:
-    """Media as pixels of `size`, [height, width] for pictures or [frames, height, width] for clips.
+    """Decode media to `size`: [height, width] for pictures, [frames, height, width] for clips.
 
-    Upright (EXIF), transparency over white, 16-bit grey scaled; the shortest side is resized (Lanczos, antialiased)
-    and the centre is kept. A clip's frames are those at `fps` from its beginning, or its own. Raises whatever the
-    decoder finds wrong, ValueError for a clip that is too short, a picture where a clip is wanted, or the reverse.
+    Media are turned upright (EXIF), transparency is put over white, 16-bit gray is scaled to 8 bits; the center crop
+    with the aspect ratio of `size` is resized (Lanczos, antialiased). A clip gives its first frames, at `fps` or at
+    its own rate. Raises what the decoder raises; ValueError for a clip that is too short, for a picture where `size`
+    is for clips, or the reverse.
     """
     import numpy as np
 
     *frames, height, width = size
-    images = video.frames(_moving(media), frames[0], fps) if frames else iter([_still(media)])
+    images = video.frames(_require_clip(media), frames[0], fps) if frames else iter([_picture(media)])
     first = next(images)
     crop = _crop(first.width, first.height, width / height)
-    fitted = [_fitted(image, crop, (width, height)) for image in chain([first], _alike(images, first.size))]
+    resized = [_resized(image, crop, (width, height)) for image in chain([first], _check_sizes(images, first.size))]
     enlarged = first.width < width or first.height < height
-    return View(np.stack(fitted) if frames else fitted[0], enlarged, (first.height, first.width), crop)
+    return View(np.stack(resized) if frames else resized[0], enlarged, (first.height, first.width), crop)
 
 
 def dimensions(media: Path | ArchiveMember | Any) -> tuple[int, int]:
-    """Height and width, upright, without decoding a picture's pixels or more than a clip's first frame."""
+    """Return the upright height and width; of a picture no pixels are decoded, of a clip only the first frame."""
     import numpy as np
 
     if not isinstance(media, (Path, ArchiveMember)):
         height, width = np.asarray(media).shape[-3:-1]
         return int(height), int(width)
-    return video.dimensions(media) if video.moves(media) else pictures.dimensions(media)
+    return video.dimensions(media) if video.is_clip(media) else pictures.dimensions(media)
 
 
-def _still(media: Path | ArchiveMember | Any) -> Image:
-    if video.moves(media):
-        raise ValueError("this is a clip, and size = [height, width] is of pictures; give [frames, height, width]")
+def _picture(media: Path | ArchiveMember | Any) -> Image:
+    if video.is_clip(media):
+        raise ValueError("this is a clip, and size = [height, width] is for pictures; give [frames, height, width]")
     return pictures.upright(media)
 
 
-def _moving(media: Path | ArchiveMember | Any) -> Any:
-    if not video.moves(media):
-        raise ValueError("this is a picture, and size = [frames, height, width] is of clips; give [height, width]")
+def _require_clip(media: Path | ArchiveMember | Any) -> Any:
+    if not video.is_clip(media):
+        raise ValueError("this is a picture, and size = [frames, height, width] is for clips; give [height, width]")
     return media
 
 
-def _alike(images: Iterator[Image], size: tuple[int, int]) -> Iterator[Image]:
+def _check_sizes(images: Iterator[Image], size: tuple[int, int]) -> Iterator[Image]:
     for number, image in enumerate(images, 2):
         if image.size != size:
             raise ValueError(
                 f"frame {number} has {image.width} x {image.height} pixels, the first {size[0]} x {size[1]}; "
-                "those of a clip have one size"
+                "all frames of a clip must have one size"
             )
         yield image
 
 
 def _crop(width: int, height: int, ratio: float) -> tuple[float, float, float, float]:
-    """The largest box of an aspect in the middle."""
+    """Return the largest centered box with the aspect ratio `ratio` (width / height): (left, top, right, bottom)."""
     across, down = min(width, height * ratio), min(height, width / ratio)
     left, top = (width - across) / 2, (height - down) / 2
     return left, top, left + across, top + down
 
 
-def _fitted(image: Image, crop: tuple[float, float, float, float], size: tuple[int, int]) -> Pixels:
+def _resized(image: Image, crop: tuple[float, float, float, float], size: tuple[int, int]) -> Pixels:
     import numpy as np
     from PIL import Image
 

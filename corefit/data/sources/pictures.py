@@ -1,4 +1,4 @@
-"""Pictures as a decoder gives them: upright, in RGB, 8 bits a channel."""
+"""Decode pictures to upright RGB images with 8 bits per channel."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 ORIENTATION = 0x0112
-"""The EXIF tag; values from 5 on exchange width and height."""
-LATE = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-"""Chunks of a PNG that may hold EXIF or XMP."""
+"""The EXIF tag of the orientation; values of 5 and more exchange width and height."""
+EXIF_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+"""Types of PNG chunks that may hold EXIF or XMP."""
 
 
 def upright(media: Path | ArchiveMember | Any) -> Image:
-    """A picture in RGB, turned as its EXIF says, transparency over white, 16-bit grey scaled.
+    """Return a picture in RGB: turned as its EXIF says, transparency over white, 16-bit gray scaled to 8 bits.
 
-    Raises whatever the decoder finds wrong, ValueError for pixels without an agreed range or of another layout.
+    Raises what the decoder raises; ValueError for pixels without an agreed range, or an array of another layout.
     """
     from PIL import Image, ImageOps
 
     if not isinstance(media, (Path, ArchiveMember)):
         return in_memory(media)
-    with Image.open(opened(media)) as image:
-        return _rgb(ImageOps.exif_transpose(image))
+    with Image.open(decoder_input(media)) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def in_memory(media: Any) -> Image:
-    """An array uint8 [H, W, 3] as a picture; ValueError for another."""
+    """Return an array uint8 [H, W, 3] as a picture; ValueError for any other array."""
     import numpy as np
     from PIL import Image
 
@@ -43,36 +43,36 @@ def in_memory(media: Any) -> Image:
 
 
 def dimensions(media: Path | ArchiveMember) -> tuple[int, int]:
-    """Height and width, upright; pixels are not decoded."""
+    """Return the upright height and width; pixels are not decoded."""
     from PIL import Image
 
-    with Image.open(opened(media)) as image:
+    with Image.open(decoder_input(media)) as image:
         exif = image.getexif() if _exif_is_late(image) else Image.Image.getexif(image)
         return (image.width, image.height) if exif.get(ORIENTATION, 1) >= 5 else (image.height, image.width)
 
 
-def opened(media: Path | ArchiveMember) -> Any:
-    """What a decoder opens."""
+def decoder_input(media: Path | ArchiveMember) -> Any:
+    """Return what a decoder can open: the path of a file, or the bytes of an archive member as a file object."""
     return media if isinstance(media, Path) else io.BytesIO(media.read())
 
 
 def _exif_is_late(image: Any) -> bool:
-    """Whether a PNG may hold EXIF behind its pixels; Pillow decodes them to look there, unless it is told not to."""
+    """Return whether a PNG may hold EXIF after its pixels; to look there, Pillow has to decode the pixels."""
     if image.format != "PNG":
         return False
     file = image.fp
-    place, behind = file.tell(), False
+    position, after_pixels = file.tell(), False
     file.seek(8)
     while len(head := file.read(8)) == 8:
-        behind = behind or head[4:] == b"IDAT"
-        if behind and head[4:] in LATE:
+        after_pixels = after_pixels or head[4:] == b"IDAT"
+        if after_pixels and head[4:] in EXIF_CHUNKS:
             break
         file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
-    file.seek(place)
+    file.seek(position)
     return len(head) == 8
 
 
-def _rgb(image: Image) -> Image:
+def _to_rgb(image: Image) -> Image:
     from PIL import Image
 
     if image.mode.startswith("I"):
@@ -86,11 +86,11 @@ def _rgb(image: Image) -> Image:
 
 
 def _eight_bit(image: Image) -> Image:
-    """16-bit grey, also as Pillow's 32-bit mode, in 8 bits; plain conversion would clip it to white."""
+    """Scale 16-bit gray, which may be in Pillow's 32-bit mode, to 8 bits; convert() would clip it to white."""
     import numpy as np
     from PIL import Image
 
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError("32-bit grey pixels have no agreed range; save 8 or 16 bits a channel")
+        raise ValueError("32-bit gray pixels have no agreed range; save 8 or 16 bits a channel")
     return Image.fromarray((values / 257).round().astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Hugging Face datasets as `save_to_disk` leaves them."""
+"""Source: a Hugging Face dataset that `save_to_disk` wrote."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 
 from attrs import frozen
 
-from corefit.data.sources.captions import captions
+from corefit.data.sources.captions import parse_captions
 from corefit.errors import DataError
 from corefit.types import ArchiveMember, Example, Source
 
 DECODED = {"Audio", "Image", "Nifti", "Pdf", "Video"}
-"""Features of datasets that come as objects of a decoder."""
+"""Types of features whose values are decoder objects, which JSON cannot hold."""
 
 
 @frozen
 class HfDataset(Source):
-    """A dataset saved with `dataset.save_to_disk(path)`; columns that are neither prompt nor media become `meta`."""
+    """Reads a dataset that `dataset.save_to_disk(path)` wrote; columns besides prompt and media become `meta`."""
 
     path: Path
-    """Its folder; of a DatasetDict that of one split."""
+    """The dataset's folder; for a DatasetDict, the folder of one split."""
     prompt: str = "text"
     """The column of prompts, or of lists of captions."""
     media: str | None = "image"
-    """The column of images; none for prompts alone."""
+    """The column of images, or none for prompts without media."""
     meta: tuple[str, ...] | None = None
-    """The columns that become metadata; by default all others but those of pictures, sounds and videos."""
+    """The columns that become metadata; by default all other columns except images, audio and video."""
 
     def examples(self) -> Iterator[Example]:
-        """All rows in order; the bytes of an image are read when they are asked for. DataError names the row."""
+        """Yield an example for each row, in order; images are read when they are decoded. DataError names the row."""
         rows = self._rows()
         names = self._meta(rows)
         images = None if self.media is None else self._images(rows)
@@ -42,12 +42,12 @@ class HfDataset(Source):
         try:
             from datasets import load_from_disk
         except ModuleNotFoundError:
-            raise DataError("such datasets are read with their library: pip install 'corefit[datasets]'") from None
+            raise DataError("a Hugging Face dataset needs its library: pip install 'corefit[datasets]'") from None
         try:
             rows: Any = load_from_disk(str(self.path))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise DataError(f"{self.path}: no dataset that save_to_disk wrote, or not all of it ({said})") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{self.path}: not a complete dataset that save_to_disk wrote ({reason})") from None
         if isinstance(rows, dict):
             splits = ", ".join(str(self.path / name) for name in rows)
             raise DataError(f"{self.path} has several splits; name one: {splits}")
@@ -57,7 +57,7 @@ class HfDataset(Source):
         return rows
 
     def _meta(self, rows: Any) -> list[str]:
-        """Names of the columns that become metadata."""
+        """Return the names of the columns that become metadata."""
         decoded = [name for name, feature in rows.features.items() if type(feature).__name__ in DECODED]
         if self.meta is None:
             return [name for name in rows.column_names if name not in (self.prompt, self.media, *decoded)]
@@ -67,19 +67,19 @@ class HfDataset(Source):
         return list(self.meta)
 
     def _images(self, rows: Any) -> Any:
-        """The column of images, as bytes."""
+        """Return the column of images as undecoded bytes."""
         from datasets import Image
 
         try:
             return rows.select_columns([self.media]).cast_column(self.media, Image(decode=False))
-        except (NotImplementedError, TypeError, ValueError):  # pyarrow's are all of these
+        except (NotImplementedError, TypeError, ValueError):  # pyarrow's exceptions derive from one of these
             found = rows.features[self.media]
             raise DataError(f"{self.path}: column {self.media!r} is {found}, expected images") from None
 
     def _example(self, number: int, row: dict[str, Any], names: list[str], images: Any) -> Example:
         where = f"{self.path}: row {number}"
         try:
-            prompt = captions(row[self.prompt])
+            prompt = parse_captions(row[self.prompt])
         except ValueError as error:
             raise DataError(f"{where}: {self.prompt!r} {error}") from None
         meta = {name: row[name] for name in names}
@@ -101,8 +101,8 @@ class HfDataset(Source):
 
     def _no_meta(self, name: str, kind: str) -> DataError:
         return DataError(
-            f"{self.path}: column {name!r} is of {kind}, which JSON has not, so it is no metadata; "
-            "name the columns that are with `meta`, or none: meta = []"
+            f"{self.path}: column {name!r} has values of type {kind}, which JSON cannot hold; "
+            "name the columns that become metadata with `meta`, or none: meta = []"
         )
 
     def _reader(self, where: str, number: int, images: Any) -> Callable[[], bytes]:

@@ -1,4 +1,4 @@
-"""Prompts in a text file, and which source reads a file of prompts."""
+"""Source: prompts in a text file; and the choice of a source for any file of prompts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from corefit.types import Example, Source
 
 @frozen
 class Text(Source):
-    """Prompts alone, one a line of a UTF-8 text file."""
+    """Reads prompts without media from a UTF-8 text file, one from each line."""
 
     path: Path
-    """The file; blank lines in it are skipped."""
+    """The text file; blank lines are skipped."""
 
     def examples(self) -> Iterator[Example]:
-        """All lines in order."""
+        """Yield an example for each line, in order."""
         if not self.path.is_file():
             raise DataError(f"{self.path} does not exist or is not a file: `path` must name a text file")
         try:
-            prompts = lines(self.path.read_text("utf-8-sig"))
+            prompts = nonblank_lines(self.path.read_text("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path} is not UTF-8 text ({error})") from None
         if not prompts:
@@ -32,11 +32,11 @@ class Text(Source):
         yield from map(Example, prompts)
 
 
-def lines(text: str) -> list[str]:
-    """Those that are not blank; a line ends at its newline and at no other of Unicode's separators."""
+def nonblank_lines(text: str) -> list[str]:
+    """Return the lines that are not blank; only a newline ends a line, and no other of Unicode's separators."""
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def prompts(path: Path) -> Source:
-    """The source that reads a file of prompts: `Text` for .txt, `Jsonl` for anything else."""
+def prompt_source(path: Path) -> Source:
+    """Return the source that reads a file of prompts: `Text` for .txt, `Jsonl` for anything else."""
     return Text(path) if path.suffix.lower() == ".txt" else Jsonl(path)

@@ -1,4 +1,4 @@
-"""Clips: video files (PyAV), folders of frames, arrays."""
+"""Decode clips: video files (with PyAV), folders of frames, and arrays."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 VIDEOS = frozenset({".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif"})
-ROUNDING = 0.001
-"""Seconds by which a frame may be late and still count: mkv and webm write times in whole milliseconds."""
-ALONE: Mapping[str, str] = {
+TOLERANCE = 0.001
+"""Seconds by which a frame may be late and still count, because mkv and webm round times to milliseconds."""
+FFMPEG_OPTIONS: Mapping[str, str] = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf",
 }
-"""FFmpeg opens this file and nothing else: a playlist under a video's name could fetch other files and addresses."""
-BT601, FULL = 5, 2
-"""FFmpeg's numbers of a colour matrix and a range."""
+"""Options that let FFmpeg open one file only: a playlist under a video's name could fetch other files or addresses."""
+BT601, FULL_RANGE = 5, 2
+"""FFmpeg's numbers of a color matrix and of the full color range."""
 
 
-def moves(media: Path | ArchiveMember | Any) -> bool:
-    """Whether it is a clip: a video file, a folder, an array [T, H, W, 3]."""
+def is_clip(media: Path | ArchiveMember | Any) -> bool:
+    """Return whether media are a clip: a video file, a folder or an array [T, H, W, 3]."""
     if isinstance(media, (Path, ArchiveMember)):
         name = media if isinstance(media, Path) else Path(media.name)
         return name.suffix.lower() in VIDEOS or (isinstance(media, Path) and media.is_dir())
@@ -37,49 +37,49 @@ def moves(media: Path | ArchiveMember | Any) -> bool:
 
 
 def frames(media: Path | ArchiveMember | Any, number: int, fps: float | None) -> Iterator[Image]:
-    """The first `number` frames at `fps`, or at the clip's own rate, upright and in RGB, one at a time.
+    """Yield the first `number` frames at `fps`, or at the clip's own rate, upright and in RGB.
 
-    ValueError, after the last, where there are not so many, and for `fps` where frames have no times.
+    ValueError after the last frame if there are fewer, and if `fps` is set but the frames have no times.
     """
     found = 0
-    for image in islice(_all(media, fps), number):
+    for image in islice(_all_frames(media, fps), number):
         yield image
         found += 1
     if found < number:
         at = f" at {fps:g} frames a second" if fps else ""
-        raise ValueError(f"it has {found} frames{at}, and size asks for {number}; ask for fewer, or leave it out")
+        raise ValueError(f"it has {found} frames{at}, and size asks for {number}; ask for fewer, or leave the clip out")
 
 
 def dimensions(media: Path | ArchiveMember) -> tuple[int, int]:
-    """Height and width, upright, of the first frame."""
+    """Return the upright height and width of the first frame."""
     if isinstance(media, Path) and media.is_dir():
-        return pictures.dimensions(_files(media)[0])
+        return pictures.dimensions(_frame_files(media)[0])
     with _stream(media) as stream:
         frame = next(stream.container.decode(stream), None)
         if frame is None:
             raise ValueError("it has no frames")
-        return (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
+        return (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
 
 
-def _all(media: Path | ArchiveMember | Any, fps: float | None) -> Iterator[Image]:
+def _all_frames(media: Path | ArchiveMember | Any, fps: float | None) -> Iterator[Image]:
     if isinstance(media, ArchiveMember) or (isinstance(media, Path) and not media.is_dir()):
         return _decoded(media, fps)
     if fps:
         where = "a folder" if isinstance(media, Path) else "memory"
-        raise ValueError(f"frames in {where} have no rate, so fps says nothing; remove it")
-    return map(pictures.upright, _files(media) if isinstance(media, Path) else media)
+        raise ValueError(f"frames in {where} have no frame rate, so fps cannot be applied; remove fps")
+    return map(pictures.upright, _frame_files(media) if isinstance(media, Path) else media)
 
 
-def _files(folder: Path) -> list[Path]:
-    """Frames in the order of the numbers in their names: 9.png comes before 10.png."""
+def _frame_files(folder: Path) -> list[Path]:
+    """Return the frames in the order of the numbers in their names: 9.png comes before 10.png."""
     found = (file for file in folder.iterdir() if file.suffix.lower() in pictures.PICTURES)
-    files = sorted((file for file in found if not file.name.startswith(".")), key=_numbered)
+    files = sorted((file for file in found if not file.name.startswith(".")), key=_natural_order)
     if not files:
-        raise ValueError("a folder without frames")
+        raise ValueError("the folder has no frames")
     return files
 
 
-def _numbered(file: Path) -> tuple[list[str | int], str]:
+def _natural_order(file: Path) -> tuple[list[str | int], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)], file.name
 
 
@@ -91,56 +91,56 @@ def _decoded(media: Path | ArchiveMember, fps: float | None) -> Iterator[Image]:
 
 
 def _sampled(decoded: Iterator[Any], fps: float) -> Iterator[Any]:
-    """At every instant 0, 1 / fps, 2 / fps ... after the first frame, the frame that is shown then."""
-    wanted, shown, start, at, end = 0, None, None, 0.0, 0.0
+    """Yield the frame that is on screen at each of the times 0, 1 / fps, 2 / fps ... after the first frame."""
+    count, current, start, time, end = 0, None, None, 0.0, 0.0
     for frame in decoded:
         if frame.time is None:
-            raise ValueError("its frames have no times, so fps says nothing; remove it, or write the file anew")
+            raise ValueError("its frames have no times, so fps cannot be applied; remove fps, or convert the file")
         start = frame.time if start is None else start
-        before, at = at, frame.time - start
-        while shown is not None and at > wanted / fps + ROUNDING:
-            yield shown
-            wanted += 1
-        end = at + (float(frame.duration * frame.time_base) if frame.duration else at - before)
-        shown = frame
-    while shown is not None and wanted / fps < end - ROUNDING:
-        yield shown
-        wanted += 1
+        before, time = time, frame.time - start
+        while current is not None and time > count / fps + TOLERANCE:
+            yield current
+            count += 1
+        end = time + (float(frame.duration * frame.time_base) if frame.duration else time - before)
+        current = frame
+    while current is not None and count / fps < end - TOLERANCE:
+        yield current
+        count += 1
 
 
 def _image(frame: Any) -> Image:
-    """In RGB by the matrix and range that the file says (most of HD is BT.709), and upright as a phone wrote it.
+    """Return a frame in RGB, converted with the file's color matrix and range (HD is mostly BT.709), and upright.
 
-    Without a matrix to convert to, PyAV takes every clip for BT.601.
+    Unless a matrix to convert to is given, PyAV treats every clip as BT.601.
     """
     from PIL import Image
 
-    shown = frame.reformat(
+    rgb = frame.reformat(
         format="rgb24",
         src_colorspace=frame.colorspace,
         dst_colorspace=BT601,
         src_color_range=frame.color_range,
-        dst_color_range=FULL,
+        dst_color_range=FULL_RANGE,
     )
-    image, turns = Image.fromarray(shown.to_ndarray()), _turns(frame)
+    image, turns = Image.fromarray(rgb.to_ndarray()), _quarter_turns(frame)
     return image.rotate(90 * turns, expand=True) if turns else image
 
 
-def _turns(frame: Any) -> int:
-    """Quarter turns to the left that make it upright."""
+def _quarter_turns(frame: Any) -> int:
+    """Return how many quarter turns to the left make a frame upright."""
     return round(frame.rotation / 90)
 
 
 @contextmanager
 def _stream(media: Path | ArchiveMember) -> Generator[Any]:
-    """The first video stream of a file; ValueError where there is none."""
+    """Open the first video stream of a file; ValueError if there is none."""
     try:
         import av
     except ModuleNotFoundError:
         raise DataError("video files are read with PyAV: pip install 'corefit[video]'") from None
-    opened = pictures.opened(media)
-    place = f"file:{opened.absolute()}" if isinstance(opened, Path) else opened
-    with av.open(place, options=dict(ALONE)) as container:
+    opened = pictures.decoder_input(media)
+    address = f"file:{opened.absolute()}" if isinstance(opened, Path) else opened
+    with av.open(address, options=dict(FFMPEG_OPTIONS)) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
         yield container.streams.video[0]

@@ -1,4 +1,4 @@
-"""Tar files in the layout of webdataset: members of one name, told apart by their suffixes."""
+"""Source: tar files in the webdataset layout, where a sample is the members with one name and different suffixes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any, cast
 
 from attrs import field, frozen
 
-from corefit.data.sources.captions import captions
+from corefit.data.sources.captions import parse_captions
 from corefit.data.sources.media import MEDIA
 from corefit.errors import DataError
 from corefit.types import ArchiveMember, Example, Source
 
 RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 CHUNK = 1 << 20
-MOST = 1_000_000
-"""Shards that one pattern may name."""
+MAX_SHARDS = 1_000_000
+"""The most tar files that one pattern may name."""
 
 
 @frozen
 class Member:
-    """Where a file lies in a tar."""
+    """The position of a file in a tar."""
 
     name: str
     offset: int
@@ -34,23 +34,23 @@ class Member:
 
 
 Members = Mapping[str, Member]
-"""Of one sample, by suffix."""
+"""The members of one sample, by suffix."""
 
 
 @frozen
 class WebDataset(Source):
-    """Shards such as data-{000..127}.tar: 0001.jpg with 0001.txt or 0001.json, whose other keys become `meta`."""
+    """Reads tar files: 0001.jpg with its prompt in 0001.txt or 0001.json, whose other keys become `meta`."""
 
     path: Path
-    """One tar, or several: {000..127} counts, * matches."""
+    """A tar file, or several: data-{000..127}.tar names 128 of them, and * matches any text."""
     prompt: str = "prompt"
-    """The key of the .json that holds the prompt, or a list of captions; a .txt is the prompt itself."""
+    """The key in the .json of the prompt, or of a list of captions; a .txt contains the prompt itself."""
     _shards: dict[Path, list[Example]] = field(init=False, factory=dict[Path, list[Example]], eq=False, repr=False)
 
     def examples(self) -> Iterator[Example]:
-        """All samples, in the order of shards and of their first members; media are read when they are asked for.
+        """Yield all samples, in the order of the shards and of first members; media are read when they are decoded.
 
-        DataError names the shard and the sample, also where a tar is cut short between two members.
+        DataError names the shard and the sample, also if a tar is cut off between two members.
         """
         for shard in self._files():
             if shard not in self._shards:
@@ -58,7 +58,7 @@ class WebDataset(Source):
             yield from self._shards[shard]
 
     def _files(self) -> list[Path]:
-        files = [file for name in _counted(str(self.path)) for file in _matching(Path(name))]
+        files = [file for name in _expand_ranges(str(self.path)) for file in _expand_wildcard(Path(name))]
         if missing := [str(file) for file in files if not file.is_file()] or ([str(self.path)] if not files else []):
             raise DataError(f"{missing[0]}: no such tar file; `path` must name one, or several with {{000..127}} or *")
         return files
@@ -66,7 +66,7 @@ class WebDataset(Source):
     def _read(self, shard: Path) -> Iterator[Example]:
         for key, members in _samples(shard).items():
             try:
-                prompt, meta = self._said(shard, members)
+                prompt, meta = self._captions_and_meta(shard, members)
                 media = [suffix for suffix in members if suffix in MEDIA]
                 if len(media) > 1:
                     raise ValueError(f"has {' and '.join(media)}, expected one picture or video a sample")
@@ -77,30 +77,30 @@ class WebDataset(Source):
             )
             yield Example(prompt, stored, meta)
 
-    def _said(self, shard: Path, members: Members) -> tuple[str | tuple[str, ...], dict[str, Any]]:
-        """Captions and metadata of a sample; ValueError says what is wrong with them."""
-        meta = _object(_bytes(shard, members[".json"])) if ".json" in members else {}
+    def _captions_and_meta(self, shard: Path, members: Members) -> tuple[str | tuple[str, ...], dict[str, Any]]:
+        """Return captions and metadata of a sample; ValueError says what is wrong with them."""
+        meta = _parse_object(_bytes(shard, members[".json"])) if ".json" in members else {}
         if ".txt" in members:
-            return _text(_bytes(shard, members[".txt"])), meta
+            return _parse_text(_bytes(shard, members[".txt"])), meta
         if self.prompt not in meta:
             raise ValueError(
                 f"no .txt, and no {self.prompt!r} in a .json; it has {', '.join([*members, *meta])}: "
                 "name the key with `prompt`"
             )
         try:
-            return captions(meta.pop(self.prompt)), meta
+            return parse_captions(meta.pop(self.prompt)), meta
         except ValueError as error:
             raise ValueError(f"{self.prompt!r} of its .json {error}") from None
 
 
-def _text(data: bytes) -> str:
+def _parse_text(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"its .txt is not UTF-8 text ({error})") from None
 
 
-def _object(data: bytes) -> dict[str, Any]:
+def _parse_object(data: bytes) -> dict[str, Any]:
     try:
         found: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -111,7 +111,7 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def _samples(shard: Path) -> dict[str, dict[str, Member]]:
-    """Members by key and suffix; what is hidden (._1.jpg) is left out. DataError for a tar that is not whole."""
+    """Return the members by key and suffix, without hidden ones (._1.jpg); DataError for a tar that is not whole."""
     samples: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -120,9 +120,9 @@ def _samples(shard: Path) -> dict[str, dict[str, Member]]:
                 if info.isdir() or key.rpartition("/")[2] == "":
                     continue
                 if not info.isreg() or info.sparse is not None:
-                    raise DataError(f"{shard}: {info.name} is no plain file; write the tar with copies, not links")
+                    raise DataError(f"{shard}: {info.name} is not a regular file; write the tar with copies, not links")
                 if suffix in samples.setdefault(key, {}):
-                    raise DataError(f"{shard}: {info.name} is in it twice; give every sample a name of its own")
+                    raise DataError(f"{shard}: {info.name} is in it twice; give every sample its own name")
                 samples[key][suffix] = Member(info.name, info.offset_data, info.size)
             end = tar.offset
     except tarfile.TarError as error:
@@ -134,7 +134,7 @@ def _samples(shard: Path) -> dict[str, dict[str, Member]]:
 
 
 def _check_end(shard: Path, end: int) -> None:
-    """tarfile takes a cut or a damaged header for the end; behind the true one there are zeros alone."""
+    """Raise DataError unless only zeros follow; tarfile takes a cut or damaged header for the end of the tar."""
     with shard.open("rb") as file:
         file.seek(end)
         mark = file.read(tarfile.BLOCKSIZE)
@@ -143,8 +143,8 @@ def _check_end(shard: Path, end: int) -> None:
         while rest := file.read(CHUNK):
             if any(rest):
                 raise DataError(
-                    f"{shard} goes on behind its end: tar files that are joined are read to the end of the first; "
-                    "list them apart"
+                    f"{shard} has data after its end: of tar files that are joined, only the first would be read; "
+                    "name them separately"
                 )
 
 
@@ -162,23 +162,23 @@ def _bytes(shard: Path, member: Member) -> bytes:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """webdataset's: the key ends at the first dot of the last part."""
+    """Split a name into key and suffix as webdataset does: at the first dot after the last slash."""
     folder, slash, file = name.rpartition("/")
     key, dot, suffix = file.partition(".")
     return f"{folder}{slash}{key}", f"{dot}{suffix}".lower()
 
 
-def _counted(pattern: str) -> Iterator[str]:
-    """{000..127} written out."""
+def _expand_ranges(pattern: str) -> Iterator[str]:
+    """Yield the names that a pattern with ranges such as {000..127} stands for."""
     pieces = RANGE.split(pattern)
     spans = [range(int(low), int(high) + 1) for low, high in zip(pieces[1::3], pieces[2::3], strict=True)]
-    if math.prod(map(len, spans)) > MOST:
-        raise DataError(f"{pattern} names more than {MOST} tar files; name those that there are")
+    if math.prod(map(len, spans)) > MAX_SHARDS:
+        raise DataError(f"{pattern} names more than {MAX_SHARDS} tar files; name only files that exist")
     widths = [len(low) for low in pieces[1::3]]
     for numbers in product(*spans):
         written = [f"{n:0{width}d}" for n, width in zip(numbers, widths, strict=True)]
         yield "".join(a + b for a, b in zip(pieces[0::3], (*written, ""), strict=True))
 
 
-def _matching(path: Path) -> list[Path]:
+def _expand_wildcard(path: Path) -> list[Path]:
     return sorted(path.parent.glob(path.name)) if "*" in path.name else [path]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corefit.data.sources import HfDataset, ImageFolder, Jsonl, Text, WebDataset, dimensions, prompts, view
+from corefit.data.sources import HfDataset, ImageFolder, Jsonl, Text, WebDataset, dimensions, prompt_source, view
 from corefit.errors import DataError
 
 
@@ -51,7 +51,7 @@ def test_members_of_one_name_are_one_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "says"),
+    ("members", "message"),
     [
         ({"1.png": b"", "1.json": b'{"text": "x"}'}, r"a\.tar: 1: no .txt, and no 'prompt' .* has .png, .json, text"),
         ({"1.png": b"", "1.json": b"{"}, r"a\.tar: 1: its .json cannot be read"),
@@ -66,8 +66,8 @@ def test_members_of_one_name_are_one_sample(tmp_path: Path) -> None:
         ({"1.png": b"", "1.jpg": b"", "1.txt": b"x"}, r"a\.tar: 1: has .png and .jpg"),
     ],
 )
-def test_samples_that_are_none_are_named(tmp_path: Path, members: Mapping[str, bytes], says: str) -> None:
-    with pytest.raises(DataError, match=says):
+def test_malformed_samples_are_named(tmp_path: Path, members: Mapping[str, bytes], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         list(WebDataset(tar(tmp_path / "a.tar", members)).examples())
 
 
@@ -82,7 +82,7 @@ def test_tars_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:
         list(WebDataset(tmp_path / "c-*.tar").examples())
 
 
-def test_members_need_not_be_neighbours_and_what_is_hidden_is_none(tmp_path: Path) -> None:
+def test_members_need_not_be_neighbors_and_hidden_ones_are_ignored(tmp_path: Path) -> None:
     members = {"._1.png": b"", "1.png": png(1), "2.png": png(2), "2.txt": b"two", "1.txt": "\ufeffone".encode()}
     one, two = WebDataset(tar(tmp_path / "a.tar", members)).examples()
     assert [one.prompt, two.prompt] == ["one", "two"]
@@ -90,7 +90,7 @@ def test_members_need_not_be_neighbours_and_what_is_hidden_is_none(tmp_path: Pat
 
 
 def test_a_tar_that_is_not_whole_is_never_read_short(tmp_path: Path) -> None:
-    """tarfile itself takes all of these for tars of 1 to 3 samples."""
+    """tarfile itself reads all of these as tars of 1 to 3 samples."""
     path = tar(tmp_path / "a.tar", {f"{n}.txt": bytes(600) for n in range(4)})
     whole, sample = path.read_bytes(), 3 * 512
     assert len(list(WebDataset(path).examples())) == 4
@@ -102,11 +102,11 @@ def test_a_tar_that_is_not_whole_is_never_read_short(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"a\.tar is damaged: .* byte {2 * sample} on"):
         list(WebDataset(path).examples())
     path.write_bytes(whole + whole)
-    with pytest.raises(DataError, match=r"a\.tar goes on behind its end: .* list them apart"):
+    with pytest.raises(DataError, match=r"a\.tar has data after its end: .* name them separately"):
         list(WebDataset(path).examples())
 
 
-def test_compressed_tars_links_and_names_that_come_twice_are_refused(tmp_path: Path) -> None:
+def test_compressed_tars_links_and_duplicate_names_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "z.tar", "w:gz") as file:
         file.addfile(tarfile.TarInfo("1.txt"))
     with pytest.raises(DataError, match=r"z\.tar is damaged or no tar file: .* unpack it if it is compressed"):
@@ -116,7 +116,7 @@ def test_compressed_tars_links_and_names_that_come_twice_are_refused(tmp_path: P
         link = tarfile.TarInfo("2.txt")
         link.type, link.linkname = tarfile.LNKTYPE, "1.txt"
         file.addfile(link)
-    with pytest.raises(DataError, match=r"l\.tar: 2\.txt is no plain file; write the tar with copies, not links"):
+    with pytest.raises(DataError, match=r"l\.tar: 2\.txt is not a regular file; write the tar with copies, not links"):
         list(WebDataset(tmp_path / "l.tar").examples())
     with tarfile.open(tmp_path / "d.tar", "w") as file:
         file.addfile(tarfile.TarInfo("1.txt"))
@@ -161,30 +161,34 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "s")
     with pytest.raises(DataError, match=r"several splits; name one: .*train"):
         list(HfDataset(tmp_path / "s").examples())
-    with pytest.raises(DataError, match="no dataset that save_to_disk wrote"):
+    with pytest.raises(DataError, match="not a complete dataset that save_to_disk wrote"):
         list(HfDataset(tmp_path).examples())
 
 
 @pytest.mark.parametrize(
-    ("columns", "settings", "says"),
+    ("columns", "settings", "message"),
     [
         ({"text": ["a", None]}, {"media": None}, r"row 1: 'text' is null, expected a string"),
         ({"text": [1]}, {"media": None}, r"row 0: 'text' is 1, expected a string"),
         ({"text": [["a"], []]}, {"media": None}, r"row 1: 'text' is \[\], expected one or more strings"),
         ({"text": ["a"], "image": [3]}, {}, r"column 'image' is .*int64.*, expected images"),
-        ({"text": ["a"], "day": [date(2026, 1, 2)]}, {"media": None}, r"column 'day' is of date, .* meta = \[\]"),
+        (
+            {"text": ["a"], "day": [date(2026, 1, 2)]},
+            {"media": None},
+            r"column 'day' has values of type date, .* meta = \[\]",
+        ),
         ({"text": ["a"]}, {"media": None, "meta": ("score",)}, r"no column 'score'; it has text"),
     ],
 )
-def test_columns_that_are_not_what_they_should_be_are_named(
-    tmp_path: Path, columns: dict[str, Any], settings: dict[str, Any], says: str
+def test_columns_of_the_wrong_type_are_named(
+    tmp_path: Path, columns: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     pytest.importorskip("datasets").Dataset.from_dict(columns).save_to_disk(tmp_path / "d")
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         list(HfDataset(tmp_path / "d", **settings).examples())
 
 
-def test_images_that_are_not_there_name_their_row(tmp_path: Path) -> None:
+def test_missing_images_name_their_row(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict(
         {"text": ["a", "b"], "image": [None, str(tmp_path / "gone.png")], "mask": [Image.new("L", (4, 4))] * 2}
@@ -196,14 +200,14 @@ def test_images_that_are_not_there_name_their_row(tmp_path: Path) -> None:
         view(none.media, (4, 4))
     with pytest.raises(DataError, match=r"row 1: .*gone\.png cannot be read: No such file"):
         view(gone.media, (4, 4))
-    with pytest.raises(DataError, match="column 'mask' is of Image"):
+    with pytest.raises(DataError, match="column 'mask' has values of type Image"):
         list(HfDataset(tmp_path / "d", meta=("mask",)).examples())
 
 
-def test_a_saved_dataset_that_is_damaged(tmp_path: Path) -> None:
+def test_a_damaged_dataset_is_named(tmp_path: Path) -> None:
     pytest.importorskip("datasets").Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "d")
     (tmp_path / "d/state.json").write_text("{}")
-    with pytest.raises(DataError, match=r"d: no dataset that save_to_disk wrote, or not all of it \(KeyError"):
+    with pytest.raises(DataError, match=r"d: not a complete dataset that save_to_disk wrote \(KeyError"):
         list(HfDataset(tmp_path / "d", media=None).examples())
 
 
@@ -213,8 +217,8 @@ def test_a_saved_dataset_that_is_damaged(tmp_path: Path) -> None:
 def test_text_files_and_jsonl_are_told_apart_by_suffix(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\ufeffone\n\n two \n", "utf-8")
     (tmp_path / "p.jsonl").write_text('{"prompt": "three"}')
-    assert [e.prompt for e in prompts(tmp_path / "p.txt").examples()] == ["one", "two"]
-    assert [e.prompt for e in prompts(tmp_path / "p.jsonl").examples()] == ["three"]
+    assert [e.prompt for e in prompt_source(tmp_path / "p.txt").examples()] == ["one", "two"]
+    assert [e.prompt for e in prompt_source(tmp_path / "p.jsonl").examples()] == ["three"]
     (tmp_path / "u.txt").write_text("one\u2028line\x0c, still\r\ntwo\n", "utf-8", newline="")
     assert [e.prompt for e in Text(tmp_path / "u.txt").examples()] == ["one\u2028line\x0c, still", "two"]
     (tmp_path / "empty.txt").write_text(" \n")
@@ -235,11 +239,13 @@ def test_several_captions(tmp_path: Path) -> None:
     (example,) = ImageFolder(tmp_path, captions="lines").examples()
     assert example.prompts == ("a dog", "it runs")
     (tmp_path / "x.txt").write_text("\n \n")
-    with pytest.raises(DataError, match=r"x\.txt is empty: with captions = \"lines\" it has one or more"):
+    with pytest.raises(
+        DataError, match=r"x\.txt is empty: with captions = \"lines\" it must have at least one caption"
+    ):
         list(ImageFolder(tmp_path, captions="lines").examples())
 
 
-def test_lines_as_hy_soar_has_them(tmp_path: Path) -> None:
+def test_json_lines_of_hy_soar(tmp_path: Path) -> None:
     row = {"md5": "0cc1", "caption_en": "a fox", "bw": 8, "bh": 6}
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     (tmp_path / "images").mkdir()
@@ -256,14 +262,14 @@ def test_lines_as_hy_soar_has_them(tmp_path: Path) -> None:
         assert f"train.jsonl:1: there is no {key!r}; the line has 'md5', 'caption_en'" in str(error.value)
 
 
-# what is kept of a picture
+# crops and dimensions
 
 
 @pytest.mark.parametrize(
     ("source", "size", "crop"),
     [((10, 40), (5, 5), (15, 0, 25, 10)), ((40, 10), (4, 8), (0, 17.5, 10, 22.5)), ((8, 8), (8, 8), (0, 0, 8, 8))],
 )
-def test_the_middle_is_kept_and_said(source: tuple[int, int], size: tuple[int, int], crop: tuple[float, ...]) -> None:
+def test_the_center_crop_is_returned(source: tuple[int, int], size: tuple[int, int], crop: tuple[float, ...]) -> None:
     seen = view(np.zeros((*source, 3), np.uint8), size)
     assert (seen.source, seen.crop) == (source, crop)
 

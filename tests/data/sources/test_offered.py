@@ -1,4 +1,4 @@
-"""The sources as a pipeline names them: what is right passes `corefit check`, what is wrong ends it with status 2."""
+"""Sources in a pipeline: `corefit check` accepts correct data, and exits with status 2 for wrong data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rows(folder: Path) -> list[dict[str, object]]:
 
 
 def pack(folder: Path) -> None:
-    """What train.jsonl names, as two tars."""
+    """Write the examples of train.jsonl into two tars."""
     for shard, part in enumerate((rows(folder)[:5], rows(folder)[5:])):
         with tarfile.open(folder / f"data-{shard}.tar", "w") as tar:
             for number, row in enumerate(part):
@@ -27,7 +27,7 @@ def pack(folder: Path) -> None:
 
 
 def save(folder: Path) -> None:
-    """The same as a Hugging Face dataset."""
+    """Write the examples of train.jsonl as a Hugging Face dataset."""
     datasets = pytest.importorskip("datasets")
     names = [str((folder / str(row["media"])).resolve()) for row in rows(folder)]
     columns = {"image": names, "text": [row["prompt"] for row in rows(folder)], "number": list(range(8))}
@@ -57,7 +57,7 @@ def test_saved_datasets(project: Project) -> None:
     assert "has no column 'nummer'; it has image, text, number" in ended.err
 
 
-def test_names_made_of_keys(project: Project) -> None:
+def test_media_names_made_of_keys(project: Project) -> None:
     project.swap((JSONL, 'source = { use = "jsonl", path = "train.jsonl", media = "{number}.png", root = "media" }'))
     assert project.main("check", "pipeline.toml").status == 0
     project.swap(("{number}", "{md5}"))

@@ -1,4 +1,4 @@
-"""Sources say what is wrong, and where; pictures come out upright, in RGB, at the size asked for."""
+"""Sources name what is wrong and where; pictures are decoded upright, in RGB, at the requested size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def all_of(source: Jsonl | ImageFolder) -> list[Example]:
 # jsonl
 
 
-def test_jsonl_gives_media_prompt_and_all_else_as_meta(tmp_path: Path) -> None:
+def test_jsonl_reads_media_prompt_and_other_keys_as_meta(tmp_path: Path) -> None:
     file = lines(
         tmp_path / "a.jsonl", {"media": "x/1.png", "prompt": "one", "n": 1}, "", {"media": "2.png", "prompt": "two"}
     )
@@ -42,7 +42,7 @@ def test_jsonl_other_keys_and_root(tmp_path: Path) -> None:
     assert [e.media for e in found] == [tmp_path / "pictures/1.png", Path("/abs/2.png")]
 
 
-def test_jsonl_without_media_is_prompts_alone(tmp_path: Path) -> None:
+def test_jsonl_may_have_prompts_without_media(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"prompt": "caf\xc3\xa9", "kind": "two"}\r\n')
     (example,) = all_of(Jsonl(file))
@@ -50,7 +50,7 @@ def test_jsonl_without_media_is_prompts_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "line", "says"),
+    ("rows", "line", "message"),
     [
         (['{"prompt": '], 1, "not JSON"),
         (['{"prompt": "a", "n": ' + "9" * 5000 + "}"], 1, "not JSON"),
@@ -63,12 +63,12 @@ def test_jsonl_without_media_is_prompts_alone(tmp_path: Path) -> None:
         ([{"prompt": "a", "media": "a.png"}, {"prompt": "b"}], 2, "has no 'media' but line 1 has one"),
     ],
 )
-def test_jsonl_names_file_and_line(tmp_path: Path, rows: list[Any], line: int, says: str) -> None:
+def test_jsonl_errors_name_file_and_line(tmp_path: Path, rows: list[Any], line: int, message: str) -> None:
     file = lines(tmp_path / "a.jsonl", *rows)
     with pytest.raises(DataError) as error:
         all_of(Jsonl(file))
     assert f"{file}:{line}: " in str(error.value)
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 def test_jsonl_missing_empty_and_binary(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_imagefolder_missing_empty_and_not_text(folder: Path, tmp_path_factory: 
         all_of(ImageFolder(folder))
 
 
-def test_imagefolder_where_a_folder_is_in_place_of_a_prompt(folder: Path) -> None:
+def test_imagefolder_names_a_folder_in_place_of_a_prompt_file(folder: Path) -> None:
     (folder / "c.txt").unlink()
     (folder / "c.txt").mkdir()
     with pytest.raises(DataError, match=r"c\.txt is a folder, where the prompt of c.bmp is looked for; rename one"):
@@ -146,7 +146,7 @@ def test_a_picture_of_the_right_size_is_untouched() -> None:
     assert not enlarged
 
 
-def test_shortest_side_is_resized_and_the_centre_kept() -> None:
+def test_pictures_are_resized_and_center_cropped() -> None:
     wide = np.zeros((10, 40, 3), np.uint8)
     wide[:, 12:28] = 255
     fitted, enlarged = picture(wide, (5, 5))
@@ -188,7 +188,7 @@ def test_transparency_lies_over_white(tmp_path: Path) -> None:
     assert picture(tmp_path / "a.png", (4, 4))[0].min() == 255
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "a.png")
     pixels, _ = picture(tmp_path / "a.png", (16, 16))

@@ -1,4 +1,4 @@
-"""Clips: files, folders of frames, arrays; at their own rate or another; too short is said."""
+"""Clips from files, folders of frames and arrays, at their own frame rate or another; short ones are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHADES = [20 * n for n in range(12)]
 
 @pytest.fixture(params=["mp4", "folder", "array"])
 def clip(request: pytest.FixtureRequest, tmp_path: Path) -> object:
-    """12 frames of 32 x 48 pixels, each of one shade, at 12 a second."""
+    """A clip of 12 frames of 32 x 48 pixels, each of a single gray, at 12 frames per second."""
     frames = np.stack([np.full((32, 48, 3), shade, np.uint8) for shade in SHADES])
     if request.param == "array":
         return frames
@@ -33,7 +33,7 @@ def clip(request: pytest.FixtureRequest, tmp_path: Path) -> object:
 
 
 def encoded(path: Path, frames: np.ndarray, rate: int = 12, start: int = 0, codec: str = "mpeg4") -> Path:
-    """A file of frames [T, H, W, 3], the first of them `start` frames after its beginning."""
+    """Write frames [T, H, W, 3] to a video file; the first is shown `start` frames after its beginning."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
@@ -72,13 +72,13 @@ def test_a_playlist_under_the_name_of_a_clip_opens_no_other_file(kind: str, stor
 
 
 @pytest.mark.parametrize("name", ["a:b.mp4", "concat:a|b.mp4", "%d?#é.mp4"])
-def test_a_name_is_no_address(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_name_is_not_taken_for_an_address(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded(tmp_path / "clip.mp4", np.zeros((4, 32, 32, 3), np.uint8)).rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert dimensions(Path(name)) == (32, 32)
 
 
-def test_the_first_frames_of_the_size_asked_for(clip: object) -> None:
+def test_a_clip_gives_its_first_frames_at_the_requested_size(clip: object) -> None:
     seen = view(clip, (5, 16, 16))
     assert seen.pixels.shape == (5, 16, 16, 3)
     assert seen.pixels.dtype == np.uint8
@@ -93,10 +93,10 @@ def test_the_first_frames_of_the_size_asked_for(clip: object) -> None:
 @pytest.mark.parametrize(
     ("name", "start"), [("a.mp4", 0), ("a.mp4", 18), ("a.mkv", 0), ("a.mkv", 18), ("a.mov", 0), ("a.avi", 0)]
 )
-def test_another_rate_takes_what_is_shown_at_each_instant(
+def test_another_rate_takes_the_frame_on_screen_at_each_time(
     tmp_path: Path, name: str, start: int, fps: float, expected: list[int]
 ) -> None:
-    """Wherever a clip's times begin, and although mkv rounds them to milliseconds."""
+    """This holds wherever a clip's times begin, and although mkv rounds them to milliseconds."""
     frames = np.stack([np.full((32, 48, 3), shade, np.uint8) for shade in SHADES])
     clip = encoded(tmp_path / name, frames, start=start)
     found = shades(view(clip, (len(expected), 32, 48), fps).pixels)
@@ -105,13 +105,13 @@ def test_another_rate_takes_what_is_shown_at_each_instant(
         view(clip, (len(expected) + 1, 32, 48), fps)
 
 
-def test_a_gif_keeps_its_colours_and_times(tmp_path: Path) -> None:
+def test_a_gif_keeps_its_colors_and_times(tmp_path: Path) -> None:
     pytest.importorskip("av")
-    colours = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
-    first, *rest = [Image.new("RGB", (8, 6), colour) for colour in colours]
+    colors = [(250, 20, 20), (20, 250, 20), (20, 20, 250)]
+    first, *rest = [Image.new("RGB", (8, 6), color) for color in colors]
     first.save(tmp_path / "a.gif", save_all=True, append_images=rest, duration=100)
     seen = view(tmp_path / "a.gif", (6, 6, 8), 20).pixels
-    assert np.abs(seen[:, 3, 3].astype(int) - np.repeat(colours, 2, 0)).max() <= 4
+    assert np.abs(seen[:, 3, 3].astype(int) - np.repeat(colors, 2, 0)).max() <= 4
     assert dimensions(tmp_path / "a.gif") == (6, 8)
 
 
@@ -121,8 +121,10 @@ def test_a_gif_keeps_its_colours_and_times(tmp_path: Path) -> None:
     ids=["709", "601", "2020"],
 )
 @pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
-def test_colours_are_what_the_file_says(tmp_path: Path, matrix: int, weights: tuple[float, float], full: bool) -> None:
-    """Whatever matrix and range the file was written with; those that it declares undo them."""
+def test_colors_are_converted_as_the_file_declares(
+    tmp_path: Path, matrix: int, weights: tuple[float, float], full: bool
+) -> None:
+    """The declared matrix and range convert a file back to RGB, whichever it was written with."""
     av = pytest.importorskip("av")
     red, green, blue = rgb = (200, 40, 90)
     kr, kb = weights
@@ -172,7 +174,7 @@ def test_clips_are_turned_upright(tmp_path: Path, matrix: tuple[int, ...], white
 def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number, shade in enumerate(SHADES):
         Image.new("RGB", (8, 6), (shade,) * 3).save(tmp_path / f"f{number}.png")
-    (tmp_path / "._f0.png").write_bytes(b"of a Mac")
+    (tmp_path / "._f0.png").write_bytes(b"a Mac's hidden file")
     assert shades(view(tmp_path, (12, 6, 8)).pixels) == SHADES
 
 
@@ -187,7 +189,7 @@ def test_frames_of_a_folder_have_one_size(tmp_path: Path, size: tuple[int, int])
 def test_a_rate_of_frames_without_times_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 6)).save(tmp_path / "1.png")
     for clip, where in ((tmp_path, "a folder"), (np.zeros((3, 6, 8, 3), np.uint8), "memory")):
-        with pytest.raises(ValueError, match=f"frames in {where} have no rate, so fps says nothing"):
+        with pytest.raises(ValueError, match=f"frames in {where} have no frame rate, so fps cannot be applied"):
             view(clip, (1, 6, 8), 12)
 
 
@@ -197,8 +199,8 @@ def test_clips_in_memory_must_be_uint8_rgb(wrong: np.ndarray) -> None:
         view(wrong, (2, 4, 4))
 
 
-def test_a_frame_is_read_when_those_before_it_are_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All frames of a clip as large as they were would take gigabytes."""
+def test_each_frame_is_scaled_before_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holding all frames of a clip at their original size would take gigabytes."""
     seen: list[str] = []
     read, scaled = pictures.upright, Image.Image.resize
     monkeypatch.setattr(pictures, "upright", lambda file: seen.append("read") or read(file))
@@ -212,7 +214,7 @@ def test_a_frame_is_read_when_those_before_it_are_scaled(tmp_path: Path, monkeyp
 # what is wrong
 
 
-def test_a_file_without_pictures_is_said(tmp_path: Path) -> None:
+def test_a_file_without_a_video_stream_is_refused(tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
@@ -232,12 +234,12 @@ def test_a_missing_decoder_names_its_extra(tmp_path: Path, monkeypatch: pytest.M
         view(tmp_path / "a.mp4", (1, 4, 4))
 
 
-def test_what_is_too_short_is_said(clip: object) -> None:
+def test_a_clip_that_is_too_short_is_refused(clip: object) -> None:
     with pytest.raises(ValueError, match="it has 12 frames, and size asks for 13"):
         view(clip, (13, 16, 16))
 
 
-def test_pictures_are_no_clips_nor_the_reverse(clip: object, tmp_path: Path) -> None:
+def test_pictures_and_clips_are_not_mistaken_for_each_other(clip: object, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"this is a clip.*give \[frames, height, width\]"):
         view(clip, (16, 16))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
