@@ -1,7 +1,7 @@
-"""Write what the pages of docs/ take from the code: `python docs/generate.py`, and `--check` to be told instead.
+"""Fill in what the pages of docs/ take from the code: `python docs/generate.py`; `--check` only lists stale pages.
 
-Between `<!-- generated: WHAT ARGUMENT -->` and `<!-- end -->` stands what a function of BLOCKS says; the rest is
-written by hand. docs/errors.md is kept by messages.py.
+A function of BLOCKS writes what is between `<!-- generated: WHAT ARGUMENT -->` and `<!-- end -->`; the rest is written
+by hand. messages.py keeps docs/errors.md.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pages() -> list[Path]:
 
 
 def filled(page: Path) -> str:
-    """The page as it should be."""
+    """The text that the page should have."""
     text = page.read_text()
     if page == messages.PAGE:
         return messages.rendered(text)
@@ -69,7 +69,7 @@ def filled(page: Path) -> str:
 
 
 def _class(name: str) -> str:
-    """`corefit.types.Sampler`: its attributes and methods as they are declared."""
+    """The declaration of a class, such as `corefit.types.Sampler`: its attributes and the signatures of its methods."""
     module, _, cls = name.rpartition(".")
     node = _found(_tree(module), ast.ClassDef, cls)
     bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
@@ -93,12 +93,12 @@ def _method(node: ast.stmt) -> Iterator[str]:
 
 
 def _functions(module: str) -> str:
-    """The functions of a module, each with the first line of what it says of itself."""
+    """A table of the functions of a module, each with the first line of its docstring."""
     nodes = [node for node in _tree(module).body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
     calls = [f"{node.name}({', '.join(arg.arg for arg in node.args.args)})" for node in nodes]
-    said = [_cell((ast.get_docstring(node) or "").partition("\n")[0]) for node in nodes]
+    summaries = [_cell((ast.get_docstring(node) or "").partition("\n")[0]) for node in nodes]
     return "\n".join(
-        ["| | |", "|---|---|", *(f"| `{call}` | {text} |" for call, text in zip(calls, said, strict=True))]
+        ["| | |", "|---|---|", *(f"| `{call}` | {text} |" for call, text in zip(calls, summaries, strict=True))]
     )
 
 
@@ -107,7 +107,7 @@ def _hook(name: str) -> str:
 
 
 def _signature(node: ast.FunctionDef, indent: int = 0) -> list[str]:
-    """As ruff formats it."""
+    """The lines of a signature, formatted as ruff does."""
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     arguments = re.sub(r"(: [^=,]+)=", r"\1 = ", ast.unparse(node.args))
     whole = f"def {node.name}({arguments}){returns}: ..."
@@ -133,7 +133,7 @@ def _found(tree: ast.AST, kind: type, name: str) -> Any:
 
 
 def first_party(kind: str) -> list[Offer]:
-    """What corefit's own plugins offer, in order of name."""
+    """The offers of corefit's own plugins, sorted by name."""
     offers = Host().offers[kind].values()
     return sorted((offer for offer in offers if offer.owner.split()[0] == "corefit"), key=lambda offer: offer.name)
 
@@ -233,7 +233,7 @@ def _default(schema: Schema, required: bool) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that a table's cell may hold."""
+    """The text with those characters escaped that a table's cell may not hold."""
     return re.sub(r"(?<!`)([<*])", r"\\\1", text.replace("|", r"\|"))
 
 
@@ -258,7 +258,7 @@ BLOCKS: Mapping[str, Callable[[str], str]] = {
 
 
 def stale() -> list[Path]:
-    """Pages that are not as the code is."""
+    """The pages that differ from what the code says."""
     return [page for page in pages() if filled(page) != page.read_text()]
 
 
@@ -267,10 +267,10 @@ def main() -> int:
     for page in wrong:
         if "--check" not in sys.argv:
             page.write_text(filled(page))
-        print(f"{'changed' if '--check' not in sys.argv else 'not as the code is'}: {page.relative_to(DOCS.parent)}")
-    told = messages.differences(messages.PAGE.read_text())
-    print(told, end="\n" if told else "")
-    return int(bool(told) or (bool(wrong) and "--check" in sys.argv))
+        print(f"{'changed' if '--check' not in sys.argv else 'stale'}: {page.relative_to(DOCS.parent)}")
+    differences = messages.differences(messages.PAGE.read_text())
+    print(differences, end="\n" if differences else "")
+    return int(bool(differences) or (bool(wrong) and "--check" in sys.argv))
 
 
 if __name__ == "__main__":

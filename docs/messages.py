@@ -1,6 +1,7 @@
-"""Every error message of corefit and its plugins, read from the syntax trees, and the page that explains them.
+"""Read every error message of corefit and its plugins from the syntax trees, and write the page that explains them.
 
-`python docs/generate.py` keeps what docs/errors.md explains, drops messages that are gone and adds new ones as MISSING.
+`python docs/generate.py` keeps the causes that docs/errors.md has, drops messages that no code gives any more, and adds
+new ones with MISSING as their cause.
 """
 
 from __future__ import annotations
@@ -19,40 +20,40 @@ PAGE = ROOT / "docs" / "errors.md"
 WIDTH = 120
 MISSING = "(no cause written yet)"
 ENTRY = re.compile(r"^- (?P<ticks>`+) ?(?P<message>.+?) ?(?P=ticks)\\?\n(?P<cause>(?:^  .*\n?)*)", re.MULTILINE)
-"""A message as a list item in code, and its cause, indented."""
+"""An entry of the page: a list item with the message as code, and its cause, indented below it."""
 HEADING = re.compile(r"^## .*`(?P<file>[\w./]+\.py)`$", re.MULTILINE)
 ERRORS = {
     *(name for name, it in vars(errors).items() if isinstance(it, type) and issubclass(it, errors.CorefitError)),
     *("ValueError", "BadParameter", "UsageError"),
 }
 TELLERS = {"damaged", "_wrong", "_no_meta"}
-"""Functions that make an error from a text they are given."""
+"""Functions that make an error from a text that is passed to them."""
 SPEAKERS = re.compile(r"problems|^_unplaced$|too_many|^_mixed$|^_end$|^_wrong|^_damaged$")
-"""Functions that yield or return what is wrong as text."""
+"""Functions that yield or return messages as text."""
 SKIPPED = {"testing", "templates"}
-"""Checks of plugins speak to their authors and say what to change; templates are of plugins that do not exist yet."""
+"""Folders without messages for users: checks address plugin authors, and templates are not plugins yet."""
 
 
 @cache
 def messages() -> Mapping[str, list[str]]:
-    """File -> the messages that it can give, fields as <name>, in the order of the file; files in order of path."""
+    """File -> the messages that it can give, in their order, with fields as <name>; files are sorted by path."""
     files = [*sorted((ROOT / "corefit").rglob("*.py")), *sorted((ROOT / "plugins").rglob("*.py"))]
     found: dict[str, list[str]] = {}
     for path in files:
         if not SKIPPED & {*path.relative_to(ROOT).parts}:
-            told = sorted(_messages(ast.parse(path.read_text())))
-            each = list(dict.fromkeys(text for _, text in told if _says_something(text)))
+            numbered = sorted(_messages(ast.parse(path.read_text())))
+            each = list(dict.fromkeys(text for _, text in numbered if _has_words(text)))
             if each:
                 found[path.relative_to(ROOT).as_posix()] = each
     return found
 
 
-def _says_something(message: str) -> bool:
+def _has_words(message: str) -> bool:
     return bool(re.search(r"[a-z]{2}", re.sub(r"<[^>]*>", "", message)))
 
 
 def _messages(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, message)"""
+    """Yield (line, message) for each message in the tree."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and _called(node) in ERRORS | TELLERS:
             yield from ((node.lineno, _text(arg)) for arg in node.args if _is_text(arg))
@@ -63,7 +64,7 @@ def _messages(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def _choices(node: ast.expr) -> list[ast.expr]:
-    """What an expression may be, where that is written in it."""
+    """The expressions to which `node` may evaluate: the branches of an if, the elements of a tuple."""
     match node:
         case ast.Tuple():
             return node.elts
@@ -82,7 +83,7 @@ def _is_text(node: ast.expr) -> bool:
 
 
 def _text(node: ast.expr) -> str:
-    """The text on one line, its fields as <name>."""
+    """The text on one line, with its fields as <name>."""
     if isinstance(node, ast.Constant):
         return " ".join(str(node.value).split())
     assert isinstance(node, ast.JoinedStr)
@@ -91,7 +92,7 @@ def _text(node: ast.expr) -> str:
 
 
 def _name(node: ast.AST) -> str:
-    """A short name for what a field shows."""
+    """A short name for the expression in a field."""
     match node:
         case ast.Name():
             return node.id.strip("_").lower()
@@ -120,7 +121,7 @@ def _name(node: ast.AST) -> str:
 
 
 def entry(message: str, cause: str = MISSING) -> str:
-    """As the page has it."""
+    """The entry of a message on the page."""
     longest = max((len(run) for run in re.findall(r"`+", message)), default=0)
     ticks = "`" * (longest + 1)
     pad = " " if message.startswith("`") or message.endswith("`") else ""
@@ -129,7 +130,7 @@ def entry(message: str, cause: str = MISSING) -> str:
 
 
 def explained(page: str) -> Mapping[tuple[str, str], str]:
-    """(file, message) -> cause, of the page."""
+    """(file, message) -> the cause that the page has."""
     causes: dict[tuple[str, str], str] = {}
     for file, section in _sections(page):
         for found in ENTRY.finditer(section):
@@ -144,9 +145,9 @@ def _sections(page: str) -> Iterator[tuple[str, str]]:
 
 
 def rendered(page: str) -> str:
-    """The page with a section for each file, and an entry for each message; what it explains is kept."""
+    """The page with a section for each file and an entry for each message; causes that it has are kept."""
     causes = explained(page)
-    elsewhere = {message: cause for (_, message), cause in causes.items()}  # where one has moved to another file
+    elsewhere = {message: cause for (_, message), cause in causes.items()}  # for messages that moved to another file
     headings = {found["file"]: found[0] for found in HEADING.finditer(page)}
     first = HEADING.search(page)
     parts = [page[: first.start()] if first else page.rstrip() + "\n\n"]
@@ -161,7 +162,7 @@ def rendered(page: str) -> str:
 
 
 def differences(page: str) -> str:
-    """What to change on the page, ready to paste; nothing where it is right."""
+    """The changes that the page needs, ready to paste; an empty text if it is right."""
     causes = explained(page)
     wanted = {(file, message) for file, each in messages().items() for message in each}
     lines: list[str] = []

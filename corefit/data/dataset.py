@@ -165,8 +165,8 @@ class Dataset:
         """
         read = {index: self.shards[index] for index in dict.fromkeys(indices)}
         captions = [
-            int(turn * len(read[index]["prompts"]))
-            for index, turn in zip(indices, caption_choices or [0.0] * len(indices), strict=True)
+            int(choice * len(read[index]["prompts"]))
+            for index, choice in zip(indices, caption_choices or [0.0] * len(indices), strict=True)
         ]
         picked = list(zip((read[index] for index in indices), captions, strict=True))
         cond = {

@@ -47,7 +47,7 @@ def show(pipeline: Pipeline, number: int, file: Path | None = None, display: Dis
 
 def _drawn(pipeline: Pipeline, stage: Stage, dataset: Dataset) -> Iterator[tuple[int, float]]:
     """Yield (index of an example, which of its captions) in the order of training, each example once."""
-    sampler = BatchSampler(
+    batches = BatchSampler(
         buckets=list(dataset.buckets.values()),
         batch=stage.rows,
         group=stage.objective.group_size,
@@ -57,7 +57,7 @@ def _drawn(pipeline: Pipeline, stage: Stage, dataset: Dataset) -> Iterator[tuple
     )
     seen: set[int] = set()
     for step in count():
-        for index, turn in zip(sampler.indices(step), sampler.caption_choices(step), strict=True):
+        for index, turn in zip(batches.indices(step), batches.caption_choices(step), strict=True):
             if index not in seen:
                 seen.add(index)
                 yield index, turn

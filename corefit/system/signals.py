@@ -28,7 +28,7 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 class Signals:
     """Handles the signals of this process: during training the first one requests a stop, the second stops at once.
 
-    say    prints a line
+    say             prints a line
     echo            seconds after a signal in which another one does not count
     stop_requested  whether a signal has requested a stop
     """

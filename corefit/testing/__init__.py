@@ -1,7 +1,7 @@
-"""What tests of plugins need: a check for each kind, a toy model that runs on any CPU, tiny checkpoints.
+"""The test kit for plugins: a check for each kind, a toy model that runs on any CPU, and tiny checkpoints.
 
-A check takes one plugin, made as a pipeline would make it, and raises an AssertionError that names the problem and says
-what to change. All of them refuse a key that nothing reads. `pytest --corefit PLUGIN` runs them on all that is offered.
+A check takes an instance of a plugin's class and raises an AssertionError that names the problem and says what to
+change. All checks refuse a key that nothing reads. `pytest --corefit PLUGIN` checks everything that a plugin offers.
 """
 
 from corefit.testing.backbones import check_backbone

@@ -1,4 +1,4 @@
-"""check_backbone: what rollouts, objectives and the cache rely on in a model family."""
+"""check_backbone tests what rollouts, objectives and the cache rely on in a model family."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOLERANCE = 1e-4
-"""Of float32 arithmetic in batches of other sizes."""
+"""The tolerance for float32 arithmetic in batches of different sizes."""
 
 
 @frozen(eq=False)
 class Call:
-    """Arguments of `velocity` and what it gave: x, v [B, ...], sigma [B]."""
+    """A call of `velocity` and its result: x and v [B, ...], sigma [B]."""
 
     x: Tensor
     sigma: Tensor
@@ -34,16 +34,16 @@ class Call:
 
 
 def check_backbone(backbone: Backbone, *, prompts: Sequence[str], media: Tensor | None = None) -> None:
-    """AssertionError, naming the problem, unless `backbone` keeps the promises of `corefit.types.Backbone`.
+    """Raise an AssertionError that names the problem unless `backbone` does what `corefit.types.Backbone` says.
 
-    Shapes agree between encode, decode and latent_shape; a row's velocity and condition do not depend on others;
-    sigma and the prompt are read; guidance 1 is the plain call, and any other is `combine` of two, or of none; the grid
-    falls to 0; the gradient reaches the transformer; what is saved loads to the same velocity, nearly so in bfloat16,
-    and with a LoRA. Where diffusers has a pipeline of the saved folder, the network is told its timesteps and gives
-    what its network gives.
+    Checked are: the shapes of encode, decode and latent_shape agree; a row's velocity and condition do not depend on
+    other rows; velocity depends on sigma and the prompt; guidance with scale 1 is `velocity`, and with another scale it
+    is `combine`, unless the model is distilled; the grid falls to 0; the gradient reaches the transformer; saved
+    weights load to the same velocity, also with a LoRA, and nearly the same in bfloat16. If diffusers has a pipeline
+    for the saved folder, the network must receive the same timesteps as in it and give the same output.
 
-    backbone  loaded on the CPU in float32; saved to a temporary folder and read back
-    prompts   at least two, different and not empty
+    backbone  loaded on the CPU in float32; it is saved to a temporary folder and read back
+    prompts   at least two, all different and none empty
     media     [B, 3, H, W] (video [B, 3, T, H, W]) in [0, 1]; random images of the smallest square size by default
     """
     import torch
@@ -70,7 +70,7 @@ def check_backbone(backbone: Backbone, *, prompts: Sequence[str], media: Tensor 
 
 
 def _random_media(backbone: Backbone, number: int) -> Tensor:
-    """Images [number, 3, n, n] of the smallest n, a power of two, that the backbone takes."""
+    """Return random images [number, 3, n, n], with the smallest power of two n that the backbone takes."""
     for n in (2**i for i in range(11)):
         try:
             shape = backbone.latent_shape([n, n])
@@ -82,14 +82,14 @@ def _random_media(backbone: Backbone, number: int) -> Tensor:
 
 
 def _check_media(backbone: Backbone, media: Tensor) -> tuple[int, ...]:
-    """encode and decode agree with each other and with latent_shape; the shape of one row's latents."""
+    """Check that encode, decode and latent_shape agree; return the shape of one row's latents."""
     x0 = backbone.encode(media)
     _check_tensor("encode(media)", x0)
-    shape, told = tuple(x0.shape[1:]), tuple(backbone.latent_shape(list(media.shape[2:])))
+    shape, expected = tuple(x0.shape[1:]), tuple(backbone.latent_shape(list(media.shape[2:])))
     expect(
-        len(x0) == len(media) and shape == told,
+        len(x0) == len(media) and shape == expected,
         f"encode gives {list(x0.shape)} for {len(media)} media of {list(media.shape[2:])}, but latent_shape says "
-        f"[B, {', '.join(map(str, told))}]; they must agree, and rows are media",
+        f"[B, {', '.join(map(str, expected))}]; they must agree, and rows are media",
     )
     again = backbone.decode(x0)
     _check_tensor("decode(x0)", again)
@@ -107,7 +107,7 @@ def _check_tensor(what: str, value: Tensor) -> None:
 
 
 def _check_text(backbone: Backbone, prompts: Sequence[str]) -> Condition:
-    """A row of the condition is a prompt's, whatever the others are."""
+    """Check that a row of the condition depends on its own prompt alone; return the condition of all prompts."""
     cond = backbone.encode_text(prompts)
     lengths = {name: len(t) for name, t in cond.tensors.items()}
     expect(set(lengths.values()) == {len(prompts)}, f"encode_text of {len(prompts)} prompts has rows {lengths}")
@@ -131,7 +131,7 @@ def _same(one: Condition, other: Condition) -> bool:
 
 
 def _check_velocity(backbone: Backbone, cond: Condition, shape: tuple[int, ...]) -> Call:
-    """Shape and dtype; rows by themselves; sigma and the condition are read."""
+    """Check shape and dtype, that rows do not mix, and that sigma and the condition matter; return the call."""
     import torch
 
     x = normal(1, (len(cond), *shape)).float()
@@ -151,14 +151,14 @@ def _check_velocity(backbone: Backbone, cond: Condition, shape: tuple[int, ...])
 
 
 def _expect_equal(value: Tensor, expected: Tensor, message: str) -> None:
-    """The message, with how much they differ, unless both agree to float32 rounding."""
+    """Raise an AssertionError with the message and the difference unless both agree up to float32 rounding."""
     same = value.shape == expected.shape
     difference = f"by up to {float((value - expected).abs().max()):.3g}" if same else f"in shape: {list(value.shape)}"
     expect(close(value, expected, TOLERANCE), f"{message} (they differ {difference})")
 
 
 def _check_guidance(backbone: Backbone, call: Call) -> None:
-    """Scale 1 is the plain call; a known v_cond changes nothing but the cost."""
+    """Check that scale 1 gives the velocity, and that passing v_cond changes nothing but the cost."""
     x, sigma, cond, v = call.x, call.sigma, call.cond, call.v
     _expect_equal(backbone.guided(x, sigma, cond, 1.0), v, "guided with scale 1 is not velocity")
     guided = backbone.guided(x, sigma, cond, 3.0)
@@ -170,7 +170,7 @@ def _check_guidance(backbone: Backbone, call: Call) -> None:
 
 
 def _check_halves(backbone: Backbone, call: Call, guided: Tensor) -> None:
-    """`distilled` and `combine` are as `guided` does: what lets gradients through one half alone relies on them."""
+    """Check that `distilled` and `combine` agree with `guided`; SOAR combines velocities itself and relies on them."""
     expect(
         type(getattr(backbone, "distilled", None)) is bool,
         "distilled is not declared: True where the scale of guidance is an input of the network, otherwise False",
@@ -191,7 +191,7 @@ def _check_halves(backbone: Backbone, call: Call, guided: Tensor) -> None:
 
 
 def _check_sigmas(backbone: Backbone, shape: tuple[int, ...]) -> None:
-    """Grids [steps + 1] fall strictly from at most 1 to 0; the training shift is positive."""
+    """Check that grids [steps + 1] fall strictly from at most 1 to 0, and that the training shift is positive."""
     import torch
 
     for steps in (2, 10, 40):
@@ -208,7 +208,7 @@ def _check_sigmas(backbone: Backbone, shape: tuple[int, ...]) -> None:
 
 
 def _check_null(backbone: Backbone) -> None:
-    """n rows, each the empty prompt's."""
+    """Check that each of the n rows is the empty prompt's condition."""
     empty = backbone.encode_text([""])
     for n in (1, 3):
         null = backbone.null(n)
@@ -218,7 +218,7 @@ def _check_null(backbone: Backbone) -> None:
 
 
 def _check_saved(backbone: Backbone, call: Call, media: Tensor, prompt: str) -> None:
-    """What `save` writes, `moved` and `load` read: the weights as they are now, not as they were loaded."""
+    """Check that `from_saved` and `load` read the weights as they were when `save` wrote them, not as first loaded."""
     import torch
 
     parameters = list(backbone.transformer.parameters())
@@ -231,18 +231,18 @@ def _check_saved(backbone: Backbone, call: Call, media: Tensor, prompt: str) -> 
             folder.mkdir()
             expected = backbone.velocity(call.x, call.sigma, call.cond)
             backbone.save(folder)
-            moved = backbone.from_saved(folder)
-            moved.check()
-            moved.load(torch.device("cpu"), torch.float32)
-            v = moved.velocity(call.x, call.sigma, call.cond)
+            saved = backbone.from_saved(folder)
+            saved.check()
+            saved.load(torch.device("cpu"), torch.float32)
+            v = saved.velocity(call.x, call.sigma, call.cond)
             _expect_equal(
-                v, expected, "velocity after save, moved and load is not that of the weights when they were saved"
+                v, expected, "velocity after save, from_saved and load is not that of the weights when they were saved"
             )
             expect(
-                moved.weights_key() == backbone.from_saved(folder).weights_key() != backbone.weights_key(),
+                saved.weights_key() == backbone.from_saved(folder).weights_key() != backbone.weights_key(),
                 "weights_key() must be a hash of the weights' files: equal for equal files, another for others",
             )
-            check_timesteps(moved, folder, media, prompt, call.x[:1], call.cond[:1])
+            check_timesteps(saved, folder, media, prompt, call.x[:1], call.cond[:1])
             check_half(backbone.from_saved(folder), call.x, call.cond, call.sigma, v)
             check_lora(lambda: backbone.from_saved(folder), Path(name) / "lora", call.x, call.cond, call.sigma)
     finally:

@@ -1,4 +1,4 @@
-"""An objective run as the trainer runs it, on a toy model and without the optimizer: what one batch gives."""
+"""Runs an objective on one batch as the trainer does, on a toy model and without the optimizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from corefit.rng import Rng
 from corefit.rollout.noise import LogitNormal
 from corefit.rollout.samplers import FlowSde
 from corefit.testing.checks import expect, place
-from corefit.testing.scores import Heard, hearing, taken
+from corefit.testing.scores import RecordingReward, recording, take_scores
 from corefit.testing.toy import Metas, ToyBackbone, ToyReward, loaded, prompt_code, toy_batch
 from corefit.types import Batch, Meta, NoiseWeighting, Reward, Sampler, Term, Weighted
 from corefit.types.objective import Context, Objective
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANKS = 2
-"""Groups of a batch are a multiple of this."""
+"""The number of groups in a batch is a multiple of this, so that two ranks can share it."""
 RATIO = 1e-5
-"""How far from 1 the ratio of policy and rollout may be before the first update."""
+"""The largest distance from 1 of the ratio of policy and rollout before the first update."""
 Gather = Callable[["Tensor"], "Tensor"]
 Row = tuple["Tensor", "Tensor", "Tensor"]
-"""Total, count and gradient [P] of a term."""
+"""The total, count and gradient [P] of a term."""
 
 
 @frozen(eq=False)
 class Outcome:
-    """What one batch gave, for each of U updates and T terms: totals, counts [U, T], gradients [U, T, P].
+    """The result of one batch for each of U updates and T terms: totals and counts [U, T], gradients [U, T, P].
 
-    lengths  rows of each update's part
+    lengths  the number of rows in the part of each update
     """
 
     totals: Tensor
@@ -43,11 +43,11 @@ class Outcome:
     lengths: Sequence[int]
 
     def __add__(self, other: Outcome) -> Outcome:
-        """What two ranks give together."""
+        """Return the result of two ranks together."""
         return Outcome(self.totals + other.totals, self.counts + other.counts, self.grads + other.grads, self.lengths)
 
     def difference(self, other: Outcome, tolerance: float = 1e-3) -> str:
-        """In which way the other differs by more than rounding; empty if it does not."""
+        """Describe how the other result differs by more than rounding; return "" if it does not."""
         size = max(float(self.totals.abs().max()), float(self.counts.abs().max()))
         norm = max(float(each.grads.norm(dim=-1).max()) for each in (self, other))
         for name, one, two, limit in (
@@ -87,7 +87,7 @@ class PromptWeighted(Reward):
 
 @frozen(eq=False)
 class Case:
-    """An objective on a toy model of one layout, with what its `uses` names."""
+    """An objective with a toy model of one latent layout and a context that holds what its `uses` names."""
 
     objective: Objective[Any]
     layout: str
@@ -120,13 +120,13 @@ class Case:
         return Case(objective, layout, backbone, ctx, meta)
 
     def on(self, backbone: ToyBackbone) -> Case:
-        """The same objective on another toy."""
+        """Return a case with the same objective and another toy model."""
         return evolve(self, backbone=backbone, ctx=evolve(self.ctx, backbone=backbone))
 
     def batch(self, number: int = 0, *, least: int = 8, media: bool = False) -> Batch:
-        """Batch `number` of an endless data set: an even number of whole groups, `least` rows or more.
+        """Return batch `number` of an endless data set: an even number of whole groups, with at least `least` rows.
 
-        media  whether it has media although the objective reads none
+        media  True for a batch with media even if the objective reads none
         """
         group = self.objective.group_size
         groups = max(RANKS, -(-least // group))
@@ -143,7 +143,7 @@ class Case:
         micro_batch: int | None = None,
         gather: Gather | None = None,
     ) -> Outcome:
-        """One step of the trainer, without the optimizer: experience, parts, micro-batches, terms."""
+        """Take one step of the trainer without the optimizer: experience, parts, micro-batches, terms."""
         number = self.objective.num_updates
         ctx = evolve(self.ctx, micro_batch=micro_batch or len(batch), first_batch=first_batch)
         ctx = ctx if gather is None else evolve(ctx, gather=gather)
@@ -158,7 +158,7 @@ class Case:
 
     @contextmanager
     def placing(self) -> Generator[None]:
-        """Turn an exception of the objective's into an AssertionError that says where it came about."""
+        """Turn an exception of the objective into an AssertionError that names the line that raised it."""
         try:
             yield
         except (AssertionError, BrokenBarrierError):
@@ -170,17 +170,17 @@ class Case:
             raise AssertionError(what + fix) from error
 
     def _part(self, part: Any, update: int, step: int, ctx: Context) -> list[Row]:
-        """Sums over micro-batches, one for each term."""
-        pieces: list[list[Row]] = []
-        for first in range(0, len(part), ctx.micro_batch):
-            piece = part[first : first + ctx.micro_batch]
-            bound = ctx.at(keyed("terms", piece, step, update))
-            pieces.append(list(self._terms(piece, bound)))
-        return [_sum(rows) for rows in zip(*pieces, strict=True)]
+        """Return the sums over micro-batches, one for each term."""
+        results: list[list[Row]] = []
+        for start in range(0, len(part), ctx.micro_batch):
+            micro_batch = part[start : start + ctx.micro_batch]
+            keyed_ctx = ctx.at(keyed("terms", micro_batch, step, update))
+            results.append(list(self._terms(micro_batch, keyed_ctx)))
+        return [_sum(rows) for rows in zip(*results, strict=True)]
 
-    def _terms(self, piece: Any, ctx: Context) -> Iterator[Row]:
-        ctx, rewards = hearing(ctx, in_terms=True)
-        number, terms = self.objective.num_terms, iter(self.objective.terms(piece, ctx))
+    def _terms(self, micro_batch: Any, ctx: Context) -> Iterator[Row]:
+        ctx, rewards = recording(ctx, in_terms=True)
+        number, terms = self.objective.num_terms, iter(self.objective.terms(micro_batch, ctx))
         for index in range(number):
             term = next(terms, None)
             if term is None:
@@ -188,33 +188,33 @@ class Case:
             yield self._row(term, index, rewards)
         expect(next(terms, None) is None, f"yields more terms than num_terms = {number}; the trainer takes no more")
 
-    def _row(self, term: Term, index: int, rewards: Sequence[Heard]) -> Row:
+    def _row(self, term: Term, index: int, rewards: Sequence[RecordingReward]) -> Row:
         """Check a term and run backward on it, which frees its graph."""
         import torch
 
         _check_term(term, index)
         parameters = list(self.backbone.transformer.parameters())
-        scores = [each for each in taken(rewards) if each.requires_grad]
+        scores = [each for each in take_scores(rewards) if each.requires_grad]
         try:
-            every = torch.autograd.grad(term.total, [*parameters, *scores], allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(term.total, [*parameters, *scores], allow_unused=True, materialize_grads=True)
         except RuntimeError as error:
             raise AssertionError(
                 f"backward on term {index} fails ({str(error).split('.')[0]}): a term must not share a graph with an "
                 "earlier one, whose graph is gone; detach what later terms reuse"
             ) from error
-        grads = every[: len(parameters)]
-        _check_wants_reward(every[len(parameters) :], index)
+        _check_wants_reward(grads[len(parameters) :], index)
         count = torch.as_tensor(term.count).detach()
-        return term.total.detach().double(), count.double(), torch.cat([g.flatten() for g in grads]).double()
+        gradient = torch.cat([grad.flatten() for grad in grads[: len(parameters)]])
+        return term.total.detach().double(), count.double(), gradient.double()
 
 
 def keyed(purpose: str, part: Any, step: int = 0, update: int = 0) -> Rng:
-    """Draws that are keyed as the trainer keys a stage's: seed, stage, step, purpose, update."""
+    """Return draws with the same key as the trainer's: seed, stage, step, purpose, update."""
     return Rng((0, "check", step, purpose, update), part.rows)
 
 
 class _Undeclared:
-    """Stands where an objective has no business: `uses` does not name it."""
+    """Takes the place of what `uses` does not name, and raises an AssertionError if the objective reads it."""
 
     def __init__(self, name: str) -> None:
         self.__dict__["name"] = name
@@ -229,7 +229,7 @@ def _undeclared(name: str) -> Any:
 
 
 def _frozen(shape: tuple[int, ...]) -> ToyBackbone:
-    """A reference policy with other weights, as after some steps of training."""
+    """Return a reference policy whose weights differ from the model's, as they do after some steps of training."""
     reference = loaded(ToyBackbone(shape, seed=1))
     reference.transformer.requires_grad_(False)
     return reference
@@ -277,17 +277,17 @@ def _check_term(term: Any, index: int) -> None:
 
 
 def _check_wants_reward(slopes: Sequence[Tensor], index: int) -> None:
-    """d total / d score is not positive for every row that has one: a higher score lowers the total."""
+    """Check that a higher score lowers the total for some row: d total / d score must not be positive for all."""
     found = [float(each) for slope in slopes for each in slope.flatten() if float(each) != 0]
     expect(
         not found or min(found) < 0,
         f"term {index}: total grows with the reward's score for every row, so training would lower the reward: the "
-        "total is minimised, hence a score that is to rise enters it with a minus sign",
+        "total is minimized, hence a score that is to rise enters it with a minus sign",
     )
 
 
 def _check_ratio(ratio: Tensor, index: int) -> None:
-    """Nothing was learned since the rollout, so the policy is the one that rolled out, to float32 rounding."""
+    """Check that the ratio is 1 up to float32 rounding, as nothing was learned since the rollout."""
     apart = float((ratio - 1).abs().max()) if len(ratio) else 0.0
     expect(
         apart <= RATIO,

@@ -1,4 +1,4 @@
-"""What the checks share: how they complain, the layouts they try, and other people's randomness."""
+"""Helpers that all checks share: raising errors, latent layouts to try, comparing tensors, global seeds."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ LAYOUTS: Mapping[str, tuple[int, ...]] = {
     "packed tokens [B, L, C]": (16, 3),
     "video [B, C, T, H, W]": (3, 4, 2, 2),
 }
-"""Shapes of one row's latents with equally many elements: the same draws fill all of them."""
+"""Shapes of one row's latents, all with the same number of elements, so that the same draws fill each of them."""
 
 
 def expect(condition: bool, message: str) -> None:
-    """AssertionError with `message` unless `condition`; unlike assert, also under python -O."""
+    """Raise AssertionError with `message` unless `condition`; unlike assert, it also works under python -O."""
     if not condition:
         raise AssertionError(message)
 
 
 def place(error: BaseException) -> str:
-    """file:line where an error came about, in a plugin's code if it passed through any."""
+    """Return the "file:line" that raised an error: the innermost line of a plugin, if it passed through one."""
     import torch
 
     known = (Path(__file__).parents[1], Path(torch.__file__).parent)
@@ -40,7 +40,7 @@ def place(error: BaseException) -> str:
 
 
 def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Whether two tensors of any dtype agree to `tolerance` of the larger one's largest element, or of 1."""
+    """Return whether two tensors agree up to `tolerance` times the largest absolute element of both, or times 1."""
     if one.shape != other.shape:
         return False
     one, other = one.detach().double(), other.detach().double()
@@ -49,7 +49,7 @@ def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
 
 
 def normal(seed: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal draws of `shape`, float64, a function of `seed`."""
+    """Return standard normal draws of `shape` in float64 that depend on `seed` alone."""
     import torch
 
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(shape)))
@@ -57,7 +57,7 @@ def normal(seed: int, shape: Sequence[int]) -> Tensor:
 
 @contextmanager
 def global_seed(seed: int) -> Generator[None]:
-    """Seed torch, numpy and random inside; put their states back afterwards."""
+    """Seed torch, numpy and random inside the block, and restore their states afterwards."""
     import torch
 
     states = random.getstate(), np.random.get_state()

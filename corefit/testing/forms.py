@@ -1,4 +1,4 @@
-"""A backbone in the forms that training gives it: its network in bfloat16, and with a LoRA."""
+"""Checks of a backbone in the two forms that training uses: the network in bfloat16, and with a LoRA."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROUNDED = 0.05
-"""bfloat16 may change the velocity of a network a few layers deep by this share of its norm."""
+"""bfloat16 may change the velocity of a network of a few layers by this share of its norm."""
 SAME = 1e-4
+"""The tolerance for float32 arithmetic."""
 RANK, ALPHA = 2, 6.0
-"""Not equal, so that a scale that is lost shows."""
+"""They differ, because a lost scale alpha / rank would not show if it were 1."""
 
 
 def check_half(backbone: Backbone, x: Tensor, cond: Condition, sigma: Tensor, v: Tensor) -> None:
-    """AssertionError unless the network works in bfloat16, and no more than rounds.
+    """Raise AssertionError unless the network gives the same velocity in bfloat16, up to rounding.
 
     backbone  not loaded
-    v         velocity at x, sigma of the same weights in float32
+    v         the velocity at (x, sigma) of the same weights in float32
     """
     import torch
 
@@ -35,26 +36,26 @@ def check_half(backbone: Backbone, x: Tensor, cond: Condition, sigma: Tensor, v:
     error = float((half - v).norm() / v.norm())
     expect(
         error <= ROUNDED,
-        f"velocity of a network in bfloat16 differs from float32's by {error:.2g} of its norm: tell the network its "
+        f"velocity of a network in bfloat16 differs from float32's by {error:.2g} of its norm: pass the network its "
         "timestep in float32 (997.1 becomes 996 in bfloat16)",
     )
 
 
-def check_lora(moved: Callable[[], Backbone], folder: Path, x: Tensor, cond: Condition, sigma: Tensor) -> None:
-    """AssertionError unless a LoRA that `save` writes is, read by `load_lora`, the same and trainable.
+def check_lora(from_saved: Callable[[], Backbone], folder: Path, x: Tensor, cond: Condition, sigma: Tensor) -> None:
+    """Raise AssertionError unless `load_lora` reads a LoRA that `save` wrote, unchanged and trainable.
 
-    Not checked where the network refuses every adapter.
+    Nothing is checked if the network refuses every adapter.
 
-    moved   makes the backbone, not loaded
-    folder  for the LoRA, not there yet
+    from_saved  makes the backbone, not loaded
+    folder      the folder for the LoRA, which does not exist yet
     """
-    adapted = _loaded(moved())
+    adapted = _loaded(from_saved())
     if not _adapt(adapted):
         return
     v = adapted.velocity(x, sigma, cond)
     folder.mkdir()
     adapted.save(folder)
-    again = _loaded(moved())
+    again = _loaded(from_saved())
     plain = again.velocity(x, sigma, cond)
     expect(not close(plain, v, SAME), "a LoRA on lora_targets does not change velocity: call `transformer` itself")
     again.load_lora(folder)
@@ -74,7 +75,7 @@ def _loaded(backbone: Backbone) -> Backbone:
 
 
 def _adapt(backbone: Backbone) -> bool:
-    """Add an adapter that does something, with draws of its own; False where the network takes none."""
+    """Add a LoRA with random weights, which changes the output; return False if the network takes none."""
     import torch
     from peft import LoraConfig
 

@@ -1,4 +1,4 @@
-"""Keys that nothing reads: a user would set them, see them logged, and train without them."""
+"""Finds keys that nothing reads: a user would set them and see them logged, and they would have no effect."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import attrs
 from corefit.testing.checks import expect
 
 WHOLE = {"asdict", "astuple", "vars"}
-"""Calls that read all of an object's fields."""
+"""Functions that read all fields of an object."""
 HARMLESS = {"attr", "attrs"}
-"""Packages whose functions, but for those, use no field that is not named in the call."""
+"""Packages whose functions, other than those in WHOLE, read no field that the call does not name."""
 
 
 def check_keys(cls: type[Any], protocol: type[Any]) -> None:
-    """AssertionError unless each key of the attrs class `cls` is read somewhere in its code, or by corefit itself.
+    """Raise AssertionError unless each key of the attrs class `cls` is read somewhere in its code, or by corefit.
 
-    Judged from the source, so that a key counts that only another key's value brings into use: `self.key` in the
-    class or one that it derives from; `anything.key` in the rest of the package, where the class hands itself on.
-    A name that `protocol` has is read by corefit. A class without source, or one that hands itself to another
-    package, is not judged.
+    The source is searched, not run, so a key counts as read even if it matters only for some value of another key. A
+    key is read by `self.key` in the class or in one that it derives from. If the class passes itself to other code of
+    its package, `anything.key` there counts as well. Names that `protocol` has are read by corefit. Nothing is checked
+    for a class without source, or one that passes itself to another package.
     """
     if not attrs.has(cls):
         return
@@ -48,7 +48,7 @@ def _annotated(protocol: type[Any]) -> set[str]:
 
 
 def _read(cls: type[Any], keys: set[str]) -> set[str]:
-    """Those of `keys` that the code of one class reads, or lets others read; all where that cannot be seen."""
+    """Return those of `keys` that the code of one class reads or lets others read; all of them if it cannot be seen."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
@@ -66,7 +66,7 @@ def _read(cls: type[Any], keys: set[str]) -> set[str]:
 
 
 def _owners(tree: ast.AST) -> set[str]:
-    """What the class calls its object: the first argument of its functions, and of lambdas beside them."""
+    """Return the names of `self` in a class: the leading argument of its methods, and of lambdas in its body."""
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     functions: list[ast.FunctionDef | ast.Lambda] = []
     for node in (statement for each in classes for statement in each.body):
@@ -79,28 +79,28 @@ def _owners(tree: ast.AST) -> set[str]:
 
 
 def _attributes(tree: ast.AST) -> Iterator[tuple[str, str, ast.Attribute]]:
-    """(name, attribute, node) of every `name.attribute` that is read."""
+    """Yield (name, attribute, node) for every `name.attribute` that is read."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and isinstance(node.value, ast.Name):
             yield node.value.id, node.attr, node
 
 
 def _constants(call: ast.Call) -> set[str]:
-    """Names in getattr(self, "key") and attrgetter("key")."""
+    """Return the names in getattr(self, "key") and attrgetter("key")."""
     if not (isinstance(call.func, ast.Name) and call.func.id in {"getattr", "attrgetter"}):
         return set()
     return {node.value for node in call.args if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
-def _bare(call: ast.Call, names: set[str]) -> bool:
-    """Whether the object itself is among the arguments."""
-    given = [*call.args, *(keyword.value for keyword in call.keywords)]
-    return any(isinstance(node, ast.Name) and node.id in names for node in given)
+def _passes_self(call: ast.Call, names: set[str]) -> bool:
+    """Return whether the object itself is among the arguments of a call."""
+    arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+    return any(isinstance(node, ast.Name) and node.id in names for node in arguments)
 
 
 def _reads_all(call: ast.Call, names: set[str], cls: type[Any]) -> bool:
-    """Whether a call can read any field: vars(self), getattr(self, name), a function of another package."""
-    if not _bare(call, names):
+    """Return whether a call can read any field, as vars(self), getattr(self, name) or another package's function."""
+    if not _passes_self(call, names):
         return False
     name = ast.unparse(call.func)
     if name.rpartition(".")[2] in WHOLE:
@@ -116,20 +116,20 @@ def _reads_all(call: ast.Call, names: set[str], cls: type[Any]) -> bool:
 
 
 def _handed_on(tree: ast.AST, names: set[str]) -> bool:
-    """Whether the object is used as a whole, so that other code can read its fields."""
-    parts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    whole = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
-    return any(node.id in names and id(node) not in parts for node in whole)
+    """Return whether the object is used as a whole, not only its attributes, so that other code can read its fields."""
+    owners = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    loaded = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+    return any(node.id in names and id(node) not in owners for node in loaded)
 
 
 def _package(cls: type[Any]) -> list[ModuleType]:
-    """The modules, of those that are loaded, of the package that a class is in."""
+    """Return the imported modules of the package that a class is in."""
     top = cls.__module__.partition(".")[0]
     return [m for name, m in list(sys.modules.items()) if name == top or name.startswith(f"{top}.")]
 
 
 def _mentioned(module: ModuleType) -> set[str]:
-    """Attributes of anything that a module reads and does not call."""
+    """Return the names of all attributes that a module reads without calling them."""
     try:
         tree = ast.parse(inspect.getsource(module))
     except (OSError, TypeError, SyntaxError):

@@ -1,4 +1,4 @@
-"""What some steps of training show of an objective: that it teaches, what it raises, and what it keeps to itself."""
+"""Checks that take some training steps: the objective teaches the model, raises a number, and keeps no state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from corefit.rng import Rng
 from corefit.rollout.noise import LogitNormal
 from corefit.testing.case import Case, keyed
 from corefit.testing.checks import expect, global_seed
-from corefit.testing.scores import hearing, taken
+from corefit.testing.scores import recording, take_scores
 from corefit.testing.toy import ToyBackbone, loaded, toy_batch
 from corefit.types import Backbone, Batch, Term
 from corefit.types.objective import Context, Supervised
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Improves = Callable[[Backbone, Batch], "Tensor | float"] | Literal["reward"]
-"""What training must raise: a function of the backbone and a held-out batch, or the score of what is rolled out."""
+"""The number that training must raise: a function of the backbone and a held-out batch, or "reward", the mean score."""
 HELD_OUT = 1_000_000
-"""Rows from here on are never trained on."""
+"""The toy batches' rows from this number on are never trained on."""
 USED = 8
-"""Steps after which an instance that was just made is compared with the one that took them."""
+"""The number of steps after which a used instance of the objective is compared with a new one."""
 TOYS = (2, 3, 4, 5, 6)
-"""Seeds of the toy models that must all improve: of numbers that drift at random, one in 32 rises on all of them."""
+"""The seeds of the toy models, all of which must improve; by chance, all five would rise in one case out of 32."""
 BEFORE, STEPS, ROWS = 10, 60, 16
-"""Steps of flow matching that a toy has learned before; steps of an objective, and their rows, that must improve it."""
+"""A toy takes BEFORE steps of flow matching, then STEPS steps of the objective with at least ROWS rows each."""
 
 
 @frozen
 class _FlowMatching(Supervised):
-    """What objectives of x0 and noise are measured against, and what a toy learns before an objective improves it."""
+    """Plain flow matching: the baseline of supervised objectives, and the pretraining of a toy that must improve."""
 
     def terms(self, part: Batch, ctx: Context, /) -> Iterator[Term]:
         noise, sigma = ctx.randn_like(part.clean), ctx.sigma(part.clean)
@@ -46,7 +46,7 @@ class _FlowMatching(Supervised):
 
 
 def _train(case: Case, steps: int, *, lr: float, least: int = 8) -> None:
-    """Take `steps` steps as the trainer does, with Adam."""
+    """Take `steps` optimizer steps as the trainer does, with Adam."""
     import torch
 
     optimizer = torch.optim.Adam(case.backbone.transformer.parameters(), lr=lr)
@@ -55,12 +55,12 @@ def _train(case: Case, steps: int, *, lr: float, least: int = 8) -> None:
 
 
 def _take_step(case: Case, batch: Batch, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Experience, then an optimiser step on each of its parts: of its totals, over their count."""
+    """Take an optimizer step on each part of a batch's experience, with the sum of totals divided by the count."""
     parameters = list(case.backbone.transformer.parameters())
     ctx = evolve(case.ctx, micro_batch=len(batch), first_batch=step == 0)
     with case.placing():
-        made = case.objective.experience(batch, ctx.at(keyed("experience", batch, step)))
-        for update, part in enumerate(made):
+        parts = case.objective.experience(batch, ctx.at(keyed("experience", batch, step)))
+        for update, part in enumerate(parts):
             count = 0.0
             for term in case.objective.terms(part, ctx.at(keyed("terms", part, step, update))):
                 term.total.backward()
@@ -76,14 +76,14 @@ def _take_step(case: Case, batch: Batch, optimizer: torch.optim.Optimizer, step:
 
 
 def check_state(case: Case) -> None:
-    """An instance that was just made gives, after some steps, what the one that took them gives: as after a resume.
+    """Check that after some steps a new instance gives the same loss as the one that took them, as after a resume.
 
-    The batches' prompts come again, as they do in training; the model learns, as the used instance may have noted.
+    Prompts repeat and the model learns, as in training, so that state about either shows.
     """
     import torch
 
     fresh, tried = (evolve(case, objective=_made_again(case.objective)) for _ in range(2))
-    tried.run(tried.batch())  # so that what is wrong with its terms is said first
+    tried.run(tried.batch())  # report mistakes in its terms before this one
     used = case.on(loaded(evolve(case.backbone)))
     optimizer = torch.optim.Adam(used.backbone.transformer.parameters(), lr=0.01)
     for step in range(USED):
@@ -102,7 +102,7 @@ def check_state(case: Case) -> None:
 
 
 def _made_again(objective: Any) -> Any:
-    """A new instance with the same keys, as a pipeline that is run again makes it."""
+    """Return a new instance with the same keys, as a second run of the pipeline would make it."""
     cls = type(objective)
     if not attrs.has(cls):
         return copy.deepcopy(objective)
@@ -114,10 +114,10 @@ def _made_again(objective: Any) -> Any:
 
 
 def check_learning(case: Case, steps: int = 120, most: float = 1.2) -> None:
-    """Adam, from a model that says 0, lowers the error against noise - x0 nearly as flow matching does.
+    """Check that Adam, from a model that predicts 0, lowers the error against noise - x0 nearly as flow matching does.
 
-    A wrong sign raises it. States and levels, or targets, of another convention leave 1.3 times flow matching's error
-    or more; objectives that are right leave 1.1 times at most.
+    With a wrong sign the error rises. With the states, levels or targets of another convention it ends at 1.3 times
+    flow matching's or more; with correct objectives it ends at 1.1 times at most.
     """
     before, after = _errors(case, steps)
     teaches = "pass learns=False if this objective teaches something else"
@@ -125,7 +125,7 @@ def check_learning(case: Case, steps: int = 120, most: float = 1.2) -> None:
         after < before,
         f"{steps} steps of Adam change the model's error |v - (noise - x0)|^2 from {before:.3g} to {after:.3g}: the "
         "velocity is noise - x0 (dx/dsigma, x = (1 - sigma) x0 + sigma noise), so check the sign of the target and of "
-        f"the total, which is minimised; {teaches}",
+        f"the total, which is minimized; {teaches}",
     )
     if "noise" not in case.objective.uses:
         return
@@ -139,7 +139,7 @@ def check_learning(case: Case, steps: int = 120, most: float = 1.2) -> None:
 
 
 def _errors(case: Case, steps: int) -> tuple[float, float]:
-    """The model's error before and after training on an objective."""
+    """Return the model's error before and after training on an objective."""
     import torch
 
     backbone = loaded(evolve(case.backbone, seed=2))
@@ -151,7 +151,7 @@ def _errors(case: Case, steps: int) -> tuple[float, float]:
 
 
 def _flow_error(backbone: ToyBackbone, rows: int = 32) -> float:
-    """Mean of |v - (noise - x0)|^2 over held-out rows and evenly spaced levels."""
+    """Return the mean of |v - (noise - x0)|^2 over held-out rows and evenly spaced noise levels."""
     import torch
 
     batch = toy_batch(backbone, rows, first=HELD_OUT)
@@ -166,24 +166,24 @@ def _flow_error(backbone: ToyBackbone, rows: int = 32) -> float:
 
 
 def check_improvement(case: Case, improves: Improves) -> None:
-    """Training raises `improves` on every toy."""
+    """Check that training raises `improves` on every toy model."""
     rises = [_rise(case, improves, seed) for seed in TOYS]
     what = "the mean score of its own samples" if improves == "reward" else "the number that `improves` gives"
-    told = f"{STEPS} steps change {what} by {', '.join(f'{rise:+.3g}' for rise in rises)} on {len(rises)} toy models"
+    found = f"{STEPS} steps change {what} by {', '.join(f'{rise:+.3g}' for rise in rises)} on {len(rises)} toy models"
     expect(
         max(rises) > 0 or min(rises) == 0,
-        f"training lowers what it must raise: {told}. A sign is turned or a pair is swapped: the total is minimised, "
+        f"training lowers what it must raise: {found}. A sign is turned or a pair is swapped: the total is minimized, "
         "a score that is to rise enters it with a minus sign, and of a pair the chosen one's error is to fall",
     )
     expect(
         min(rises) > 0,
-        f"training does not raise what it must raise: {told}. Check that its gradient arrives (no detach, no_grad or "
+        f"training does not raise what it must raise: {found}. Check that its gradient arrives (no detach, no_grad or "
         "rounding on the way from the model), and that advantages and pairs belong to the rows that they are used for",
     )
 
 
 def _rise(case: Case, improves: Improves, seed: int) -> float:
-    """By how much training on an objective changes a number, on a toy that has learned a little before."""
+    """Return by how much training on an objective changes a number, on a toy that has learned a little before."""
     backbone = loaded(evolve(case.backbone, seed=seed))
     base = evolve(case, objective=_FlowMatching(), ctx=evolve(case.ctx, noise=LogitNormal()))
     _train(base.on(backbone), BEFORE, lr=0.03)
@@ -202,7 +202,7 @@ def _frozen_copy(backbone: ToyBackbone) -> ToyBackbone:
 
 
 def _measured(case: Case, improves: Improves) -> float:
-    """The mean of what `improves` gives for held-out rows."""
+    """Return the mean of what `improves` gives for held-out rows."""
     import torch
 
     batch = case.batch(HELD_OUT, least=2 * ROWS, media=improves != "reward")
@@ -214,16 +214,16 @@ def _measured(case: Case, improves: Improves) -> float:
 
 
 def _scores(case: Case, batch: Batch) -> Tensor:
-    """What an objective's rewards give in one step, without training."""
+    """Return the scores that an objective's rewards give in one step, without training."""
     import torch
 
     expect("reward" in case.objective.uses, "improves='reward' needs an objective whose `uses` names 'reward'")
-    ctx, rewards = hearing(evolve(case.ctx, micro_batch=len(batch)))
+    ctx, rewards = recording(evolve(case.ctx, micro_batch=len(batch)))
     with case.placing():
-        made = case.objective.experience(batch, ctx.at(keyed("experience", batch)))
-        for update, part in enumerate(made):
+        parts = case.objective.experience(batch, ctx.at(keyed("experience", batch)))
+        for update, part in enumerate(parts):
             for _ in case.objective.terms(part, ctx.at(keyed("terms", part, update=update))):
                 pass
-    scores = [each.flatten().double() for each in taken(rewards)]
+    scores = [each.flatten().double() for each in take_scores(rewards)]
     expect(bool(scores), "improves='reward', but no reward was asked for scores in a step")
     return torch.cat(scores)

@@ -1,4 +1,4 @@
-"""check_objective: run an objective as the trainer does, on a toy model, in ways that must not matter."""
+"""check_objective runs an objective as the trainer does, on a toy model, in several ways that must give one result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from corefit.testing.case import RANKS, Case, Outcome, keyed
 from corefit.testing.checks import LAYOUTS, expect, global_seed
 from corefit.testing.keys import check_keys
 from corefit.testing.learning import Improves, check_improvement, check_learning, check_state
-from corefit.testing.scores import hearing
+from corefit.testing.scores import recording
 from corefit.testing.syncs import watched
 from corefit.testing.toy import Metas
 from corefit.types import Batch, NoiseWeighting, Reward, Sampler
@@ -35,26 +35,28 @@ def check_objective(
     improves: Improves | None = None,
     meta: Metas | None = None,
 ) -> None:
-    """AssertionError, naming the problem, unless `objective` trains right in any layout, batch size and rank count.
+    """Raise an AssertionError that names the problem unless `objective` trains correctly.
 
-    It is run as the trainer runs it, on a toy model. The gradient reaches the model; `total` is a sum, `count` its
-    number of items, and there are `num_terms` terms, one graph each. The same numbers come out as images, tokens and
-    video, in one batch and in two, on one rank and on two, whatever the global seeds; the batch is left as it was.
-    Every key is read; terms() reads no tensor's value on the host; a metric called "ratio" is 1 while the policy is
-    still the one that rolled out. After some steps, an instance that was just made gives what the used one gives. A
-    reward that terms() asks passes its gradient on, and training does not lower its score.
+    It is run as the trainer runs it, on a toy model. Checked are: the gradient reaches the model; `total` is a sum,
+    `count` is its number of items, and there are `num_terms` terms, each with its own graph; results are equal for
+    images, tokens and video, for one micro-batch and two, for one rank and two, and for all global seeds; the batch is
+    not changed; every key is read; terms() reads no tensor's value on the host; a metric named "ratio" is 1 before the
+    first update; after some steps, a new instance gives the same loss as the used one; a reward that terms() calls
+    passes its gradient on, and training does not lower its score.
 
-    shape     of one row's latents; images, packed tokens and video by default, which must then give equal numbers
-    sampler   where `uses` names it: FlowSde by default; `noise` LogitNormal, `reward` brightness, by prompt
+    shape     the shape of one row's latents; by default images, packed tokens and video, which must give equal results
+    sampler   used if `uses` names it; FlowSde by default
+    noise     used if `uses` names it; by default the levels of LogitNormal, with weights that depend on sigma
+    reward    used if `uses` names it; by default the brightness, times a factor that depends on the prompt
     learns    whether training must lower the flow-matching error, |v - (noise - x0)|^2, nearly as flow matching does;
-              by default of `Supervised` objectives that use media, noise and sampler alone
-    improves  what training must raise on each of five toy models that have learned a little: a function of the
-              backbone and a held-out batch that gives a number, or one for each row; or "reward", the mean score of
-              what the objective itself gives to its reward. Of no sum
-    meta      metadata of the rows' examples: mappings that take turns, or a function of the example's number
+              True by default for `Supervised` objectives that use nothing but media, noise and sampler
+    improves  the number that training must raise on each of five toy models that have learned a little: a function of
+              the backbone and a held-out batch that returns a number, or one for each row; or "reward", the mean score
+              that the objective's own samples get. A sum takes none
+    meta      the metadata of the rows' examples: mappings that repeat in turn, or a function of the example's number
     """
-    if isinstance(objective, Sum):  # what it adds up is what is run
-        expect(improves is None, "Sum: `improves` is of one objective; check each that is added up with its own")
+    if isinstance(objective, Sum):  # the trainer runs its objectives, never the sum
+        expect(improves is None, "Sum: `improves` is for one objective; check each objective of the sum with its own")
         for each in objective.of:
             check_objective(
                 each.value, shape=shape, sampler=sampler, noise=noise, reward=reward, learns=learns, meta=meta
@@ -85,7 +87,7 @@ def check_objective(
 
 
 def _check_layout(case: Case) -> Outcome:
-    """All checks of one layout; what the whole batch gave."""
+    """Run all checks of one layout; return the outcome of the whole batch."""
     batch = case.batch()
     before = copy.deepcopy(
         (batch.x0, dict(batch.cond.tensors), list(batch.prompts), list(batch.meta), list(batch.rows))
@@ -124,7 +126,7 @@ def _check_reached(whole: Outcome) -> None:
 
 
 def _check_randomness(case: Case, whole: Outcome) -> None:
-    """Draws come from ctx: global seeds change nothing, the step's key does."""
+    """Check that draws come from ctx: global seeds change nothing, and the key of the step does."""
     with global_seed(2):
         again = case.run(case.batch())
     difference = whole.difference(again, 1e-6)
@@ -143,14 +145,15 @@ def _check_randomness(case: Case, whole: Outcome) -> None:
 
 
 def _check_split(case: Case, whole: Outcome) -> None:
-    """Two micro-batches give the sums that one gives."""
+    """Check that two micro-batches give the same sums as one."""
     longest = max(whole.lengths)
     halves = case.run(case.batch(), micro_batch=-(-longest // 2))
     _expect_same(whole, halves, "two micro-batches")
 
 
-def _expect_same(whole: Outcome, pieces: Outcome, what: str) -> None:
-    difference = whole.difference(pieces)
+def _expect_same(whole: Outcome, split: Outcome, what: str) -> None:
+    """Raise AssertionError unless a batch that was split in some way gives the same sums as the whole batch."""
+    difference = whole.difference(split)
     if difference.startswith("counts"):
         raise AssertionError(
             f"count is not the number of items: one batch and {what} of it give {difference}; count what `total` "
@@ -159,13 +162,13 @@ def _expect_same(whole: Outcome, pieces: Outcome, what: str) -> None:
     expect(
         not difference,
         f"one batch and {what} of it give other sums ({difference}): `total` is a sum, not a mean; a row's loss must "
-        "not depend on its neighbours (no mean, maximum or norm over rows, no prompt, metadata or reward of another "
+        "not depend on other rows (no mean, maximum or norm over rows, no prompt, metadata or reward of another "
         "row); noise is drawn with ctx, a row at a time",
     )
 
 
 def _check_ranks(case: Case, whole: Outcome) -> None:
-    """Two ranks, each with half of the groups, give the sums that one gives."""
+    """Check that two ranks, each with half of the groups, give the same sums as one."""
     batch, ranks = case.batch(), _Ranks()
     half = len(batch) // RANKS
     shares = [batch[rank * half : (rank + 1) * half] for rank in range(RANKS)]
@@ -178,13 +181,13 @@ def _check_ranks(case: Case, whole: Outcome) -> None:
     expect(
         list(one.lengths) == list(two.lengths),
         f"two ranks get parts of {list(one.lengths)} and {list(two.lengths)} rows: all ranks must have as many, or "
-        "some would wait for ever (ctx.gather tells each what the others have)",
+        "some would wait forever (ctx.gather tells each rank about the others)",
     )
     _expect_same(whole, one + two, f"{RANKS} ranks")
 
 
 class _Ranks:
-    """Ranks as threads of this process, which meet in `gather`."""
+    """Simulates ranks as threads of this process, which exchange tensors in `gather`."""
 
     def __init__(self) -> None:
         self.barrier = Barrier(RANKS, timeout=60)
@@ -200,29 +203,29 @@ class _Ranks:
         return outcome
 
     def _meet(self, rank: int, value: Tensor | None) -> list[Any]:
-        """[all ranks' values in order]; None says that this rank gathers no more."""
+        """Return the values of all ranks, concatenated, in a list; a value of None says that this rank is done."""
         import torch
 
         self.values[rank] = value
         self.barrier.wait()
         tensors = [v for v in self.values if v is not None]
         self.barrier.wait()
-        expect(len(tensors) in (0, RANKS), "one rank calls ctx.gather more often than another, which waits for ever")
+        expect(len(tensors) in (0, RANKS), "one rank calls ctx.gather more often than another, which waits forever")
         shapes = [list(t.shape) for t in tensors]
         expect(shapes[1:] == shapes[:-1], f"ranks gather tensors of shapes {shapes}; all ranks' must be equal")
         return [torch.cat(tensors)] if tensors else []
 
 
 def _check_syncs(case: Case) -> None:
-    """`terms` reads no tensor's value on the host, but in the first step of a process."""
+    """Check that `terms` reads no tensor's value on the host, except in the first batch of a process."""
     batch = case.batch()
-    ctx, rewards = hearing(evolve(case.ctx, first_batch=False, micro_batch=len(batch)))
+    ctx, rewards = recording(evolve(case.ctx, first_batch=False, micro_batch=len(batch)))
     own = [ctx.backbone, ctx.reference, ctx.sampler, ctx.noise, *rewards]
     parts = case.objective.experience(batch, ctx.at(keyed("experience", batch)))
     for update, part in enumerate(parts):
-        bound = ctx.at(keyed("terms", part, update=update))
+        keyed_ctx = ctx.at(keyed("terms", part, update=update))
         with watched([part, list(case.backbone.transformer.parameters())], own) as reads:
-            for _ in case.objective.terms(part, bound):
+            for _ in case.objective.terms(part, keyed_ctx):
                 pass
         reads.expect_none(
             "Keep tensors in terms(): `count` may be one, torch.where(mask, x, 0) stands for `if` and for x[mask]; a "

@@ -1,4 +1,4 @@
-"""What any noise weighting, reward and source must satisfy."""
+"""check_noise, check_reward and check_source."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 ROWS = 512
 READ = 64
-"""Examples of a source that are looked at."""
+"""The number of a source's examples that are checked."""
 
 
 def check_noise(noise: NoiseWeighting) -> None:
-    """AssertionError, naming the problem, unless `noise` keeps the promises of `corefit.types.NoiseWeighting`.
+    """Raise an AssertionError that names the problem unless `noise` does what `corefit.types.NoiseWeighting` says.
 
-    Sigmas [n] lie in (0, 1], are drawn from `rng` alone and a row at a time, and grow with the shift; weights are
-    finite, not negative and not all 0.
+    Sigmas [n] must be in (0, 1], be drawn from `rng` alone and for each row by itself, and grow with the shift; weights
+    must be finite, not negative and not all 0.
     """
     with _named(noise):
         check_keys(type(noise), NoiseWeighting)
@@ -50,17 +50,18 @@ def check_reward(
     prompts: Sequence[str] = ("a red circle", "a blue square", "the letter A"),
     meta: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """AssertionError, naming the problem, unless `reward` keeps the promises of `corefit.types.Reward`.
+    """Raise an AssertionError that names the problem unless `reward` does what `corefit.types.Reward` says.
 
-    One finite real number a row, in the rows' order, the same when asked again and whatever the neighbours are, also
-    where all rows share a prompt, as rollouts of a group do; media, prompts and metadata are left as they were. A
-    reward that says `differentiable = True` gives each row's medium a gradient, and the score rises along it.
+    Scores must be one finite real number for each row, in the order of the rows, equal in every call and independent of
+    the other rows, also if all rows share a prompt, as the rollouts of a group do. Media, prompts and metadata must not
+    be changed. If the reward declares `differentiable = True`, each row's medium must get a gradient, and the score
+    must rise along it.
 
-    media   [B, 3, H, W] in [0, 1], one a prompt; random pictures of 64 x 64 by default
-    meta    one mapping a prompt: what the reward reads of the data, if anything
+    media   [B, 3, H, W] in [0, 1], one for each prompt; random pictures of 64 x 64 by default
+    meta    one mapping for each prompt, if the reward reads metadata
     """
-    made = _pictures(len(prompts)) if media is None else media
-    rows = _Rows(made, list(prompts), [dict(each) for each in meta or [{} for _ in prompts]])
+    media = _pictures(len(prompts)) if media is None else media
+    rows = _Rows(media, list(prompts), [dict(each) for each in meta or [{} for _ in prompts]])
     with _named(reward):
         check_keys(type(reward), Reward)
         scores = _scored(reward, rows)
@@ -72,18 +73,18 @@ def check_reward(
 
 
 def check_source(source: Source) -> None:
-    """AssertionError, naming the problem, unless `source` keeps the promises of `corefit.types.Source`.
+    """Raise an AssertionError that names the problem unless `source` does what `corefit.types.Source` says.
 
-    The same examples in the same order each time; all of them with media or none; prompts are text, `meta` is JSON,
-    and the media exist. The first 64 are looked at.
+    Examples must be the same in every call, in the same order; all of them have media, or none has; prompts are text,
+    `meta` is JSON, and the media exist. Only the leading 64 examples are checked.
     """
     with _named(source):
         check_keys(type(source), Source)
         once, again = (list(islice(source.examples(), READ)) for _ in range(2))
         expect(bool(once), "examples() gives nothing; raise a DataError that says why")
-        told = [(e.prompts, _place(e), dict(e.meta)) for e in once]
+        first, second = ([(e.prompts, _media_name(e), dict(e.meta)) for e in each] for each in (once, again))
         expect(
-            told == [(e.prompts, _place(e), dict(e.meta)) for e in again],
+            first == second,
             "examples() gives others, or another order, the second time; sort what the disk lists, draw nothing",
         )
         bare = {e.media is None for e in once}
@@ -97,7 +98,7 @@ def check_source(source: Source) -> None:
 
 @frozen(eq=False)
 class _Rows:
-    """What a reward is asked of: media [B, 3, H, W], and as many prompts and mappings."""
+    """The arguments of a reward: media [B, 3, H, W], B prompts and B mappings."""
 
     media: Tensor
     prompts: Sequence[str]
@@ -111,15 +112,15 @@ class _Rows:
 
 
 def _scored(reward: Reward, rows: _Rows) -> Tensor:
-    """The scores [B] of rows, which the reward must leave as they were."""
+    """Return the scores [B] of rows, and check that the reward changes nothing in place."""
     import torch
 
     media, prompts, meta = rows.media.clone(), list(rows.prompts), copy.deepcopy(list(rows.meta))
-    given = reward.score(media, prompts, meta)
+    result = reward.score(media, prompts, meta)
     try:
-        scores = torch.as_tensor(given)
+        scores = torch.as_tensor(result)
     except (TypeError, ValueError, RuntimeError) as error:
-        what = f"score gives {type(given).__name__}, which is no tensor of numbers"
+        what = f"score gives {type(result).__name__}, which is no tensor of numbers"
         raise AssertionError(f"{what} ({error}); return one float a row, [B]") from None
     number = len(rows)
     expect(tuple(scores.shape) == (number,), f"score of {number} media is {list(scores.shape)}; return one a row")
@@ -132,7 +133,7 @@ def _scored(reward: Reward, rows: _Rows) -> Tensor:
 
 
 def _check_rows(reward: Reward, rows: _Rows, scores: Tensor) -> None:
-    """A row's score is its own: when asked again, in the other order, alone."""
+    """Check that a row's score stays the same in a second call, in another order and alone."""
     with global_seed(1):
         again = _scored(reward, rows)
     expect(close(again, scores, 1e-4), "score gives other values when called again; draw nothing, drop nothing out")
@@ -152,12 +153,12 @@ def _check_alone(reward: Reward, rows: _Rows) -> None:
         expect(
             close(alone, scores[row : row + 1], 1e-3),
             f"row {row} scores {float(alone[0]):.4g} alone and {float(scores[row]):.4g} among others: a row must "
-            "not depend on its neighbours; no statistics over the batch, each row's own prompt and metadata",
+            "not depend on other rows; no statistics over the batch, each row's own prompt and metadata",
         )
 
 
 def _check_gradient(reward: Reward, rows: _Rows) -> None:
-    """What `differentiable` says: scores have a graph, which ends in their own rows, and rise along the gradient."""
+    """Check that scores have a graph that ends in their own rows only, and that they rise along the gradient."""
     import torch
 
     says = "the reward says differentiable = True, but"
@@ -175,18 +176,19 @@ def _check_gradient(reward: Reward, rows: _Rows) -> None:
     expect(others <= 1e-3 * float(own.abs().sum()), f"{says} a row's score has a gradient in other rows' media")
     step = 1e-2 * own / own.abs().max()
     low, high = (_scored(reward, _Rows(rows.media + s, rows.prompts, rows.meta)).sum() for s in (-step, step))
-    rise, told = float(high - low), 2 * float((step * own).sum())
+    rise, predicted = float(high - low), 2 * float((step * own).sum())
     expect(
-        rise > -0.1 * told,
-        f"{says} its sum changes by {rise:.3g} along a gradient that says {told:.3g}: the gradient's sign is turned",
+        rise > -0.1 * predicted,
+        f"{says} the sum of its scores changes by {rise:.3g} where its gradient predicts {predicted:.3g}: the sign of "
+        "the gradient is wrong",
     )
 
 
-# parts
+# noise weightings, sources, and what the checks use
 
 
 def _pictures(number: int) -> Tensor:
-    """[number, 3, 64, 64] in [0, 1], each brighter than the one before."""
+    """Return pictures [number, 3, 64, 64] in [0, 1], each brighter than the one before."""
     import torch
 
     brightness = torch.linspace(0.2, 1, number).reshape(-1, 1)
@@ -208,16 +210,16 @@ def _check_draws(noise: NoiseWeighting, sigma: Tensor) -> None:
     expect(
         torch.equal(one, other) and torch.equal(one, sigma), f"sample gives other sigmas under another seed; {keyed}"
     )
-    parts = [_drawn(noise, 1.0, range(first, first + 64)) for first in range(0, ROWS, 64)]
+    batches = [_drawn(noise, 1.0, range(start, start + 64)) for start in range(0, ROWS, 64)]
     expect(
-        close(torch.cat(parts), sigma, 1e-6),
+        close(torch.cat(batches), sigma, 1e-6),
         "a row's sigma depends on which rows are drawn with it; stratify by row numbers, not by place in the batch",
     )
     varied = float(sigma.max() - sigma.min()) > 1e-6
-    moved = float(_drawn(noise, 4.0, range(ROWS)).mean() - sigma.mean())
+    change = float(_drawn(noise, 4.0, range(ROWS)).mean() - sigma.mean())
     expect(
-        not varied or moved > -1e-3,
-        f"a shift of 4 lowers the mean sigma by {-moved:.3g}; a larger shift means more noise",
+        not varied or change > -1e-3,
+        f"a shift of 4 lowers the mean sigma by {-change:.3g}; a larger shift means more noise",
     )
 
 
@@ -245,13 +247,13 @@ def _check_example(number: int, example: Example) -> None:
         expect(len(example.media.read()) > 0, f"the media of {where}, {example.media.name}, have no bytes")
 
 
-def _place(example: Example) -> object:
+def _media_name(example: Example) -> object:
     media = example.media
     return media.name if isinstance(media, ArchiveMember) else str(media) if isinstance(media, Path) else media is None
 
 
 class _named:
-    """Puts the class's name before what is wrong with it."""
+    """Puts the name of the checked class before the message of an AssertionError."""
 
     def __init__(self, checked: object) -> None:
         self._name = type(checked).__name__

@@ -1,7 +1,7 @@
-"""`pytest --corefit my_package`: a test for everything that a plugin offers.
+"""`pytest --corefit my_package` makes a test for each class that a plugin offers.
 
-The keys of each offer are checked, and the offer itself where its defaults make one. A backbone needs weights, and what
-has keys without a default needs them: these are shown as skipped, with the call to write in a test of one's own.
+The keys of each class are checked, and an instance of it with default keys. Backbones, which need weights, and classes
+with keys that have no default are reported as skipped, with the call to write in a test of your own.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
-    """Nothing is collected from folders unless they are named: the checks are the tests."""
-    asked: list[str] = session.config.getoption("--corefit") or []
-    for plugin in asked:
-        _offers(plugin)  # here too where other processes collect, of which pytest-xdist passes no word on
-    if asked and not session.config.option.file_or_dir:
+    """Collect nothing from folders unless they are named; the checks are the tests."""
+    plugins: list[str] = session.config.getoption("--corefit") or []
+    for plugin in plugins:
+        _offers(plugin)  # raises UsageError in the main process; pytest-xdist swallows those of its workers
+    if plugins and not session.config.option.file_or_dir:
         session.config.args = []
 
 
 def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
-    asked: list[str] = session.config.getoption("--corefit") or []
-    for offer in (offer for plugin in asked for offer in _offers(plugin)):
+    plugins: list[str] = session.config.getoption("--corefit") or []
+    for offer in (offer for plugin in plugins for offer in _offers(plugin)):
         items.append(Check.from_parent(session, name=f"{offer.kind}.{offer.name}", offer=offer))
 
 
 @cache
 def _offers(plugin: str) -> Sequence[Any]:
-    """Everything that a plugin offers; UsageError where it cannot be read, or offers nothing."""
+    """Return everything that a plugin offers; raise UsageError if it cannot be read or offers nothing."""
     from corefit.errors import PluginError
     from corefit.plugins.host import Host
 
@@ -62,14 +62,14 @@ def _offers(plugin: str) -> Sequence[Any]:
 
 
 def _is_of(offer: Any, plugin: str) -> bool:
-    """Whether an offer is of the distribution, package or file `plugin`."""
+    """Return whether an offer comes from the distribution, package or file `plugin`."""
     plain = plugin.replace("-", "_")
     package = offer.cls.__module__.partition(".")[0]
     return offer.owner.split()[0].replace("-", "_") == plain or package == plain or offer.owner == str(Path(plugin))
 
 
 class Check(pytest.Item):
-    """One offer, made from its defaults and checked."""
+    """Checks an instance of one offered class, made with its default keys."""
 
     def __init__(self, *, offer: Any, **rest: Any) -> None:
         super().__init__(**rest)
@@ -88,26 +88,26 @@ class Check(pytest.Item):
         except AssertionError as error:
             raise AssertionError(f"{cls.__name__}: {error}") from error
         missing = [f.alias for f in attrs.fields(cls) if f.init and f.default is attrs.NOTHING]
-        told = kind.check.format(cls=cls.__name__, keys=", ".join(f"{key}=..." for key in missing))
-        told = f"all keys of {self.name} are read, but {{}}: write a test that calls {told}"
+        call = kind.check.format(cls=cls.__name__, keys=", ".join(f"{key}=..." for key in missing))
+        advice = f"all keys of {self.name} are read, but {{}}: write a test that calls {call}"
         if kind.key == "backbones":
-            pytest.skip(told.format("its check needs weights"))
+            pytest.skip(advice.format("its check needs weights"))
         if missing:
-            pytest.skip(told.format(f"{' and '.join(missing)} must be given"))
+            pytest.skip(advice.format(f"{' and '.join(missing)} must be given"))
         try:
-            made = cls()
+            instance = cls()
         except ValueError as error:
-            pytest.skip(told.format(f"its defaults do not make one ({error})"))
+            pytest.skip(advice.format(f"its defaults do not make one ({error})"))
         check: Callable[[Any], None] = getattr(testing, kind.check.partition("(")[0])
         try:
-            check(made)
+            check(instance)
         except (ValueError, LookupError) as error:
             if not kind.reads:
                 raise
-            pytest.skip(told.format(f"it refuses what the check gives it ({type(error).__name__}: {error})"))
+            pytest.skip(advice.format(f"it refuses what the check gives it ({type(error).__name__}: {error})"))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
-        """The check's own words, without its frames."""
+        """Show the message of a check without its traceback."""
         return str(excinfo.value) if excinfo.errisinstance(AssertionError) else str(super().repr_failure(excinfo))
 
     def reportinfo(self) -> tuple[str, int | None, str]:

@@ -1,4 +1,4 @@
-"""check_sampler: what every sampler promises of its transitions and of their density."""
+"""check_sampler tests the transitions of a sampler and their density."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRID = (1.0, 0.97, 0.9, 0.75, 0.5, 0.3, 0.1, 0.0)
 
 @frozen(eq=False)
 class State:
-    """Rows on straight lines: clean latents, noise and x [B, D] at sigma [B] with the exact velocity v."""
+    """Points x [B, D] at sigma [B] on straight lines from clean latents x0 to noise, with the exact velocity v."""
 
     x0: Tensor
     noise: Tensor
@@ -37,14 +37,15 @@ class State:
 
 
 def check_sampler(sampler: Sampler, *, density: bool = True, marginals: bool = True) -> None:
-    """AssertionError, naming the problem, unless `sampler` is one that rollouts and objectives can use.
+    """Raise an AssertionError that names the problem unless `sampler` does what `corefit.types.Sampler` says.
 
-    Mean and std are finite on a whole grid, and std is 0 where `stochastic` is False; time runs from 1 to 0; a row
-    steps as it does alone, in any layout, in float32 or float64; nothing is drawn, changed in place or read on the
-    host; log_prob has a gradient and its density integrates to 1.
+    Mean and std must be finite on a whole grid, and std 0 if `stochastic` is False; time must run from 1 to 0; a row
+    must step in the same way alone and in a batch, in any layout, in float32 and float64; `step` must not draw, change
+    its inputs in place or read values on the host; log_prob must have a gradient, and its density integrate to 1.
 
-    density    whether log_prob is the Gaussian's, mean over dimensions; False for one that documents another
-    marginals  whether, for an exact velocity, a short step leads to signal 1 - sigma_next and noise sigma_next
+    density    False for a sampler that documents a log_prob other than the Gaussian's mean over dimensions
+    marginals  False for a sampler that documents other marginals: with an exact velocity, short steps must otherwise
+               lead to signal 1 - sigma_next and noise sigma_next
     """
     try:
         check_keys(type(sampler), Sampler)
@@ -64,7 +65,7 @@ def check_sampler(sampler: Sampler, *, density: bool = True, marginals: bool = T
 
 
 def _levels(dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """sigma, sigma_next [7] of the whole grid; float64 unless said otherwise."""
+    """Return sigma and sigma_next [7] of the whole grid, in float64 by default."""
     import torch
 
     grid = torch.tensor(GRID, dtype=dtype or torch.float64)
@@ -72,7 +73,7 @@ def _levels(dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
 
 
 def _check_transitions(sampler: Sampler) -> None:
-    """Shapes, finite numbers on a whole grid, std >= 0 and as `stochastic` says; no draws, no changed inputs."""
+    """Check shapes, finite numbers on a whole grid, std >= 0 and `stochastic`, no draws and no changed inputs."""
     import torch
 
     sigma, after = _levels(torch.float32)
@@ -114,7 +115,7 @@ def _check_stochastic(sampler: Sampler, step: Step) -> None:
 
 
 def _check_dtypes(sampler: Sampler) -> None:
-    """float64 is kept, half precision raised to float32 before any arithmetic."""
+    """Check that float64 is kept, and that half precision is converted to float32 before any arithmetic."""
     import torch
 
     state, (_, after) = State.at(_levels()[0]), _levels()
@@ -129,12 +130,12 @@ def _check_dtypes(sampler: Sampler) -> None:
         step, exact = sampler.step(x, v, sigma, after), sampler.step(x.float(), v.float(), sigma, after)
         expect(
             step.mean.dtype == torch.float32 and close(step.mean, exact.mean, 1e-6),
-            f"{half} inputs are stepped in {step.mean.dtype} or rounded: use corefit.flow.upcast(x) and raised(v)",
+            f"{half} inputs are stepped in {step.mean.dtype} or rounded: use corefit.flow.upcast(x) and upcast(v)",
         )
 
 
 def _check_rows_and_layouts(sampler: Sampler) -> None:
-    """A row's transition is the same alone, and whatever shape its numbers have."""
+    """Check that a row's transition is the same alone and in a batch, and in every latent layout."""
     sigma, after = _levels()
     state = State.at(sigma)
     whole = sampler.step(state.x, state.v, sigma, after)
@@ -159,7 +160,7 @@ def _check_rows_and_layouts(sampler: Sampler) -> None:
 
 
 def _check_syncs(sampler: Sampler) -> None:
-    """A step is arithmetic on the device: no value of x, v, sigma or sigma_next is read on the host."""
+    """Check that a step reads no value of x, v, sigma or sigma_next on the host."""
     import torch
 
     sigma, after = _levels(torch.float32)
@@ -175,7 +176,7 @@ def _check_syncs(sampler: Sampler) -> None:
 
 
 def _coefficients(state: State, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares (signal, noise) [B] such that mean = signal x0 + noise noise."""
+    """Return the coefficients (a, b), each [B], of the least-squares fit mean = a x0 + b noise."""
     import torch
 
     basis = torch.stack([state.x0, state.noise], -1)
@@ -184,7 +185,7 @@ def _coefficients(state: State, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_direction(sampler: Sampler) -> None:
-    """With an exact velocity, a step brings x nearer to the clean latents."""
+    """Check that a step with an exact velocity brings x nearer to the clean latents."""
     sigma, after = (level[1:-1] for level in _levels())
     state = State.at(sigma)
     signal, _ = _coefficients(state, sampler.step(state.x, state.v, sigma, after).mean)
@@ -198,9 +199,9 @@ def _check_direction(sampler: Sampler) -> None:
 
 
 def _check_marginals(sampler: Sampler) -> None:
-    """Signal 1 - sigma_next, and noise sigma_next in mean and std together: exactly, or to first order in dt.
+    """Check for signal 1 - sigma_next, and noise sigma_next in mean and std together, up to first order in dt.
 
-    An error of second order a step, divided by dt, shrinks with dt; one of first order stays.
+    An error of second order, divided by dt, shrinks with dt; one of first order stays.
     """
     import torch
 
@@ -227,7 +228,7 @@ def _check_marginals(sampler: Sampler) -> None:
 
 
 def _excess(sampler: Sampler, sigma: Tensor, dt: float) -> tuple[Tensor, Tensor]:
-    """|error| / dt of the signal and of the noise variance, [B] each, of a step of length dt."""
+    """Return |error| / dt, [B] each, of the signal and of the noise variance after a step of length dt."""
     state, after = State.at(sigma), sigma - dt
     step = sampler.step(state.x, state.v, sigma, after)
     signal, kept = _coefficients(state, step.mean)
@@ -235,7 +236,7 @@ def _excess(sampler: Sampler, sigma: Tensor, dt: float) -> tuple[Tensor, Tensor]
 
 
 def _noisy(sampler: Sampler) -> tuple[Tensor, Tensor]:
-    """The steps of the grid whose std is above 0: sigma, sigma_next."""
+    """Return sigma and sigma_next of those steps of the grid whose std is above 0."""
     sigma, after = _levels()
     state = State.at(sigma)
     noisy = sampler.step(state.x, state.v, sigma, after).std > 0
@@ -243,7 +244,7 @@ def _noisy(sampler: Sampler) -> tuple[Tensor, Tensor]:
 
 
 def _check_gradient(sampler: Sampler) -> None:
-    """log_prob of a stored state [B] is finite, and its gradient reaches the velocity."""
+    """Check that log_prob [B] of a stored state is finite, and that its gradient reaches the velocity."""
     import torch
 
     sigma, after = _noisy(sampler)
@@ -268,7 +269,7 @@ def _check_gradient(sampler: Sampler) -> None:
 
 
 def _check_density(sampler: Sampler) -> None:
-    """exp(log_prob) of one number integrates to 1; of many numbers, log_prob is the mean of theirs."""
+    """Check that exp(log_prob) integrates to 1 in one dimension, and that log_prob is a mean over dimensions."""
     import torch
 
     width, number = 10.0, 4001

@@ -1,4 +1,4 @@
-"""Rewards as objectives are given them in checks: what they score is noted, and whether their gradient arrives."""
+"""Wraps the rewards of a checked objective, to record their scores and to check that their gradient arrives."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 @define(eq=False)
-class Heard(Reward):
-    """A reward that notes its scores.
+class RecordingReward(Reward):
+    """Calls another reward and records its scores.
 
-    in_terms  whether terms() asks it: a score of media with a graph then has one too
+    in_terms  whether terms() calls it; if the media have a graph then, the scores must have one too
     """
 
     reward: Reward
     in_terms: bool = False
-    _given: list[Tensor] = field(init=False, factory=list["Tensor"])
+    _recorded: list[Tensor] = field(init=False, factory=list["Tensor"])
 
     def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
         import torch
@@ -38,26 +38,26 @@ class Heard(Reward):
             "without one, so its gradient does not reach the model: score() must stay in torch, without no_grad, "
             "detach, item or numpy; if no gradient is wanted, give it detached media",
         )
-        self._given.append(given)
+        self._recorded.append(given)
         return scores
 
     def take(self) -> list[Tensor]:
-        """The scores given since they were last taken."""
-        given, self._given = self._given, []
-        return given
+        """Return the recorded scores and forget them."""
+        recorded, self._recorded = self._recorded, []
+        return recorded
 
     def __getattr__(self, name: str) -> Any:
-        """What else the reward has."""
+        """Pass any other attribute on from the wrapped reward."""
         return getattr(self.reward, name)
 
 
-def hearing(ctx: Context, *, in_terms: bool = False) -> tuple[Context, list[Heard]]:
-    """The same context with rewards that note their scores, and these rewards."""
-    rewards = [Heard(each.reward, in_terms) for each in ctx.rewards]
+def recording(ctx: Context, *, in_terms: bool = False) -> tuple[Context, list[RecordingReward]]:
+    """Return the same context with rewards that record their scores, and these rewards."""
+    rewards = [RecordingReward(each.value, in_terms) for each in ctx.rewards]
     entries = [evolve(each, value=reward) for each, reward in zip(ctx.rewards, rewards, strict=True)]
     return evolve(ctx, rewards=entries), rewards
 
 
-def taken(rewards: Sequence[Heard]) -> list[Tensor]:
-    """The scores that rewards gave since they were last taken."""
+def take_scores(rewards: Sequence[RecordingReward]) -> list[Tensor]:
+    """Return the scores that rewards have recorded, and forget them."""
     return [scores for reward in rewards for scores in reward.take()]

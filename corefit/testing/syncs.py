@@ -1,7 +1,7 @@
-"""Host syncs: code that reads a tensor's value, for which the CPU must wait until the device has computed it.
+"""Finds host syncs: code that reads a tensor's value, for which the CPU must wait until the device has computed it.
 
-On the CPU nothing waits, so they are found by what is called: every call of torch is looked at, and what is computed
-from tensors that are on the device in training counts as on the device, wherever it is here.
+The checks run on the CPU, where nothing waits, so syncs are found by intercepting every call of torch. Tensors that are
+on the device in training are marked, and so is everything that is computed from them; reading a marked one is a sync.
 """
 
 from __future__ import annotations
@@ -38,40 +38,40 @@ WORDS: Mapping[str, str] = {
     "to device": "tensor.to(device) without non_blocking=True, of what was made on the CPU,",
     "tensor": "torch.tensor([tensor, ...])",
 }
-"""Names of calls, where they are not what a user typed."""
+"""How a message writes a call whose name is not what a user typed."""
 READS = {
     *("_local_scalar_dense", "equal", "allclose", "nonzero", "masked_select", "bincount", "_linalg_check_errors"),
     *("_unique", "_unique2", "unique_dim", "unique_consecutive"),
 }
-"""Operators of torch that give the host a value, or a tensor whose size depends on values."""
+"""Operators of torch that return a value to the host, or a tensor whose size depends on values."""
 ONLY_ON_CPU = {"one_hot", "quantile", "nanquantile"}
-"""Calls that look at values on the CPU alone, to check them."""
+"""Calls that read values, to validate them, only if the tensor is on the CPU."""
 READING = {"tolist", "numpy", "__array__", "__repr__", "__format__"}
-"""Calls that read values without an operator of torch."""
+"""Calls that read values without calling an operator of torch."""
 
 
 @define(eq=False)
 class Reads:
-    """What was called that reads values on the host, and where."""
+    """The calls that read values on the host, with file and line."""
 
     own: Sequence[object]
-    """Objects whose methods are not looked at."""
+    """Objects of the kit and of others, whose methods may read values."""
     found: list[str] = field(factory=list[str])
 
     def note(self, call: str) -> None:
-        """Note a call, with the file and line it was made from, unless one of `own` made it."""
+        """Record a call with the file and line that made it, unless a method of one of `own` made it."""
         place = ""
         for frame in _frames():
             me = frame.f_locals.get("self")
             if any(me is each for each in self.own):
                 return
             place = place or _place(frame)
-        said = f"{WORDS.get(call, f'{call}()')} at {place}"
-        if said not in self.found:
-            self.found.append(said)
+        entry = f"{WORDS.get(call, f'{call}()')} at {place}"
+        if entry not in self.found:
+            self.found.append(entry)
 
     def expect_none(self, fix: str) -> None:
-        """AssertionError that says what was read, and `fix`."""
+        """Raise AssertionError with the calls that read values, and with `fix`, if there are any."""
         expect(
             not self.found,
             f"{'; '.join(self.found[:3])} makes the host wait for the device in every step. {fix}",
@@ -80,7 +80,7 @@ class Reads:
 
 @contextmanager
 def watched(values: object, own: Sequence[object] = ()) -> Generator[Reads]:
-    """Note where a value of the tensors in `values`, or of what is computed from them, is read on the host."""
+    """Record where the block reads on the host the tensors in `values`, or what is computed from them."""
     reads = Reads([each for each in own if each is not None])
     for tensor in _tensors(values):
         setattr(tensor, MARK, True)
@@ -91,7 +91,7 @@ def watched(values: object, own: Sequence[object] = ()) -> Generator[Reads]:
 
 
 def _frames() -> Iterator[FrameType]:
-    """From where a call was made outwards."""
+    """Yield the frames of a call, from the innermost outwards."""
     frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
         yield frame
@@ -99,7 +99,7 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _place(frame: FrameType) -> str:
-    """File and line of the first frame that is a user's; empty for torch's own and for this file's."""
+    """Return the file and line of a frame, or "" if it is in torch or in this file."""
     import torch
 
     path = Path(frame.f_code.co_filename)
@@ -109,7 +109,7 @@ def _place(frame: FrameType) -> str:
 
 
 def _tensors(value: object, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor in a value: containers, attrs classes and plain objects are looked into."""
+    """Yield all tensors in a value, also inside containers, attrs classes and plain objects."""
     import torch
 
     seen = set() if seen is None else seen
@@ -131,23 +131,23 @@ def _tensors(value: object, seen: set[int] | None = None) -> Iterator[Tensor]:
         yield from _tensors(each, seen)
 
 
-def _given(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of a call, in lists too."""
+def _arguments(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments of a call, also inside lists."""
     import torch
 
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _given(value)
+            yield from _arguments(value)
 
 
 def _marked(values: Iterable[Any]) -> bool:
-    return any(MARK in tensor.__dict__ for tensor in _given(values))
+    return any(MARK in tensor.__dict__ for tensor in _arguments(values))
 
 
 def _moved(call: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:
-    """Whether a call puts its result on a device that it names (True) or on the host (False)."""
+    """Return True if a call puts its result on a device that it names, False for the host, None if it names none."""
     import torch
 
     named = kwargs.get("device")
@@ -159,7 +159,7 @@ def _moved(call: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | 
 
 
 def _masked(call: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operator's result has a size that depends on the values of a mask or of counts."""
+    """Return whether the size of an operator's result depends on the values of a mask or of counts."""
     import torch
 
     if call == "repeat_interleave":
@@ -173,12 +173,12 @@ def _masked(call: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 @cache
 def _modes() -> tuple[Any, Any]:
-    """Made on first use, because torch is not imported to read this module."""
+    """Make the two modes that intercept torch, on first use, so that importing this module does not import torch."""
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Calls(TorchFunctionMode):
-        """Calls of torch's functions: what they are called, and whether they are given what is on the device."""
+        """Intercepts calls of torch's functions, and marks the results of those with marked arguments."""
 
         def __init__(self, reads: Reads) -> None:
             super().__init__()
@@ -201,12 +201,12 @@ def _modes() -> tuple[Any, Any]:
             if (moved is None and held) or moved:
                 if args and result is args[0] and not held:
                     result = result.view_as(result)
-                for tensor in _given([result]):
+                for tensor in _arguments([result]):
                     setattr(tensor, MARK, True)
             return result
 
     class Operators(TorchDispatchMode):
-        """Operators that those calls end in."""
+        """Intercepts the operators that those calls run, some of which read values."""
 
         def __init__(self, reads: Reads, calls: Calls) -> None:
             super().__init__()

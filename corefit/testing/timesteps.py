@@ -1,4 +1,4 @@
-"""The timestep convention: at a noise level, a backbone tells its network what diffusers' own pipeline tells it."""
+"""Checks that a backbone passes its network the same timestep as diffusers' pipeline does at the same noise level."""
 
 from __future__ import annotations
 
@@ -16,75 +16,75 @@ if TYPE_CHECKING:
 
 STEPS = 3
 SAME = 1e-4
-"""Of float32 arithmetic."""
+"""The tolerance for float32 arithmetic."""
 TOLERANCE = 2e-3
-"""Of the largest timestep: some schedulers round to whole ones of 1000."""
+"""The tolerance for timesteps, relative to the largest one; some schedulers round them to integers up to 1000."""
 
 
 def check_timesteps(backbone: Backbone, folder: Path, media: Tensor, prompt: str, x: Tensor, cond: Condition) -> None:
-    """AssertionError where the network is told another timestep than by the pipeline that `folder` holds.
+    """Raise AssertionError if the network gets another timestep than in the diffusers pipeline saved in `folder`.
 
-    Not compared where diffusers has no pipeline of text to media for the folder.
+    Nothing is compared if diffusers has no pipeline from text to media for the folder.
 
     backbone  loaded from the folder
-    media     [B, 3, (T,) H, W], of the size that the pipeline is asked for
-    x, cond   one row's
+    media     [B, 3, (T,) H, W], whose size the pipeline generates
+    x, cond   latents and condition of one row
     """
     import torch
 
     pipeline = _pipeline(folder)
-    told = _told(pipeline, list(media.shape[2:]), prompt) if pipeline else []
+    timesteps = _pipeline_timesteps(pipeline, list(media.shape[2:]), prompt) if pipeline else []
     network = type(getattr(pipeline, "transformer", None)).__name__
-    for sigma, expected in told:
-        with _noted(m for m in backbone.transformer.modules() if type(m).__name__ == network) as ours:
+    for sigma, expected in timesteps:
+        with _recorded_timesteps(m for m in backbone.transformer.modules() if type(m).__name__ == network) as ours:
             backbone.velocity(x, torch.tensor([sigma]), cond)
         expect(
-            len(ours) > 0 and abs(ours[0] - expected) <= TOLERANCE * told[0][1],
-            f"at sigma {sigma:.4g} the network is told the timestep {ours[0] if ours else 'none'}, and "
-            f"{type(pipeline).__name__} tells it {expected:.4g}: some networks take sigma, others 1000 sigma, and "
+            len(ours) > 0 and abs(ours[0] - expected) <= TOLERANCE * timesteps[0][1],
+            f"at sigma {sigma:.4g} the network gets the timestep {ours[0] if ours else 'none'}, and "
+            f"{type(pipeline).__name__} passes it {expected:.4g}: some networks take sigma, others 1000 sigma, and "
             "sigma 1 is pure noise",
         )
         _check_network(backbone, pipeline, network, sigma, x, cond)
 
 
 def _check_network(backbone: Backbone, pipeline: Any, name: str, sigma: float, x: Tensor, cond: Condition) -> None:
-    """The networks of class `name` give what the pipeline's give for the same arguments: what embeds time is theirs."""
+    """Check that networks of class `name` give the same output as the pipeline's network for the same arguments."""
     import torch
 
     theirs: list[Any] = [pipeline.transformer, getattr(pipeline, "transformer_2", None)]
     ours = [m for m in backbone.transformer.modules() if type(m).__name__ == name]
-    heard: list[tuple[Any, Any, Any, Any]] = []
+    calls: list[tuple[Any, Any, Any, Any]] = []
     with ExitStack() as hooks:
         for mine in ours:
-            hooks.callback(mine.register_forward_hook(lambda *call: heard.append(call), with_kwargs=True).remove)
+            hooks.callback(mine.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True).remove)
         backbone.velocity(x, torch.tensor([sigma]), cond)
-    for mine, args, keys, out in heard:
+    for mine, args, keys, out in calls:
         other = theirs[ours.index(mine)]
         expect(
             close(other(*args, **keys)[0], out[0], SAME),
             f"at sigma {sigma:.4g} the {name} of the backbone gives other values than diffusers' own, which was given "
             "the same arguments: hooks, or what embeds the timestep, change it (network.exact_time is for networks "
-            "that are told sigma, not 1000 sigma)",
+            "that take sigma, not 1000 sigma)",
         )
 
 
 def _pipeline(folder: Path) -> Any:
-    """diffusers' pipeline of a folder, or None."""
+    """Return the diffusers pipeline of a folder, or None if the folder has none."""
     if not (folder / "model_index.json").exists():
         return None
     from diffusers import DiffusionPipeline
 
     pipeline: Any = DiffusionPipeline
-    made = pipeline.from_pretrained(folder)
-    made.set_progress_bar_config(disable=True)
-    return made
+    loaded = pipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
 
 
-def _told(pipeline: Any, size: Sequence[int], prompt: str) -> list[tuple[float, float]]:
-    """(sigma, timestep) of each step of a pipeline, as its network is told."""
+def _pipeline_timesteps(pipeline: Any, size: Sequence[int], prompt: str) -> list[tuple[float, float]]:
+    """Return (sigma, timestep) of each step of a pipeline, with the timestep that its network gets."""
     takes = inspect.signature(pipeline.__call__).parameters
     *frames, height, width = size
-    asked = {
+    arguments = {
         "prompt": prompt,
         "height": height,
         "width": width,
@@ -96,24 +96,24 @@ def _told(pipeline: Any, size: Sequence[int], prompt: str) -> list[tuple[float, 
     if not {"prompt", "num_inference_steps"} <= takes.keys():
         return []
     networks = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2")]
-    with _noted(network for network in networks if network is not None) as noted:
-        pipeline(**{name: value for name, value in asked.items() if name in takes})
-    calls = len(noted) // STEPS
+    with _recorded_timesteps(network for network in networks if network is not None) as recorded:
+        pipeline(**{name: value for name, value in arguments.items() if name in takes})
+    calls = len(recorded) // STEPS
     sigmas: list[float] = pipeline.scheduler.sigmas.tolist()
-    return list(zip(sigmas[:STEPS], noted[::calls], strict=True))
+    return list(zip(sigmas[:STEPS], recorded[::calls], strict=True))
 
 
 @contextmanager
-def _noted(networks: Any) -> Generator[list[float]]:
-    """The timestep of each call of the networks."""
-    noted: list[float] = []
+def _recorded_timesteps(networks: Any) -> Generator[list[float]]:
+    """Record the timestep of each call of the networks inside the block."""
+    recorded: list[float] = []
 
-    def note(module: Any, args: tuple[Any, ...], keys: dict[str, Any]) -> None:
+    def record(module: Any, args: tuple[Any, ...], keys: dict[str, Any]) -> None:
         timestep = inspect.signature(module.forward).bind_partial(*args, **keys).arguments.get("timestep")
         if timestep is not None:
-            noted.append(float(timestep.max()))
+            recorded.append(float(timestep.max()))
 
     with ExitStack() as hooks:
         for network in networks:
-            hooks.callback(network.register_forward_pre_hook(note, with_kwargs=True).remove)
-        yield noted
+            hooks.callback(network.register_forward_pre_hook(record, with_kwargs=True).remove)
+        yield recorded

@@ -1,4 +1,4 @@
-"""A backbone of a few dozen parameters, in memory and for any latent layout, with data and contexts to go with it."""
+"""A toy backbone with 65 parameters, for any latent layout, and a reward, batches and contexts to use it with."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Metas = Callable[[int], Meta] | Sequence[Meta]
-"""Metadata of an endless data set: a function of an example's number, or mappings that take turns."""
+"""The metadata of an endless data set: a function of an example's number, or mappings that repeat in turn."""
 WEIGHTS = "toy.safetensors"
 NO_LORA = 'the toy backbone takes no LoRA; use train = { use = "full" }'
 
 
 @define(eq=False, slots=False)
 class ToyBackbone(Backbone):
-    """An elementwise network of (x, sigma, code of the prompt): every element of a latent is treated alike.
+    """A backbone whose network is an elementwise function of x, sigma and a number made from the prompt.
 
-    Latents of one row have `shape`, with the media as their first three channels: [C, H, W] or [C, T, H, W] have
-    the media's own size, packed tokens [L, C] an image of L pixels. Conditions are {"code": [B, 1]}.
+    Latents of one row have `shape`, and their leading three channels are the media: [C, H, W] and [C, T, H, W] have the
+    size of the media, packed tokens [L, C] are an image of L pixels. Conditions are {"code": [B, 1]}.
     """
 
     shape: tuple[int, ...] = field(default=(4, 8, 8), validator=validators.min_len(1))
-    """Of one row's latents."""
+    """The shape of one row's latents."""
     time_shift: float = field(default=3.0, validator=validators.gt(0))
-    """Timestep shift of the sampling grid and of training noise."""
+    """The timestep shift of the sampling grid and of training noise."""
     seed: int = 0
-    """Of the weights, where there is no `path`."""
+    """The seed of the weights, if there is no `path`."""
     path: Path | None = None
-    """A folder that `save` wrote."""
+    """A folder that `save` wrote, to load the weights from."""
 
     transformer: Any = field(init=False, default=None)
     empty: Condition | None = field(init=False, default=None)
     lora_targets: Sequence[str] = field(init=False, default=("inner", "gate", "outer"))
     calls: int = field(init=False, default=0)
-    """How often the network was called."""
+    """The number of calls of the network so far."""
     _device: Any = field(init=False, default="cpu")
     _dtype: Any = field(init=False, default=None)
 
     def check(self) -> None:
-        """ModelError if `path` has no weights."""
+        """Raise ModelError if `path` has no weights."""
         if self.path is not None and not (self.path / WEIGHTS).is_file():
             raise ModelError(f"{self.path}: no {WEIGHTS}, which `save` writes")
 
@@ -64,7 +64,7 @@ class ToyBackbone(Backbone):
         self._device, self._dtype = device, dtype
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Make the network from `seed`, or read it from `path`; ModelError if that cannot be read."""
+        """Make the network from `seed`, or read it from `path`; raise ModelError if that cannot be read."""
         self.check()
         self.place(device, dtype)
         network = _network_class()()
@@ -79,11 +79,11 @@ class ToyBackbone(Backbone):
         return hashlib.sha256(content).hexdigest()
 
     def load_lora(self, folder: Path) -> None:
-        """Refused with a ModelError: the toy trains whole."""
+        """Raise ModelError: the toy backbone takes no LoRA."""
         raise ModelError(f"{folder}: {NO_LORA}")
 
     def release(self) -> None:
-        """Nothing to drop: prompts and media are encoded by arithmetic."""
+        """Do nothing: there is no text encoder and no VAE."""
 
     def encoding_key(self) -> Mapping[str, str]:
         return {"text": "blake2b", "media": "affine", "shape": repr(tuple(self.shape))}
@@ -99,24 +99,24 @@ class ToyBackbone(Backbone):
         return empty.repeat(n)
 
     def encode(self, media: Tensor) -> Tensor:
-        """2 media - 1 in `shape`; inverse to `decode` where there are at least three channels."""
+        """Return 2 media - 1 in `shape`; `decode` inverts it if there are at least three channels."""
         self._check(media.shape[-2:])
         x0 = 2 * _channels(media.to(self._device).float(), self._num_channels) - 1
         return x0.flatten(2).mT if self._packed else x0
 
     def decode(self, x0: Tensor) -> Tensor:
-        """(x0 + 1) / 2 of three channels, in [0, 1]: media [B, 3, H, W], or [B, 3, T, H, W] of video."""
+        """Return (x0 + 1) / 2 of three channels, in [0, 1]: media [B, 3, H, W], or [B, 3, T, H, W] for video."""
         height, width = self._size
         grid = x0.mT.unflatten(2, (height, width)) if self._packed else x0
         return ((_channels(grid.to(self._device).float(), 3) + 1) / 2).clamp(0, 1)
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
-        """`shape`, if it is the one for media of `size`; ConfigError otherwise."""
+        """Return `shape` if it fits media of `size`; raise ConfigError otherwise."""
         self._check(size)
         return tuple(self.shape)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
-        """v [B, ...] in float32; ValueError where x, sigma and cond do not belong together."""
+        """Return v [B, ...] in float32; raise ValueError if x, sigma and cond do not fit each other."""
         if bool(((sigma < 0) | (sigma > 1)).any()):
             raise ValueError(
                 f"velocity at sigma {float(sigma.max()):.4g}: sigma is a noise level in [0, 1]; a backbone makes its "
@@ -136,7 +136,7 @@ class ToyBackbone(Backbone):
         return False
 
     def guided(self, x: Tensor, sigma: Tensor, cond: Condition, scale: float, v_cond: Tensor | None = None) -> Tensor:
-        """`combine` of two velocities, a call for each that is not known."""
+        """Return `combine` of two velocities, each computed unless it is passed or not needed."""
         if v_cond is None:
             v_cond = self.velocity(x, sigma, cond)
         if scale == 1:
@@ -144,7 +144,7 @@ class ToyBackbone(Backbone):
         return self.combine(v_cond, self.velocity(x, sigma, self.null(len(x))), scale)
 
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
-        """[steps + 1], evenly spaced from 1 to 0, then shifted."""
+        """Return a grid [steps + 1] that is evenly spaced from 1 to 0 and then shifted."""
         import torch
 
         return shifted(torch.linspace(1, 0, steps + 1), self.time_shift)
@@ -187,7 +187,7 @@ class ToyBackbone(Backbone):
 
     @property
     def _size(self) -> tuple[int, int]:
-        """Height and width of the media; packed tokens are the squarest image of their number."""
+        """The height and width of the media; L packed tokens are the image of L pixels that is nearest to a square."""
         if not 2 <= len(self.shape) <= 4:
             raise ConfigError(f"shape = {list(self.shape)}: only [L, C], [C, H, W] and [C, T, H, W] have media")
         if not self._packed:
@@ -203,7 +203,7 @@ class ToyBackbone(Backbone):
 
 @frozen
 class ToyReward(Reward):
-    """How bright the media are: their mean, in [0, 1]."""
+    """Scores the brightness of media: their mean, in [0, 1]."""
 
     differentiable: ClassVar[bool] = True
 
@@ -212,7 +212,7 @@ class ToyReward(Reward):
 
 
 def prompt_code(prompt: str) -> float:
-    """A number in [-1, 1] that is a function of the prompt; 0 for the empty one."""
+    """Map a prompt to a number in [-1, 1]; the empty one to 0."""
     if not prompt:
         return 0.0
     digest = hashlib.blake2b(prompt.encode(), digest_size=4).digest()
@@ -220,7 +220,7 @@ def prompt_code(prompt: str) -> float:
 
 
 def loaded(backbone: ToyBackbone) -> ToyBackbone:
-    """The same backbone, loaded on the CPU in float32."""
+    """Load a backbone on the CPU in float32, and return it."""
     import torch
 
     backbone.load(torch.device("cpu"), torch.float32)
@@ -230,11 +230,13 @@ def loaded(backbone: ToyBackbone) -> ToyBackbone:
 def toy_batch(
     backbone: ToyBackbone, n: int, *, group: int = 1, first: int = 0, media: bool = True, meta: Metas | None = None
 ) -> Batch:
-    """Rows first, first + 1, ... of an endless data set: x0 [n, *shape] = the prompt's code + 0.3 normal draws.
+    """Return n rows of an endless data set, with x0 [n, *shape] = prompt_code + 0.3 * standard normal draws.
 
-    group  consecutive rows that share an example: its prompt and its metadata
-    media  False for prompts alone: x0 is None
-    meta   of the examples: a function of their number, or mappings that take turns; {"row": row} by default
+    group  the number of consecutive rows that share an example, with its prompt and its metadata
+    first  the number of the row to begin with
+    media  False for prompts only, so that x0 is None
+    meta   the metadata of the examples: a function of their number, or mappings that repeat in turn; {"row": row} by
+           default
     """
     import torch
 
@@ -251,7 +253,7 @@ def toy_batch(
 
 
 def _meta(meta: Metas, example: int) -> Meta:
-    """An example's own mapping, so that no batch sees what was done to another's."""
+    """Return a copy of an example's metadata, so that changing it in one batch does not change it in another."""
     return copy.deepcopy(dict(meta(example) if callable(meta) else meta[example % len(meta)]))
 
 
@@ -265,7 +267,7 @@ def toy_context(
     rewards: Sequence[Weighted[Reward]] = (),
     reference: Backbone | None = None,
 ) -> Context:
-    """A context for `rows`, with the Ode and LogitNormal unless others are given."""
+    """Return a context for `rows`, by default with Ode and LogitNormal."""
     return Context(
         backbone=backbone,
         sampler=sampler or Ode(),
@@ -277,18 +279,18 @@ def toy_context(
 
 
 def _channels(x: Tensor, number: int) -> Tensor:
-    """x [B, C, ...] with its channels repeated or cut to `number`."""
+    """Return x [B, C, ...] with its channels repeated or cut to `number`."""
     return x[:, [i % x.shape[1] for i in range(number)]]
 
 
 @cache
 def _network_class() -> Any:
-    """Made on first use, because torch is not imported to read this module."""
+    """Make the class of the network on first use, so that importing this module does not import torch."""
     import torch
     from torch import nn
 
     class ToyNetwork(nn.Module):
-        """x [B, ...], sigma [B], code [B, 1] -> velocity [B, ...]; 65 parameters."""
+        """Maps x [B, ...], sigma [B] and code [B, 1] to a velocity [B, ...]; it has 65 parameters."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -302,7 +304,7 @@ def _network_class() -> Any:
             return self.outer(hidden)[..., 0]
 
         def add_adapter(self, config: object) -> None:
-            """What LoRA training calls."""
+            """Raise ValueError: LoRA training calls this, and the toy backbone takes no LoRA."""
             raise ValueError(NO_LORA)
 
     return ToyNetwork

@@ -1,4 +1,4 @@
-"""What a stage needs of a device's memory, from the network's config alone: nothing is read, nothing is allocated."""
+"""How much of a device's memory a stage needs, from the network's config alone: no weight is read or allocated."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MASTER = 4
-"""Bytes of a number that trains, and of its gradient and moments: all are float32."""
+"""Bytes of a trainable number, of its gradient and of each of its moments: all are float32."""
 FILLED = 0.8
 """Share of a device that sharded weights may take; the rest is for activations."""
 
 
 @frozen
 class Device:
-    """What a process of a run has: bytes of memory, and whether it is a GPU's."""
+    """The device of each process of a run: its bytes of memory, and whether it is a GPU."""
 
     name: str
     memory: float
     gpu: bool
     planned: bool = False
-    """Not here: of a GPU that is, only it knows whether it has bfloat16; a planned one has."""
+    """Whether it is a GPU of another machine. Such a one is taken to have bfloat16; the GPU of this one is asked."""
 
     @staticmethod
     def here() -> Device:
-        """This machine's."""
+        """Return the device of this machine."""
         import psutil
 
         if cuda.may_be_there():
@@ -52,24 +52,24 @@ class Device:
 
     @staticmethod
     def of(memory: float) -> Device:
-        """A GPU that this machine need not have."""
+        """Return a GPU of so many bytes, which this machine need not have."""
         return Device("the GPU planned", memory, gpu=True, planned=True)
 
     def half(self, precision: str) -> bool:
-        """Whether a pipeline's `precision` is bfloat16 on it."""
+        """Return whether a pipeline's `precision` means bfloat16 on this device."""
         return is_half(precision) or (self.planned and precision == "auto")
 
 
 @frozen(kw_only=True)
 class Estimate:
-    """Of one stage, for one process.
+    """The memory that one stage takes on one process.
 
-    parameters, trainable          numbers
+    parameters, trainable          how many numbers the network has, and how many of them train
     weights, gradients, optimizer  bytes
-    exchanged                      bytes of the gradients once more, as DDP hands them to other processes
-    copies                         bytes of the average and the reference policy
-    gathered                       bytes of the largest weight, of which shards are made whole while they are saved
-    activations                    bytes that a step holds at most besides, None where that is not known
+    exchanged                      bytes of DDP's buckets, a second copy of the gradients for the exchange
+    copies                         bytes of the average (ema) and of the reference policy
+    gathered                       bytes of the largest weight, which is gathered from its shards to be saved
+    activations                    bytes that a step holds at most besides these; None where that is not known
     """
 
     stage: str
@@ -85,30 +85,30 @@ class Estimate:
 
     @property
     def read(self) -> float:
-        """Bytes once the weights are read, which is as much as reading them takes."""
+        """Bytes while the weights are read: no more than the weights themselves."""
         return self.weights
 
     @property
     def saved(self) -> float:
-        """Bytes while the last checkpoint and the model are saved, when there are no gradients."""
+        """Bytes while the last checkpoint and the model are saved; gradients are gone by then."""
         return self.weights + self.optimizer + self.copies + self.gathered
 
     @property
     def certain(self) -> float:
-        """Bytes that are there from the first step to the last."""
+        """Bytes that are taken from the first step to the last, whatever the batch."""
         return self.weights + self.gradients + self.optimizer + self.exchanged + self.copies
 
     @property
     def total(self) -> float:
-        """With activations, where they are known."""
+        """Bytes at most during training, with activations where they are known."""
         return self.certain + (self.activations or 0)
 
 
 def estimates(pipeline: Pipeline, device: Device, world: int = 1, *, graphs: bool = True) -> list[Estimate]:
-    """Of every stage; none for a backbone that is not Sized.
+    """Estimate every stage; return nothing for a backbone that is not Sized.
 
-    world   processes; they share what is sharded, and each step's rows
-    graphs  whether activations are looked at too, which takes seconds
+    world   number of processes, over which each step's rows, and sharded weights, are split
+    graphs  whether to estimate activations too, which takes seconds
     """
     if not isinstance(pipeline.backbone, Sized):
         return []
@@ -116,7 +116,7 @@ def estimates(pipeline: Pipeline, device: Device, world: int = 1, *, graphs: boo
 
 
 def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world: int = 1) -> None:
-    """ConfigError where a stage cannot fit, with what would help. Activations do not count: they are estimated."""
+    """Raise ConfigError, with what would help, where a stage cannot fit. Activations, a mere estimate, do not count."""
     for e, stage in zip(found, pipeline.stage, strict=False):
         needed = max(e.certain, e.saved)
         if needed > device.memory:
@@ -137,7 +137,7 @@ def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world:
 
 
 def show(found: Sequence[Estimate], device: Device) -> None:
-    """Print a table, and a line for each stage that its activations may make too large."""
+    """Print a table of the stages, and a line for each that may not fit because of its activations."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
@@ -156,7 +156,7 @@ def show(found: Sequence[Estimate], device: Device) -> None:
 
 
 def _table(found: Sequence[Estimate], device: Device) -> Table:
-    """A column a stage."""
+    """Make a table with a column for each stage."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -207,7 +207,7 @@ def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, grap
 
 
 def _blank(pipeline: Pipeline, stage: Stage, device: Device) -> Any:
-    """A copy of the backbone as training has it, without weights."""
+    """Return a copy of the backbone, set up for training, whose weights have a shape and no memory."""
     with memory.uncollected("torch"):
         import torch
 
@@ -219,7 +219,7 @@ def _blank(pipeline: Pipeline, stage: Stage, device: Device) -> Any:
 
 
 def _activations(pipeline: Pipeline, stage: Stage, backbone: Any, device: Device, world: int) -> int | None:
-    """Bytes of the largest forward and backward. Compiled, a network keeps less: what is cheap to compute again."""
+    """Estimate the bytes of the largest forward and backward; a compiled network keeps less, for it recomputes some."""
     if not backbone.condition_shapes():
         return None
     half = device.half(pipeline.precision)

@@ -1,4 +1,4 @@
-"""A step on tensors that have a shape and no memory: how much a real one would hold."""
+"""A forward and backward on fake tensors, which have a shape and no memory, to learn what a real one would hold."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 
 def peak(backbone: Sized, shape: tuple[int, ...], *, half: bool, gpu: bool) -> int | None:
-    """Bytes that the velocity of latents of `shape` [B, ...] and its backward hold at most, besides weights, gradients.
+    """Return the most bytes that velocity and its backward hold for latents of `shape` [B, ...].
 
-    None where what is computed depends on values, which fake tensors do not have.
+    Weights and gradients are not counted. None is returned where the computation depends on values, which fake tensors
+    do not have.
 
-    backbone  with its blank network, which takes fake tensors for weights. Of several networks, one row goes through
-              each and all others through the first: what one keeps of its weights may be more than of a row
-    half      under autocast to bfloat16, a GPU's or the CPU's
+    backbone  has a blank network, which gets fake tensors for weights. Where it routes rows to several networks, one
+              row goes through each of them and all others through the first: what backward needs of a network's
+              weights may take more than the activations of a row
+    half      whether it runs under autocast to bfloat16, on a GPU or the CPU
+    gpu       whether it is to be as on a GPU
     """
     from torch._subclasses import fake_tensor
 
@@ -61,7 +64,7 @@ def _step(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: 
 
 
 def _materialise(network: nn.Module) -> None:
-    """Fake tensors in place of those on the meta device, and gradients, to which backward adds in place."""
+    """Replace tensors on the meta device by fake ones, with gradients, to which backward then adds in place."""
     import torch
     from torch import nn
 
@@ -78,7 +81,7 @@ def _materialise(network: nn.Module) -> None:
 
 
 def _norm_like_a_gpu(norm: nn.Module) -> None:
-    """Autocast computes norms in float32 on a GPU, which keeps them so, and not on the CPU."""
+    """Let a norm compute in float32, and keep its results so, as autocast does on a GPU and not on the CPU."""
     norm.float()
     norm.register_forward_pre_hook(_in_float)
 

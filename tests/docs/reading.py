@@ -1,4 +1,4 @@
-"""Pages of docs/ as tests read them: blocks of code, anchors, what is written by hand."""
+"""Read the pages of docs/ for the tests: blocks of code, anchors, and the text that is written by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GENERATED = re.compile(r"<!-- generated: (\w+) ?([\w.]*) -->\n.*?<!-- end -->", 
 
 @frozen
 class Block:
-    """Code on a page; `file` is the file that it is, `skipped` why it is not run."""
+    """Code on a page: `file` is the name of the file that it shows, `skipped` the reason why it is not run."""
 
     kind: str
     text: str
@@ -32,12 +32,12 @@ def name(page: Path) -> str:
 
 
 def by_hand(page: Path) -> str:
-    """The page without what is generated."""
+    """The page without its generated parts."""
     return GENERATED.sub("", page.read_text())
 
 
 def blocks(page: Path, *kinds: str) -> list[Block]:
-    """Written by hand, in order."""
+    """The blocks of code that are written by hand, in order."""
     found = [
         Block(
             m["kind"], m["text"], **{{"file": "file", "not run": "skipped"}[m["note"]]: m["what"]} if m["note"] else {}
@@ -48,12 +48,12 @@ def blocks(page: Path, *kinds: str) -> list[Block]:
 
 
 def prose(page: Path) -> str:
-    """What is written by hand, without blocks of code."""
+    """The text that is written by hand, without blocks of code."""
     return FENCED.sub("", by_hand(page))
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """The anchors of the headings, as GitHub makes them."""
     text = FENCED.sub("", page.read_text())
     return {_slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.M)}
 

@@ -27,7 +27,7 @@ KNOWN_KINDS = {"python", "toml", "sh", "text", "mermaid"}
 
 @pytest.mark.parametrize("page", [p for p in OTHERS if blocks(p, "python")], ids=name)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks of a page, one after the other, as one module."""
+    """All blocks of a page run one after the other, as one module."""
     file = tmp_path / f"docs_{page.stem}.py"
     file.write_text("\n".join(block.text for block in blocks(page, "python")))
     monkeypatch.chdir(tmp_path)
@@ -48,7 +48,7 @@ def _imported(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [pytest.param(p, b, id=f"{name(p)}-{n}") for p in OTHERS for n, b in enumerate(blocks(p, "toml"))],
 )
 def test_pipelines_pass_check(page: Path, block: Block, project: Project) -> None:
-    """A block's tables in the place of those of a small pipeline."""
+    """The tables of a block replace those of a small pipeline."""
     tables = {**tomllib.loads(project.text), **tomllib.loads(block.text)}
     if "data" in tables:
         tables["data"]["size"] = [16, 16]
@@ -80,7 +80,7 @@ def _end(arguments: list[str]) -> int:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_are_of_kinds_that_are_tested(page: Path) -> None:
-    """A block without a kind, or of another, would be looked at by nobody."""
+    """A block without a kind, or of another kind, would not be tested."""
     fences = re.findall(r"^```(\w*)", page.read_text(), re.M)
     assert set(fences[::2]) <= KNOWN_KINDS
     assert set(fences[1::2]) <= {""}
@@ -100,7 +100,7 @@ def workshop(tmp_path: Path) -> Path:
 
 
 def test_the_tutorial_runs(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are written, commands typed, in order; what is said of the results is looked at."""
+    """Its files are written and its commands run in order, and the results are what the text says."""
     folder = workshop
     steps = [block for block in blocks(TUTORIAL, "python", "toml", "sh") if not block.skipped]
     assert {block.file for block in steps} == {"", "huber.py", "pipeline.toml"}

@@ -1,4 +1,4 @@
-"""What docs/ takes from the code is as the code is, and everything in the code that has a place there is there."""
+"""The parts of docs/ that come from the code agree with it, and everything in the code that belongs there is there."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ OFFERS = [offer for kind in KINDS for offer in generate.first_party(kind)]
 @pytest.mark.parametrize("page", [page for page in PAGES if page != messages.PAGE], ids=name)
 def test_generated_parts_are_as_the_code_is(page: Path) -> None:
     assert generate.filled(page).splitlines() == page.read_text().splitlines(), (
-        f"{name(page)} is not as the code is: python docs/generate.py, then mend what is written by hand around it"
+        f"{name(page)} differs from the code: run python docs/generate.py, then adapt what is written by hand around it"
     )
 
 
 def test_every_error_message_has_its_cause() -> None:
-    told = messages.differences(messages.PAGE.read_text())
-    assert not told, told
+    differences = messages.differences(messages.PAGE.read_text())
+    assert not differences, differences
 
 
 def test_the_noise_that_samplers_leave_is_as_the_page_says() -> None:
-    """Its std is that of the last step on each checkpoint's own grid; 512 and 1024 pixels are 1024 and 4096 patches."""
+    """The std is that of the last step on each checkpoint's own grid; 512 and 1024 pixels are 1024 and 4096 patches."""
     euler = {"_class_name": schedule.EULER, "num_train_timesteps": 1000, "shift": 3.0}
     unipc = {"_class_name": schedule.UNIPC, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     flux = {**euler, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "max_image_seq_len": 4096}
@@ -59,7 +59,7 @@ def test_the_noise_that_samplers_leave_is_as_the_page_says() -> None:
 
 
 def test_messages_are_found_in_all_forms() -> None:
-    """Raised, made by a helper, yielded, returned: with fields by short names, on one line."""
+    """Messages that are raised, made by a helper, yielded or returned are found, with short names of fields."""
     tree = ast.parse(
         'def _problems(x):\n    yield f"key {x.name!r}: bad"\n'
         "def f():\n"
@@ -80,11 +80,11 @@ def test_the_page_of_errors_keeps_its_causes_and_says_what_to_add() -> None:
     page = messages.rendered(messages.PAGE.read_text())
     assert messages.rendered(page) == page
     (file, message), cause = next(iter(messages.explained(page).items()))
-    spoilt = page.replace(messages.entry(message, cause), messages.entry("old words", "Its cause."))
-    told = messages.differences(spoilt)
-    assert f"add to docs/errors.md, section `{file}`:\n- `{message}`" in told
-    assert "no code says it now:\n  old words" in told
-    mended = messages.rendered(spoilt)
+    changed = page.replace(messages.entry(message, cause), messages.entry("old words", "Its cause."))
+    differences = messages.differences(changed)
+    assert f"add to docs/errors.md, section `{file}`:\n- `{message}`" in differences
+    assert "no code says it now:\n  old words" in differences
+    mended = messages.rendered(changed)
     assert messages.entry(message, messages.MISSING) in mended
     assert "old words" not in mended
     assert f"write the cause in docs/errors.md: {message}" in messages.differences(mended)
@@ -135,7 +135,7 @@ def test_every_key_of_every_offer_is_in_the_reference() -> None:
 
 @pytest.mark.parametrize("page", KINDS_OF_PAGES, ids=name)
 def test_every_argument_is_explained(page: Path) -> None:
-    """Attributes, methods and arguments of what stands on a page, in words of its own."""
+    """The text of a page names every attribute, method and argument of the declarations that it shows."""
     words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", prose(page)))))
     for block in GENERATED.finditer(page.read_text()):
         if block[1] in ("class", "hook"):

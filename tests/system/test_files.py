@@ -60,7 +60,7 @@ def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path):
     assert not file.exists()
 
 
-def test_a_held_lock_leaves_no_file(tmp_path):
+def test_a_temporary_lock_leaves_no_file(tmp_path):
     with files.temporary_lock(tmp_path / "a.lock"):
         assert (tmp_path / "a.lock").exists()
     assert not list(tmp_path.iterdir())

@@ -38,7 +38,7 @@ def python() -> None:
     ("fill", "asked"),
     [(cuda, "; 2.50 GiB more were asked for"), (main, f"; {1 << 55} bytes more were asked for"), (python, "")],
 )
-def test_it_is_said(fill, asked):
+def test_the_error_names_place_size_and_remedies(fill, asked):
     with (
         pytest.raises(TrainingError) as error,
         memory.explain_exhaustion("evaluation", ["eval.batch = 8"], "All is kept"),
@@ -47,7 +47,7 @@ def test_it_is_said(fill, asked):
     assert str(error.value) == f"evaluation: out of memory{asked}. What would help: eval.batch = 8. All is kept"
 
 
-def test_nothing_left_to_set():
+def test_where_every_key_is_set_other_remedies_are_proposed():
     with (
         pytest.raises(TrainingError, match="All keys that save memory are set"),
         memory.explain_exhaustion("encoding", []),
@@ -109,7 +109,7 @@ def test_a_stage_names_step_and_term_and_goes_on(job, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["the experience", "the optimizer's step"])
-def test_what_it_happened_in_is_named(job, monkeypatch, where):
+def test_the_error_names_what_was_computed(job, monkeypatch, where):
     def full(*args):
         cuda()
         yield

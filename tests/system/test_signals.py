@@ -44,7 +44,7 @@ def test_outside_training_a_signal_ends_the_run_at_once(said, number):
 
 
 @pytest.mark.parametrize("number", ASKING)
-def test_in_training_the_first_asks_and_the_second_ends(said, number):
+def test_in_training_the_first_signal_requests_a_stop_and_the_second_stops_at_once(said, number):
     signals = Signals(said.append)
 
     def run() -> None:
@@ -121,7 +121,7 @@ def test_nohup_is_heeded(said):
     assert said == ["went on"]
 
 
-def test_what_cannot_be_said_is_asked_all_the_same():
+def test_a_stop_is_requested_even_where_nothing_can_be_printed():
     def say(text: str) -> None:
         raise OSError("the terminal is gone")
 

@@ -214,14 +214,14 @@ folder, where = Path(sys.argv[1]), sys.argv[2]
 def run(standalone_mode):
     ranks = join("fp32")
     signals = Signals(print, ECHO)
-    with signals.handled(), ranks.watched(folder):
+    with signals.handled(), ranks.share_failures(folder):
         (folder / f"here-{ranks.rank}").touch()
         if where == "waiting" and ranks.main:
             time.sleep(2)
         if where == "fault" and not ranks.main:
             raise DataError("mine alone")
         with signals.training():
-            while not ranks.any(signals.asked):
+            while not ranks.any(signals.stop_requested):
                 time.sleep(0.01)
             raise Stopped(3)
 

@@ -257,7 +257,7 @@ class SigmaForTimestep(Sd3):
 def test_another_timestep_than_diffusers_is_named(cls, told, checkpoint):
     backbone = cls(str(checkpoint), max_sequence_length=16)
     backbone.load(torch.device("cpu"), torch.float32)
-    problem = f"at sigma 1 the network is told the timestep {told}, and StableDiffusion3Pipeline tells it 1000"
+    problem = f"at sigma 1 the network gets the timestep {told}, and StableDiffusion3Pipeline passes it 1000"
     with pytest.raises(AssertionError, match=f"^{cls.__name__}: {problem}"):
         check_backbone(backbone, prompts=PROMPTS)
 

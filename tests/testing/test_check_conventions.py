@@ -14,7 +14,7 @@ from corefit.testing import check_objective
 
 @frozen
 class Matched(Supervised):
-    """Flow matching, to be spoilt."""
+    """Flow matching, to be spoiled."""
 
     def state(self, x0, noise, sigma):
         return interpolate(x0, noise, sigma)
@@ -93,7 +93,7 @@ WRONG = [
     (PredictsNoise, HIDDEN),
     (IgnoresPrompts, HIDDEN),
     (Timestep, r"velocity at sigma \d+(\.\d)?: sigma is a noise level in \[0, 1\]"),
-    (MeanOfBatch, "a row's loss must not depend on its neighbours"),
+    (MeanOfBatch, "a row's loss must not depend on other rows"),
     (MeanOfLosses, r"Term\.of takes losses \[n\], one for each item, and got \[\]"),
     (Bare, r"terms\(\) gives Tensor and not Term: yield Term\.of\(losses\)"),
 ]

@@ -62,7 +62,7 @@ class WrongSign(Supervised):
         yield Term.of(per_sample((v - (batch.clean - noise)) ** 2))
 
 
-class Maximised(Supervised):
+class Maximized(Supervised):
     def terms(self, batch, ctx):
         yield Term.of(-errors(batch, ctx))
 
@@ -170,7 +170,7 @@ class TooFewParts(TooManyParts):
     num_updates = 3
 
 
-class Neighbours(Supervised):
+class Neighbors(Supervised):
     def terms(self, batch, ctx):
         loss = errors(batch, ctx)
         yield Term.of(loss / loss.mean().detach())
@@ -242,7 +242,7 @@ WRONG_OBJECTIVES = [
     (Detached, "no graph, so the gradient does not reach the model"),
     (Unreached, "gradient of part 0 is 0"),
     (WrongSign, r"velocity is noise - x0.* check the sign"),
-    (Maximised, "check the sign of the target and of the total, which is minimised"),
+    (Maximized, "check the sign of the target and of the total, which is minimized"),
     (TimeReversed, r"x = \(1 - sigma\) x0 \+ sigma noise"),
     (TorchNoise, "another seed of torch, numpy or random"),
     (NumpyNoise, "another seed of torch, numpy or random"),
@@ -260,7 +260,7 @@ WRONG_OBJECTIVES = [
     (TooMany, "yields more terms than num_terms = 1"),
     (TooManyParts, "more than num_updates = 1 parts"),
     (TooFewParts, "yields 2 parts, but num_updates is 3"),
-    (Neighbours, "must not depend on its neighbours"),
+    (Neighbors, "must not depend on other rows"),
     (ImagesOnly, r"packed tokens \[B, L, C\]"),
     (ByAxis, "the same numbers as packed tokens .* give other losses"),
     (Double, r"total is torch\.float64"),

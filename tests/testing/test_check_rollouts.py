@@ -122,7 +122,7 @@ class Steps:
 
 @frozen
 class Policy(Objective):
-    """A policy gradient on the second step of a rollout, to be spoilt."""
+    """A policy gradient on the second step of a rollout, to be spoiled."""
 
     uses = frozenset({"sampler", "reward"})
     num_terms = 1
@@ -195,7 +195,7 @@ class OtherPrompt(Policy):
         return super().log_prob(evolve(part, cond=ctx.backbone.null(len(part))), ctx)
 
 
-def test_the_policy_that_was_spoilt_is_right():
+def test_the_policy_that_was_spoiled_is_right():
     check_objective(Policy())
 
 

@@ -194,7 +194,7 @@ def test_a_wrong_sampler_is_named(cls, problem):
 
 
 @pytest.mark.parametrize("cls", [Deterministic, Stochastic])
-def test_the_samplers_that_were_spoilt_are_right(cls):
+def test_the_samplers_that_were_spoiled_are_right(cls):
     check_sampler(cls())
 
 

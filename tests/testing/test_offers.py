@@ -26,29 +26,29 @@ def test_corefits_own_weightings_pass(name):
 
 
 class Normal(LogitNormal):
-    """Right, to be spoilt."""
+    """Right, to be spoiled."""
 
 
-def spoilt(name: str, **methods: object) -> object:
+def spoiled(name: str, **methods: object) -> object:
     return frozen(type(name, (Normal,), methods))()
 
 
 @pytest.mark.parametrize(
     ("noise", "says"),
     [
-        (spoilt("Own", sample=lambda s, n, shift, rng: torch.rand(n) * 0.9 + 0.05), "draw from `rng` alone"),
-        (spoilt("Time", sample=lambda s, n, shift, rng: 1000 * rng.rand(n).clamp(1e-3)), "they lie in"),
-        (spoilt("Zero", sample=lambda s, n, shift, rng: rng.rand(n).round()), r"they lie in"),
-        (spoilt("Wide", sample=lambda s, n, shift, rng: rng.rand(n).double()), "return float32"),
-        (spoilt("One", sample=lambda s, n, shift, rng: rng.rand(n)[:1]), "one sigma a row"),
+        (spoiled("Own", sample=lambda s, n, shift, rng: torch.rand(n) * 0.9 + 0.05), "draw from `rng` alone"),
+        (spoiled("Time", sample=lambda s, n, shift, rng: 1000 * rng.rand(n).clamp(1e-3)), "they lie in"),
+        (spoiled("Zero", sample=lambda s, n, shift, rng: rng.rand(n).round()), r"they lie in"),
+        (spoiled("Wide", sample=lambda s, n, shift, rng: rng.rand(n).double()), "return float32"),
+        (spoiled("One", sample=lambda s, n, shift, rng: rng.rand(n)[:1]), "one sigma a row"),
         (
-            spoilt("Strata", sample=lambda s, n, shift, rng: ((torch.arange(n) + rng.rand(n)) / n).clamp(1e-3)),
+            spoiled("Strata", sample=lambda s, n, shift, rng: ((torch.arange(n) + rng.rand(n)) / n).clamp(1e-3)),
             "which rows are drawn with it",
         ),
-        (spoilt("Turned", sample=lambda s, n, shift, rng: Normal.sample(s, n, 1 / shift, rng)), "shift of 4 lowers"),
-        (spoilt("Mean", weight=lambda s, sigma: sigma.mean()), "keep the shape"),
-        (spoilt("Minus", weight=lambda s, sigma: 0.5 - sigma), "negative"),
-        (spoilt("Pole", weight=lambda s, sigma: 1 / (sigma - sigma[0])), "not finite"),
+        (spoiled("Turned", sample=lambda s, n, shift, rng: Normal.sample(s, n, 1 / shift, rng)), "shift of 4 lowers"),
+        (spoiled("Mean", weight=lambda s, sigma: sigma.mean()), "keep the shape"),
+        (spoiled("Minus", weight=lambda s, sigma: 0.5 - sigma), "negative"),
+        (spoiled("Pole", weight=lambda s, sigma: 1 / (sigma - sigma[0])), "not finite"),
     ],
     ids=lambda it: type(it).__name__ if not isinstance(it, str) else "",
 )
@@ -127,7 +127,7 @@ class Turned(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (reward("Ranked", lambda s, m, p, meta: (m.mean((1, 2, 3)) - m.mean()) * 5), "depend on its neighbours"),
+        (reward("Ranked", lambda s, m, p, meta: (m.mean((1, 2, 3)) - m.mean()) * 5), "depend on other rows"),
         (reward("Noisy", lambda s, m, p, meta: m.mean((1, 2, 3)) + random.random()), "again"),
         (reward("Single", lambda s, m, p, meta: m.mean()), "one a row"),
         (reward("Failing", lambda s, m, p, meta: m.mean((1, 2, 3)) * float("nan")), "raise an exception"),
@@ -146,7 +146,7 @@ class Turned(torch.autograd.Function):
         (differentiable("Judged", torch.no_grad()(lambda s, m, p, meta: bright(m))), "its scores have no graph"),
         (differentiable("Rounded", lambda s, m, p, meta: bright((9 * m).round())), "its gradient is 0 in all media"),
         (differentiable("Rooted", lambda s, m, p, meta: bright((m - m).sqrt())), "its gradient is NaN"),
-        (differentiable("Reversed", lambda s, m, p, meta: Turned.apply(m)), "the gradient's sign is turned"),
+        (differentiable("Reversed", lambda s, m, p, meta: Turned.apply(m)), "the sign of the gradient is wrong"),
     ],
     ids=lambda it: type(it).__name__ if not isinstance(it, str) else "",
 )

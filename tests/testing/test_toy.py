@@ -61,7 +61,7 @@ def test_the_toy_says_what_it_cannot(tmp_path):
     with pytest.raises(ModelError, match="no LoRA"):
         toy().load_lora(tmp_path)
     with pytest.raises(ModelError, match=r"no toy\.safetensors"):
-        ToyBackbone().moved(tmp_path).check()
+        ToyBackbone().from_saved(tmp_path).check()
     (tmp_path / "toy.safetensors").write_bytes(b"half")
     with pytest.raises(ModelError, match=r"toy\.safetensors: cannot be read"):
         loaded(ToyBackbone().from_saved(tmp_path))

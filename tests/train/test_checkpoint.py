@@ -30,7 +30,7 @@ def read(found: state.Checkpoint) -> dict[str, torch.Tensor]:
     return into
 
 
-def test_round_trip_keeps_bits_and_prunes(tmp_path):
+def test_a_round_trip_keeps_bits_and_the_newest(tmp_path):
     for step in (1, 2, 3):
         state.save(tmp_path, step, tensors(step / 3), {"seconds": step / 7}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
@@ -50,7 +50,7 @@ def test_a_tensor_that_is_not_there_is_named(tmp_path):
         found.read({"ema/a": torch.zeros(3, 2)})
 
 
-def test_nothing_there(tmp_path):
+def test_a_missing_folder_has_no_checkpoint(tmp_path):
     assert state.latest(tmp_path / "no") == (None, [])
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, harm):
     assert str(last) in damaged[0]
 
 
-def test_a_partial_one_is_never_read_and_swept_by_the_next(tmp_path):
+def test_a_partial_one_is_never_read_and_removed_by_the_next(tmp_path):
     state.save(tmp_path, 1, tensors(1), {}, keep=3)
     (tmp_path / ".partial-000002").mkdir()
     (tmp_path / ".partial-000002" / "shard-00009-of-00009.safetensors").write_bytes(b"half")

@@ -46,7 +46,7 @@ def added(*parts: tuple[str, object, float]) -> Sum:
 
 
 def logged(made) -> dict[str, float]:
-    """Trains a job; the last metrics."""
+    """Train a job and return the metrics of its last log."""
     last: dict[str, float] = {}
     trained(evolve(made, listener=Heard(on_logged=lambda _, metrics: last.update(metrics))))
     return last
@@ -78,7 +78,7 @@ def test_a_weight_does_not_depend_on_what_is_counted(job):
 
 
 def test_the_step_is_along_the_weighted_sum_of_the_gradients(job):
-    """Of equal gradients, weights 0.25 and 0.75 make the one that either has alone."""
+    """Where both gradients are equal, weights 0.25 and 0.75 add up to the gradient that either has alone."""
 
     @frozen
     class Fixed(Supervised):
@@ -100,7 +100,7 @@ def test_micro_batches_do_not_change_a_sum(job, sparse):
     assert worst(whole, trained(job(sums, optimizer=CALM, micro_batch=3))) < 1e-6
 
 
-def test_no_item_in_one_of_them_is_no_gradient_of_it(job):
+def test_an_objective_without_items_adds_no_gradient(job):
     @frozen
     class Nothing(Supervised):
         def terms(self, part: Batch, ctx: Context, /):
@@ -133,7 +133,7 @@ class Mean:
 
 
 def test_a_stopped_sum_goes_on_to_the_same_weights_and_metrics(job, tmp_path):
-    """Between two logged steps, with means of each part's metrics in the checkpoint."""
+    """It stops between two logged steps, with means of each objective's metrics in the checkpoint."""
     sums = added(("flow_grpo", FlowGrpo(group=2, steps=3, updates=2), 1.0), ("soar", Soar(points=2, paths=1), 0.1))
     keys = {"sampler": FlowSde(), "reward": (Weighted("mean", Mean()),), "steps": 5, "log_every": 3, "ema": 0.9}
 
@@ -185,7 +185,7 @@ def test_a_sum_declares_what_its_parts_declare():
     assert both.num_terms == FlowGrpo(group=6, updates=2, beta=0.1).num_terms + Soar(points=3, paths=1).num_terms
 
 
-def test_a_fault_of_one_part_is_told_with_its_name(job):
+def test_a_fault_names_the_objective_of_the_sum(job):
     @frozen
     class Spoilt(Supervised):
         def terms(self, part: Batch, ctx: Context, /):
@@ -204,7 +204,7 @@ SUM = f"stage.grpo.objective={{use='sum', of=[{{use='flow_grpo', group=2, steps=
 
 
 def test_grpo_with_an_anchor_on_real_data(project):
-    """One real sample a group; each part logs its own metrics and gradient norm."""
+    """One real sample a group; each objective logs its own metrics and gradient norm."""
     keys = [
         word for key in (SUM, "stage.grpo.log_every=1", "stage.grpo.noise={use='uniform'}") for word in ("--set", key)
     ]

@@ -1,4 +1,4 @@
-"""What a stage has trained is what is saved, judged and handed on, in the numbers it was trained in."""
+"""What a stage has trained is what is saved, evaluated and handed on, in the dtype it was trained in."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def frozen(transformer: Any) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, list[Any]]:
-    """The weights that are judged, and those that each stage's first step finds; where autocast was on."""
-    seen: dict[str, list[Any]] = {"judged": [], "trained": [], "autocast": []}
+    """The weights that are evaluated, those that each stage's first step finds, and where autocast was on."""
+    seen: dict[str, list[Any]] = {"evaluated": [], "trained": [], "autocast": []}
     score, step = evaluate.Evaluator.score, train.Loop.take_step
 
-    def seen_score(judge: Any, backbone: Any, *args: Any) -> Any:
-        seen["judged"].append(frozen(backbone.transformer))
+    def seen_score(evaluator: Any, backbone: Any, *args: Any) -> Any:
+        seen["evaluated"].append(frozen(backbone.transformer))
         backbone.transformer.proj_out.register_forward_hook(
             lambda *_: seen["autocast"].append(torch.is_autocast_enabled("cpu"))
         )
-        return score(judge, backbone, *args)
+        return score(evaluator, backbone, *args)
 
     def seen_step(loop: Any, batch: Any) -> None:
         if loop.state.step == 0:
@@ -59,11 +59,11 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, list[Any]]:
     return seen
 
 
-def test_what_full_training_leaves_is_judged_and_adapted_as_it_is(project: Project, held: Any) -> None:
+def test_what_full_training_leaves_is_evaluated_and_adapted_as_it_is(project: Project, held: Any) -> None:
     """In bfloat16 training; rounded, most of a small update would be gone from the score and from the next stage."""
     folder = run(project, FULL, LORA)
     saved = load_file(folder / "01-soar" / "model" / FILE)
-    base, after, adapted = held["judged"]
+    base, after, adapted = held["evaluated"]
     moved = [name for name in saved if not torch.equal(saved[name], base[name])]
     assert len(moved) > len(saved) / 2
     lost = [name for name in moved if torch.equal(saved[name].bfloat16(), base[name].bfloat16())]
@@ -72,22 +72,22 @@ def test_what_full_training_leaves_is_judged_and_adapted_as_it_is(project: Proje
         assert {t.dtype for t in found.values()} == {torch.float32}
         assert all(torch.equal(found[name], saved[name]) for name in saved)
     assert held["autocast"]
-    assert all(held["autocast"]), "judged in other arithmetic than it was trained in"
+    assert all(held["autocast"]), "evaluated in other arithmetic than it was trained in"
 
 
-def test_an_adapter_of_the_base_is_judged_on_the_weights_that_it_was_trained_on(project: Project, held: Any) -> None:
+def test_an_adapter_of_the_base_is_evaluated_on_the_weights_that_it_was_trained_on(project: Project, held: Any) -> None:
     run(project)
-    assert {t.dtype for found in (*held["judged"], *held["trained"]) for t in found.values()} == {torch.bfloat16}
+    assert {t.dtype for found in (*held["evaluated"], *held["trained"]) for t in found.values()} == {torch.bfloat16}
     assert all(held["autocast"])
 
 
-def test_rounding_that_was_asked_for_is_what_is_judged_and_the_table_says_what_it_cost(
+def test_rounding_that_was_asked_for_is_what_is_evaluated_and_the_table_says_what_it_cost(
     project: Project, held: Any
 ) -> None:
     folder = run(project, FULL, LORA, "stage.soar.save_dtype='bf16'")
     saved, checkpoint = load_file(folder / "01-soar" / "model" / FILE), folder / "01-soar" / "checkpoints"
     assert {t.dtype for t in saved.values()} == {torch.bfloat16}
-    base, after, _ = held["judged"]
+    base, after, _ = held["evaluated"]
     assert all(torch.equal(after[name], saved[name].to(after[name])) for name in saved)
     assert all(torch.equal(held["trained"][1][name], saved[name].to(torch.bfloat16)) for name in saved)
     newest = max(checkpoint.iterdir())

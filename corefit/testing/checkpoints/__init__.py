@@ -1,7 +1,7 @@
-"""Small random checkpoints in the layout of the real ones, for tests and examples.
+"""Small checkpoints with random weights, in the layout of the real ones, for tests and examples.
 
-Equal arguments write equal bytes, in any process: the vocabularies are made by hand, because tokeniser
-trainers break ties differently from run to run.
+Equal arguments write equal bytes, in any process. The vocabularies are made by hand, because tokenizer trainers break
+ties differently from run to run.
 """
 
 from corefit.testing.checkpoints.chroma import tiny_chroma

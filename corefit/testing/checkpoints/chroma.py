@@ -1,4 +1,4 @@
-"""A small Chroma."""
+"""Writes a small Chroma."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tiny_chroma(
 ) -> Path:
     """Write what `ChromaPipeline.from_pretrained(folder)` loads, with random weights.
 
-    words       each becomes one token of the text encoder; other text falls into single characters
+    words       each becomes one token of the text encoder; other text is split into characters
     vae_widths  channels of each level; the spatial factor is 2 ** (levels - 1)
     """
     import torch

@@ -1,4 +1,4 @@
-"""A small FLUX.1."""
+"""Writes a small FLUX.1."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def tiny_flux(
 ) -> Path:
     """Write what `FluxPipeline.from_pretrained(folder)` loads, with random weights.
 
-    words            each becomes one token of both text encoders; other text falls into single characters
+    words            each becomes one token of both text encoders; other text is split into characters
     vae_widths       channels of each level; the spatial factor is 2 ** (levels - 1)
-    guidance_embeds  as dev has it: guidance is an input of the network; False as schnell, with a constant shift of 1
+    guidance_embeds  True like FLUX.1-dev, whose network takes the guidance scale as an input; False like
+                     FLUX.1-schnell, which has a constant shift of 1
     """
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline

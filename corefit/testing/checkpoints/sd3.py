@@ -1,4 +1,4 @@
-"""A small Stable Diffusion 3."""
+"""Writes a small Stable Diffusion 3."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def tiny_sd3(
 ) -> Path:
     """Write what `StableDiffusion3Pipeline.from_pretrained(folder)` loads, with random weights.
 
-    words            each becomes one token of every text encoder (digits stay single: CLIP splits numbers);
-                     other text falls into single characters
-    latent_size      of the pipeline's default image, height and width, in latent pixels
-    max_latent_size  the largest that the transformer accepts
+    words            each becomes one token of every text encoder (but CLIP splits numbers into digits); other text is
+                     split into characters
+    latent_size      height and width of the pipeline's default image, in latent pixels
+    max_latent_size  the largest height and width that the transformer accepts, in latent pixels
     vae_widths       channels of each level; the spatial factor is 2 ** (levels - 1)
     clip_length      tokens to which the pipeline pads both CLIP prompts, start and end included
-    t5_width         also the transformer's joint attention width; at least the sum of clip_widths
-    shift            of the flow-matching scheduler
+    t5_width         width of T5 and of the transformer's joint attention; at least the sum of clip_widths
+    shift            shift of the flow-matching scheduler
     """
     if t5_width < sum(clip_widths):
         raise ValueError(f"t5_width {t5_width} is less than the sum of clip_widths {tuple(clip_widths)}")

@@ -1,4 +1,4 @@
-"""Tokenizers and text encoders of small checkpoints; vocabularies are made by hand, not trained."""
+"""Makes the tokenizers and text encoders of small checkpoints; vocabularies are made by hand, not trained."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ T5_SPACE = "▁"
 
 
 def clip_pieces(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's byte-level BPE vocabulary, piece -> id, and its merges, such that each word is one piece.
+    """Make a byte-level BPE vocabulary (piece to id) and merges for CLIP, in which each word is one piece.
 
     A merge ranks after all earlier ones, so that a later word cannot change how an earlier one is split.
     """
     characters = _byte_characters()
     ranks: dict[tuple[str, str], int] = {}
     for word in words:
-        for part in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", word.lower()):
-            spelt = "".join(characters[byte] for byte in part.encode())
-            pieces = _merged([*spelt[:-1], spelt[-1] + WORD_END], ranks)
+        for chunk in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", word.lower()):
+            spelled = "".join(characters[byte] for byte in chunk.encode())
+            pieces = _merged([*spelled[:-1], spelled[-1] + WORD_END], ranks)
             while len(pieces) > 1:
                 ranks[pieces[0], pieces[1]] = len(ranks)
                 pieces = _merged(pieces, ranks)
@@ -35,7 +35,7 @@ def clip_pieces(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, s
 
 
 def t5_pieces(words: Iterable[str]) -> list[tuple[str, float]]:
-    """T5's Unigram vocabulary, (piece, score) by id; a whole word always scores above its characters."""
+    """Make a Unigram vocabulary for T5, (piece, score) by id; a whole word always scores above its characters."""
     whole = dict.fromkeys(T5_SPACE + word for word in words if len(word) > 1)
     single = [chr(c) for c in range(33, 127)]
     special = [T5_PAD, T5_END, T5_UNKNOWN]
@@ -49,14 +49,14 @@ def t5_pieces(words: Iterable[str]) -> list[tuple[str, float]]:
 
 
 def _byte_characters() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in CLIP's (GPT-2's) vocabulary."""
+    """Map each byte to the printable character that stands for it in CLIP's (GPT-2's) vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def _merged(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding: join the neighbours of lowest rank, everywhere, until none has a rank."""
+    """Apply byte-pair encoding: join the neighbors with the lowest rank everywhere, until no pair has a rank."""
     while True:
         known = [pair for pair in pairwise(pieces) if pair in ranks]
         if not known:
@@ -71,7 +71,7 @@ def _merged(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
 
 
 def clip_tokenizer(folder: Path, pieces: tuple[dict[str, int], list[tuple[str, str]]], length: int, pad: str) -> Any:
-    """A CLIPTokenizer of `clip_pieces`; its two files are written to `folder`."""
+    """Make a CLIPTokenizer from `clip_pieces`; its two files are written to `folder`."""
     from transformers import CLIPTokenizer
 
     vocabulary, merges = pieces
@@ -91,7 +91,7 @@ def clip_tokenizer(folder: Path, pieces: tuple[dict[str, int], list[tuple[str, s
 
 
 def t5_tokenizer(pieces: list[tuple[str, float]]) -> Any:
-    """A T5TokenizerFast of `t5_pieces`."""
+    """Make a T5TokenizerFast from `t5_pieces`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import T5TokenizerFast
 
@@ -115,7 +115,7 @@ def t5_tokenizer(pieces: list[tuple[str, float]]) -> Any:
 
 
 def clip_encoder(pieces: tuple[dict[str, int], list[tuple[str, str]]], width: int, layers: int, length: int) -> Any:
-    """A random CLIPTextModelWithProjection, `width` wide and projecting to as many."""
+    """Make a random CLIPTextModelWithProjection of width `width`, which is also the width of its projection."""
     from transformers import CLIPTextModelWithProjection
 
     return CLIPTextModelWithProjection(_clip_config(pieces[0], width, layers, length)).eval()
@@ -148,7 +148,7 @@ def _clip_config(vocabulary: dict[str, int], width: int, layers: int, length: in
 
 
 def t5_encoder(pieces: list[tuple[str, float]], width: int, layers: int, *, per_layer: bool = False) -> Any:
-    """A random T5EncoderModel, `width` wide; with a position bias of each layer's own it is a UMT5EncoderModel."""
+    """Make a random T5EncoderModel of width `width`; with per_layer, a position bias per layer, it is UMT5."""
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
     heads = max(1, width // 16)

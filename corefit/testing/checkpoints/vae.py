@@ -1,4 +1,4 @@
-"""Image encoders of small checkpoints."""
+"""Makes the image VAE of small checkpoints."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def image_vae(channels: int, widths: Sequence[int], layers: int, latent_size: int, scaling: float, shift: float) -> Any:
-    """A random AutoencoderKL with the latent statistics of its arguments."""
+    """Make a random AutoencoderKL with the given scaling and shift factors."""
     from diffusers import AutoencoderKL
 
-    kind: Any = AutoencoderKL  # its annotations have one block where a checkpoint has several
+    kind: Any = AutoencoderKL  # its annotations allow one block, and checkpoints have several
     return kind(
         block_out_channels=tuple(widths),
         down_block_types=("DownEncoderBlock2D",) * len(widths),

@@ -1,4 +1,4 @@
-"""A small Wan, with one network or two experts."""
+"""Writes a small Wan with one network or two experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from corefit.testing.checkpoints.text import t5_encoder, t5_pieces, t5_tokenizer
 
 MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
-"""Of the real VAE's first channels."""
+"""The statistics of the leading channels of the real VAE's latents."""
 
 
 def tiny_wan(
@@ -31,11 +31,12 @@ def tiny_wan(
 ) -> Path:
     """Write what `WanPipeline.from_pretrained(folder)` loads, with random weights.
 
-    words             each becomes one token of the text encoder; other text falls into single characters
-    experts           2 writes transformer_2 as well, as 2.2's A14B has it, which works below `boundary`
-    shift             of the scheduler, which is UniPC, as in the real folders
-    expand_timesteps  as 2.2's 5B has it: in text-to-video, the same timestep for every patch
-    packed_vae        2.2's 5B: residual blocks on 2 x 2 pixels in one, so that a latent is 16 pixels wide and not 8
+    words             each becomes one token of the text encoder; other text is split into characters
+    experts           2 also writes transformer_2, like Wan 2.2 A14B; it is used at noise levels below `boundary`
+    shift             shift of the scheduler, which is UniPC, as in the real folders
+    expand_timesteps  True like Wan 2.2 5B, whose network takes a timestep for each patch (equal in text-to-video)
+    packed_vae        True like Wan 2.2 5B, whose VAE packs 2 x 2 pixels into one, so that a latent is 16 pixels wide
+                      instead of 8
     """
     import torch
     from diffusers import UniPCMultistepScheduler, WanPipeline
@@ -44,7 +45,7 @@ def tiny_wan(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         networks = [_transformer(layers, heads, head_width, latent_channels, t5_width) for _ in range(experts)]
-        kind: Any = WanPipeline  # its annotations have another scheduler than its folders
+        kind: Any = WanPipeline  # its annotations name another scheduler than its folders have
         pipeline = kind(
             tokenizer=t5_tokenizer(vocabulary),
             text_encoder=t5_encoder(vocabulary, t5_width, 1, per_layer=True),
