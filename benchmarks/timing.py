@@ -72,7 +72,7 @@ def once(run: Callable[[], None]) -> Sample:
 def interleaved(
     names: Sequence[str], ready: Callable[[str], Callable[[], None]], rounds: Iterable[int]
 ) -> dict[str, list[Sample]]:
-    """All of `names` in each round, every other round backwards, so that drift and neighbours cancel.
+    """All of `names` in each round, every other round backwards, so that drift and neighbors cancel.
 
     `ready` prepares a name, untimed, and gives what is timed.
     """

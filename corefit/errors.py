@@ -73,9 +73,6 @@ def short_repr(value: object) -> str:
     return text if len(text) <= LONGEST_REPR else f"{text[:LONGEST_REPR]}..."
 
 
-shown = short_repr
-
-
 def is_unicode(text: str) -> bool:
     """Return whether `text` has no lone surrogate, which JSON can escape and no file can hold."""
     try:
@@ -89,3 +86,8 @@ def near(word: str, known: Iterable[str]) -> str:
     """Return " (did you mean ...?)" with the closest known word, or "" if none is close."""
     close = difflib.get_close_matches(word, list(known), 1, 0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 step" or "2 steps"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -46,7 +46,7 @@ def _modules() -> list[Case]:
         ),
         listed("file of another API", f"COREFIT_API = '99.0'\n{HEAD}", FILE),
         listed("file of an API that is no text", f"COREFIT_API = 99\n{HEAD}", FILE, status=(0, 2)),
-        listed("hook is misspelt", f"{HEAD}\n@hookimpl\ndef corefit_reward():\n    return {{}}\n", "corefit_rewards"),
+        listed("hook is misspelled", f"{HEAD}\n@hookimpl\ndef corefit_reward():\n    return {{}}\n", "corefit_rewards"),
         listed("hook is not marked", f"{HEAD}\ndef corefit_rewards():\n    return {{}}\n", "hookimpl"),
         listed(
             "hook wants arguments",

@@ -146,7 +146,7 @@ def _classes() -> list[Case]:
         seen("score is no method", reward_class("score = 3"), "score"),
         seen("score is a coroutine", reward_class(f"async {score}"), "score"),
         seen(
-            "score is misspelt", reward_class("def scoer(self, media, prompts, meta):\n        return media"), "score"
+            "score is misspelled", reward_class("def scoer(self, media, prompts, meta):\n        return media"), "score"
         ),
         seen("reward is no attrs class", reward_class(score, decorator=""), "attrs"),
         seen("reward is a dataclass", "import dataclasses\n" + reward_class(score, "@dataclasses.dataclass"), "attrs"),

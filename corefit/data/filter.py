@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from attrs import field, frozen
 
-from corefit.errors import DataError, shown
+from corefit.errors import DataError, short_repr
 
 OPERATORS: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -46,9 +46,9 @@ class Filter:
             tree = ast.parse(text, mode="eval").body
             _check_syntax(tree, text)
         except SyntaxError as error:
-            raise ValueError(f"{shown(text)} is not a filter expression ({error.msg}); {SYNTAX}") from None
+            raise ValueError(f"{short_repr(text)} is not a filter expression ({error.msg}); {SYNTAX}") from None
         except (RecursionError, MemoryError):
-            raise ValueError(f"{shown(text)} is nested too deeply; {SYNTAX}") from None
+            raise ValueError(f"{short_repr(text)} is nested too deeply; {SYNTAX}") from None
         return Filter(text, tree)
 
     @property
@@ -75,9 +75,13 @@ class Column:
     def value_range(self) -> str:
         """Return the least and the greatest value as text, or the first few values if they cannot be compared."""
         try:
-            return f"{self.name} is {shown(min(self.values))} to {shown(max(self.values))}" if self.values else ""
+            return (
+                f"{self.name} is {short_repr(min(self.values))} to {short_repr(max(self.values))}"
+                if self.values
+                else ""
+            )
         except TypeError:
-            few = dict.fromkeys(shown(value) for value in self.values)
+            few = dict.fromkeys(short_repr(value) for value in self.values)
             return f"{self.name} is {', '.join(list(few)[:5])}{', ...' if len(few) > 5 else ''}"
 
     def histogram(self) -> Iterator[str]:

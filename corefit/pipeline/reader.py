@@ -25,7 +25,7 @@ from cattrs.errors import (
     IterableValidationNote,
 )
 
-from corefit.errors import ConfigError, is_unicode, near, shown
+from corefit.errors import ConfigError, is_unicode, near, short_repr
 from corefit.plugins import contract
 from corefit.plugins.host import Host
 from corefit.plugins.kinds import BY_PROTOCOL
@@ -93,7 +93,7 @@ def _table(tables: Table, keys: Sequence[str], setting: str) -> Table:
         else:
             found = found.setdefault(key, {})
         if not isinstance(found, (dict, list)):
-            raise ConfigError(f"--set {setting}: {key!r} is {shown(found)}, not a table; set the whole of it")
+            raise ConfigError(f"--set {setting}: {key!r} is {short_repr(found)}, not a table; set the whole of it")
     if isinstance(found, list):
         known = ", ".join(_by_name(found))
         raise ConfigError(f"--set {setting}: say which {keys[-1]} ({known}), as in {'.'.join(keys)}.NAME.KEY=VALUE")
@@ -191,11 +191,13 @@ class Reader:
         many = has_any_length(target)
         if not isinstance(value, (list, tuple)):
             found = (
-                "a table: write [[...]] or [{ ... }]" if isinstance(value, Mapping) else f"{shown(value)}: write [...]"
+                "a table: write [[...]] or [{ ... }]"
+                if isinstance(value, Mapping)
+                else f"{short_repr(value)}: write [...]"
             )
             raise ConfigError(f"must be a list, not {found}")
         if not many and len(value) != len(kinds):
-            raise ConfigError(f"must be a list of {len(kinds)}, not {shown(value)}")
+            raise ConfigError(f"must be a list of {len(kinds)}, not {short_repr(value)}")
         items = self._items(value, repeat(kinds[0]) if many else kinds, target)
         return items if get_origin(target) is list else tuple(items)
 
@@ -253,7 +255,7 @@ class Reader:
                 listing = ", ".join(known) or "none"
                 yield f"{_dotted(path, extra)} is not a key{near(extra, known)}; known here: {listing}"
         elif isinstance(error, (TypeError, AttributeError)) and not isinstance(table, Mapping):
-            yield f"{_dotted(path, '')}: must be a table, not {shown(table)}"
+            yield f"{_dotted(path, '')}: must be a table, not {short_repr(table)}"
         else:
             text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
             if about_key := VALIDATOR_MESSAGE.fullmatch(text):
@@ -298,7 +300,7 @@ def _base(target: Any) -> Any:
 def _split_use(value: Any, what: str, known: Mapping[str, Any]) -> tuple[str, Table]:
     """Return the `use` of a table, and its other keys."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f'must be a table such as {{ use = "{next(iter(known), "name")}" }}, not {shown(value)}')
+        raise ConfigError(f'must be a table such as {{ use = "{next(iter(known), "name")}" }}, not {short_repr(value)}')
     rest = dict(value)
     name = rest.pop("use", None)
     if not isinstance(name, str):
@@ -312,7 +314,7 @@ def _strict(value: Any, target: type[T], key: str = "") -> T:
         return float(value)  # pyright: ignore[reportReturnType]
     if type(value) is not target or not _is_valid(value):
         wanted = "text without NUL and lone surrogates" if type(value) is str is target else _TYPE_WORDS[target]
-        raise ConfigError(f"{key}must be {wanted}, not {shown(value)}")
+        raise ConfigError(f"{key}must be {wanted}, not {short_repr(value)}")
     return value
 
 
@@ -320,7 +322,7 @@ def checked_path(value: Any) -> str:
     """Return a path, unless it is longer than file systems allow."""
     text = _strict(value, str)
     if len(os.fsencode(text)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(text).parts):
-        raise ConfigError(f"must be a path of at most {LONGEST_NAME} bytes a name, not {shown(text)}")
+        raise ConfigError(f"must be a path of at most {LONGEST_NAME} bytes a name, not {short_repr(text)}")
     return text
 
 
@@ -343,7 +345,7 @@ def _literal(value: Any, target: Any) -> Any:
     choices = get_args(target)
     if value not in choices or isinstance(value, bool):
         hint = near(value, choices) if isinstance(value, str) else ""
-        raise ConfigError(f"must be one of {', '.join(map(repr, choices))}, not {shown(value)}{hint}")
+        raise ConfigError(f"must be one of {', '.join(map(repr, choices))}, not {short_repr(value)}{hint}")
     return value
 
 

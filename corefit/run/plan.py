@@ -10,7 +10,7 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from corefit.errors import ConfigError, DataError, near
+from corefit.errors import ConfigError, DataError, counted, near
 from corefit.pipeline.pipeline import Pipeline, Stage
 from corefit.run import identity
 from corefit.run.evaluate import SAMPLES
@@ -266,11 +266,6 @@ def _training_line(stage: Stage, folder: Path, decision: Decision) -> str:
     if newest is None:
         return f"train {steps}: {decision.reason}{details}"
     return f"go on from step {newest.step} of {stage.steps}: {decision.reason}{details}"
-
-
-def counted(n: int, noun: str) -> str:
-    """Return '1 step', '2 steps'."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 # files

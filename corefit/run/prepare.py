@@ -9,6 +9,7 @@ from typing import Any
 from corefit.data import cache
 from corefit.data.dataset import Dataset, filtered_key
 from corefit.data.settings import Data
+from corefit.errors import counted
 from corefit.pipeline.pipeline import Pipeline
 from corefit.run import agreement
 from corefit.system import files
@@ -101,8 +102,3 @@ def text_dtype(ranks: Ranks) -> Any:
     import torch
 
     return torch.bfloat16 if precision(ranks) == "bf16" else torch.float32
-
-
-def counted(number: int, what: str) -> str:
-    """Return '1 example', '2 examples'."""
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -151,7 +151,7 @@ class Case:
         with self.placing():
             for update, part in enumerate(self.objective.experience(batch, ctx.at(keyed("experience", batch, step)))):
                 expect(update < number, f"experience yields more than num_updates = {number} parts")
-                expect(len(part) > 0, f"part {update} has no rows: an optimiser step needs some on every rank")
+                expect(len(part) > 0, f"part {update} has no rows: an optimizer step needs some on every rank")
                 parts.append((self._part(part, update, step, ctx), len(part)))
         expect(len(parts) == number, f"experience yields {len(parts)} parts, but num_updates is {number}")
         return _outcome(parts)
