@@ -191,7 +191,7 @@ class Rerun:
             record, problem = read(file)
             if problem and not stage:
                 raise DataError(
-                    f"{file}: {problem}. It recorded which stages were to run again: give --from STAGE again; "
+                    f"{file.parent}: {problem}. It recorded which stages were to run again: give --from STAGE again; "
                     "where none is, move the file away"
                 )
             if problem:

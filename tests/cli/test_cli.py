@@ -147,7 +147,7 @@ def test_help_names_every_command(project):
             ["KIND NAME", "objective, backbone, sampler, noise, reward or source", "--folder PATH", "corefit-NAME"],
         ),
         ("completion", ["SHELL (bash, zsh or fish)", "~/.bashrc"]),
-        ("plugins", ["[FILES]...", "who offers what, with its keys"]),
+        ("plugins", ["[FILES]...", "List all plugins with their keys and owners"]),
     ],
 )
 def test_help_of_every_command(project, command, said):

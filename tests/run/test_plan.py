@@ -517,7 +517,7 @@ def test_a_damaged_request_is_named_and_can_be_made_again(toy, harm):
     toy.interrupted("soar", 1, again="soar")
     harm(toy.folder / "from.json")
     for attempt in (toy.run, toy.foreseen):
-        with pytest.raises(DataError, match=r"from\.json is damaged .* with --from STAGE"):
+        with pytest.raises(DataError, match=r"tiny: its from\.json is damaged .* give --from STAGE again"):
             attempt()
     assert foreseen(toy, again="grpo")["02-grpo"] == f"train 2 steps: --from grpo{ASIDE}"
 
