@@ -115,7 +115,7 @@ class Case:
             rng=Rng((0,), []),
             rewards=[Weighted("toy", reward or PromptWeighted())] if "reward" in uses else [],
             reference=_frozen(shape) if "reference" in uses else None,
-            first_batch=True,
+            first=True,
         )
         return Case(objective, layout, backbone, ctx, meta)
 
@@ -145,7 +145,7 @@ class Case:
     ) -> Outcome:
         """Take one step of the trainer without the optimizer: experience, parts, micro-batches, terms."""
         number = self.objective.num_updates
-        ctx = evolve(self.ctx, micro_batch=micro_batch or len(batch), first_batch=first_batch)
+        ctx = evolve(self.ctx, micro_batch=micro_batch or len(batch), first=first_batch)
         ctx = ctx if gather is None else evolve(ctx, gather=gather)
         parts: list[tuple[list[Row], int]] = []
         with self.placing():

@@ -57,7 +57,7 @@ def _train(case: Case, steps: int, *, lr: float, least: int = 8) -> None:
 def _take_step(case: Case, batch: Batch, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Take an optimizer step on each part of a batch's experience, with the sum of totals divided by the count."""
     parameters = list(case.backbone.transformer.parameters())
-    ctx = evolve(case.ctx, micro_batch=len(batch), first_batch=step == 0)
+    ctx = evolve(case.ctx, micro_batch=len(batch), first=step == 0)
     with case.placing():
         parts = case.objective.experience(batch, ctx.at(keyed("experience", batch, step)))
         for update, part in enumerate(parts):

@@ -219,7 +219,7 @@ class _Ranks:
 def _check_syncs(case: Case) -> None:
     """Check that `terms` reads no tensor's value on the host, except in the first batch of a process."""
     batch = case.batch()
-    ctx, rewards = recording(evolve(case.ctx, first_batch=False, micro_batch=len(batch)))
+    ctx, rewards = recording(evolve(case.ctx, first=False, micro_batch=len(batch)))
     own = [ctx.backbone, ctx.reference, ctx.sampler, ctx.noise, *rewards]
     parts = case.objective.experience(batch, ctx.at(keyed("experience", batch)))
     for update, part in enumerate(parts):

@@ -146,7 +146,7 @@ class Loop:
         """Turn one batch into experience, and take an optimizer step on each part of it."""
         started = time.perf_counter()
         self._set_learning_rate()
-        ctx = attrs.evolve(self.ctx, first_batch=self._is_first_step)
+        ctx = attrs.evolve(self.ctx, first=self._is_first_step)
         self._draws = [] if self._is_first_step and self.ranks.world > 1 else None
         try:
             for update, parts_of_update in enumerate(self._parts_by_update(batch, ctx)):

@@ -38,7 +38,7 @@ class Context:
     rng: Rng
     rewards: Sequence[Weighted[Reward]] = ()
     reference: Backbone | None = None
-    first_batch: bool = False
+    first_batch: bool = field(default=False, alias="first")  # so that Context(first=True) goes on working
     micro_batch: int = 1 << 30
     gather: Callable[[Tensor], Tensor] = lambda x: x
 

@@ -268,7 +268,7 @@ def test_groups_are_whole():
 def test_the_ratio_is_1_before_the_first_update(keys, sampler):
     objective, batch = toy(**keys), prompts_only()
     part = collect(objective, batch, sampler=sampler)[0]
-    for term in objective.terms(part, context(batch, sampler=sampler, first_batch=True)):
+    for term in objective.terms(part, context(batch, sampler=sampler, first=True)):
         assert torch.equal(term.metrics["approx_kl"], torch.zeros(len(part)))
         assert torch.equal(term.metrics["clipped"], torch.zeros(len(part)))
         torch.testing.assert_close(term.total, -part.advantages.sum(), atol=1e-5, rtol=0)
@@ -296,7 +296,7 @@ def test_a_policy_that_trains_otherwise_than_it_rolls_out_is_refused(kind):
     torch.manual_seed(0)
     part = collect(objective, batch, backbone=backbone)[0]
     with pytest.raises(TrainingError, match=r"log ratio .*\bratio_tolerance"):
-        list(objective.terms(part, context(batch, backbone, first_batch=True)))
+        list(objective.terms(part, context(batch, backbone, first=True)))
     list(objective.terms(part, context(batch, backbone)))  # later steps are not looked at
 
 
@@ -308,16 +308,16 @@ def test_what_would_be_clipped_before_the_first_update_is_refused(kind):
     (part,) = collect(objective, batch, backbone=backbone)
     assert sum(float(t.metrics["clipped"].sum()) for t in objective.terms(part, context(batch, backbone))) > 0
     with pytest.raises(TrainingError, match="log ratio"):
-        list(objective.terms(part, context(batch, backbone, first_batch=True)))
+        list(objective.terms(part, context(batch, backbone, first=True)))
 
 
 def test_only_the_first_update_must_be_on_policy():
     objective, batch = toy(updates=2), prompts_only()
     first, second = collect(objective, batch)
     moved = Analytic(model().params.detach() + 0.1)
-    list(objective.terms(second, context(batch, moved, first_batch=True)))
+    list(objective.terms(second, context(batch, moved, first=True)))
     with pytest.raises(TrainingError):
-        list(objective.terms(first, context(batch, moved, first_batch=True)))
+        list(objective.terms(first, context(batch, moved, first=True)))
 
 
 def test_a_sampler_without_density_is_refused_at_the_first_step():
@@ -325,7 +325,7 @@ def test_a_sampler_without_density_is_refused_at_the_first_step():
     objective, batch, sampler = toy(), prompts_only(), Cps(0.0)
     part = collect(objective, batch, sampler=sampler)[0]
     with pytest.raises(TrainingError, match="without density"):
-        next(objective.terms(part, context(batch, sampler=sampler, first_batch=True)))
+        next(objective.terms(part, context(batch, sampler=sampler, first=True)))
 
 
 @pytest.mark.parametrize("keys", [{}, {"window": 2, "window_range": (1, 4)}], ids=["all steps", "window"])
@@ -696,7 +696,7 @@ def test_without_guidance_there_is_nothing_to_detach():
 def test_a_detached_half_is_on_policy_too():
     objective, batch = toy(detach_unconditional=True), prompts_only()
     (part,) = collect(objective, batch)
-    for term in objective.terms(part, context(batch, first_batch=True)):
+    for term in objective.terms(part, context(batch, first=True)):
         assert float(term.metrics["approx_kl"].max()) < 1e-12
 
 

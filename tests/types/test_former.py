@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from attrs import frozen
 
-from corefit import Supervised, flow, types
+from corefit import Context, Supervised, flow, types
 from corefit.plugins.contract import problems
-from corefit.rollout import samplers
+from corefit.rng import Rng
+from corefit.rollout import noise, samplers
 from corefit.testing import ToyBackbone
 from corefit.types.former import adopt
 
@@ -50,6 +51,11 @@ def test_an_objective_that_says_rows_per_prompt():
         (3, 3),
         (2, 2),
     ]
+
+
+def test_a_context_that_is_made_with_first():
+    context = Context(ToyBackbone(), samplers.Ode(), noise.Uniform(), Rng((), []), first=True)
+    assert (context.first, context.first_batch) == (True, True)
 
 
 def test_a_backbone_that_says_moved(tmp_path):
