@@ -114,6 +114,7 @@ class Pipeline:
         for stage in self.stage:
             yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
         yield from self._mode_problems()
+        yield from self._reward_problems()
         found = [*_error_of("backbone", self.backbone.check)]
         found = found or [*_error_of("backbone", lambda: self.backbone.latent_shape(self.data.size))]
         yield from found or _error_of("data", lambda: buckets.sizes(self.data.size, self.data.aspects, self.backbone))
@@ -137,6 +138,14 @@ class Pipeline:
                     f"stage.{stage.name}.train: {what} the LoRA of stage {before.name}; train both with the same "
                     'settings, or the earlier one with { use = "full" }'
                 )
+
+    def _reward_problems(self) -> Iterator[str]:
+        """Let each reward look for what it lacks, such as a file or a package."""
+        places = {f"stage.{stage.name}.reward": stage.reward for stage in self.stage}
+        for where, entries in {**places, "eval.reward": self.eval.reward if self.eval else ()}.items():
+            for entry in entries:
+                if check := getattr(entry.value, "check", None):  # a reward of version 0.1 has none
+                    yield from _error_of(f"{where}.{entry.name}", check)
 
     def _data_problems(self) -> Iterator[str]:
         counted: list[int | None] = []

@@ -19,7 +19,7 @@ RESERVED = frozenset({"step", "lr", "seconds", "samples_per_second", "skipped"})
 """Names of metrics that the trainer logs."""
 
 
-ADDED = frozenset({"checkpoint", "copies", "differentiable", "left_out"})
+ADDED = frozenset({"Reward.check", "checkpoint", "concurrent", "copies", "differentiable", "left_out", "unit"})
 """Members of a protocol, and arguments of its methods, that came after version 0.1; a plugin need not have them."""
 
 
@@ -72,7 +72,7 @@ def _members(protocol: type) -> Iterator[tuple[str, Any]]:
     for name, value in vars(protocol).items():
         if (
             not name.startswith("_")
-            and name not in {*FORMER, *ADDED}
+            and not {name, getattr(value, "__qualname__", name)} & {*FORMER, *ADDED}
             and (inspect.isfunction(value) or isinstance(value, property))
         ):
             yield name, value

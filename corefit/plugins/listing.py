@@ -38,13 +38,14 @@ def _observers(host: Host) -> Iterator[str]:
 def _offer(offer: Offer) -> Iterator[str]:
     summary = (inspect.getdoc(offer.cls) or "").partition("\n")[0]
     yield f"  {offer.name}  ({offer.owner})  {summary}".rstrip()
+    attrs.resolve_types(offer.cls)
     for field in attrs.fields(offer.cls):
         if field.init:
             yield f"      {field.name}: {_type(field.type)}{_default(field.default)}"
 
 
 def _type(kind: Any) -> str:
-    """Return an annotation as it is written in the class, without names of modules if attrs has resolved it."""
+    """Return a resolved annotation, without names of modules."""
     if isinstance(kind, str):
         return kind
     return kind.__name__ if isinstance(kind, type) else MODULES.sub("", str(kind))

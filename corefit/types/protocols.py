@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from corefit.types.former import adopt
 from corefit.types.values import Condition, Example, Meta, Step
@@ -294,12 +294,23 @@ class NoiseWeighting(Protocol):
 class Reward(Protocol):
     """Scores media. It is an attrs class; its fields are the keys of a `reward` table.
 
-    `score` is abstract and must be written; `differentiable` has a default, which a class that derives from this one
+    `score` is abstract and must be written; all others have defaults, which a class that derives from this one
     inherits.
     """
 
     differentiable: ClassVar[bool] = False
     """Whether `score` stays in torch, so that its gradient reaches media that have a graph."""
+    concurrent: ClassVar[bool] = False
+    """Whether `score` may be called in a thread of its own while the model generates: it waits for a service, or
+    computes on the CPU outside of torch."""
+    unit: ClassVar[Literal["", "share"]] = ""
+    """"share" where a score is a share from 0 to 1, which reports show as a percentage; "" for every other scale."""
+
+    def check(self) -> None:
+        """Raise CorefitError if something shows without scoring: a missing file, package or service.
+
+        `corefit check` and `corefit run` call it before anything else happens. The default finds nothing.
+        """
 
     @abstractmethod
     def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
@@ -307,6 +318,16 @@ class Reward(Protocol):
 
         A row's score must not depend on the other rows. Where scoring fails, raise an exception; never return 0.
         """
+        ...
+
+
+@runtime_checkable
+class SizedReward(Protocol):
+    """What a Reward with a network may implement as well, so that `corefit check` counts its memory."""
+
+    @abstractmethod
+    def load_blank(self) -> Any:
+        """Return the network on the meta device, in the dtypes that it is held in, or None if no GPU will hold it."""
         ...
 
 
