@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from corefit.data.dataset import Dataset
+from corefit.data.sources import category
 from corefit.pipeline.eval import Eval
 from corefit.rng import Rng
 from corefit.rollout.loop import generate
@@ -65,7 +66,7 @@ class Evaluator:
             rewards.refuse_non_finite(scores, batch.prompts)
             for name, scored in scores.items():
                 values[name] += scored.tolist()
-            categories += [str(m.get("category", "")) for m in batch.meta]
+            categories += [category(meta) for meta in batch.meta]
             progress(len(categories), len(rows))
         self._join_forwards(backbone, len(rows))
         gathered = self.ranks.all_gather_object((values, categories))
