@@ -20,7 +20,7 @@ class Eval:
     """`[eval]`: how the base model and the result of every stage are evaluated."""
 
     prompts: Path
-    """The file of held-out prompts: a .txt with one prompt per line, .jsonl as the source `jsonl` reads it, a table .csv
+    """The file of held-out prompts: a .txt with one prompt per line, .jsonl as the source `jsonl` does, a table .csv
     or .tsv with a header, or a .json list. GenEval, DrawBench, PartiPrompts and HPSv2 are published in these forms.
     Prompts with a `category` (GenEval's `tag`) also have a column of that name in the results."""
     reward: tuple[Weighted[Reward], ...]
