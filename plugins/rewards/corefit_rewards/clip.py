@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
 from corefit.errors import ModelError
 from corefit_rewards import files
+from corefit_rewards.models import read, tried
 from corefit_rewards.network import Loaded, NetworkReward
 from corefit_rewards.pictures import Preprocess
 
@@ -48,7 +47,7 @@ class ClipReward(NetworkReward):
         return network.config.vision_config.image_size, network.config.text_config.max_position_embeddings
 
     def compute(self, network: Any, pixels: Tensor, tokens: Any) -> Tensor:
-        """Return scores [B] in float32; padding is behind the end of a prompt, which the causal network does not see."""
+        """Return scores [B]; padding follows the end of a prompt, where the causal network does not see it."""
         from torch.nn.functional import cosine_similarity
 
         pictures = network.get_image_features(pixel_values=pixels).float()
@@ -78,38 +77,3 @@ def check_config(path: str) -> None:
         kind = files.settings(folder / CONFIG).get("model_type")
         if kind != "clip":
             raise ModelError(f"{folder / CONFIG}: its model_type is {kind!r}; this reward reads a CLIP model, 'clip'")
-
-
-def read(kind: Any, config: Any, source: Path | Mapping[str, Tensor], **keys: Any) -> Any:
-    """Return a model of transformers in float32, read from a folder or made of tensors by their names.
-
-    Raises ModelError where files cannot be read, and where weights are missing or of another shape, which transformers
-    would fill with random numbers.
-    """
-    folder = source if isinstance(source, Path) else None
-    state = {} if folder else {"state_dict": dict(source)}  # pyright: ignore[reportArgumentType,reportCallIssue]
-    network, info = tried(
-        lambda: kind.from_pretrained(
-            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **state, **keys
-        ),
-        folder,
-    )
-    wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ModelError(
-            f"{folder or 'the file'}: its weights lack {', '.join(wrong[:3])}{more}, or have them in another shape than "
-            "the config says; fetch the whole model again"
-        )
-    return network
-
-
-def tried(make: Callable[[], Any], place: object) -> Any:
-    """Call what reads files, and turn its errors into a ModelError that names the place."""
-    from safetensors import SafetensorError
-
-    try:
-        return make()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{place}: transformers cannot read it: {first or type(error).__name__}") from error

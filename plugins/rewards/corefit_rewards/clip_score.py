@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+PUBLISHED = ModelPath("openai/clip-vit-large-patch14")
+
 
 @frozen(slots=False, kw_only=True)
 class ClipScore(ClipReward):
@@ -22,7 +24,7 @@ class ClipScore(ClipReward):
     CLIPScore (arXiv 2104.08718) is 2.5 times that, torchmetrics' is 100 times that, and Flow-GRPO's 100 / 30 times.
     """
 
-    path: ModelPath = ModelPath("openai/clip-vit-large-patch14")
+    path: ModelPath = PUBLISHED
     """A CLIP model as transformers saves it: a folder, relative to the pipeline file, or a name on the hub."""
 
     def check(self) -> None:

@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,16 +172,17 @@ def _fetched_file(name: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    missing: Exception = FileNotFoundError(f"it has no {' or '.join(files)}")
-    for file in files:
+    problem: Exception = FileNotFoundError(f"it has no {' or '.join(files)}")
+    for cached, file in product((True, False), files):
         try:
-            return Path(hf_hub_download(name, file))
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):
-                raise _not_given(name, error) from error
+            return Path(hf_hub_download(name, file, local_files_only=cached))
+        except LocalEntryNotFoundError as error:
+            problem = problem if cached else error
+        except EntryNotFoundError:
+            continue
         except (OSError, ValueError) as error:
             raise _not_given(name, error) from error
-    raise _not_given(name, missing)
+    raise _not_given(name, problem)
 
 
 def _not_given(name: str, error: Exception) -> ModelError:

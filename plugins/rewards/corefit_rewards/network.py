@@ -113,7 +113,7 @@ class NetworkReward(FrameReward):
         return self._held(self.blank())
 
     def score_blank(self, network: Any, media: Tensor) -> Tensor:
-        """Score media as `score` does, but with the network of `load_blank`, whose tensors are fake, and any prompts."""
+        """Score media as `score` does, with the network of `load_blank`, whose tensors are fake, and any prompts."""
         import torch
 
         size, length = self.sizes(network)

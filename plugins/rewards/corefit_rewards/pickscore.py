@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PUBLISHED = ModelPath("laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+PUBLISHED = ModelPath("yuvalkirstain/PickScore_v1")
+BESIDE = ModelPath("laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
 """Where the authors' code takes tokenizer and preprocessing from."""
 
 
@@ -23,7 +24,7 @@ PUBLISHED = ModelPath("laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
 class PickScore(ClipReward):
     """How people would like a picture for its prompt: the cosine of both in PickScore, times its logit scale (100)."""
 
-    path: ModelPath = ModelPath("yuvalkirstain/PickScore_v1")
+    path: ModelPath = PUBLISHED
     """PickScore as transformers saves it: a folder, relative to the pipeline file, or a name on the hub."""
     processor: ModelPath | None = None
     """A folder or name of tokenizer and preprocessing. By default it is `path` if that is a folder with a tokenizer,
@@ -50,4 +51,4 @@ class PickScore(ClipReward):
         if self.processor is not None:
             return self.processor
         here = files.local(self.path)
-        return self.path if here is not None and (here / "tokenizer_config.json").is_file() else PUBLISHED
+        return self.path if here is not None and (here / "tokenizer_config.json").is_file() else BESIDE

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation of red, green and blue that OpenAI's CLIP was trained with; BLIP and HPS take them too."""
+"""Mean and standard deviation of red, green and blue for OpenAI's CLIP; HPS and BLIP take the same."""
 BICUBIC = 3
 """The number of bicubic interpolation in a preprocessor_config.json."""
 
