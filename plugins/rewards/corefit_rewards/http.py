@@ -28,7 +28,7 @@ TRY_AGAIN = frozenset({408, 425, 429})
 MEANINGS: Mapping[int, str] = {
     401: "the service refuses the token; set the environment variable that holds it",
     403: "the service refuses the token; set the environment variable that holds it",
-    404: "nothing is served there; correct 'url'",
+    404: "what was asked for is not there; correct 'url', or the name of what is asked for",
     413: "the request is larger than the service accepts; raise its limit, or send fewer or smaller pictures",
 }
 """What to do about some statuses that a retry does not change."""

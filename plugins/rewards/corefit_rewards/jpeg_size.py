@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from attrs import field, frozen, validators
 
 from corefit.types import Meta
 from corefit_rewards.frames import FrameReward
-from corefit_rewards.pixels import encoded, pixels
+from corefit_rewards.pixels import encoded, pixels, scored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class JpegSize(FrameReward):
 
     def score_pictures(self, pictures: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
         """Return sizes [B] in kilobytes, negative where small files are wanted."""
-        import torch
+        return scored(pictures, lambda rows: [self._score(picture) for picture in pixels(pictures[rows])])
 
-        sizes = [len(encoded(picture, "jpeg", self.quality)) for picture in pixels(pictures)]
-        return torch.tensor(sizes, dtype=torch.float32) / (1000 if self.wanted == "large" else -1000)
+    def _score(self, picture: Any) -> float:
+        return len(encoded(picture, "jpeg", self.quality)) / (1000 if self.wanted == "large" else -1000)

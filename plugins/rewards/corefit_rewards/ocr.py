@@ -16,7 +16,7 @@ from corefit.errors import DataError, short_repr
 from corefit.types import ROUNDING, Meta
 from corefit_rewards.frames import FrameReward
 from corefit_rewards.packages import require
-from corefit_rewards.pixels import pixels
+from corefit_rewards.pixels import pixels, scored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,12 +52,13 @@ class Ocr(FrameReward):
 
     def score_pictures(self, pictures: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
         """Return scores [B] from 0 to 1; raise DataError for a prompt that quotes no text."""
-        import torch
-
         wanted = [self._target(prompt, one) for prompt, one in zip(prompts, meta, strict=True)]
-        read = self._readers.read(pixels(pictures))
-        scores = [similarity(text, target) for text, target in zip(read, wanted, strict=True)]
-        return torch.tensor(scores, dtype=torch.float32)
+
+        def similarities(rows: Sequence[int]) -> list[float]:
+            read = self._readers.read(pixels(pictures[rows]))
+            return [similarity(text, wanted[row]) for row, text in zip(rows, read, strict=True)]
+
+        return scored(pictures, similarities)
 
     def _target(self, prompt: str, meta: Meta) -> str:
         """Return the text that should be in the picture."""

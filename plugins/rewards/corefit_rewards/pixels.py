@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -15,6 +16,21 @@ def pixels(pictures: Tensor) -> Any:
 
     whole = (pictures.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
     return whole.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def scored(pictures: Tensor, read: Callable[[list[int]], Sequence[float]]) -> Tensor:
+    """Return scores [B] in float32 of pictures [B, 3, H, W], which `read` gives for the numbers of the rows.
+
+    Pictures with numbers that are not finite, which bytes cannot show, are not read. Their score is NaN, which stops
+    the stage.
+    """
+    import torch
+
+    rows: list[int] = pictures.detach().flatten(1).isfinite().all(1).nonzero().flatten().tolist()
+    scores = torch.full((len(pictures),), torch.nan)
+    if rows:
+        scores[rows] = torch.tensor(read(rows), dtype=torch.float32)
+    return scores
 
 
 def encoded(picture: Any, form: Literal["png", "jpeg"], quality: int = 95) -> bytes:
