@@ -6,6 +6,7 @@ from corefit import Offers, hookimpl
 from corefit.types import Reward
 from corefit_rewards.aesthetic import Aesthetic
 from corefit_rewards.clip_score import ClipScore
+from corefit_rewards.geneval import Geneval
 from corefit_rewards.hps import Hps
 from corefit_rewards.image_reward import ImageReward
 from corefit_rewards.jpeg_size import JpegSize
@@ -20,6 +21,7 @@ def corefit_rewards() -> Offers[Reward]:
     return {
         "aesthetic": Aesthetic,
         "clip_score": ClipScore,
+        "geneval": Geneval,
         "hps": Hps,
         "image_reward": ImageReward,
         "jpeg_size": JpegSize,

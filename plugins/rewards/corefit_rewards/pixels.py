@@ -12,10 +12,14 @@ if TYPE_CHECKING:
 
 def pixels(pictures: Tensor) -> Any:
     """Return pictures [B, 3, H, W] in [0, 1] as a numpy array [B, H, W, 3] of bytes, rounded to the nearest."""
+    return whole(pictures).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def whole(pictures: Tensor) -> Tensor:
+    """Return pictures in [0, 1] as bytes, rounded to the nearest, in the same layout and on the same device."""
     import torch
 
-    whole = (pictures.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
-    return whole.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return (pictures.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def scored(pictures: Tensor, read: Callable[[list[int]], Sequence[float]]) -> Tensor:
