@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """The number of this format; it changes when a service of the former format would be misunderstood."""
-MOST_PIXELS = 1 << 26
-"""Largest number of pixels of a request, all frames together: 64 pictures of 1024 x 1024. PNG compresses one color a
-thousandfold, so the size of a request does not bound what its pictures unpack to."""
 LONGEST_ERROR = 500
 """A result has at most this many characters of an error's message."""
 
@@ -84,8 +81,8 @@ class Health:
 # requests
 
 
-def write_request(media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> tuple[list[str], bytes]:
-    """Return the ids and the body of a request for media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1].
+def write_request(media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> tuple[list[str], dict[str, Any]]:
+    """Return the ids and the content of a request for media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1].
 
     Media are rounded to 8 bits. Raises Malformed for metadata that JSON cannot hold.
     """
@@ -101,19 +98,26 @@ def write_request(media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -
         except (TypeError, ValueError, RecursionError) as error:
             raise Malformed(f"the metadata of {prompt!r} cannot be sent as JSON ({error})") from None
         samples.append({"id": f"{number}-{hashlib.sha256(text.encode()).hexdigest()[:16]}", **content})
-    return [sample["id"] for sample in samples], json.dumps({"format": FORMAT, "samples": samples}).encode()
+    return [sample["id"] for sample in samples], {"format": FORMAT, "samples": samples}
 
 
-def read_request(body: bytes) -> list[Sample | Result]:
+def read_request(body: bytes, most_pixels: int) -> list[Sample | Result]:
     """Return the samples of a request, in order; a sample whose picture cannot be read is a Result with the error.
 
     Raises Malformed if the request as a whole is not as described.
+
+    most_pixels  pixels that all pictures together may have: PNG compresses one color a thousandfold, so the size of a
+                 request does not bound what its pictures unpack to
     """
-    content = _object(body, "the request")
+    try:
+        content = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"the request is not JSON ({error})") from None
+    _require(isinstance(content, dict), "the request is not a JSON object")
     _require(content.get("format") == FORMAT, f"format is {short_repr(content.get('format'))}, not {FORMAT}")
     samples = content.get("samples")
     _require(isinstance(samples, list) and len(samples) > 0, "samples is not a list of at least one sample")
-    room = [MOST_PIXELS]
+    room = [most_pixels]
     read = [_sample(number, sample, room) for number, sample in enumerate(samples)]
     _require(len({one.id for one in read}) == len(read), "two samples have the same id")
     return read
@@ -159,7 +163,7 @@ def _picture(text: Any, room: list[int]) -> Tensor:
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
             room[0] -= image.width * image.height
-            _require(room[0] >= 0, f"the pictures of the request have more than {MOST_PIXELS} pixels")
+            _require(room[0] >= 0, "the pictures of the request have too many pixels")
             _require(image.mode == "RGB", f"a picture is {image.mode}, not RGB with 8 bits a channel")
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     except Malformed:
@@ -180,9 +184,12 @@ def write_answer(answer: Answer) -> bytes:
     return json.dumps({"version": answer.version, "results": results}, allow_nan=False).encode()
 
 
-def read_answer(body: bytes, ids: Sequence[str]) -> Answer:
-    """Return the answer to a request with these ids; Malformed unless it has one result for each, in their order."""
-    content = _object(body, "the answer")
+def read_answer(content: Any, ids: Sequence[str]) -> Answer:
+    """Return the answer to a request with these ids; Malformed unless it has one result for each, in their order.
+
+    content  the answer's JSON, decoded
+    """
+    _require(isinstance(content, dict), "it is not a JSON object")
     version, results = content.get("version"), content.get("results")
     _require(isinstance(version, str) and bool(version), "version is not a text")
     _require(isinstance(results, list), "results is not a list")
@@ -205,11 +212,6 @@ def _result(number: int, result: Any, wanted: str) -> Result:
     return Result(wanted, score=float(score))
 
 
-def most_bytes(samples: int) -> int:
-    """Return the largest size of an answer to so many samples that is worth reading."""
-    return (1 << 16) + samples * 8192
-
-
 # health
 
 
@@ -219,9 +221,12 @@ def write_health(health: Health) -> bytes:
     return json.dumps({**content, "keys": health.keys}).encode()
 
 
-def read_health(body: bytes) -> Health:
-    """Return what a service says about itself; Malformed if it is no reward service of this format."""
-    content = _object(body, "the answer")
+def read_health(content: Any) -> Health:
+    """Return what a service says about itself; Malformed if it is no reward service of this format.
+
+    content  the answer's JSON, decoded
+    """
+    _require(isinstance(content, dict), "it is not a JSON object")
     _require(content.get("format") == FORMAT, f"format is {short_repr(content.get('format'))}, not {FORMAT}")
     name, version, ready = content.get("name"), content.get("version"), content.get("ready")
     _require(isinstance(name, str) and bool(name), "name is not a text")
@@ -230,15 +235,6 @@ def read_health(body: bytes) -> Health:
     keys = content.get("keys", {})
     _require(isinstance(keys, dict), "keys is not an object")
     return Health(name, version, keys, ready)
-
-
-def _object(body: bytes, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(body, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"{what} is not JSON ({error})") from None
-    _require(isinstance(content, dict), f"{what} is not a JSON object")
-    return content
 
 
 def _no_constant(name: str) -> NoReturn:

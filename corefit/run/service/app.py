@@ -25,7 +25,7 @@ JSON = "application/json"
 class Limits:
     """What a request may be at most.
 
-    size     bytes
+    size     bytes, and pixels of all its pictures together
     samples  samples in one request
     """
 
@@ -104,7 +104,7 @@ class Service:
         except TimeoutError:
             raise HTTPException(408, f"the request took longer than {BODY_SECONDS:g} seconds to arrive") from None
         try:
-            read = await asyncio.to_thread(wire.read_request, body)
+            read = await asyncio.to_thread(wire.read_request, body, self.limits.size)
         except wire.Malformed as error:
             raise HTTPException(400, str(error)) from None
         if len(read) > self.limits.samples:
