@@ -156,14 +156,15 @@ def waiting(batch: int, *requests: tuple[int, Callable[[], Any]]) -> tuple[list[
     async def play() -> list[Sequence[Result]]:
         line = Line(score, batch)
         work = asyncio.create_task(line.work())
-        samples = [[Sample(f"{r}.{n}", torch.zeros(3, 1, 1), "", {}) for n in range(c)] for r, (c, _) in numbered]
         found = await asyncio.gather(
-            *(line.results(s, gone) for s, (_, (_, gone)) in zip(samples, numbered, strict=True))
+            *(line.results(samples(r, count), gone) for r, (count, gone) in enumerate(requests))
         )
         work.cancel()
         return found
 
-    numbered = list(enumerate(requests))
+    def samples(r: int, count: int) -> list[Sample]:
+        return [Sample(f"{r}.{n}", torch.zeros(3, 1, 1), "", {}) for n in range(count)]
+
     return calls, [[one.id for one in results] for results in asyncio.run(play())]
 
 

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -73,9 +73,7 @@ class Settings:
         return token
 
 
-def serve(
-    name: str, keys: Sequence[str], files: Sequence[Path], settings: Settings, say: Callable[[str], None]
-) -> None:
+def serve(name: str, keys: Sequence[str], files: Sequence[Path], settings: Settings, say: Say) -> None:
     """Serve the reward `name` until a signal comes; requests in progress are finished then.
 
     keys   KEY=VALUE for keys of the reward
@@ -177,21 +175,26 @@ def _listening(settings: Settings) -> socket.socket:
     return found
 
 
-def _run(
-    server: uvicorn.Server, listening: socket.socket, started: Callable[[], None], say: Callable[[str], None]
-) -> None:
+def _run(server: uvicorn.Server, listening: socket.socket, started: Callable[[], None], say: Say) -> None:
     """Run the server in a thread, since signals reach the main one, and stop it when one comes."""
-    thread = Thread(target=server.run, kwargs={"sockets": [listening]}, name="http", daemon=True)
-    thread.start()
+    ended = Event()  # not Thread.join: once a signal interrupts it, it takes the thread for ended
+
+    def run() -> None:
+        try:
+            server.run(sockets=[listening])
+        finally:
+            ended.set()
+
+    Thread(target=run, name="http", daemon=True).start()
     try:
-        while thread.is_alive() and not server.started:
-            thread.join(0.02)
+        while not (server.started or ended.wait(0.02)):
+            pass
         started()
-        thread.join()
+        ended.wait()
     except KeyboardInterrupt:
         say("stopping after the requests in progress; once more to stop now")
         server.should_exit = True
-        thread.join()
+        ended.wait()
 
 
 def _is_loopback(host: str) -> bool:
