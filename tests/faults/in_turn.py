@@ -6,13 +6,14 @@ Whatever was killed, the run must end in the bytes of one that nobody disturbed:
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import served
 from attrs import define, field, frozen
-from harness import PATIENCE, Project, Whole, differences, watched
+from harness import PATIENCE, Kill, Project, Whole, differences, watched
 from served import Served
 
 GIVES_UP = ("run the same command again, which continues", "start the service, or correct 'url'")
@@ -26,12 +27,14 @@ class Played:
     """What came of the kills.
 
     kills     what was killed, in order; it ends where there were enough
+    phases    in which phase of the run, for each kill
     survived  how many kills of the service, started again at once, the run has outlived
     rounds    how many runs have ended
     wrong     what differs from the undisturbed run, or what went wrong otherwise; empty if all is equal
     """
 
     kills: Sequence[str]
+    phases: Sequence[str]
     survived: int
     rounds: int
     wrong: Sequence[str]
@@ -46,6 +49,7 @@ class Series:
     service: Served
     rng: np.random.Generator
     kills: list[str] = field(factory=list[str])
+    phases: list[str] = field(factory=list[str])
     survived: int = 0
 
     def play(self, wanted: int) -> Played:
@@ -57,14 +61,14 @@ class Series:
             if not wrong and len(self.kills) == before:
                 wrong = ["a whole round passed without a kill"]
             if wrong or len(self.kills) == wanted:
-                return Played(self.kills, self.survived, number, wrong)
+                return Played(self.kills, self.phases, self.survived, number, wrong)
         raise AssertionError("the count does not end")
 
     def _round(self, project: Project, turns: Iterator[str]) -> list[str]:
         """Run a project to its end, with kills on the way; what went wrong, if something did."""
         while True:
-            process, before = project.start(), len(self.kills)
-            self._disturb(process, turns)
+            launched, process, before = time.time(), project.start(), len(self.kills)
+            self._disturb(process, turns, lambda at=launched: Kill.read(project.run_folder, 0, at).phase)
             status = process.wait(PATIENCE * max(self.whole.seconds, 30))
             if self.service.process.poll() is not None:
                 self._serve()
@@ -76,10 +80,11 @@ class Series:
             if status == 0:
                 return []
 
-    def _disturb(self, process: Any, turns: Iterator[str]) -> None:
+    def _disturb(self, process: Any, turns: Iterator[str], phase: Callable[[], str]) -> None:
         """Kill in turn at random instants, until the run is killed, has no service, or has ended."""
         while self._is_alive_at_an_instant(process) and (turn := next(turns, None)):
             self.kills.append(turn)
+            self.phases.append(phase())
             if turn == RUN:
                 process.kill()
                 return

@@ -60,6 +60,7 @@ def played(project, service: Served, kills: int, seed: int) -> Played:
     finally:
         series.service.process.kill()
         print(f"{len(series.kills)} kills, {series.kills.count(RUN)} of the run; {series.survived} outlived")
+        print(", ".join(f"{phase} {number}" for phase, number in Counter(series.phases).most_common()))
 
 
 def test_run_and_service_killed_in_turn(project, service):
