@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from corefit import __version__
-from corefit.cli import completion
+from corefit.cli import completion, serving
 from corefit.errors import CorefitError, Stopped, plain
 
 if TYPE_CHECKING:
@@ -209,6 +209,9 @@ def completing(shell: str) -> None:
     fish:       corefit completion fish > ~/.config/fish/completions/corefit.fish
     """
     click.echo(completion.script(cli, shell))
+
+
+cli.add_command(serving.serve_reward)
 
 
 def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:

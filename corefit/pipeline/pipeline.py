@@ -176,7 +176,8 @@ class Pipeline:
     def _reward_problems(self) -> Iterator[str]:
         """Let each reward look for what it lacks, such as a file or a package."""
         places = {f"stage.{stage.name}.reward": stage.reward for stage in self.stage}
-        for where, entries in {**places, "eval.reward": self.eval.reward if self.eval else ()}.items():
+        places |= {"data.score": self.data.score, "eval.reward": self.eval.reward if self.eval else ()}
+        for where, entries in places.items():
             for entry in entries:
                 if check := getattr(entry.value, "check", None):  # a reward of version 0.1 has none
                     yield from _error_of(f"{where}.{entry.name}", check)

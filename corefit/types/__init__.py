@@ -3,6 +3,7 @@
 from corefit.types.protocols import (
     Backbone,
     Configured,
+    KeyedReward,
     NoiseWeighting,
     Reward,
     Sampler,
@@ -39,6 +40,7 @@ __all__ = [
     "Condition",
     "Configured",
     "Example",
+    "KeyedReward",
     "Meta",
     "ModelPath",
     "Moving",

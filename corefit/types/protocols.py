@@ -350,6 +350,20 @@ class SizedScore(Protocol):
         ...
 
 
+@runtime_checkable
+class KeyedReward(Protocol):
+    """What a Reward may implement as well if its scores depend on more than its keys and its code."""
+
+    @abstractmethod
+    def scores_key(self) -> str:
+        """Return a hash of what else determines the scores: files of weights, or what a service says that it serves.
+
+        When it changes, stages that learn from the reward are trained again, and what it scored is scored again.
+        Raises CorefitError if it cannot be told.
+        """
+        ...
+
+
 class Source(Protocol):
     """Reads raw examples, which corefit encodes into its cache. It is an attrs class; its fields are keys of `source`.
 
