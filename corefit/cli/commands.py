@@ -63,7 +63,7 @@ def cli() -> None:
     "again",
     default="",
     metavar="STAGE",
-    help="Run STAGE and all stages after it anew.",
+    help="Run STAGE and all stages that descend from it anew.",
     shell_complete=completion.stages,
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done and why, and do nothing.")
@@ -100,7 +100,8 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
     from corefit.pipeline.pipeline import read
 
     checked = read(pipeline, _with_out(settings, out))
-    stages = ", ".join(f"{stage.name} ({stage.steps} steps of {stage.rows})" for stage in checked.stage)
+    starts = {stage.name: f", from {stage.from_}" if stage.from_ else "" for stage in checked.stage}
+    stages = ", ".join(f"{s.name} ({s.steps} steps of {s.rows}{starts[s.name]})" for s in checked.stage)
     from corefit.train import estimate
     from corefit.train.estimate_cache import Kept
 

@@ -24,7 +24,8 @@ import attrs
 from attrs import define, field, frozen
 
 from corefit.data import buckets, mds
-from corefit.data.dataset import COND, DONE, NULL, ROWS, X0, Dataset, Manifest, TensorSpec, partition_name
+from corefit.data.dataset import COND, DONE, FINGERPRINTS, NULL, ROWS, X0, Dataset, Manifest, TensorSpec, partition_name
+from corefit.data.duplicates import fingerprint
 from corefit.data.encode import Encoder, chunks
 from corefit.data.scan import MediaHashes, check_readable, scan, too_many_unreadable
 from corefit.data.settings import Data
@@ -372,13 +373,15 @@ def _counted(rows: Iterator[mds.Row], progress: Callable[[int], None]) -> Iterat
 
 
 def _write_rows(encoder: Encoder, folder: Path, rows: Iterator[mds.Row]) -> int:
-    """Write the rows and return their number; bucket and metadata also go into a file that can be read at once."""
+    """Write the rows and return their number; what is read of all of them at once also goes into a file of its own."""
     first, lines = next(rows, None), list[str]()
     if first is not None:
         with mds.open_writer(folder, _columns(first)) as shards:
             for row in chain([first], rows):
                 shards.append({name: value for name, value in row.items() if name != "bucket"})
-                lines.append(json.dumps({"bucket": row["bucket"], "meta": row["meta"]}) + "\n")
+                captions = [fingerprint(prompt) for prompt in row["prompts"]]
+                line = {"bucket": row["bucket"], "meta": row["meta"], FINGERPRINTS: captions}
+                lines.append(json.dumps(line) + "\n")
     (folder / ROWS).write_text("".join(lines))
     return len(lines)
 

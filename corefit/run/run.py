@@ -12,7 +12,8 @@ import attrs
 from attrs import define, field, frozen
 
 from corefit.data.dataset import Dataset
-from corefit.errors import ConfigError
+from corefit.data.duplicates import duplicates
+from corefit.errors import ConfigError, counted
 from corefit.pipeline.pipeline import Lora, Pipeline, Stage
 from corefit.run import agreement, plan, report
 from corefit.run.evaluate import SAMPLES, Evaluator
@@ -84,6 +85,8 @@ class Run:
     rerun: Rerun
     dataset: Dataset = field(init=False)
     evaluator: Evaluator | None = field(init=False, default=None)
+    duplicates: int | None = field(init=False, default=None)
+    """On the main process, how many of the held-out prompts are also training prompts; None if that is not known."""
     scores: list[report.Scores] = field(init=False, factory=list[report.Scores])
 
     @property
@@ -130,6 +133,14 @@ class Run:
         self.dataset, prompts = encode(self.pipeline, self.ranks, self.display)
         if prompts and self.pipeline.eval:
             self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks)
+            if self.main:
+                self._count_duplicates(self.evaluator)
+
+    def _count_duplicates(self, evaluator: Evaluator) -> None:
+        self.duplicates = duplicates(self.dataset, evaluator.prompts, evaluator.count)
+        if self.duplicates:
+            share = f"{self.duplicates} of {counted(evaluator.count, 'held-out prompt')}"
+            self.display.print(f"eval: {share} {'is' if self.duplicates == 1 else 'are'} also in the training data")
 
     def _run_stage(self, stage: Stage, target: Target, before: Weights) -> Weights:
         """Train a stage unless it is finished, evaluate it, and return the weights that it leaves."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -265,6 +266,22 @@ def test_nothing_is_cut_or_wrapped(stages: list[Scores], width: int, tables: int
     for row in results(stages):
         assert all(part in text for part in numbers.value(row))
         assert row["category"] != "all" or all(part in text for part in numbers.gain(row))
+
+
+@pytest.mark.parametrize(("width", "tables"), [(60, 3), (80, 3), (110, 2), (140, 1)])
+def test_branches_say_what_they_start_from(stages: list[Scores], width: int, tables: int):
+    branched = [*stages, evolve(stages[1], stage="sft", start="base")]
+    text, numbers = printed(branched, width), Numbers(percent=True)
+    assert "…" not in text
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum(line.startswith("sft") for line in lines) == tables
+    for stage, start in (("sft", "base"), ("soar", "base"), ("grpo", "soar")):
+        assert re.search(rf"(?m)^{stage} .* {start} ", text)
+    for row in results(branched):
+        if row["category"] == "all":
+            assert all(part in text for over in ("gain", "base_gain") for part in numbers.gain(row, over))
+    assert "starts" not in printed(stages, width)
 
 
 def test_a_table_is_printed_for_each_metric():

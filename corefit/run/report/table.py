@@ -89,20 +89,22 @@ def print_table(stages: Sequence[Scores], rows: Sequence[Row], console: Console)
 
 
 def _fitting(stages: Sequence[Scores], rows: Sequence[Row], console: Console) -> list[Table]:
-    """Return one table if the console is wide enough; else "all" with the costs, then the categories evenly split."""
+    """Return one table if the console is wide enough; else "all" with gains and costs, then the categories, split."""
     every, *others = names(rows, "category")
-    whole = _table(stages, rows, [every, *others], costs=True)
-    if not others or _width(console, whole) <= console.width:
+    whole = _table(stages, rows, [every, *others], gains=True, costs=True)
+    if _width(console, whole) <= console.width:
         return [whole]
-    alone = _width(console, _table(stages, rows, [], costs=False))
-    widest = max(_width(console, _table(stages, rows, [c], costs=False)) for c in others) - alone
+    first = [_table(stages, rows, [every], gains=True, costs=True)]
+    if _width(console, first[0]) > console.width:
+        first = [_table(stages, rows, [every], gains=True), _table(stages, rows, [], costs=True)]
+    if not others:
+        return first
+    alone = _width(console, _table(stages, rows, []))
+    widest = max(_width(console, _table(stages, rows, [c])) for c in others) - alone
     count = math.ceil(len(others) / max(1, (console.width - alone) // widest))
     size = math.ceil(len(others) / count)
     starts = range(0, len(others), size)
-    return [
-        _table(stages, rows, [every], costs=True),
-        *(_table(stages, rows, others[start : start + size], costs=False) for start in starts),
-    ]
+    return [*first, *(_table(stages, rows, others[start : start + size]) for start in starts)]
 
 
 def _width(console: Console, table: Table) -> int:
@@ -110,7 +112,9 @@ def _width(console: Console, table: Table) -> int:
     return console.measure(table, options=unlimited).maximum
 
 
-def _table(stages: Sequence[Scores], rows: Sequence[Row], columns: Sequence[str], costs: bool) -> Table:
+def _table(
+    stages: Sequence[Scores], rows: Sequence[Row], columns: Sequence[str], *, gains: bool = False, costs: bool = False
+) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -118,22 +122,17 @@ def _table(stages: Sequence[Scores], rows: Sequence[Row], columns: Sequence[str]
     numbers, lines = Numbers.of(rows), {(row["stage"], row["category"]): row for row in rows}
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     table.add_column("stage", no_wrap=True)
-    for column in columns:
-        table.add_column(Text(plain(column)), justify="right", no_wrap=True)
-    rounded = costs and any(stage.survived is not None for stage in stages)
-    branched = branches(stages)
-    gains = ["starts from", "gain\nover it", "gain\nover base"] if branched else ["paired\ngain"]
-    for cost in (*gains, "time", "samples\n/ s", "peak\nmemory") if costs else ():
-        table.add_column(cost, justify="right", no_wrap=True)
-    if rounded:
-        table.add_column("update kept\nin bf16", justify="right", no_wrap=True)
+    branched, rounded = branches(stages), any(stage.survived is not None for stage in stages)
+    gain_heads = ["starts\nfrom", "gain\nover it", "gain\nover base"] if branched else ["paired\ngain"]
+    cost_heads = ["time", "samples\n/ s", "peak\nmemory", *(["update kept\nin bf16"] if rounded else [])]
+    for head in (*map(plain, columns), *(gain_heads if gains else []), *(cost_heads if costs else [])):
+        table.add_column(Text(head), justify="right", no_wrap=True)
     for stage in stages:
         cells = [_cell(*numbers.value(lines[stage.stage, c])) for c in columns]
-        row = lines[stage.stage, "all"]
-        gains = [Text(stage.start or MISSING), *_gains(row, numbers, "gain", "base_gain")] if branched else None
-        gains = _gains(row, numbers, "gain") if gains is None else gains
-        more = [*gains, *_costs(stage), *([Text(_share(stage.survived))] if rounded else [])] if costs else []
-        table.add_row(Text(stage.stage, "bold"), *cells, *more)
+        over = _gains(lines[stage.stage, "all"], numbers, *(("gain", "base_gain") if branched else ("gain",)))
+        over = [*([Text(stage.start or MISSING)] if branched else []), *over]
+        spent = [*_costs(stage), *([Text(_share(stage.survived))] if rounded else [])]
+        table.add_row(Text(stage.stage, "bold"), *cells, *(over if gains else []), *(spent if costs else []))
     return table
 
 
