@@ -1,0 +1,48 @@
+"""Scores of an evaluation in progress, kept on the disk, so that one that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from attrs import frozen
+
+from corefit.system import files
+
+RowScores = Mapping[str, float]
+"""Maps metrics to the scores of one prompt."""
+
+
+@frozen
+class PartialScores:
+    """The scores of the prompts that are done, in a folder with a small file for each batch of prompts.
+
+    A prompt's scores depend on its row alone. So it does not matter which process scored it, in which batch, or with
+    how many processes the evaluation goes on.
+
+    identity  hash of what determines the scores; files of another identity are ignored
+    """
+
+    folder: Path
+    identity: str
+
+    def read(self) -> dict[int, RowScores]:
+        """Return the scores of all prompts that are done, by the number of their row."""
+        found: dict[int, RowScores] = {}
+        for file in sorted(self.folder.glob("rows-*.json")):
+            with suppress(files.Damaged):
+                content = files.read_json(file, lambda _: False)
+                if content["identity"] == self.identity:
+                    found |= dict(zip(content["rows"], content["scores"], strict=True))
+        return found
+
+    def add(self, rows: Sequence[int], scores: Sequence[RowScores]) -> None:
+        """Write the scores of a batch of rows; they are on the disk when this returns."""
+        content = {"identity": self.identity, "rows": list(rows), "scores": [dict(each) for each in scores]}
+        files.write_json(self.folder / f"rows-{rows[0]:07d}.json", content)
+
+    def remove(self) -> None:
+        """Remove the files, once the scores of all prompts are where they belong."""
+        shutil.rmtree(self.folder, ignore_errors=True)
