@@ -27,17 +27,19 @@ SAMPLES = "last.safetensors"
 
 @frozen(eq=False)
 class Evaluator:
-    """Generates media for the held-out prompts and scores them. The noise of a prompt depends only on seed and row."""
+    """Generates media for the held-out prompts and scores them.
+
+    The noise of a prompt depends on the seed of [eval] and on its row alone.
+    """
 
     eval: Eval
     prompts: Dataset
-    seed: int
     ranks: Ranks
 
     @property
     def count(self) -> int:
         """The number of prompts that are used."""
-        return min(len(self.prompts), self.eval.limit or len(self.prompts))
+        return self.eval.count(len(self.prompts))
 
     def media(self, backbone: Backbone, rows: Sequence[int]) -> Tensor:
         """Generate media [n, 3, H, W], or clips [n, 3, T, H, W], in [0, 1] for the prompts `rows`."""
@@ -45,7 +47,7 @@ class Evaluator:
 
         device = self.ranks.device
         batch = self.prompts.batch(rows, rows)
-        noise = Rng((self.seed, "eval"), rows).randn((len(rows), *batch.shape)).to(device)
+        noise = Rng((self.eval.seed, "eval"), rows).randn((len(rows), *batch.shape)).to(device)
         with torch.no_grad(), _empty_prompt(backbone, self.prompts.null.to(device)):
             x0 = generate(backbone, noise, batch.cond.to(device), steps=self.eval.steps, guidance=self.eval.guidance)
             return backbone.decode(x0)
@@ -53,7 +55,12 @@ class Evaluator:
     def score(
         self, backbone: Backbone, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> dict[str, Any]:
-        """Return {"values": metric -> [n], "categories": [n]} for all prompts; every rank scores its share."""
+        """Return {"values": metric -> [n], "categories": [n]} for all prompts; every rank scores its share.
+
+        Without a reward nothing is generated, and both are empty.
+        """
+        if not self.eval.reward:
+            return {"values": {}, "categories": []}
         world, rank = self.ranks.world, self.ranks.rank
         rows = range(self.count * rank // world, self.count * (rank + 1) // world)
         values: dict[str, list[float]] = {entry.name: [] for entry in self.eval.reward}

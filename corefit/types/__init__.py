@@ -27,6 +27,7 @@ from corefit.types.values import (
     Step,
     Term,
     Weighted,
+    key_of,
 )
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "Term",
     "TrainState",
     "Weighted",
+    "key_of",
 ]
 
 Stored = ArchiveMember
