@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import define, evolve, field, frozen, validators
+from attrs import define, field, frozen, validators
 
 from corefit.data import cache
 from corefit.data.settings import Size
@@ -151,7 +151,9 @@ def _weights_of_stage(folder: Path) -> tuple[Path | None, Path | None]:
         )
     stages = tomllib.loads(file.read_text("utf-8")).get("stage", [])
     folders = {entry["name"]: folder.parent / f"{n:02d}-{entry['name']}" for n, entry in enumerate(stages, 1)}
-    starts = {entry["name"]: entry.get("from") or before for before, entry in zip([BASE, *folders], stages, strict=False)}
+    starts = {
+        entry["name"]: entry.get("from") or before for before, entry in zip([BASE, *folders], stages, strict=False)
+    }
     lora, name = None, next((name for name, each in folders.items() if each.name == folder.name), BASE)
     while name != BASE:
         model = folders[name] / "model"

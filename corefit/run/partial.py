@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from attrs import frozen
 
 from corefit.system import files
 
-RowScores = Mapping[str, float]
-"""Maps metrics to the scores of one prompt."""
+PARTIAL = "scores.partial"
+"""The folder of these files in that of a stage."""
+RowScores = Mapping[str, Any]
+"""What is known of a prompt whose medium is scored: {"values": metric -> score, "category": ..., "prompt": ...}."""
 
 
 @frozen
@@ -33,15 +36,15 @@ class PartialScores:
         found: dict[int, RowScores] = {}
         for file in sorted(self.folder.glob("rows-*.json")):
             with suppress(files.Damaged):
-                content = files.read_json(file, lambda _: False)
+                content = files.read_json(file)
                 if content["identity"] == self.identity:
                     found |= dict(zip(content["rows"], content["scores"], strict=True))
         return found
 
-    def add(self, rows: Sequence[int], scores: Sequence[RowScores]) -> None:
+    def add(self, scores: Mapping[int, RowScores]) -> None:
         """Write the scores of a batch of rows; they are on the disk when this returns."""
-        content = {"identity": self.identity, "rows": list(rows), "scores": [dict(each) for each in scores]}
-        files.write_json(self.folder / f"rows-{rows[0]:07d}.json", content)
+        content = {"identity": self.identity, "rows": [*scores], "scores": [*scores.values()]}
+        files.write_json(self.folder / f"rows-{min(scores):07d}.json", content)
 
     def remove(self) -> None:
         """Remove the files, once the scores of all prompts are where they belong."""

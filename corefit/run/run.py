@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +14,10 @@ from attrs import define, field, frozen
 from corefit.data.dataset import Dataset
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Lora, Pipeline, Stage
-from corefit.run import agreement, plan, report
+from corefit.run import agreement, drift, plan, report
 from corefit.run.evaluate import SAMPLES, Evaluator
-from corefit.run.plan import MODEL, SCORES, Rerun, Target
+from corefit.run.partial import PARTIAL, PartialScores
+from corefit.run.plan import DRIFT, MODEL, SCORES, Rerun, Target
 from corefit.run.prepare import encode, precision, preview, text_dtype
 from corefit.system import files, memory
 from corefit.system.display import Advance, Display
@@ -85,6 +86,7 @@ class Run:
     dataset: Dataset = field(init=False)
     evaluator: Evaluator | None = field(init=False, default=None)
     scores: list[report.Scores] = field(init=False, factory=list[report.Scores])
+    drifts: dict[str, drift.Drifts] = field(init=False, factory=dict[str, drift.Drifts])
 
     @property
     def folder(self) -> Path:
@@ -129,7 +131,7 @@ class Run:
         """Encode data and prompts into latents and conditions, or find them in the cache."""
         self.dataset, prompts = encode(self.pipeline, self.ranks, self.display)
         if prompts and self.pipeline.eval:
-            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks)
+            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks, self.dataset)
 
     def _run_stage(self, stage: Stage, target: Target, before: Weights) -> Weights:
         """Train a stage unless it is finished, evaluate it, and return the weights that it leaves."""
@@ -234,25 +236,54 @@ class Run:
         scored = decision.record if decision.reuse else self._score(self.evaluator, target, saved)
         saved.backbone.release()
         saved.backbone.transformer = None
-        values, categories = scored["values"], scored["categories"]
-        self.scores.append(report.Scores(target.name, values, categories, start=target.start, **attrs.asdict(cost)))
+        self.scores.append(self._scores(target, scored, cost))
+        if "drift" in scored:
+            self.drifts[target.name] = drift.Drifts(**scored["drift"])
+            if self.main:
+                curve = drift.curve(self.drifts[target.name], self.drifts.get(target.start))
+                files.write_json(target.folder / DRIFT, curve)
+
+    def _scores(self, target: Target, scored: Mapping[str, Any], cost: Cost) -> report.Scores:
+        """Return the content of scores.json for the table."""
+        assert self.evaluator is not None
+        diversity = scored.get("diversity", {"rows": (), "values": {}})
+        return report.Scores(
+            target.name,
+            scored["values"],
+            scored["categories"],
+            prompts=scored.get("prompts") or self.evaluator.texts()["prompts"],  # version 0.1 wrote none
+            units={entry.name: getattr(entry.value, "unit", "") for entry in self.evaluator.eval.reward},
+            rows=diversity["rows"],
+            diversity=diversity["values"],
+            start=target.start,
+            **attrs.asdict(cost),
+        )
 
     def _score(self, evaluator: Evaluator, target: Target, saved: Weights) -> dict[str, Any]:
         """Score the held-out prompts with weights read from their files, and write scores.json and the samples."""
+        assert target.scores is not None
         backbone, prepare = saved.backbone, self.ranks.accelerator.prepare_model
+        partial = PartialScores(target.folder / PARTIAL, target.scores.hash)
         weights.load(backbone, self.ranks, frozen_in_bf16=saved.half, adapter=saved.adapter)
         backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # as in training
         with self.display.task(f"{target.name}: {evaluator.count} held-out prompts") as progress:
-            scored = evaluator.score(backbone, progress)
+            scored = evaluator.score(backbone, progress, partial)
+        if evaluator.eval.diversity:
+            with self.display.task(f"{target.name}: diversity") as progress:
+                scored["diversity"] = evaluator.diversity(backbone, scored["prompts"], progress)
+        if evaluator.eval.drift:
+            with self.display.task(f"{target.name}: drift") as progress:
+                scored["drift"] = evaluator.drift(backbone, progress)
         samples = evaluator.samples(backbone) if self.main or weights.is_sharded(backbone.transformer) else None
         self.ranks.accelerator.free_memory()
         if self.main and samples:
-            assert target.scores is not None
-            (target.folder / SCORES).unlink(missing_ok=True)  # these scores do not belong to the new samples
+            for former in (SCORES, DRIFT):  # they do not belong to the new samples
+                (target.folder / former).unlink(missing_ok=True)
             evaluator.keep_samples(samples, target.folder / "samples")
             content = {**scored, "samples": files.sha256(target.folder / "samples" / SAMPLES)}
             identity = {"parts": target.scores.parts, "rounding": target.scores.rounding}
             files.write_json(target.folder / SCORES, {**content, "identity": target.scores.hash, **identity})
+            partial.remove()
         return scored
 
     def _report(self, targets: Sequence[Target]) -> None:
