@@ -36,8 +36,8 @@ class Model:
     lora: Path | None = None
     """The folder of a LoRA on top of it."""
     stage: Path | None = None
-    """The folder of a stage of a run, such as runs/digits/02-grpo, in place of `path` and `lora`. If the stage trained a
-    LoRA, it is put on the weights that the stage started from."""
+    """The folder of a stage of a run, such as runs/digits/02-grpo, in place of `path` and `lora`. If the stage trained
+    a LoRA, it is put on the weights that the stage started from."""
 
     def __attrs_post_init__(self) -> None:
         if self.stage and (self.path or self.lora):
@@ -147,7 +147,7 @@ def _weights_of_stage(folder: Path) -> tuple[Path | None, Path | None]:
     file = folder.parent / "pipeline.toml"
     if not (folder / "model").is_dir() or not file.is_file():
         raise ConfigError(
-            f"stage: {folder} is no finished stage of a run; name a folder such as runs/digits/01-soar, which has model/"
+            f"stage: {folder} is no finished stage of a run; name a folder such as runs/digits/01-soar, with model/ in it"
         )
     stages = tomllib.loads(file.read_text("utf-8")).get("stage", [])
     folders = {entry["name"]: folder.parent / f"{n:02d}-{entry['name']}" for n, entry in enumerate(stages, 1)}
