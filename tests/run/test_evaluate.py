@@ -67,18 +67,30 @@ class Told(Reward):
 def test_scores_and_categories_are_of_their_own_prompts(monkeypatch, tmp_path, limit, world):
     """In the prompts' order, whatever number of ranks shares them."""
     reward = (Weighted("told", Told()),)
-    of, _ = evaluator(monkeypatch, tmp_path, (3, 4, 4), reward=reward, batch=2, limit=limit)
-    parts: list[Any] = []
+    of, _ = evaluator(monkeypatch, tmp_path, (3, 4, 4), reward=reward, batch=2, limit=limit, samples=4)
+    sent: list[list[Any]] = [[], []]
+    """What each rank gives to the one gathering and to the other."""
 
-    def collected(part: Any) -> list[Any]:
-        parts.append(part)
-        return parts
+    def scored(rank: int, gather: Any) -> Any:
+        ranks: Any = SimpleNamespace(world=world, rank=rank, main=rank == 0, sharded=False, all_gather_object=gather)
+        return attrs.evolve(of, ranks=ranks).score(None)
 
     for rank in range(world):
-        ranks: Any = SimpleNamespace(world=world, rank=rank, sharded=False, all_gather_object=collected)
-        made = attrs.evolve(of, ranks=ranks).score(None)
+        turn = iter(sent)
+
+        def sending(part: Any, turn: Any = turn) -> list[Any]:
+            next(turn).append(part)
+            return [part]
+
+        samples = scored(rank, sending)[1]
+        assert (samples is None) == (rank > 0)
+    gathered = iter(sent)
+    made, samples = scored(0, lambda part: next(gathered))
     numbers = range(limit or 7)
     assert made == {"values": {"told": [*numbers]}, "categories": ["ab"[n % 2] for n in numbers]}
+    prompts, media = samples
+    assert prompts == [f"prompt {n}" for n in range(4)]
+    assert torch.allclose(media[:, 0, 0, 0], torch.arange(4) / 10), "those that were scored, of whichever rank"
 
 
 def test_media_are_of_their_own_prompt_and_noise(tmp_path):
