@@ -28,17 +28,19 @@ Media = tuple[Sequence[str], "Tensor"]
 
 @frozen(eq=False)
 class Evaluator:
-    """Generates media for the held-out prompts and scores them. The noise of a prompt depends only on seed and row."""
+    """Generates media for the held-out prompts and scores them.
+
+    The noise of a prompt depends on the seed of [eval] and on its row alone.
+    """
 
     eval: Eval
     prompts: Dataset
-    seed: int
     ranks: Ranks
 
     @property
     def count(self) -> int:
         """The number of prompts that are used."""
-        return min(len(self.prompts), self.eval.limit or len(self.prompts))
+        return self.eval.count(len(self.prompts))
 
     def media(self, backbone: Backbone, rows: Sequence[int]) -> Tensor:
         """Generate media [n, 3, H, W], or clips [n, 3, T, H, W], in [0, 1] for the prompts `rows`."""
@@ -46,7 +48,7 @@ class Evaluator:
 
         device = self.ranks.device
         batch = self.prompts.batch(rows, rows)
-        noise = Rng((self.seed, "eval"), rows).randn((len(rows), *batch.shape)).to(device)
+        noise = Rng((self.eval.seed, "eval"), rows).randn((len(rows), *batch.shape)).to(device)
         with torch.no_grad(), _empty_prompt(backbone, self.prompts.null.to(device)):
             x0 = generate(backbone, noise, batch.cond.to(device), steps=self.eval.steps, guidance=self.eval.guidance)
             return backbone.decode(x0)
@@ -54,7 +56,7 @@ class Evaluator:
     def score(
         self, backbone: Backbone, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> tuple[dict[str, Any], Media | None]:
-        """Score all prompts; every rank scores its share.
+        """Score all prompts; every rank scores its share. Without a reward only the samples are generated.
 
         Return {"values": metric -> [n], "categories": [n]}, and on rank 0 the samples: the media of the first prompts.
         """

@@ -1,4 +1,4 @@
-"""Runs a pipeline: encode the data, evaluate the base, then train, save and evaluate stage after stage."""
+"""Runs a pipeline: encode the data, evaluate the base, then train, save and evaluate one stage after the other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") -> Path:
     """Run the stages that are not finished, and return the run's folder. Raises CorefitError; Stopped after a signal.
 
-    again  the STAGE of `--from`: it and the stages after it are run anew, even if they are finished
+    again  the STAGE of `--from`: it and the stages that descend from it are run anew, even if they are finished
     """
     ranks = join(pipeline.precision, shard=pipeline.shard)
     ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
@@ -107,12 +107,12 @@ class Run:
         prompts = self.evaluator and self.evaluator.prompts.manifest.key
         base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
         agreement.refuse_differences(self.ranks, {"weights of the base": base.weights.hash[:12]})
-        start = Weights(self.pipeline.backbone, None, self._half(self.pipeline.stage[0]))
-        self._evaluate(base, start, Cost(0, 0, 0))
+        left = {base.name: Weights(self.pipeline.backbone, None, self._half(self.pipeline.stage[0]))}
+        self._evaluate(base, left[base.name], Cost(0, 0, 0))
         if self.main:
             self.rerun.write()
         for stage, target in zip(self.pipeline.stage, targets, strict=True):
-            start = self._run_stage(stage, target, start)
+            left[stage.name] = self._run_stage(stage, target, left[target.start])
         if self.main:
             self._report([base, *targets])
             self.rerun.finish()
@@ -133,7 +133,7 @@ class Run:
         """Encode data and prompts into latents and conditions, or find them in the cache."""
         self.dataset, prompts = encode(self.pipeline, self.ranks, self.display)
         if prompts and self.pipeline.eval:
-            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.pipeline.seed, self.ranks)
+            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks)
 
     def _run_stage(self, stage: Stage, target: Target, before: Weights) -> Weights:
         """Train a stage unless it is finished, evaluate it, and return the weights that it leaves."""
@@ -243,21 +243,25 @@ class Run:
             scored, samples = self._score(self.evaluator, target, saved, step)
         saved.backbone.release()
         saved.backbone.transformer = None
-        self.scores.append(report.Scores(target.name, scored["values"], scored["categories"], **attrs.asdict(cost)))
+        values, categories = scored["values"], scored["categories"]
+        self.scores.append(report.Scores(target.name, values, categories, start=target.start, **attrs.asdict(cost)))
         if self.main:
-            rows = [row for row in report.results(self.scores) if row["stage"] == target.name]
-            found = Scored(
-                name=target.name,
-                folder=target.folder,
-                step=step,
-                values=scored["values"],
-                categories=scored["categories"],
-                rows=rows,
-                samples=samples,
-                grid=target.folder / "samples" / LAST,
-                earlier=decision.reuse,
-            )
-            self.events.tell("scored", scored=found)
+            self._tell_scored(target, samples, step, earlier=decision.reuse)
+
+    def _tell_scored(self, target: Target, samples: Media | None, step: int, *, earlier: bool) -> None:
+        """Tell observers of the scores of the base or of a stage, which are the last of `scores`."""
+        scored = Scored(
+            name=target.name,
+            folder=target.folder,
+            step=step,
+            values=self.scores[-1].values,
+            categories=self.scores[-1].categories,
+            rows=[row for row in report.results(self.scores) if row["stage"] == target.name],
+            samples=samples,
+            grid=target.folder / "samples" / LAST,
+            earlier=earlier,
+        )
+        self.events.tell("scored", scored=scored)
 
     def _score(
         self, evaluator: Evaluator, target: Target, saved: Weights, step: int
@@ -285,13 +289,15 @@ class Run:
         return scored, samples
 
     def _report(self, targets: Sequence[Target]) -> None:
-        """Write results.json, comparison.png and report.html, and print the table."""
-        if self.evaluator is None:
-            return
+        """Write results.json, comparison.png and report.html, and print the table; without [eval] only report.html."""
+        results, comparison = self.folder / "results.json", self.folder / "comparison.png"
         rows = report.results(self.scores)
-        report.write_results(self.folder / "results.json", rows)
-        names, samples = [t.name for t in targets], [t.folder / "samples" for t in targets]
-        self.evaluator.compare(names, samples, self.folder / "comparison.png")
+        if self.evaluator:
+            report.write_results(results, rows)
+            self.evaluator.compare([t.name for t in targets], [t.folder / "samples" for t in targets], comparison)
+        else:  # those of a run that had an [eval]: the page would show them beside stages that may have changed
+            results.unlink(missing_ok=True)
+            comparison.unlink(missing_ok=True)
         report.page(self.folder)
         report.print_table(self.scores, rows, self.display.console)
 
@@ -305,7 +311,7 @@ def _dry_run_lines(pipeline: Pipeline, ranks: Ranks, rerun: Rerun) -> Iterator[t
     if eval:
         prompts, count, text = preview(pipeline, eval.data(pipeline.data.size), media=False)
         yield "prompts", text
-        num_prompts = min(count, eval.limit or count)
+        num_prompts = eval.count(count)
     targets = plan.targets(pipeline, dataset, prompts, precision(ranks))
     yield from plan.listing(pipeline, targets, rerun, num_prompts)
 

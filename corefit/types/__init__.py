@@ -28,6 +28,7 @@ from corefit.types.values import (
     Step,
     Term,
     Weighted,
+    key_of,
 )
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "Term",
     "TrainState",
     "Weighted",
+    "key_of",
 ]
 
 Stored = ArchiveMember

@@ -1,4 +1,4 @@
-"""Held-out results: means with 95 % intervals, and gains over the stage before, paired by prompt."""
+"""Held-out results: means with 95 % intervals; gains over a stage's start and over the base, paired by prompt."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ Z = 1.959963984540054
 class Scores:
     """The scores of one stage on the held-out prompts, and the cost of its training.
 
+    start               name of the stage, or base, that it starts from; "" for the base, which starts from nothing
     values              metric -> one value per prompt; prompts and order are the same in every stage
     categories          one per prompt, or empty; "" and "all" mean no category besides "all"
     seconds             training time; 0 for the base
@@ -41,12 +42,18 @@ class Scores:
     samples_per_second: float = 0.0
     peak_memory: int = 0
     survived: float | None = None
+    start: str = ""
 
 
 class Row(TypedDict):
-    """One entry of results.json; the base has no gain, as nothing is before it."""
+    """One entry of results.json; the base has no start and no gains, as nothing is before it.
+
+    gain       over the stage, or base, that it starts from
+    base_gain  over the base
+    """
 
     stage: str
+    start: NotRequired[str]
     metric: str
     category: str
     value: float
@@ -56,6 +63,9 @@ class Row(TypedDict):
     gain: NotRequired[float]
     gain_low: NotRequired[float]
     gain_high: NotRequired[float]
+    base_gain: NotRequired[float]
+    base_gain_low: NotRequired[float]
+    base_gain_high: NotRequired[float]
 
 
 KEYS = {"stage", "metric", "category", "value", "low", "high", "n"}
@@ -73,8 +83,8 @@ def results(stages: Sequence[Scores]) -> list[Row]:
     table = {metric: _table(stages, metric) for metric in stages[0].values}
     groups = _groups(stages)
     return [
-        _row(stages[i].stage, metric, category, values[: i + 1, rows], _binary(values))
-        for i in range(len(stages))
+        _row(stage, metric, category, {name: v[rows] for name, v in values.items()}, _binary(values))
+        for stage in stages
         for metric, values in table.items()
         for category, rows in groups.items()
     ]
@@ -116,20 +126,27 @@ def bootstrap(values: Floats, resamples: int = 2000) -> Interval:
     return float(low), float(high)
 
 
-def _row(stage: str, metric: str, category: str, values: Floats, binary: bool) -> Row:
-    """Return the row of the last stage in `values` [stages so far, n]."""
-    now = values[-1]
+def _row(stage: Scores, metric: str, category: str, values: Mapping[str, Floats], binary: bool) -> Row:
+    """Return the row of a stage; `values` are those of every stage by name, the base first, [n] each."""
+    now, base = values[stage.stage], next(iter(values.values()))
     low, high = wilson(float(now.sum()), len(now)) if binary else bootstrap(now)
-    row = Row(stage=stage, metric=metric, category=category, value=float(now.mean()), low=low, high=high, n=len(now))
-    if len(values) > 1:
-        differences = now - values[-2]
-        row["gain"] = float(differences.mean())
-        row["gain_low"], row["gain_high"] = bootstrap(differences)
+    value = float(now.mean())
+    row = Row(stage=stage.stage, metric=metric, category=category, value=value, low=low, high=high, n=len(now))
+    if stage.start:
+        row["start"] = stage.start
+        row["gain"], (row["gain_low"], row["gain_high"]) = _gain(now, values[stage.start])
+        row["base_gain"], (row["base_gain_low"], row["base_gain_high"]) = _gain(now, base)
     return row
 
 
-def _table(stages: Sequence[Scores], metric: str) -> Floats:
-    """Return the values of one metric [stages, prompts], after a check that they are finite."""
+def _gain(now: Floats, before: Floats) -> tuple[float, Interval]:
+    """Return the mean of the paired differences and its interval."""
+    differences = now - before
+    return float(differences.mean()), bootstrap(differences)
+
+
+def _table(stages: Sequence[Scores], metric: str) -> dict[str, Floats]:
+    """Return the values of one metric by stage, [prompts] each, after a check that they are finite."""
     assert all(stage.values.keys() == stages[0].values.keys() for stage in stages), "metrics differ"
     values = [np.asarray(stage.values[metric], np.float64) for stage in stages]
     assert {v.shape for v in values} == {(len(values[0]),)}, "stages were scored on different prompts"
@@ -142,7 +159,7 @@ def _table(stages: Sequence[Scores], metric: str) -> Floats:
                 f"stage {stage.stage!r}: metric {metric!r} is {v[bad[0]]} for held-out prompt {bad[0]} "
                 f"(of {len(bad)} such); a reward must raise or return a number"
             )
-    return np.stack(values)
+    return {stage.stage: v for stage, v in zip(stages, values, strict=True)}
 
 
 def _groups(stages: Sequence[Scores]) -> dict[str, NDArray[np.intp]]:
@@ -155,5 +172,5 @@ def _groups(stages: Sequence[Scores]) -> dict[str, NDArray[np.intp]]:
     return {"all": np.arange(n)} | {c: np.flatnonzero([name == c for name in names]) for c in named}
 
 
-def _binary(values: Floats) -> bool:
-    return bool(np.isin(values, (0.0, 1.0)).all())
+def _binary(values: Mapping[str, Floats]) -> bool:
+    return all(np.isin(v, (0.0, 1.0)).all() for v in values.values())
