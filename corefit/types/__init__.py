@@ -1,5 +1,6 @@
 """The types that plugins and the trainer share: values, protocols of plugins, objectives, a stage's settings."""
 
+from corefit.types.observer import Observer, PipelineView, Scored
 from corefit.types.protocols import (
     Backbone,
     Configured,
@@ -44,9 +45,12 @@ __all__ = [
     "ModelPath",
     "Moving",
     "NoiseWeighting",
+    "Observer",
+    "PipelineView",
     "Reward",
     "Sampler",
     "Samples",
+    "Scored",
     "Scores",
     "Sized",
     "SizedDecoder",
