@@ -146,9 +146,7 @@ def _weights_of_stage(folder: Path) -> tuple[Path | None, Path | None]:
     """Return the folder of the whole model, None for that of the base, and of the LoRA of a stage of a run."""
     file = folder.parent / "pipeline.toml"
     if not (folder / "model").is_dir() or not file.is_file():
-        raise ConfigError(
-            f"stage: {folder} is no finished stage of a run; name a folder such as runs/digits/01-soar, with model/ in it"
-        )
+        raise ConfigError(f"stage: {folder} is no finished stage of a run; name a folder such as runs/digits/01-soar")
     stages = tomllib.loads(file.read_text("utf-8")).get("stage", [])
     folders = {entry["name"]: folder.parent / f"{n:02d}-{entry['name']}" for n, entry in enumerate(stages, 1)}
     starts = {

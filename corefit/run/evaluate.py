@@ -11,6 +11,7 @@ import numpy as np
 from attrs import frozen
 
 from corefit.data.dataset import Dataset
+from corefit.data.sources import category
 from corefit.pipeline.eval import Eval
 from corefit.rng import Rng
 from corefit.rollout.loop import generate
