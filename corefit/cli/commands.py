@@ -32,7 +32,7 @@ SET = click.option(
 TRACE = click.option("--trace", is_flag=True, help="Print each hook call: whose it is, and what it returns.")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Folder of run folders [runs/ beside PIPELINE].")
 PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
-NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "pipeline")
+NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "observer", "pipeline")
 """Words of corefit.plugins.kinds.KINDS, which help texts and shells would else wait for; and a pipeline."""
 LARGEST = 1e9
 """Sizes of memory must be smaller than this number, in any unit."""

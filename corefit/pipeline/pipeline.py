@@ -18,7 +18,7 @@ from corefit.errors import ConfigError, CorefitError, near
 from corefit.pipeline.eval import Eval
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
 from corefit.plugins.host import Host
-from corefit.types import Backbone
+from corefit.types import Backbone, Observer
 from corefit.types.objective import further_media, reads_media
 from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
 
@@ -53,6 +53,8 @@ class Pipeline:
     """Whether weights, gradients and optimizer state are split over the processes (FSDP2), or each has a copy (DDP)."""
     eval: Eval | None = None
     """How the base model and every stage are evaluated; without this table nothing is evaluated."""
+    observer: tuple[Observer, ...] = ()
+    """The observers, each told what happens in the run: trackers, notes at its end. No result depends on them."""
     plugins: tuple[str, ...] = ()
     """Python files with plugins of your own, which are loaded beside the installed plugins."""
     out: Path | None = None
@@ -137,6 +139,7 @@ class Pipeline:
         yield from self._data_problems()
         if self.eval:
             yield from self._eval_problems(self.eval)
+        yield from self._observer_problems()
         for stage in self.stage if not self.eval else ():
             if stage.sample_every is not None:
                 yield (
@@ -182,6 +185,14 @@ class Pipeline:
                 if check := getattr(entry.value, "check", None):  # a reward of version 0.1 has none
                     yield from _error_of(f"{where}.{entry.name}", check)
 
+    def _observer_problems(self) -> Iterator[str]:
+        """Let each observer look for what it lacks, such as a package."""
+        names = [self.host.name_of("observers", each) for each in self.observer]
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"observer: {name!r} is listed twice; remove one"
+        for name, each in zip(names, self.observer, strict=True):
+            yield from _error_of(f"observer.{name}", each.check)
+
     def _data_problems(self) -> Iterator[str]:
         counted: list[int | None] = []
         media, extra = self.needs_media, self.further_media
@@ -195,6 +206,11 @@ class Pipeline:
                 )
 
     def _eval_problems(self, eval: Eval) -> Iterator[str]:
+        if eval.drift and not self.needs_media:
+            yield (
+                "eval.drift: it is measured on media of the data, and no stage trains on media; remove it, or train "
+                "on media, as soar and sft do"
+            )
         yield from _error_of("eval.prompts", lambda: cache.check(eval.data(self.data.size), media=False))
         names = [entry.name for entry in eval.reward]
         for name in sorted({n for n in names if names.count(n) > 1}):

@@ -1,8 +1,10 @@
 """The types that plugins and the trainer share: values, protocols of plugins, objectives, a stage's settings."""
 
+from corefit.types.observer import Observer, PipelineView, Scored
 from corefit.types.protocols import (
     Backbone,
     Configured,
+    Featured,
     KeyedReward,
     NoiseWeighting,
     Reward,
@@ -40,14 +42,18 @@ __all__ = [
     "Condition",
     "Configured",
     "Example",
+    "Featured",
     "KeyedReward",
     "Meta",
     "ModelPath",
     "Moving",
     "NoiseWeighting",
+    "Observer",
+    "PipelineView",
     "Reward",
     "Sampler",
     "Samples",
+    "Scored",
     "Scores",
     "Sized",
     "SizedDecoder",
