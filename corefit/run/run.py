@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,7 +132,7 @@ class Run:
         """Encode data and prompts into latents and conditions, or find them in the cache."""
         self.dataset, prompts = encode(self.pipeline, self.ranks, self.display)
         if prompts and self.pipeline.eval:
-            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks)
+            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks, self.dataset)
             if self.main:
                 self._count_duplicates(self.evaluator)
 
@@ -245,8 +245,23 @@ class Run:
         scored = decision.record if decision.reuse else self._score(self.evaluator, target, saved)
         saved.backbone.release()
         saved.backbone.transformer = None
-        values, categories = scored["values"], scored["categories"]
-        self.scores.append(report.Scores(target.name, values, categories, start=target.start, **attrs.asdict(cost)))
+        self.scores.append(self._scores(target, scored, cost))
+
+    def _scores(self, target: Target, scored: Mapping[str, Any], cost: Cost) -> report.Scores:
+        """Return the content of scores.json for the table."""
+        assert self.evaluator is not None
+        diversity = scored.get("diversity", {"rows": (), "values": {}})
+        return report.Scores(
+            target.name,
+            scored["values"],
+            scored["categories"],
+            prompts=scored.get("prompts", ()),
+            units={entry.name: getattr(entry.value, "unit", "") for entry in self.evaluator.eval.reward},
+            rows=diversity["rows"],
+            diversity=diversity["values"],
+            start=target.start,
+            **attrs.asdict(cost),
+        )
 
     def _score(self, evaluator: Evaluator, target: Target, saved: Weights) -> dict[str, Any]:
         """Score the held-out prompts with weights read from their files, and write scores.json and the samples."""
@@ -254,7 +269,13 @@ class Run:
         weights.load(backbone, self.ranks, frozen_in_bf16=saved.half, adapter=saved.adapter)
         backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # as in training
         with self.display.task(f"{target.name}: {evaluator.count} held-out prompts") as progress:
-            scored = evaluator.score(backbone, progress)
+            scored = {**evaluator.score(backbone, progress)}
+        if evaluator.eval.diversity:
+            with self.display.task(f"{target.name}: diversity"):
+                scored["diversity"] = evaluator.diversity(backbone, scored["prompts"])
+        if evaluator.eval.drift:
+            with self.display.task(f"{target.name}: drift"):
+                scored["drift"] = evaluator.drift(backbone)
         samples = evaluator.samples(backbone) if self.main or weights.is_sharded(backbone.transformer) else None
         self.ranks.accelerator.free_memory()
         if self.main and samples:

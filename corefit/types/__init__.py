@@ -3,6 +3,7 @@
 from corefit.types.protocols import (
     Backbone,
     Configured,
+    Featured,
     NoiseWeighting,
     Reward,
     Sampler,
@@ -38,6 +39,7 @@ __all__ = [
     "Condition",
     "Configured",
     "Example",
+    "Featured",
     "Meta",
     "ModelPath",
     "Moving",

@@ -93,7 +93,7 @@ def _table(rows: Sequence[Row]) -> str:
 def _cell(row: Row, numbers: Numbers) -> str:
     value, interval = numbers.value(row)
     gain, around = numbers.gain(row)
-    below = "" if gain == MISSING else f'<span class="{direction(row)}">{gain}</span><small>{around}</small>'
+    below = "" if gain == MISSING else f'<span class="{direction(row, numbers)}">{gain}</span><small>{around}</small>'
     return f"<td><b>{value}</b><small>{interval}</small>{below}</td>"
 
 

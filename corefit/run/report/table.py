@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from attrs import frozen
 
 from corefit.errors import plain
+from corefit.run.report.results import SHARE
 from corefit.system import memory
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from corefit.run.report.results import Row, Scores
 
 MISSING = "-"
+UNKNOWN = "no interval"
+"""Printed where values agree and have no bounds, so that nothing is known of their spread."""
 
 
 @frozen
@@ -34,35 +37,45 @@ class Numbers:
 
     @staticmethod
     def of(rows: Sequence[Row]) -> Numbers:
-        """Choose percentages if every value and interval is in [0, 1]."""
-        seen = [row[key] for row in rows for key in ("value", "low", "high")]
-        if all(0 <= value <= 1 for value in seen):
+        """Choose percentages for shares; in files of version 0.1, which name no unit, if all numbers are in [0, 1]."""
+        seen = [row[key] for row in rows for key in ("value", "low", "high") if key in row]
+        units = {row["unit"] for row in rows if "unit" in row}
+        if SHARE in units or (not units and all(0 <= value <= 1 for value in seen)):
             return Numbers(percent=True)
-        digits = math.floor(math.log10(max(abs(value) for value in seen)))
+        largest = max(abs(value) for value in seen)
+        digits = math.floor(math.log10(largest)) if largest else 0
         return Numbers(percent=False, decimals=min(6, max(0, 2 - digits)))
 
     def value(self, row: Row) -> tuple[str, str]:
         """Return the value and its interval."""
-        low, high = self._plain(row["low"]), self._plain(row["high"])
         unit, to = (" %", "-") if self.percent else ("", " to ")
-        return self._plain(row["value"]) + unit, f"{low}{to}{high}"
+        return self._plain(row["value"]) + unit, self._interval(row.get("low"), row.get("high"), to)
 
     def gain(self, row: Row, over: Literal["gain", "base_gain"] = "gain") -> tuple[str, str]:
         """Return the gain over what the stage starts from, or over the base, and its interval; a dash if none."""
         gain, low, high = (row.get(f"{over}{end}") for end in ("", "_low", "_high"))
-        if gain is None or low is None or high is None:
+        if gain is None:
             return MISSING, ""
-        between = f"{self._plain(low, '+')} to {self._plain(high, '+')}"
-        return self._plain(gain, "+") + (" pp" if self.percent else ""), between
+        return self._plain(gain, "+") + (" pp" if self.percent else ""), self._interval(low, high, " to ", "+")
+
+    def rounded(self, value: float) -> float:
+        """Return the number that is printed for a value: a percentage, or the value itself."""
+        return round(100 * value if self.percent else value, self.decimals) + 0.0  # no "-0.0"
+
+    def _interval(self, low: float | None, high: float | None, to: str, sign: str = "") -> str:
+        if low is None or high is None:
+            return UNKNOWN
+        return f"{self._plain(low, sign)}{to}{self._plain(high, sign)}"
 
     def _plain(self, value: float, sign: str = "") -> str:
-        rounded = round(100 * value if self.percent else value, self.decimals) + 0.0  # no "-0.0"
+        rounded = self.rounded(value)
         return f"{rounded:{sign if rounded else ''}.{self.decimals}f}"
 
 
-def direction(row: Row, over: Literal["gain", "base_gain"] = "gain") -> str:
-    """Return "up" or "down" if the interval of the gain excludes 0, else ""."""
-    return "up" if row.get(f"{over}_low", 0.0) > 0 else "down" if row.get(f"{over}_high", 0.0) < 0 else ""
+def direction(row: Row, numbers: Numbers, over: Literal["gain", "base_gain"] = "gain") -> str:
+    """Return "up" or "down" if the interval of the gain, as it is printed, excludes 0, else ""."""
+    low, high = (numbers.rounded(row.get(f"{over}_{end}", 0.0)) for end in ("low", "high"))
+    return "up" if low > 0 else "down" if high < 0 else ""
 
 
 def branches(stages: Sequence[Scores]) -> bool:
@@ -142,7 +155,7 @@ def _share(share: float | None) -> str:
 
 def _gains(row: Row, numbers: Numbers, *over: Literal["gain", "base_gain"]) -> list[Text]:
     colors = {"up": "green", "down": "red", "": ""}
-    return [_cell(*numbers.gain(row, each), colors[direction(row, each)]) for each in over]
+    return [_cell(*numbers.gain(row, each), colors[direction(row, numbers, each)]) for each in over]
 
 
 def _costs(stage: Scores) -> list[Text]:
