@@ -78,7 +78,9 @@ def test_scores_and_categories_are_of_their_own_prompts(monkeypatch, tmp_path, l
         ranks: Any = SimpleNamespace(world=world, rank=rank, sharded=False, all_gather_object=collected)
         made = attrs.evolve(of, ranks=ranks).score(None)
     numbers = range(limit or 7)
-    assert made == {"values": {"told": [*numbers]}, "categories": ["ab"[n % 2] for n in numbers]}
+    texts = {"categories": ["ab"[n % 2] for n in numbers], "prompts": [f"prompt {n}" for n in numbers]}
+    assert made == {"values": {"told": [*numbers]}, **texts}
+    assert of.texts() == texts
 
 
 def test_media_are_of_their_own_prompt_and_noise(tmp_path):

@@ -21,7 +21,7 @@ def identities(file, *settings, dataset="d", precision="fp32") -> dict[str, Iden
     found = {"base": identity.of_base(pipeline)}
     for stage in pipeline.stage:
         found[stage.name] = identity.of_stage(pipeline, stage, list(found.values())[-1], dataset, precision)
-    return {**found, "scores": identity.of_scores(pipeline, found["grpo"], "p", "")}
+    return {**found, "scores": identity.of_scores(pipeline, found["grpo"], "p", "", dataset)}
 
 
 def changes(old, new) -> dict[str, str]:
@@ -91,9 +91,9 @@ def test_of_scores_alone(project):
         "scores": "eval.reward.bright.gain 1.0 -> 2.0"
     }
     pipeline = read(project.file)
-    prompts = identity.of_scores(pipeline, was["grpo"], "other", "")
+    prompts = identity.of_scores(pipeline, was["grpo"], "other", "", "d")
     assert prompts.changes_since(was["scores"].parts) == "the prompts changed"
-    half, exact = (identity.of_scores(pipeline, was["grpo"], "p", held) for held in ("bfloat16", "float32"))
+    half, exact = (identity.of_scores(pipeline, was["grpo"], "p", held, "d") for held in ("bfloat16", "float32"))
     assert half.changes_since(exact.parts) == "weights held in float32 -> bfloat16"
 
 
