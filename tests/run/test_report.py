@@ -196,6 +196,46 @@ def test_damaged_results_are_refused(tmp_path, text: str):
         read_results(tmp_path / "results.json")
 
 
+def test_repeated_prompts_are_one_cluster():
+    """Five samples of each of 30 prompts that agree tell no more than one of each."""
+    hits = np.repeat((draws(9).random(30) < 0.5).astype(float), 5)
+    more = np.repeat((draws(9).random(30) < 0.7).astype(float), 5)
+    prompts = [f"p{n // 5}" for n in range(150)]
+    units = {"r": "share"}
+
+    def rows(prompts: list[str]) -> list:
+        base, after = (
+            Scores(n, {"r": v.tolist()}, prompts=prompts, units=units) for n, v in (("base", hits), ("b", more))
+        )
+        return results(chained(base, after))
+
+    def widths(row) -> np.ndarray:
+        return np.array([row[f"{name}high"] - row[f"{name}low"] for name in ("", "gain_")])
+
+    clustered, ignorant = rows(prompts)[1], rows([])[1]
+    assert clustered["value"] == ignorant["value"]
+    assert (widths(clustered) > 1.8 * widths(ignorant)).all()
+
+
+def test_diversity_has_rows_of_its_own_prompts():
+    """The prompts 0, 2 and 3 of five, in their categories; without a reward there are no others."""
+    categories, prompts = ["x", "x", "y", "x", "y"], list("abcde")
+    base, soar = ([3.0, 1.0, 2.0], [4.0, 1.5, 2.0])
+    for values in ({"r": [0.0, 1.0, 1.0, 0.0, 1.0]}, {}):
+        stages = [
+            Scores(name, values, categories, prompts=prompts, rows=[0, 2, 3], diversity={"vendi": found})
+            for name, found in (("base", base), ("soar", soar))
+        ]
+        found = [row for row in results(chained(*stages)) if row["metric"] == "vendi" and row["stage"] == "soar"]
+        assert [(row["category"], row["n"], row["value"], row["unit"]) for row in found] == [
+            ("all", 3, 2.5, ""),
+            ("x", 2, 3.0, ""),
+            ("y", 1, 1.5, ""),
+        ]
+        assert [row["gain"] for row in found] == [0.5, 0.5, 0.5]
+        assert "low" not in found[2]
+
+
 # The table
 
 
@@ -275,6 +315,38 @@ def test_numbers_show_sign_and_direction():
     assert direction(row | {"gain_high": -0.001}, Numbers(percent=True)) == "down"
     assert Numbers.of([row | {"low": -0.1}]) == Numbers(percent=False, decimals=3)
     assert Numbers.of([row | {"high": 1234.0}]) == Numbers(percent=False, decimals=0)
+
+
+def test_the_unit_decides_how_numbers_are_written():
+    """Not their range: an aesthetic score of 0.3 is no percentage."""
+    row = {"value": 0.3, "low": 0.25, "high": 0.35, "gain": 0.1, "gain_low": 0.05, "gain_high": 0.15}
+    share, plain = ([row | {"unit": unit}] for unit in ("share", ""))
+    assert Numbers.of(share).value(row) == ("30.0 %", "25.0-35.0")
+    assert Numbers.of(plain).value(row) == ("0.300", "0.250 to 0.350")
+    assert Numbers.of(plain).gain(row) == ("+0.100", "+0.050 to +0.150")
+    assert Numbers.of([row]) == Numbers(percent=True)  # as version 0.1 wrote it
+
+
+def test_a_narrow_interval_gets_a_digit_more():
+    row = {"unit": "", "value": 22.84, "low": 22.71, "high": 22.97}
+    assert Numbers.of([row]).decimals == 2
+    assert Numbers.of([row | {"low": 20.0, "high": 25.0}]).decimals == 1
+    assert Numbers.of([{"unit": "", "value": 0.0}]).decimals == 2
+
+
+def test_what_has_no_interval_says_so():
+    row = {"unit": "", "value": 5.0, "gain": 0.1}
+    assert Numbers.of([row]).value(row) == ("5.00", "no interval")
+    assert Numbers.of([row]).gain(row) == ("+0.10", "no interval")
+    assert direction(row, Numbers.of([row])) == ""
+
+
+def test_color_needs_more_than_what_is_rounded_away():
+    row = {"value": 0.5, "gain": 0.02, "gain_low": 0.0004, "gain_high": 0.04, "base_gain_high": -0.0004}
+    assert direction(row, Numbers(percent=True)) == ""
+    assert direction(row | {"gain_low": 0.0006}, Numbers(percent=True)) == "up"
+    assert direction(row, Numbers(percent=True), "base_gain") == ""
+    assert direction(row | {"base_gain_high": -0.0006}, Numbers(percent=True), "base_gain") == "down"
 
 
 def test_costs_are_readable():
