@@ -120,7 +120,7 @@ def toy(project, monkeypatch, capsys) -> Toy:
     monkeypatch.setattr(Sd3, "encode_text", lambda _, prompts: Condition({"a": torch.ones(len(prompts), 2)}))
     monkeypatch.setattr(Sd3, "encode", lambda _, pictures: torch.ones(len(pictures), 4, 8, 8))
     for place in (report, observers):
-        monkeypatch.setattr(place, "grid", lambda media, prompts, png: png.parent.mkdir(exist_ok=True))
+        monkeypatch.setattr(place, "grid", lambda media, prompts, png: files.write_whole(png, b"a grid"))
     for name in ("page", "comparison", "print_table"):
         monkeypatch.setattr(report, name, lambda *args: None)
     return made

@@ -196,7 +196,7 @@ def run_media(pipeline: Pipeline, model: Path, *, lora: bool) -> torch.Tensor:
     caches = [Dataset.open(p) for p in (pipeline.folder / ".corefit" / "cache").iterdir() if (p / "done.json").exists()]
     prompts = next(c for c in caches if not c.has_media)
     assert pipeline.eval is not None
-    return Evaluator(pipeline.eval, prompts, pipeline.seed, ranks.join("fp32")).media(backbone, [1])
+    return Evaluator(pipeline.eval, prompts, ranks.join("fp32")).media(backbone, [1])
 
 
 def stopping(pipeline: Pipeline, monkeypatch, steps: Sequence[int]) -> int:
@@ -409,6 +409,10 @@ def test_a_full_disk_costs_a_sentence_and_what_was_being_written(project, monkey
             patched.setattr(Path, "open", open_)
             patched.setattr(files, "sync", sync)
             ended = project.main(*command)
+        if full == "report.html":  # what only describes a run does not stop it
+            assert ended.status == 0
+            assert "report.html cannot be kept up to date (OSError: [Errno 28]" in ended.out
+            continue
         assert ended.status == 2, full
         assert re.fullmatch(
             r"error: .*runs/tiny.* cannot be written: No space left.*; make room there, .*", ended.err.strip()
