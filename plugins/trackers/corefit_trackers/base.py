@@ -25,18 +25,30 @@ COLUMNS = ("metric", "category", "value", "low", "high", "n", "gain", "gain_low"
 """The columns of a table of held-out scores, as in results.json."""
 
 
-@frozen(eq=False)
-class Place:
-    """Where the events of a stage go: a tracker of accelerate, what names begin with, and the first step's number."""
+@frozen(eq=False, kw_only=True)
+class Event:
+    """What a tracker is sent at once.
 
-    tracker: GeneralTracker
-    prefix: str = ""
-    offset: int = 0
+    name    "base", or the stage's name
+    folder  its folder in the run
+    step    the stage's step
+    values  numbers by name; those that are not finite are left out
+    grid    a sample grid, a PNG
+    rows    a table of held-out scores, each row with a value for each of COLUMNS
+    scored  whether these are held-out scores, which follow the metrics of the stage's last step
+    """
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Send numbers; those that are not finite are left out."""
-        finite = {self.prefix + name: value for name, value in values.items() if math.isfinite(value)}
-        self.tracker.log(finite, step=self.offset + step)
+    name: str
+    folder: Path
+    step: int
+    values: Mapping[str, float]
+    grid: Path | None = None
+    rows: Sequence[Sequence[Any]] = ()
+    scored: bool = False
+
+    def numbers(self, prefix: str = "") -> dict[str, Any]:
+        """Return the numbers that are finite, with `prefix` before their names."""
+        return {prefix + name: value for name, value in self.values.items() if math.isfinite(value)}
 
 
 @define(kw_only=True, slots=False)
@@ -51,8 +63,8 @@ class Tracker(Observer):
     """The tracker's name in accelerate, and in the names of the notes of what was sent."""
 
     @abstractmethod
-    def place(self, name: str, folder: Path) -> Place:
-        """Return where the events of the base or of a stage go; its tracker is started if it is not."""
+    def send(self, event: Event) -> None:
+        """Send an event; the tracker is started if it is not."""
         ...
 
     @abstractmethod
@@ -68,10 +80,8 @@ class Tracker(Observer):
         """Send the metrics of a logged step, and the sample grid where one was drawn."""
         sent = self.sent(state.folder)
         if state.step > sent.step:
-            place = self.place(stage.name, state.folder)
-            place.log(metrics, state.step)
-            if state.grid and state.grid.exists():
-                self.send_grid(place, state.grid, state.step)
+            grid = state.grid if state.grid and state.grid.exists() else None
+            self.send(Event(name=stage.name, folder=state.folder, step=state.step, values=metrics, grid=grid))
             sent.step = state.step
             sent.write()
 
@@ -79,20 +89,12 @@ class Tracker(Observer):
         """Send held-out means, their table and the samples, unless they were sent before."""
         sent = self.sent(scored.folder)
         if digest(scored) != sent.scores:
-            place = self.place(scored.name, scored.folder)
-            place.log(dict(_means(scored.rows)), scored.step)
-            if scored.rows:
-                self.send_table(place, [[row.get(name) for name in COLUMNS] for row in scored.rows], scored.step)
-            if scored.grid and scored.grid.exists():
-                self.send_grid(place, scored.grid, scored.step)
+            grid = scored.grid if scored.grid and scored.grid.exists() else None
+            rows, means = [[row.get(name) for name in COLUMNS] for row in scored.rows], dict(_means(scored.rows))
+            stage: dict[str, Any] = {"name": scored.name, "folder": scored.folder, "step": scored.step}
+            self.send(Event(**stage, values=means, grid=grid, rows=rows, scored=True))
             sent.scores = digest(scored)
             sent.write()
-
-    def send_grid(self, place: Place, grid: Path, step: int) -> None:
-        """Send a sample grid, a PNG. Trackers that take no pictures do nothing."""
-
-    def send_table(self, place: Place, rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Send rows of COLUMNS. Trackers that take no tables do nothing."""
 
 
 @define(kw_only=True, slots=False)
@@ -129,13 +131,22 @@ class RunTracker(Tracker):
             self._tracker = None
         self._run = run
 
-    def place(self, name: str, folder: Path) -> Place:
-        """Return the run's place, with the stage's name as prefix."""
+    def send(self, event: Event) -> None:
+        """Send the event's numbers, and what else the tracker takes, with the stage's name before all names."""
         if self._tracker is None:
-            tracker = self.start(self._pipeline.name, self._run.id, folder.parent)
+            tracker = self.start(self._pipeline.name, self._run.id, event.folder.parent)
             tracker.store_init_configuration(settings(self._pipeline))
             self._tracker = tracker
-        return Place(self._tracker, f"{name}/", self._offsets.get(name, 0))
+        step = self._offsets.get(event.name, 0) + event.step
+        self.log(self._tracker, {**event.numbers(f"{event.name}/"), **self.more(event)}, step, event)
+
+    def more(self, event: Event) -> dict[str, Any]:
+        """Return what the tracker takes of an event besides numbers, by name; by default nothing."""
+        return {}
+
+    def log(self, tracker: Any, values: dict[str, Any], step: int, event: Event) -> None:
+        """Hand values to the tracker, at a step of all stages together."""
+        tracker.log(values, step=step)
 
     def sent(self, folder: Path) -> Sent:
         """Return what was sent to this run of the tracker."""
