@@ -246,9 +246,13 @@ def test_a_signal_is_no_failure(told: Project):
     assert said["stages"][0]["step"] == 3
 
 
-def test_a_killed_run_has_a_page_and_its_tracker_no_point_twice(told: Project):
-    from test_trackers import scalars
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    return [(event.step, round(event.value, 6)) for event in EventAccumulator(str(folder)).Reload().Scalars(tag)]
+
+
+def test_a_killed_run_has_a_page_and_its_tracker_no_point_twice(told: Project):
     told.swap(('use = "told"', 'use = "tensorboard"\n\n[[observer]]\nuse = "told"'))
     settings = (f"observer.told.path={str(told.folder / 'told.txt')!r}", *SOAR)
     command = ["-m", "corefit", "run", "pipeline.toml", *(word for key in settings for word in ("--set", key))]

@@ -134,6 +134,7 @@ class RunTracker(Tracker):
     def send(self, event: Event) -> None:
         """Send the event's numbers, and what else the tracker takes, with the stage's name before all names."""
         if self._tracker is None:
+            know_ranks()
             tracker = self.start(self._pipeline.name, self._run.id, event.folder.parent)
             tracker.store_init_configuration(settings(self._pipeline))
             self._tracker = tracker
@@ -165,6 +166,13 @@ class RunTracker(Tracker):
     @property
     def _note(self) -> str:
         return f"{self.TRACKER}.json"
+
+
+def know_ranks() -> None:
+    """Let accelerate know the processes, which a run has done long ago: its trackers ask for the main one."""
+    from accelerate import PartialState
+
+    PartialState()
 
 
 def require(package: str, extra: str = "trackers") -> None:

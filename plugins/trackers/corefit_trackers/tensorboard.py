@@ -10,7 +10,7 @@ from attrs import define, field
 
 from corefit.types import PipelineView, TrainState
 from corefit.types.stage import Stage
-from corefit_trackers.base import COLUMNS, Event, Tracker
+from corefit_trackers.base import COLUMNS, Event, Tracker, know_ranks
 from corefit_trackers.sent import Sent
 
 
@@ -58,6 +58,7 @@ class TensorBoard(Tracker):
     def _start(self, stage: Path, **keys: Any) -> Any:
         from accelerate.tracking import TensorBoardTracker
 
+        know_ranks()
         folder = self.folder / stage.parent.name if self.folder else stage.parent / "tensorboard"
         self._writers[stage] = tracker = TensorBoardTracker(stage.name, logging_dir=folder, **keys)
         tracker.start()
