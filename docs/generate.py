@@ -175,6 +175,7 @@ def _configuration(_: str) -> str:
         *("## Noise weightings", *_sections("noise_weightings")),
         *("## Rewards", "corefit offers none. Beside a reward's own keys: `weight`, a number, 1.0 by default."),
         *(f"## {HEADINGS['Eval']}", _table(Eval)),
+        *("## [[observer]]", "Observers are named in any number, each once.", *_sections("observers")),
     ]
     return "\n\n".join(parts)
 

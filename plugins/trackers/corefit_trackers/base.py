@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,7 +84,7 @@ class Tracker(Observer):
             grid = state.grid if state.grid and state.grid.exists() else None
             self.send(Event(name=stage.name, folder=state.folder, step=state.step, values=metrics, grid=grid))
             sent.step = state.step
-            sent.write()
+            self.note(sent)
 
     def scored(self, scored: Scored) -> None:
         """Send held-out means, their table and the samples, unless they were sent before."""
@@ -94,7 +95,11 @@ class Tracker(Observer):
             stage: dict[str, Any] = {"name": scored.name, "folder": scored.folder, "step": scored.step}
             self.send(Event(**stage, values=means, grid=grid, rows=rows, scored=True))
             sent.scores = digest(scored)
-            sent.write()
+            self.note(sent)
+
+    def note(self, sent: Sent) -> None:
+        """Note what was sent."""
+        sent.write()
 
 
 @define(kw_only=True, slots=False)
@@ -107,6 +112,13 @@ class RunTracker(Tracker):
     _offsets: Mapping[str, int] = field(init=False, factory=dict[str, int])
     """How many steps the stages before each stage have."""
     _pipeline: PipelineView = field(init=False)
+    _unwritten: dict[Path, Sent] = field(init=False, factory=dict[Path, Sent])
+    """Notes of what was sent that are written when the tracker ends, where it is not `lasting`."""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what was sent outlives a kill of this process; otherwise a killed run is sent anew, as another."""
+        return True
 
     @abstractmethod
     def start(self, name: str, id: str, folder: Path) -> GeneralTracker:
@@ -120,16 +132,28 @@ class RunTracker(Tracker):
     def run_started(self, pipeline: PipelineView, folder: Path) -> None:
         """Look up which run of the tracker the folder belongs to."""
         self._pipeline, self._run, self._tracker = pipeline, SentRun.read(folder / self._note), None
+        self._unwritten = {}
         steps = [stage.steps for stage in pipeline.stage]
         self._offsets = {stage.name: sum(steps[:number]) for number, stage in enumerate(pipeline.stage)}
 
     def stage_started(self, stage: Stage, state: TrainState) -> None:
-        """Begin another run of the tracker if the stage is another one than that of which metrics were sent."""
+        """Begin another run of the tracker if the stage is another one than that of which metrics were sent.
+
+        What an earlier process logged of the stage and did not send, or lost, is sent from metrics.jsonl.
+        """
         run = self._run.entered(state.folder, state.folder / self._note)
         if run.id != self._run.id and self._tracker:
-            self.end(self._tracker, None)
-            self._tracker = None
+            self._end(None)
         self._run = run
+        if self.lasting:
+            run.write()
+        sent = self.sent(state.folder)
+        for metrics in _logged(state.folder, sent.step, state.step):
+            sent.step = int(metrics.pop("step"))
+            grid = state.folder / "samples" / f"step-{sent.step:06d}.png"
+            drawn = grid if grid.exists() and sent.step < stage.steps else None
+            self.send(Event(name=stage.name, folder=state.folder, step=sent.step, values=metrics, grid=drawn))
+            self.note(sent)
 
     def send(self, event: Event) -> None:
         """Send the event's numbers, and what else the tracker takes, with the stage's name before all names."""
@@ -151,13 +175,28 @@ class RunTracker(Tracker):
 
     def sent(self, folder: Path) -> Sent:
         """Return what was sent to this run of the tracker."""
-        return Sent.read(folder / self._note, self._run.id)
+        return self._unwritten.get(folder) or Sent.read(folder / self._note, self._run.id)
+
+    def note(self, sent: Sent) -> None:
+        """Note what was sent: at once, or where the tracker must end first, then."""
+        if self.lasting:
+            sent.write()
+        else:
+            self._unwritten[sent.file.parent] = sent
 
     def run_finished(self, pipeline: PipelineView, folder: Path, error: BaseException | None) -> None:
         """End the tracker, which waits until all is sent."""
         if self._tracker:
-            self.end(self._tracker, error)
-            self._tracker = None
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        """End the tracker, and write down what was sent."""
+        self.end(self._tracker, error)
+        self._tracker = None
+        self._run.write()
+        for sent in self._unwritten.values():
+            sent.write()
+        self._unwritten = {}
 
     def end(self, tracker: GeneralTracker, error: BaseException | None) -> None:
         """End the tracker; `error` is what ended the run early."""
@@ -205,3 +244,12 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
     for row in rows:
         below = "" if row["category"] == "all" else f"/{row['category']}"
         yield f"eval/{row['metric']}{below}", row["value"]
+
+
+def _logged(folder: Path, after: int, until: int) -> Iterator[dict[str, float]]:
+    """Yield the lines of a stage's metrics.jsonl with steps from `after` + 1 to `until`."""
+    file = folder / "metrics.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        metrics: dict[str, Any] = json.loads(line)
+        if after < metrics["step"] <= until:
+            yield {name: value for name, value in metrics.items() if value is not None}

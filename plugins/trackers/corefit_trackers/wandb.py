@@ -49,6 +49,11 @@ class Wandb(RunTracker):
             )
 
     @property
+    def lasting(self) -> bool:
+        """Whether what was sent outlives a kill: not in wandb's files, which it writes in blocks and at the end."""
+        return self._mode == "online"
+
+    @property
     def _mode(self) -> str:
         return self.mode or os.environ.get("WANDB_MODE") or "online"
 
