@@ -7,6 +7,7 @@ import click
 from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
 from benchmarks.hostile import hostile
+from benchmarks.overhead import overhead
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
 from benchmarks.start import start
@@ -26,6 +27,7 @@ main.add_command(data)
 main.add_command(sharding)
 main.add_command(hostile)
 main.add_command(start)
+main.add_command(overhead)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

@@ -175,6 +175,7 @@ def _configuration(_: str) -> str:
         *("## Noise weightings", *_sections("noise_weightings")),
         *("## Rewards", "Beside a reward's own keys: `weight`, a number, 1.0 by default.", *_sections("rewards")),
         *(f"## {HEADINGS['Eval']}", _table(Eval)),
+        *("## [[observer]]", "Observers are named in any number, each once.", *_sections("observers")),
     ]
     return "\n\n".join(parts)
 

@@ -50,7 +50,7 @@ class Page:
         self.refresh()
 
     def refresh(self) -> None:
-        """Write both if it is time."""
+        """Write the page if it is time."""
         if time.monotonic() >= self._next:
             self.write()
 
@@ -174,6 +174,8 @@ class StageEvents(Listener):
         self.tell("stage_started", step)
 
     def saved(self, step: int, path: Path) -> None:
+        if self.events.page:
+            self.events.page.note()
         self.tell("checkpoint_saved", step, path=path)
 
     def logged(self, step: int, metrics: Metrics) -> None:

@@ -64,8 +64,11 @@ class SentRun:
         run = _new(self.file) if stage.name in self.stages and not note.exists() else self
         if stage.name not in run.stages:
             run.stages.append(stage.name)
-        _write(run.file, {"id": run.id, "stages": run.stages})
         return run
+
+    def write(self) -> None:
+        """Write the note."""
+        _write(self.file, {"id": self.id, "stages": self.stages})
 
 
 def digest(scored: Scored) -> str:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from attrs import define, field
 
 from corefit.types import PipelineView, TrainState
 from corefit.types.stage import Stage
-from corefit_trackers.base import COLUMNS, Place, Tracker
+from corefit_trackers.base import COLUMNS, Event, Tracker, know_ranks
 from corefit_trackers.sent import Sent
-
-if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
 
 
 @define(kw_only=True, slots=False)
@@ -42,33 +39,26 @@ class TensorBoard(Tracker):
         self._start(state.folder, purge_step=state.step + 1)
         Sent(state.folder / self._note, "", state.step).write()
 
-    def place(self, name: str, folder: Path) -> Place:
-        """Return the place of the stage."""
-        return Place(self._writers.get(folder) or self._start(folder))
+    def send(self, event: Event) -> None:
+        """Write an event. Its numbers come last, for with them all is written to the disk."""
+        writer = self._writers.get(event.folder) or self._start(event.folder)
+        if event.grid:
+            writer.log_images({"samples": pixels(event.grid)[None]}, step=event.step, dataformats="NHWC")
+        writer.log({**({"eval": _table(event.rows)} if event.rows else {}), **event.numbers()}, step=event.step)
 
     def sent(self, folder: Path) -> Sent:
         """Return what was written of the stage."""
         return Sent.read(folder / self._note, "")
-
-    def send_grid(self, place: Place, grid: Path, step: int) -> None:
-        """Write a sample grid as an image."""
-        writer: Any = place.tracker
-        writer.log_images({"samples": pixels(grid)[None]}, step=step, dataformats="NHWC")
-
-    def send_table(self, place: Place, rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Write the table of held-out scores as text."""
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-        cells = ([f"{c:.4g}" if isinstance(c, float) else "" if c is None else str(c) for c in line] for line in lines)
-        place.tracker.log({"eval": "\n".join(f"| {' | '.join(line)} |" for line in cells)}, step=step)
 
     def run_finished(self, pipeline: PipelineView, folder: Path, error: BaseException | None) -> None:
         """Close all files."""
         for stage in [*self._writers]:
             self._end(stage)
 
-    def _start(self, stage: Path, **keys: Any) -> GeneralTracker:
+    def _start(self, stage: Path, **keys: Any) -> Any:
         from accelerate.tracking import TensorBoardTracker
 
+        know_ranks()
         folder = self.folder / stage.parent.name if self.folder else stage.parent / "tensorboard"
         self._writers[stage] = tracker = TensorBoardTracker(stage.name, logging_dir=folder, **keys)
         tracker.start()
@@ -90,3 +80,10 @@ def pixels(png: Path) -> Any:
 
     with Image.open(png) as picture:
         return np.asarray(picture.convert("RGB"))
+
+
+def _table(rows: Sequence[Sequence[Any]]) -> str:
+    """Return rows of COLUMNS as a table in Markdown."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    cells = ([f"{c:.4g}" if isinstance(c, float) else "" if c is None else str(c) for c in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

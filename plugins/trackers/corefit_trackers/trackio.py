@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define
 
-from corefit_trackers.base import Place, RunTracker, require
+from corefit_trackers.base import Event, RunTracker, require
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -40,10 +41,9 @@ class Trackio(RunTracker):
         tracker.start()
         return tracker
 
-    def send_grid(self, place: Place, grid: Path, step: int) -> None:
-        """Send a sample grid as an image."""
-        import importlib
-
+    def more(self, event: Event) -> dict[str, Any]:
+        """Return the sample grid."""
+        if event.grid is None:
+            return {}
         trackio: Any = importlib.import_module("trackio")
-        picture = trackio.Image(str(grid))
-        place.tracker.log({f"{place.prefix}samples": picture}, step=place.offset + step)
+        return {f"{event.name}/samples": trackio.Image(str(event.grid))}

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import urlparse
 
-from attrs import define
+from attrs import define, field
 
 from corefit.errors import ConfigError
-from corefit.types import TrainState
-from corefit.types.stage import Stage
-from corefit_trackers.base import COLUMNS, Place, RunTracker
+from corefit_trackers.base import COLUMNS, Event, RunTracker
 from corefit_trackers.tensorboard import pixels
 
 if TYPE_CHECKING:
@@ -39,6 +36,9 @@ class Wandb(RunTracker):
     """Whether to send at once, or to write files into the run's folder that `wandb sync` sends later. By default what
     the variable WANDB_MODE says, or else online."""
 
+    _with_axis: set[str] = field(init=False, factory=set[str])
+    """The stages whose charts have their own steps as axis."""
+
     def check(self) -> None:
         """Raise ConfigError if the package, or the key of an account, is missing."""
         super().check()
@@ -47,6 +47,11 @@ class Wandb(RunTracker):
                 "no key of Weights & Biases is there: run `wandb login`, set WANDB_API_KEY, or write "
                 'mode = "offline" and send the files later with `wandb sync`'
             )
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what was sent outlives a kill: not in wandb's files, which it writes in blocks and at the end."""
+        return self._mode == "online"
 
     @property
     def _mode(self) -> str:
@@ -62,29 +67,30 @@ class Wandb(RunTracker):
         quiet = wandb.Settings(console="off", silent=True)  # the run's own lines and progress stay as they are
         tracker = WandBTracker(self.project, name=name, id=id, settings=quiet, **online, **keys)
         tracker.start()
+        self._with_axis = set()
         return tracker
 
-    def step_finished(self, stage: Stage, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Send the stage's own step as well, which its charts have as axis."""
-        super().step_finished(stage, state, {**metrics, "step": state.step})
+    def more(self, event: Event) -> dict[str, Any]:
+        """Return the stage's own step, which its charts have as axis, the sample grid, and the table."""
+        import wandb
 
-    def place(self, name: str, folder: Path) -> Place:
-        """Return the run's place, and let a stage's charts have its own steps as axis."""
-        place = super().place(name, folder)
-        tracker: Any = place.tracker
-        tracker.tracker.define_metric(f"{name}/*", step_metric=f"{name}/step")
-        return place
+        name, found = event.name, dict[str, Any]({f"{event.name}/step": event.step})
+        if event.grid:
+            found[f"{name}/samples"] = wandb.Image(pixels(event.grid))
+        if event.rows:
+            found[f"{name}/table"] = wandb.Table(columns=[*COLUMNS], data=[[*row] for row in event.rows])
+        return found
 
-    def send_grid(self, place: Place, grid: Path, step: int) -> None:
-        """Send a sample grid as an image."""
-        tracker: Any = place.tracker
-        tracker.log_images({f"{place.prefix}samples": [pixels(grid)]}, step=place.offset + step)
+    def log(self, tracker: Any, values: dict[str, Any], step: int, event: Event) -> None:
+        """Send all at once and for good: what wandb still waits to complete, a killed run would lose.
 
-    def send_table(self, place: Place, rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Send held-out scores as a table."""
-        tracker: Any = place.tracker
-        columns, data = [*COLUMNS], [[*row] for row in rows]
-        tracker.log_table(f"{place.prefix}eval", columns=columns, data=data, step=place.offset + step)
+        wandb takes each number of a step once. Held-out scores of the last step follow its metrics, so they have the
+        numbers in between.
+        """
+        if event.name not in self._with_axis:
+            tracker.tracker.define_metric(f"{event.name}/*", step_metric=f"{event.name}/step")
+            self._with_axis.add(event.name)
+        tracker.log(values, step=2 * step + event.scored, commit=True)
 
     def end(self, tracker: Any, error: BaseException | None) -> None:
         """End the run, as failed where an error ended it."""
