@@ -102,7 +102,7 @@ class Writer:
         if origin in BY_PROTOCOL:
             plugin = BY_PROTOCOL[origin]
             offers = sorted(self.host.offers[plugin.key].items())
-            return {"title": plugin.name, "anyOf": [self.table(offer.cls, name) for name, offer in offers]}
+            return {"title": plugin.name, "anyOf": [self.table(offer.cls, name) for name, offer in offers] or [{}]}
         return self.table(kind) if attrs.has(kind) else dict(PLAIN.get(kind, {}))
 
     def _weighted(self, plugin: Kind) -> Schema:

@@ -143,6 +143,8 @@ class Run:
         counts: dict[str, Any] = {"examples": len(self.dataset)}
         if self.evaluator:
             counts["prompts"] = self.evaluator.count
+        if self.duplicates is not None:
+            counts["duplicates"] = self.duplicates
         if self.pipeline.data.left_out:
             counts["left_out"] = self.pipeline.data.left_out
         self.events.data_known(data=counts, base_hash=str(base.weights.parts["weights"])[:16])

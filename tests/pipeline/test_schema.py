@@ -12,6 +12,9 @@ import pytest
 from conftest import Project
 from jsonschema import Draft202012Validator
 
+from corefit.pipeline.schema import schema
+from corefit.plugins.host import Host
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,6 +58,13 @@ def test_a_plugins_keys_are_in_it(project: Project) -> None:
     assert '"const": "flow_grpo"' in said
     assert '"const": "bright"' not in said
     assert '"const": "bright"' in project.main("schema", "bright.py").out
+
+
+def test_a_kind_of_which_nothing_is_installed_is_no_fault_of_the_schema() -> None:
+    host = Host()
+    for kind in ("observers", "rewards"):
+        host.offers[kind].clear()
+    Draft202012Validator.check_schema(schema(host))
 
 
 def tables(described: Any) -> Iterator[dict[str, Any]]:

@@ -44,6 +44,7 @@ def test_without_a_reward_samples_are_drawn_and_compared(unscored):
     folder = unscored.folder / "runs" / "tiny"
     said = ended.out.splitlines()
     assert "eval: 1 of 3 held-out prompts is also in the training data" in said
+    assert json.loads((folder / "run.json").read_text())["data"] == {"examples": 8, "prompts": 3, "duplicates": 1}
     assert said[-1] == f"all of it is in {folder}"
     assert json.loads((folder / "results.json").read_text()) == []
     assert "data:image/" in (folder / "report.html").read_text()
