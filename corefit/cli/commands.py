@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from corefit import __version__
-from corefit.cli import completion
+from corefit.cli import completion, serving
 from corefit.errors import CorefitError, Stopped, plain
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ SET = click.option(
 TRACE = click.option("--trace", is_flag=True, help="Print each hook call: whose it is, and what it returns.")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Folder of run folders [runs/ beside PIPELINE].")
 PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
-NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "pipeline")
+NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "observer", "pipeline")
 """Words of corefit.plugins.kinds.KINDS, which help texts and shells would else wait for; and a pipeline."""
 LARGEST = 1e9
 """Sizes of memory must be smaller than this number, in any unit."""
@@ -210,6 +210,9 @@ def completing(shell: str) -> None:
     fish:       corefit completion fish > ~/.config/fish/completions/corefit.fish
     """
     click.echo(completion.script(cli, shell))
+
+
+cli.add_command(serving.serve_reward)
 
 
 def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:

@@ -33,6 +33,7 @@ from corefit.errors import DataError
 from corefit.system import files, memory
 from corefit.system.files import portable, sha256
 from corefit.system.ranks import SINGLE, Ranks
+from corefit.types import ROUNDING, KeyedReward
 
 if TYPE_CHECKING:
     from corefit.system.ranks import Ranks
@@ -208,13 +209,15 @@ def _bucket_sizes(data: Data, backbone: Backbone, media: bool) -> Sequence[bucke
 
 
 def _score_key(entry: Weighted[Reward], project: Path) -> Mapping[str, str]:
-    """Return what determines a reward's scores: its keys, and a hash of the file that defines it.
+    """Return what determines a reward's scores: its keys, a hash of the file that defines it, and what else it names.
 
     project  the folder of the pipeline, to which paths inside it are relative here
     """
     kind = type(entry.value)
-    keys = {f.name: portable(str(getattr(entry.value, f.name)), project) for f in attrs.fields(kind) if f.init}
-    return {**keys, "code": sha256(Path(inspect.getfile(kind)))}
+    fields = [f for f in attrs.fields(kind) if f.init and not f.metadata.items() >= ROUNDING.items()]
+    keys = {f.name: portable(str(getattr(entry.value, f.name)), project) for f in fields}
+    also = {"scores_key()": entry.value.scores_key()} if isinstance(entry.value, KeyedReward) else {}
+    return {**keys, **also, "code": sha256(Path(inspect.getfile(kind)))}
 
 
 # partitions
