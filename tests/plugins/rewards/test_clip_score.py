@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessorFast, CLIPModel, CLIPProcessor
 
 from corefit.testing import check_reward
+from corefit.types import Featured
 from corefit_rewards.clip_score import ClipScore
 
 META: list[dict[str, Any]] = [{}, {}, {}]
@@ -45,6 +46,20 @@ def test_it_scores_as_transformers_does(folder: Path, size: tuple[int, int]) -> 
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, of_library(folder, media), rtol=0, atol=1e-5)
     assert found.std() > 0.01, "the pictures and prompts are told apart"
+
+
+def test_its_features_are_the_image_embeddings(folder: Path) -> None:
+    """By which [eval] diversity compares samples; those of a clip are the mean of its frames'."""
+    media, reward = pictures(50, 41), ClipScore(path=str(folder), frames=2)
+    processor = CLIPImageProcessorFast.from_pretrained(folder)
+    pixels = processor(images=list(media), do_rescale=False, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = CLIPModel.from_pretrained(folder).eval().get_image_features(pixel_values=pixels)
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    assert isinstance(reward, Featured)
+    torch.testing.assert_close(reward.features(media), expected, rtol=0, atol=1e-5)
+    clip = torch.stack([media[0], media[1], media[2]], 1)[None]
+    torch.testing.assert_close(reward.features(clip), (expected[:1] + expected[2:]) / 2, rtol=0, atol=1e-5)
 
 
 def test_the_kit_finds_nothing(folder: Path) -> None:
