@@ -6,13 +6,14 @@ from corefit.data.sources.media import View, dimensions, view
 from corefit.data.sources.messages import listed
 from corefit.data.sources.prompts import category, prompt_source
 from corefit.data.sources.saved import HfDataset
-from corefit.data.sources.text import Text
+from corefit.data.sources.text import Listed, Text
 from corefit.data.sources.webdataset import WebDataset
 
 __all__ = [
     "HfDataset",
     "ImageFolder",
     "Jsonl",
+    "Listed",
     "Text",
     "View",
     "WebDataset",

@@ -12,6 +12,7 @@ from corefit_rewards.image_reward import ImageReward
 from corefit_rewards.jpeg_size import JpegSize
 from corefit_rewards.ocr import Ocr
 from corefit_rewards.pickscore import PickScore
+from corefit_rewards.remote import Remote
 from corefit_rewards.sharpness import Sharpness
 from corefit_rewards.vlm_judge import VlmJudge
 
@@ -27,6 +28,7 @@ def corefit_rewards() -> Offers[Reward]:
         "jpeg_size": JpegSize,
         "ocr": Ocr,
         "pickscore": PickScore,
+        "remote": Remote,
         "sharpness": Sharpness,
         "vlm_judge": VlmJudge,
     }

@@ -157,6 +157,13 @@ def settings(file: Path) -> Mapping[str, Any]:
     return found
 
 
+def stamps(path: str) -> Sequence[tuple[str, int, int]]:
+    """Return name, size and time of modification of a local file, or of the files of a folder; nothing for others."""
+    here = Path(path)
+    found = [here] if here.is_file() else sorted(here.glob("*")) if here.is_dir() else []
+    return [(file.name, stat.st_size, stat.st_mtime_ns) for file in found if (stat := file.stat())]
+
+
 @cache
 def _fetched(name: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download

@@ -69,7 +69,7 @@ def post_json(
     headers = dict(headers or {})
     failure = _Failure("", "")
     for attempt, pause in enumerate(_pauses(retries)):
-        found = _attempt(url, json.dumps(payload).encode(), timeout, headers)
+        found = _attempt("POST", url, json.dumps(payload).encode(), timeout, headers)
         if not isinstance(found, _Failure):
             return found.value
         failure = found
@@ -79,6 +79,15 @@ def post_json(
             raise ServiceError(f"{shown(url)} {what}{tried}: {failure.remedy}")
         time.sleep(pause if found.pause is None else min(found.pause, LONGEST_PAUSE))
     raise AssertionError("the last attempt returns or raises")
+
+
+def get_json(url: str, *, timeout: float = 5.0, headers: Mapping[str, str] | None = None) -> Any:
+    """Return the decoded JSON that `url` gives; one attempt. Raises ServiceError like `post_json`."""
+    headers = dict(headers or {})
+    found = _attempt("GET", url, b"", timeout, headers)
+    if isinstance(found, _Failure):
+        raise ServiceError(f"{shown(url)} {_without(found.what, headers.values())}: {found.remedy}")
+    return found.value
 
 
 def check_reachable(url: str, *, timeout: float = 5.0, headers: Mapping[str, str] | None = None) -> None:
@@ -119,14 +128,14 @@ class _Answer:
     value: Any
 
 
-def _attempt(url: str, body: bytes, timeout: float, headers: Mapping[str, str]) -> _Answer | _Failure:
+def _attempt(method: str, url: str, body: bytes, timeout: float, headers: Mapping[str, str]) -> _Answer | _Failure:
     require("httpx")
     import httpx
 
     sent = {"Content-Type": "application/json", "Accept": "application/json", **headers}
     end = time.monotonic() + timeout
     try:
-        with _client(_is_local(url)).stream("POST", url, content=body, headers=sent, timeout=timeout) as response:
+        with _client(_is_local(url)).stream(method, url, content=body, headers=sent, timeout=timeout) as response:
             content = _received(response, end)
     except httpx.TimeoutException:
         return _Failure(f"did not answer within {timeout:g} s", "raise 'timeout', or give the service less to do")

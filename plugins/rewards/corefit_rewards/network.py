@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from attrs import evolve, field, fields, frozen
 
 from corefit.errors import ConfigError
 from corefit.types import ROUNDING, Meta
+from corefit_rewards import files
 from corefit_rewards.frames import FrameReward
 from corefit_rewards.pictures import Preprocess
 
@@ -103,14 +105,23 @@ class NetworkReward(FrameReward):
 
     def loaded(self, place: torch.device) -> Loaded:
         """Return the network on the device `place`; it is read when this is first called with equal keys."""
-        known = {each.name: each.default for each in fields(type(self)) if each.name in USED}
-        return _loaded(evolve(self, **known), place)
+        return _loaded(self._network_keys(), place)
 
     def load_blank(self) -> Any:
         """Return the network on the meta device, in the dtypes that it is held in, or None if no GPU will hold it."""
         if self.device in ("cpu", "mps"):
             return None
-        return self._held(self.blank())
+        return _blank(self._network_keys())
+
+    def config_key(self) -> str:
+        """Hash of the names, sizes and times of all files that the keys name; a model on the hub stays the same."""
+        paths = [value for each in fields(type(self)) if isinstance(value := getattr(self, each.name), str)]
+        return hashlib.sha256(repr([files.stamps(path) for path in paths]).encode()).hexdigest()
+
+    def _network_keys(self) -> NetworkReward:
+        """Return the reward that stands for all that share its network."""
+        used = {each.name: each.default for each in fields(type(self)) if each.name in USED}
+        return evolve(self, **used)
 
     def score_blank(self, network: Any, media: Tensor) -> Tensor:
         """Score media as `score` does, with the network of `load_blank`, whose tensors are fake, and any prompts."""
@@ -156,6 +167,11 @@ def _loaded(reward: NetworkReward, place: torch.device) -> Loaded:
         raise ConfigError(f'device = "{place}": this machine has no such device ({first})') from None
     loaded = reward.load(place)
     return evolve(loaded, network=reward._held(loaded.network).to(place))  # pyright: ignore[reportPrivateUsage]
+
+
+@cache
+def _blank(reward: NetworkReward) -> nn.Module:
+    return reward._held(reward.blank())  # pyright: ignore[reportPrivateUsage]
 
 
 def _dtype(name: str) -> torch.dtype:
