@@ -54,8 +54,9 @@ def labels(path: str) -> Mapping[int, str]:
     return {number: name for number, name in named.items() if name != "n/a"}
 
 
+@cache
 def blank(detector: str, clip: str) -> nn.Module:
-    """Return both networks on the meta device, without reading weights."""
+    """Return both networks on the meta device, without reading weights; the same ones for the same paths."""
     import torch
     from torch import nn
 

@@ -103,7 +103,7 @@ def varied(network: Any) -> Any:
 def tiny_color_clip(folder: Path) -> Path:
     """A CLIP whose tokenizer knows the words of GenEval's questions about colors."""
     words = (*COLORS, "a", "photo", "of", "-", "colored", "object", "dog", "cat")
-    config = clip_config()
+    config = clip_config(28)
     pieces = clip_pieces(words)
     config.text_config.vocab_size = len(pieces[0])
     config.text_config.eos_token_id = len(pieces[0]) - 1

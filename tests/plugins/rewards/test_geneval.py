@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from detectors import tiny_color_clip, tiny_mask2former, tiny_yolos
@@ -9,7 +11,7 @@ from published import pictures
 
 from corefit.errors import ConfigError, DataError, ModelError
 from corefit.testing import check_reward
-from corefit.types import SizedReward
+from corefit.types import KeyedReward, SizedReward
 from corefit_rewards import geneval
 from corefit_rewards.geneval import Geneval
 from corefit_rewards.geneval_rules import Found
@@ -137,6 +139,20 @@ def test_memory_is_known_without_weights(made):
     assert isinstance(reward, SizedReward)
     assert {p.device.type for p in reward.load_blank().parameters()} == {"meta"}
     assert made("masks", device="cpu").load_blank() is None
+
+
+def test_other_weights_are_another_reward(made, folder):
+    """Equal files in another folder are the same one."""
+    copied = folder / "copied"
+    shutil.copytree(folder / "boxes", copied)
+    reward = Geneval(detector=str(copied), clip=str(folder / "clip"))
+    assert isinstance(reward, KeyedReward)
+    assert reward.scores_key() == made("boxes").scores_key() != made("masks").scores_key()
+    with (copied / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x77")
+    assert reward.scores_key() != made("boxes").scores_key()
+    assert Geneval().scores_key() != Geneval(clip="openai/clip-vit-base-patch32").scores_key()
 
 
 def test_a_device_that_is_not_there_is_said(made):
