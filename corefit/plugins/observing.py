@@ -32,7 +32,7 @@ class Observers:
         """
         getattr(self.host.hook, f"corefit_{event}")(**arguments)
         for number, observer in enumerate(self.named):
-            if number in self._left_out:
+            if number in self._left_out or getattr(type(observer), event) is getattr(Observer, event):
                 continue
             name = self.host.name_of("observers", observer)
             self.host.trace_call(f"{event} of observer {name}", arguments)

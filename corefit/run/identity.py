@@ -26,6 +26,7 @@ CHANGED: Mapping[str, str] = {
     "dataset": "its data changed",
     "model": "its weights changed",
     "prompts": "the prompts changed",
+    "drift": "the data of drift changed",
 }
 """What messages say when a part that is itself a hash has changed."""
 NAMED = 3
@@ -126,7 +127,7 @@ def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str, da
         {
             "model": weights.hash,
             "prompts": prompts,
-            **({"dataset": dataset} if eval.drift else {}),
+            **({"drift": dataset} if eval.drift else {}),
             "corefit": corefit.__version__,
             "seed": eval.seed,
             **({"weights held in": held} if held else {}),

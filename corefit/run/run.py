@@ -30,6 +30,7 @@ from corefit.train.job import Cost, Job
 from corefit.types import Backbone, Scored, blame
 
 T = TypeVar("T")
+RESULTS = "results.json"
 
 
 def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") -> Path:
@@ -93,6 +94,8 @@ class Run:
     """On the main process, how many of the held-out prompts are also training prompts; None if that is not known."""
     scores: list[report.Scores] = field(init=False, factory=list[report.Scores])
     drifts: dict[str, drift.Drifts] = field(init=False, factory=dict[str, drift.Drifts])
+    rows: list[report.Row] = field(init=False, factory=list[report.Row])
+    """The rows of results.json so far."""
 
     @property
     def folder(self) -> Path:
@@ -106,12 +109,13 @@ class Run:
         """Run the whole pipeline."""
         if self.main:
             self._write_pipeline()
-        self.events.run_started()
+        self.events.run_started(precision(self.ranks))
         self._refuse_too_large()
         self._encode()
         prompts = self.evaluator and self.evaluator.prompts.manifest.key
         base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
         agreement.refuse_differences(self.ranks, {"weights of the base": base.weights.hash[:12]})
+        self._note_data(base)
         left = {base.name: Weights(self.pipeline.backbone, None, self._half(self.pipeline.stage[0]))}
         self._evaluate(base, left[base.name], Cost(0, 0, 0))
         if self.main:
@@ -134,6 +138,15 @@ class Run:
         text = tomli_w.dumps(_for_toml(self.pipeline.tables()))
         files.write_whole(self.folder / "pipeline.toml", text.encode())
 
+    def _note_data(self, base: Target) -> None:
+        """Note in run.json what is known once the data are encoded and the base model's files are hashed."""
+        counts: dict[str, Any] = {"examples": len(self.dataset)}
+        if self.evaluator:
+            counts["prompts"] = self.evaluator.count
+        if self.pipeline.data.left_out:
+            counts["left_out"] = self.pipeline.data.left_out
+        self.events.data_known(data=counts, base_hash=str(base.weights.parts["weights"])[:16])
+
     def _encode(self) -> None:
         """Encode data and prompts into latents and conditions, or find them in the cache."""
         self.dataset, prompts = encode(self.pipeline, self.ranks, self.display)
@@ -155,6 +168,7 @@ class Run:
             self.display.print(f"{stage.name}: finished before, used as it is")
             self._restore_done(target, decision)
             cost = Cost(**decision.record["cost"])
+            self.events.stage_is(stage.name, "evaluating", cost, stage.steps)
         else:
             if self.main:
                 self._prepare_folder(target, decision)
@@ -163,8 +177,10 @@ class Run:
             if self.main:
                 hashes = plan.hashes(target.folder / MODEL)
                 plan.write_done(target, {"finished": True, "cost": attrs.asdict(cost), "model": hashes})
+            self.events.stage_is(stage.name, "evaluating", cost, stage.steps)
         after = self._weights_after(stage, target.folder / MODEL, before)
         self._evaluate(target, after, cost, stage.steps)
+        self.events.stage_is(stage.name, "done")
         return after
 
     def _half(self, stage: Stage) -> bool:
@@ -282,14 +298,16 @@ class Run:
         )
 
     def _tell_scored(self, target: Target, samples: Media | None, step: int, *, earlier: bool) -> None:
-        """Tell observers of the scores of the base or of a stage, which are the last of `scores`."""
+        """Write results.json as far as it goes, and tell observers of its rows of the last of `scores`."""
+        self.rows = report.results(self.scores)
+        report.write_results(self.folder / RESULTS, self.rows)
         scored = Scored(
             name=target.name,
             folder=target.folder,
             step=step,
             values=self.scores[-1].values,
             categories=self.scores[-1].categories,
-            rows=[row for row in report.results(self.scores) if row["stage"] == target.name],
+            rows=[row for row in self.rows if row["stage"] == target.name],
             samples=samples,
             grid=target.folder / "samples" / LAST,
             earlier=earlier,
@@ -331,17 +349,14 @@ class Run:
         return scored, samples
 
     def _report(self, targets: Sequence[Target]) -> None:
-        """Write results.json, comparison.png and report.html, and print the table; without [eval] only report.html."""
-        results, comparison = self.folder / "results.json", self.folder / "comparison.png"
-        rows = report.results(self.scores)
+        """Draw comparison.png and print the table; without [eval] remove what an earlier run with it has left."""
+        results, comparison = self.folder / RESULTS, self.folder / "comparison.png"
         if self.evaluator:
-            report.write_results(results, rows)
             self.evaluator.compare([t.name for t in targets], [t.folder / "samples" for t in targets], comparison)
         else:  # those of a run that had an [eval]: the page would show them beside stages that may have changed
             results.unlink(missing_ok=True)
             comparison.unlink(missing_ok=True)
-        report.page(self.folder)
-        report.print_table(self.scores, rows, self.display.console)
+        report.print_table(self.scores, self.rows, self.display.console)
 
 
 def _dry_run_lines(pipeline: Pipeline, ranks: Ranks, rerun: Rerun) -> Iterator[tuple[str, str]]:

@@ -41,7 +41,7 @@ def check_observer(observer: Observer, folder: Path | None = None) -> None:
         check_keys(type(observer), Observer)
     except AssertionError as error:
         raise AssertionError(f"{name}: {error}") from error
-    optional: object = observer.optional
+    optional: Any = observer.optional
     expect(isinstance(optional, bool), f"{name}: optional is {optional!r}; make it True or False")
     observer.check()
     with tempfile.TemporaryDirectory() as temporary:

@@ -241,6 +241,18 @@ def test_weights_are_held_in_half_unless_their_own_lineage_was_trained(project):
 # evaluation
 
 
+def test_drift_needs_media(project):
+    """Prompts alone, as GRPO reads them, say nothing of what the ideal trajectory ends in."""
+    assert read(project.file, ["eval.drift={}"]).eval.drift is not None
+    only = [
+        "eval.drift={}",
+        "stage.soar.objective={use='flow_grpo', group=4, steps=4}",
+        "stage.soar.reward=[{use='bright'}]",
+    ]
+    with pytest.raises(ConfigError, match=r"eval\.drift: it is measured on media of the data, and no stage trains on"):
+        read(project.file, [*only, "stage.soar.sampler={use='flow_sde'}"])
+
+
 def test_prompts_may_be_in_the_pipeline_file(project):
     project.swap(('"heldout.jsonl"', '["a red sky", "a blue sea"]'), ('reward = [{ use = "bright" }]\n', ""))
     eval = read(project.file).eval

@@ -91,6 +91,7 @@ def test_scores_and_categories_are_of_their_own_prompts(monkeypatch, tmp_path, l
         "categories": ["ab"[n % 2] for n in numbers],
         "prompts": [f"prompt {n}" for n in numbers],
     }
+    assert of.texts() == {key: made[key] for key in ("categories", "prompts")}
     prompts, media = samples
     assert prompts == [f"prompt {n}" for n in range(4)]
     assert torch.allclose(media[:, 0, 0, 0], torch.arange(4) / 10), "those that were scored, of whichever rank"

@@ -112,7 +112,8 @@ def toy(project, monkeypatch, capsys) -> Toy:
     monkeypatch.setattr(gc, "collect", lambda *args: 0)  # a third of a second each time that memory is freed
     monkeypatch.setattr(os, "fsync", lambda *args: None)
     monkeypatch.setattr(run.Run, "_refuse_too_large", lambda *args: None)
-    monkeypatch.setattr(Evaluator, "media", lambda judge, backbone, rows: torch.full((len(rows), 3, 16, 16), 0.5))
+    monkeypatch.setattr(Evaluator, "media", lambda judge, net, rows, _=0: torch.full((len(rows), 3, 16, 16), 0.5))
+    monkeypatch.setattr(Evaluator, "_drift_of", lambda judge, net, batch, _: ([0.0], [[row / 7] for row in batch.rows]))
     monkeypatch.setattr(Diffusers, "save_tensors", save)
     monkeypatch.setattr(Sd3, "load", lambda backbone, *args: setattr(backbone, "transformer", torch.nn.Identity()))
     monkeypatch.setattr(Sd3, "load_lora", lambda *args: None)
@@ -437,7 +438,7 @@ def test_what_a_version_without_digests_left_is_used(toy):
             if (file := target.folder / name).exists():
                 content = json.loads(file.read_text())
                 del content["digest"], content["rounding"]
-                content.pop("samples", None)
+                content.pop("samples", None), content.pop("prompts", None)
                 content |= {"identity": files.json_digest(of.former), "parts": of.former}
                 file.write_text(json.dumps(content))
     for manifest in toy.folder.glob("*/checkpoints/*/manifest.json"):
@@ -686,8 +687,9 @@ def contents(folder: Path) -> Mapping[str, bytes]:
         ([], "grpo"),
         (["stage.grpo.optimizer.lr=5e-4"], "soar"),
         (["stage.grpo.from=base"], "soar"),
+        (["eval.diversity={prompts=2, samples=2}", "eval.drift={samples=3}"], ""),
     ],
-    ids=["new", "changed", "from", "changed and from", "branches"],
+    ids=["new", "changed", "from", "changed and from", "branches", "measured"],
 )
 def test_a_run_that_is_killed_anywhere_ends_the_same(toy, settings, again):
     """Also where a plain run goes on with `--from`; only one that had not yet begun with that is asked again."""

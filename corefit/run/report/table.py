@@ -27,7 +27,9 @@ UNKNOWN = "no interval"
 
 @frozen
 class Numbers:
-    """How the values of one metric are written: as percentages, or with as many `decimals` as their size needs.
+    """How the values of one metric are written: as percentages, or with as many `decimals` as they need.
+
+    That is three digits of the largest value, and four if two digits of the narrowest interval take them.
 
     Only ASCII is used, so that every terminal can print the results.
     """
@@ -42,9 +44,11 @@ class Numbers:
         units = {row["unit"] for row in rows if "unit" in row}
         if SHARE in units or (not units and all(0 <= value <= 1 for value in seen)):
             return Numbers(percent=True)
-        largest = max(abs(value) for value in seen)
-        digits = math.floor(math.log10(largest)) if largest else 0
-        return Numbers(percent=False, decimals=min(6, max(0, 2 - digits)))
+        ends = (("low", "high"), ("gain_low", "gain_high"), ("base_gain_low", "base_gain_high"))
+        widths = [row[high] - row[low] for row in rows for low, high in ends if low in row and high in row]
+        largest = _digits(max(abs(value) for value in seen))
+        narrowest = _digits(min((width for width in widths if width), default=math.inf))
+        return Numbers(percent=False, decimals=min(6, max(0, 2 - largest, min(1 - narrowest, 3 - largest))))
 
     def value(self, row: Row) -> tuple[str, str]:
         """Return the value and its interval."""
@@ -70,6 +74,11 @@ class Numbers:
     def _plain(self, value: float, sign: str = "") -> str:
         rounded = self.rounded(value)
         return f"{rounded:{sign if rounded else ''}.{self.decimals}f}"
+
+
+def _digits(value: float) -> int:
+    """Return the exponent of the first digit: 0 for 5.4, -1 for 0.3."""
+    return math.floor(math.log10(value)) if 0 < value < math.inf else 0
 
 
 def direction(row: Row, numbers: Numbers, over: Literal["gain", "base_gain"] = "gain") -> str:
