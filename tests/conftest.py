@@ -235,3 +235,11 @@ def project(
         return Ended(int(ended.value.code or 0), said.out, said.err)
 
     return Project(tmp_path, main)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For each reward that is a published network, a folder of a small one; tests that spoil one copy it."""
+    import published
+
+    return published.folders(tmp_path_factory.mktemp)

@@ -64,7 +64,7 @@ def _step(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: 
     if half and gpu:
         for norm in (m for m in network.modules() if type(m) in (nn.LayerNorm, nn.GroupNorm)):
             _norm_like_a_gpu(norm)
-    _materialise(network)
+    materialize(network)
     x, sigma = torch.empty(shape), torch.empty(shape[0])
     cond = Condition({name: torch.empty(shape[0], *one) for name, one in backbone.condition_shapes().items()})
     whole, backbone.transformer = backbone.transformer, network
@@ -89,7 +89,7 @@ def _decoding(backbone: Any, shape: tuple[int, ...], beside: Frozen | None) -> i
     if beside is None or beside.decoder is None:
         return 0
     for network in (beside.decoder, *(network for _, network in beside.graphs)):
-        _materialise(network)
+        materialize(network)
     rows, *one = shape
     peaks: list[int] = []
     for number in (1, 2)[:rows]:
@@ -102,7 +102,7 @@ def _decoding(backbone: Any, shape: tuple[int, ...], beside: Frozen | None) -> i
     return peaks[0] + (rows - 1) * (peaks[-1] - peaks[0])
 
 
-def _materialise(network: nn.Module) -> None:
+def materialize(network: nn.Module) -> None:
     """Replace tensors on the meta device by fake ones, with gradients, to which backward then adds in place."""
     import torch
     from torch import nn

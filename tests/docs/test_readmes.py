@@ -36,12 +36,7 @@ def test_the_pipeline_of_the_readme_is_one(project):
     text, data = blocks(README, "toml")
     tables = tomllib.loads(text)
     assert tables["stage"][0]["objective"]["use"] == "soar"
-    (project.folder / "sharpness.py").write_text(
-        "from attrs import frozen\nfrom corefit import hookimpl\n\n@frozen\nclass Sharpness:\n"
-        "    def score(self, media, prompts, meta):\n        return media.mean((1, 2, 3))\n\n"
-        "@hookimpl\ndef corefit_rewards():\n    return {'sharpness': Sharpness}\n"
-    )
-    project.write('plugins = ["sharpness.py"]\n' + text.replace("stabilityai/stable-diffusion-3.5-medium", "./base"))
+    project.write(text.replace("stabilityai/stable-diffusion-3.5-medium", "./base"))
     said = project.main("check", "pipeline.toml", "--set", "data.size=[16, 16]")
     assert said.status == 0, said.err
     start, end = project.text.index("[data]"), project.text.index("[[stage]]")
@@ -89,4 +84,12 @@ def test_every_hook_is_in_the_readme():
 def test_every_key_of_an_objective_is_in_its_readme(name):
     page = (ROOT / "plugins" / name.removeprefix("online_") / "README.md").read_text()
     for field in attrs.fields(Host().get("objectives", name)):
+        assert f"`{field.name}`" in page, field.name
+
+
+@pytest.mark.parametrize("name", ["geneval", "jpeg_size", "ocr", "sharpness", "vlm_judge"])
+def test_every_key_of_a_reward_is_in_its_readme(name):
+    page = (ROOT / "plugins" / "rewards" / "README.md").read_text()
+    assert f"`{name}`" in page
+    for field in attrs.fields(Host().get("rewards", name)):
         assert f"`{field.name}`" in page, field.name

@@ -11,6 +11,8 @@ import pytest
 import torch
 from attrs import evolve, frozen
 from conftest import BRIGHT, WORDS, Project
+from published import tiny_clip
+from transformers import CLIPModel
 
 from corefit import Batch, Condition, Context
 from corefit.cli.commands import memory_size
@@ -186,6 +188,71 @@ def batch_of(backbone: Any, rows: int, size: Any) -> Batch:
     prompts = ["a red sky"] * rows
     shape = backbone.latent_shape(size)
     return Batch(None, backbone.encode_text(prompts), prompts, [{}] * rows, range(rows), shape)
+
+
+def clip_score(key: str, further: str = "") -> str:
+    return f"{key}.reward=[{{use='clip_score', path='clip'{further}}}]"
+
+
+@pytest.fixture
+def scored(project: Project) -> list[str]:
+    """Settings by which the rewards of stage grpo and of the evaluation are clip_score, with a gradient."""
+    tiny_clip(project.folder / "clip")
+    project.swap(('sampler = { use = "flow_sde", noise = 0.7 }\n', ""))
+    return [clip_score("stage.grpo"), clip_score("eval"), GRADIENT.replace("TRUNCATION", "1")]
+
+
+def test_networks_of_rewards_count_once_for_equal_keys(project: Project, scored: list[str]) -> None:
+    found = estimates(read(project.file, scored), HERE, graphs=False)
+    network = CLIPModel.from_pretrained(project.folder / "clip")
+    held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    assert [e.rewards for e in found] == [held, held], "evaluation before the first stage has read it"
+    assert found[1].certain - found[1].decoder - held == found[1].weights + found[1].gradients + found[1].optimizer
+    for further, share in ((", pool='min'", 1), (", dtype='bf16'", 1.5), (", device='cpu'", 1)):
+        keys = [*scored, clip_score("eval", further)]
+        assert estimates(read(project.file, keys), HERE, graphs=False)[1].rewards == pytest.approx(share * held, 0.01)
+    both = [clip_score(key, ", device='cpu'") for key in ("stage.grpo", "eval")]
+    assert estimates(read(project.file, [*both, *scored[2:]]), HERE, graphs=False)[1].rewards == 0
+
+
+def test_the_decoder_counts_where_samples_are_decoded(project: Project) -> None:
+    supervised, rewarded = estimates(read(project.file), HERE, graphs=False)
+    backbone: Any = read(project.file).backbone
+    backbone.place(torch.device("cpu"), torch.float32)
+    vae = backbone.vae()
+    assert supervised.decoder == 0
+    assert rewarded.decoder == sum(t.nbytes for t in (*vae.parameters(), *vae.buffers())) > 0
+    assert rewarded.saved > rewarded.weights + rewarded.optimizer + rewarded.copies
+    drawn = estimates(read(project.file, ["stage.soar.sample_every=1"]), HERE, graphs=False)[0]
+    assert drawn.decoder == rewarded.decoder
+
+
+def test_the_graph_of_a_reward_is_counted(project: Project, scored: list[str]) -> None:
+    (project.folder / "clip").rename(project.folder / "small")
+    tiny_clip(project.folder / "clip", pixels=224)
+    pipeline = read(project.file, scored)
+    found, backbone = of(pipeline, 1), pipeline.backbone
+    backbone.load(torch.device("cpu"), torch.float32)
+    weights.make_trainable(backbone, pipeline.mode(pipeline.stage[1]))
+    for p in backbone.transformer.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    batch = batch_of(backbone, 4, pipeline.data.size)
+    ctx = Context(backbone, Ode(), LogitNormal(), Rng((), batch.rows), rewards=pipeline.stage[1].reward)
+    (part,) = pipeline.stage[1].objective.experience(batch, ctx)
+    pipeline.stage[1].reward[0].value.score(backbone.decode(part.states[:, 0]), batch.prompts, batch.meta)
+    with memory.track_live_bytes() as held:
+        (term,) = pipeline.stage[1].objective.terms(part, ctx)
+        term.total.backward()
+    assert found.activations == pytest.approx(held.peak, rel=0.15)
+    assert held.peak > 5e6, "most of it is the reward's"
+
+
+def test_what_does_not_fit_because_of_a_reward_names_it(project: Project, scored: list[str]) -> None:
+    needed = of(read(project.file, scored), 1)
+    room = Device("a small one", needed.certain - needed.rewards / 2, gpu=True)
+    pipeline = read(project.file, scored)
+    with pytest.raises(ConfigError, match=r"stage.\w+: .*rewards \d+ MiB.*device = \"cpu\" for a reward"):
+        refuse(pipeline, estimates(pipeline, room, graphs=False), room)
 
 
 def test_more_velocities_in_a_graph_take_more(project: Project) -> None:

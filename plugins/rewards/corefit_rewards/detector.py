@@ -30,18 +30,20 @@ GRAY = 0x99
 
 def check_detector(path: str) -> None:
     """Raise ModelError where a local folder lacks files, or holds a model that does not find objects."""
-    files.check_folder(path, [(CONFIG,), (PROCESSOR,), files.WEIGHTS], "detector")
+    files.check_folder(path, [(CONFIG,)], "detector")
     here = files.local(path, "detector")
     if here is not None:
         _family(here)
+        files.check_folder(path, [(PROCESSOR,), files.WEIGHTS], "detector")
         if not labels(path):
             raise ModelError(f"{here / CONFIG}: it has no id2label, the names of the objects that are found; fetch it")
 
 
 def check_clip(path: str) -> None:
     """Raise ModelError where a local folder lacks files, or holds another model than a CLIP."""
-    files.check_folder(path, [(CONFIG,), files.WEIGHTS, (PROCESSOR,), TOKENIZERS], "clip")
+    files.check_folder(path, [(CONFIG,)], "clip")
     check_config(path)
+    files.check_folder(path, [files.WEIGHTS, (PROCESSOR,), TOKENIZERS], "clip")
 
 
 @cache
@@ -52,15 +54,16 @@ def labels(path: str) -> Mapping[int, str]:
     return {number: name for number, name in named.items() if name != "n/a"}
 
 
+@cache
 def blank(detector: str, clip: str) -> nn.Module:
-    """Return both networks on the meta device, without reading weights."""
+    """Return both networks on the meta device, without reading weights; the same ones for the same paths."""
     import torch
     from torch import nn
 
     folder = files.folder(detector, (CONFIG,), "detector")
     with torch.device("meta"):
         network = _made(lambda: _class(folder)(_config(folder)), folder)
-    return nn.ModuleList([network, blank_clip(clip)])
+    return nn.ModuleList([network, blank_clip(clip)]).to("meta")  # some parameters ignore the device above
 
 
 @frozen(eq=False)

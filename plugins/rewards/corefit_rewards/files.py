@@ -130,7 +130,7 @@ def tensors(file: Path, *, blank: bool = False) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return {name: t.to(place) for name, t in load_file(file).items()}
-        found = torch.load(file, map_location=place, weights_only=True, mmap=zipfile.is_zipfile(file))
+        found = torch.load(file, map_location=place, weights_only=True, mmap=blank and zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         raise ModelError(
             f"{file}: it holds more than tensors, and to read that would run its code; "

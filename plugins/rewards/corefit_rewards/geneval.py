@@ -11,6 +11,7 @@ from attrs import field, frozen, validators
 
 from corefit.errors import ConfigError
 from corefit.types import ROUNDING, Meta, ModelPath
+from corefit_rewards.contents import contents_key
 from corefit_rewards.detector import (
     ColorJudge,
     Detector,
@@ -80,6 +81,10 @@ class Geneval(FrameReward):
     def load_blank(self) -> Any:
         """Return both networks on the meta device, or None if no GPU will hold them."""
         return None if self.device in ("cpu", "mps") else blank(self.detector, self.clip)
+
+    def scores_key(self) -> str:
+        """Return a hash of both models' files."""
+        return contents_key(self.detector, self.clip)
 
     def score_pictures(self, pictures: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
         """Return scores [B] from 0 to 1; DataError names a prompt whose metadata cannot be used."""

@@ -56,7 +56,8 @@ class Preprocess:
         steps = [config.get(f"do_{step}", True) for step in ("resize", "center_crop", "rescale", "normalize")]
         if edge is None or crop is None or not all(steps) or config.get("resample", BICUBIC) != BICUBIC:
             raise ModelError(
-                f"{file}: CLIP's resizes by bicubic interpolation, crops a square and normalizes; fetch it"
+                f"{file}: a CLIP resizes by bicubic interpolation, cuts out a square and normalizes, which this does "
+                "not say; fetch the file again"
             )
         return Preprocess.of(place, edge, crop, config=config)
 

@@ -1,4 +1,4 @@
-"""hps reads open_clip's tensors into CLIPModel, scores as the published code does, and says what is wrong."""
+"""hps reads open_clip's tensors into CLIPModel, and scores as the published code does."""
 
 from __future__ import annotations
 
@@ -6,32 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import PROMPTS, OpenClip, pictures, save_processor, spread
+from published import LENGTH, PROMPTS, open_clip, pictures, reward
 from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, normalize, pad, resize
 from transformers import AutoTokenizer
 
-from corefit.testing import check_reward
-from corefit_rewards.hps import Hps
+from corefit_rewards.hps import renamed
 from corefit_rewards.pictures import MEAN, STD
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("hps")
-    save_processor(made)
-    torch.save({"epoch": 1, "state_dict": network().state_dict()}, made / "HPS_v2.1_compressed.pt")
-    return made
-
-
-def network() -> OpenClip:
-    made = OpenClip()
-    spread(made, 5)
-    return made
-
-
-def reward(folder: Path, **keys: object) -> Hps:
-    return Hps(path=str(folder), processor=str(folder), **{"dtype": "fp32", **keys})
 
 
 def published(pictures: Tensor) -> Tensor:
@@ -46,17 +27,27 @@ def published(pictures: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(50, 41), (28, 28), (31, 64)])
-def test_it_scores_as_open_clip_does(folder: Path, size: tuple[int, int]) -> None:
+def test_it_scores_as_open_clip_does(folders: dict[str, Path], size: tuple[int, int]) -> None:
     media = pictures(*size)
-    tokens = AutoTokenizer.from_pretrained(folder)(
-        list(PROMPTS), padding="max_length", truncation=True, max_length=12, return_tensors="pt"
+    tokens = AutoTokenizer.from_pretrained(folders["hps"])(
+        list(PROMPTS), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
     ).input_ids
     with torch.no_grad():
-        expected = network()(published(media), tokens)
-    found = reward(folder).score(media, PROMPTS, [{}] * 3)
+        expected = open_clip()(published(media), tokens)
+    found = reward("hps", folders["hps"]).score(media, PROMPTS, [{}] * 3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert found.std() > 0.005
 
 
-def test_the_kit_finds_nothing(folder: Path) -> None:
-    check_reward(reward(folder))
+def test_every_tensor_of_the_file_is_used_once(folders: dict[str, Path]) -> None:
+    stored = open_clip().state_dict()
+    found = dict(renamed(stored))
+    assert sum(t.numel() for t in found.values()) == sum(t.numel() for t in stored.values())
+    loaded = reward("hps", folders["hps"]).loaded(torch.device("cpu")).network
+    assert {*found} == {*loaded.state_dict()}
+
+
+def test_it_computes_in_half_as_published_unless_told_otherwise() -> None:
+    from corefit_rewards.hps import Hps
+
+    assert Hps().dtype == "fp16"

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorFast, CLIPModel, CLIPTokenizerFast
 
 from corefit.testing.checkpoints.text import CLIP_END, clip_pieces, clip_tokenizer
+from corefit.types import Reward
+from corefit_rewards.aesthetic import Aesthetic
+from corefit_rewards.clip_score import ClipScore
+from corefit_rewards.hps import Hps
+from corefit_rewards.image_reward import ImageReward
+from corefit_rewards.pickscore import PickScore
 
 PROMPTS = ("a red circle", "a blue square", "the letter A " * 20)
 WORDS = ("a", "red", "blue", "circle", "square", "the", "letter")
@@ -32,31 +40,29 @@ def spread(network: nn.Module, seed: int = 0, gain: float = 0.7) -> nn.Module:
     return network.eval()
 
 
-def clip_config(act: str = "quick_gelu") -> CLIPConfig:
-    both = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": act}
+def clip_config(pixels: int) -> CLIPConfig:
+    both = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "quick_gelu"}
     end = len(PIECES[0]) - 1
     text = {**both, "hidden_size": 24, "vocab_size": end + 1, "max_position_embeddings": LENGTH, "eos_token_id": end}
-    vision = {**both, "hidden_size": 32, "image_size": 28, "patch_size": 14}
+    vision = {**both, "hidden_size": 32, "image_size": pixels, "patch_size": 14}
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
 
 
-def tiny_clip(folder: Path, seed: int = 0) -> Path:
+def tiny_clip(folder: Path, pixels: int = 28) -> Path:
     """A folder of a CLIPModel with tokenizer and preprocessing, as transformers saves them."""
-    model = CLIPModel(clip_config())
-    spread(model, seed)
+    model = CLIPModel(clip_config(pixels))
+    spread(model)
     model.logit_scale.data = torch.tensor(4.6052)
     model.save_pretrained(folder)
-    save_processor(folder)
+    save_processor(folder, pixels)
     return folder
 
 
-def save_processor(folder: Path) -> None:
+def save_processor(folder: Path, pixels: int = 28) -> None:
     clip_tokenizer(folder / "made", PIECES, LENGTH, CLIP_END).save_pretrained(folder)
     CLIPTokenizerFast.from_pretrained(folder).save_pretrained(folder)
-    CLIPImageProcessorFast(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-
-
-HPS_NAME, IMAGE_REWARD_NAME = "HPS_v2.1_compressed", "ImageReward"
+    square = {"height": pixels, "width": pixels}
+    CLIPImageProcessorFast(size={"shortest_edge": pixels}, crop_size=square).save_pretrained(folder)
 
 
 class OpenClip(nn.Module):
@@ -226,7 +232,7 @@ def head(width: int) -> nn.Sequential:
     )
 
 
-def bert_tokenizer(folder: Path) -> Path:
+def tokenizer_of_bert(folder: Path) -> Path:
     """A folder of BERT's tokenizer for lower case, with few words."""
     from transformers import BertTokenizerFast
 
@@ -245,3 +251,45 @@ def bert_tokenizer(folder: Path) -> Path:
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
+
+
+def open_clip() -> OpenClip:
+    made = OpenClip()
+    spread(made, 5)
+    return made
+
+
+def blip(tokenizer: Path) -> Blip:
+    """ImageReward for the words of the tokenizer in a folder."""
+    from transformers import AutoTokenizer
+
+    made = Blip(len(AutoTokenizer.from_pretrained(tokenizer)))
+    spread(made, 5)
+    spread(made.mlp, 5, gain=2.5)
+    return made
+
+
+def reward(name: str, folder: Path, **keys: Any) -> Any:
+    """The reward `name` with all its files in one folder; in float32, unless the keys say otherwise."""
+    kinds: dict[str, type[Reward]] = {
+        "aesthetic": Aesthetic,
+        "clip_score": ClipScore,
+        "hps": Hps,
+        "image_reward": ImageReward,
+        "pickscore": PickScore,
+    }
+    places = {"aesthetic": ["head"], "hps": ["processor"], "image_reward": ["tokenizer"]}.get(name, [])
+    return kinds[name](**{"path": str(folder), "dtype": "fp32", **{each: str(folder) for each in places}, **keys})
+
+
+def folders(make: Callable[[str], Path]) -> dict[str, Path]:
+    """For each reward, a folder with all its files."""
+    made = {name: make(name) for name in ("clip_score", "hps", "image_reward")}
+    tiny_clip(made["clip_score"])
+    own = {f"layers.{name}": tensor for name, tensor in spread(head(16), 5, gain=2.5).state_dict().items()}
+    torch.save(own, made["clip_score"] / "aesthetic-model.pth")
+    save_processor(made["hps"])
+    torch.save({"epoch": 1, "state_dict": open_clip().state_dict()}, made["hps"] / "HPS_v2.1_compressed.pt")
+    tokenizer_of_bert(made["image_reward"])
+    torch.save(blip(made["image_reward"]).state_dict(), made["image_reward"] / "ImageReward.pt")
+    return {**made, "pickscore": made["clip_score"], "aesthetic": made["clip_score"]}
