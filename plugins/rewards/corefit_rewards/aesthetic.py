@@ -54,7 +54,7 @@ class Aesthetic(NetworkReward):
         config = files.settings(folder / PROCESSOR)
         file = files.find(self.head, HEADS, "head")
         assert file is not None, "what is on the hub is fetched"
-        parts = {
+        parts: dict[str, Any] = {
             "clip": read(CLIPVisionModelWithProjection, _vision(folder), folder),
             "head": linear_head(files.tensors(file), file),
         }
