@@ -11,13 +11,14 @@ import attrs
 
 from corefit.plugins.host import HOOKS, Host, Offer
 from corefit.plugins.kinds import KINDS
+from corefit.types import key_of
 
 MODULES = re.compile(r"(?<!['\w.])(\w+\.)+(?=\w)")
 
 
 def listing(host: Host) -> str:
     """Return the whole list as text."""
-    return "\n".join([*(line for kind in KINDS for line in _kind(host, kind)), *_observers(host)])
+    return "\n".join([*(line for kind in KINDS for line in _kind(host, kind)), *_hooks(host)])
 
 
 def _kind(host: Host, kind: str) -> Iterator[str]:
@@ -27,8 +28,8 @@ def _kind(host: Host, kind: str) -> Iterator[str]:
     yield ""
 
 
-def _observers(host: Host) -> Iterator[str]:
-    yield "observers"
+def _hooks(host: Host) -> Iterator[str]:
+    yield "hooks that observe"
     for hook in HOOKS:
         if hook.removeprefix("corefit_") not in KINDS:
             names = sorted(each.plugin_name for each in getattr(host.hook, hook).get_hookimpls())
@@ -41,7 +42,7 @@ def _offer(offer: Offer) -> Iterator[str]:
     attrs.resolve_types(offer.cls)
     for field in attrs.fields(offer.cls):
         if field.init:
-            yield f"      {field.name}: {_type(field.type)}{_default(field.default)}"
+            yield f"      {key_of(field.name)}: {_type(field.type)}{_default(field.default)}"
 
 
 def _type(kind: Any) -> str:

@@ -16,7 +16,7 @@ import corefit
 from corefit.pipeline.pipeline import CHOICES, Pipeline
 from corefit.pipeline.reader import Reader
 from corefit.system.files import json_digest, portable, source
-from corefit.types import ROUNDING, Weighted
+from corefit.types import ROUNDING, KeyedReward, Reward, Weighted, key_of
 from corefit.types.stage import Stage
 
 OUTPUT_KEYS = ("log_every", "checkpoint_every", "keep", "sample_every")
@@ -26,6 +26,7 @@ CHANGED: Mapping[str, str] = {
     "dataset": "its data changed",
     "model": "its weights changed",
     "prompts": "the prompts changed",
+    "drift": "the data of drift changed",
 }
 """What messages say when a part that is itself a hash has changed."""
 NAMED = 3
@@ -86,11 +87,11 @@ def of_base(pipeline: Pipeline) -> Identity:
 def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, precision: str) -> Identity:
     """Return what determines a stage's weights.
 
-    before     identity of the weights that it starts from
+    before     identity of the weights that it starts from, whichever way the pipeline file names them
     dataset    cache key of its encoded data
     precision  "fp32" or "bf16"
     """
-    tables, rounding, former = _tables(pipeline, stage, without=(*OUTPUT_KEYS, "train"))
+    tables, rounding, former = _tables(pipeline, stage, without=(*OUTPUT_KEYS, "train", "from"))
     if former["save_dtype"] == "fp32":
         del former["save_dtype"]  # version 0.1 had no such key
     return Identity.of(
@@ -104,28 +105,35 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
             "stage": tables,
             "train": _tables(pipeline, pipeline.mode(stage))[0],
             "code": _code(pipeline, stage),
+            **_scores_keys(stage.reward),
         },
         {**rounding, **_tables(pipeline, pipeline.backbone, "backbone")[1]},
         {"before": _origin(before, before.former), "stage": former},
     )
 
 
-def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str) -> Identity:
+def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str, dataset: str) -> Identity:
     """Return what determines the held-out scores of weights.
 
+    dataset  cache key of the encoded data, on which drift is measured
     prompts  cache key of the encoded prompts
     held     dtype of the weights that do not train, "" where nothing is computed in bfloat16
     """
-    tables, rounding, former = _tables(pipeline, pipeline.eval, "eval", ("prompts", "samples"))
+    eval = pipeline.eval
+    assert eval is not None, "without [eval] nothing is evaluated"
+    drawn = ("samples",) if eval.reward else ()  # without a reward the samples are all that is made
+    tables, rounding, former = _tables(pipeline, eval, "eval", ("prompts", "seed", *drawn))
     return Identity.of(
         {
             "model": weights.hash,
             "prompts": prompts,
+            **({"drift": dataset} if eval.drift else {}),
             "corefit": corefit.__version__,
-            "seed": pipeline.seed,
+            "seed": eval.seed,
             **({"weights held in": held} if held else {}),
             "eval": tables,
-            "code": _code(pipeline, pipeline.eval),
+            "code": _code(pipeline, eval),
+            **_scores_keys(eval.reward),
         },
         rounding,
         {"model": json_digest(weights.former), "eval": former},
@@ -141,7 +149,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     was, now = old.get("before", {}), new.get("before", {})
     if origin := _origin_changes(was, now):
         return [origin]
-    found = [text for name in new if name != "before" for text in _part_changes(name, old.get(name), new[name])]
+    shown = {"seed": "eval.seed"} if "eval" in new else {}  # scores have had the seed at the top since version 0.1
+    parts = [name for name in new if name != "before"]
+    found = [text for name in parts for text in _part_changes(shown.get(name, name), old.get(name), new[name])]
     found = list(dict.fromkeys([*differences(was, now), *found]))
     return found or [_source_changes(old.get("code", {}), new.get("code", {}))]
 
@@ -180,9 +190,10 @@ def _rounding(value: Any, table: Any, path: str) -> Iterator[tuple[str, Any]]:
         value = value.value
     for each in fields(type(value)) if has(type(value)) else ():
         if each.init and each.metadata.items() >= ROUNDING.items():
-            yield f"{path}.{each.name}".strip("."), table.pop(each.name, None)
-        elif each.init and each.name in table:
-            yield from _rounding(getattr(value, each.name), table[each.name], f"{path}.{each.name}")
+            yield f"{path}.{key_of(each.name)}".strip("."), table.pop(key_of(each.name), None)
+        elif each.init and key_of(each.name) in table:
+            key = key_of(each.name)
+            yield from _rounding(getattr(value, each.name), table[key], f"{path}.{key}")
 
 
 def _code(pipeline: Pipeline, value: Any) -> dict[str, str]:
@@ -202,6 +213,12 @@ def _code(pipeline: Pipeline, value: Any) -> dict[str, str]:
     return found
 
 
+def _scores_keys(entries: Sequence[Weighted[Reward]]) -> dict[str, Any]:
+    """Return {"rewards": name -> what else determines its scores}, of rewards that tell it; {} if none does."""
+    found = {entry.name: entry.value.scores_key() for entry in entries if isinstance(entry.value, KeyedReward)}
+    return {"rewards": found} if found else {}
+
+
 def _named(pipeline: Pipeline, module: str, file: Path) -> str:
     """Return the package, or a local plugin file relative to the pipeline, since a project may move as a whole."""
     local = file.resolve() in pipeline.host.files
@@ -213,8 +230,10 @@ def _named(pipeline: Pipeline, module: str, file: Path) -> str:
 
 def _origin_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Return how the stage that a later one starts from has changed; "" for the base, whose parts are compared."""
-    if old == new or "stage" not in new:
+    if old == new or not ("stage" in new or "stage" in old):
         return ""
+    if "stage" not in new:
+        return f"it starts from the base, not stage {old['stage']}"
     if old.get("stage") != new["stage"]:
         return f"it starts from stage {new['stage']}, not {old.get('stage', 'the base')}"
     return f"stage {new['stage']}, which it starts from, changed"
@@ -227,6 +246,9 @@ def _part_changes(name: str, old: Any, new: Any) -> Iterator[str]:
         # if a module was added or removed, a key has changed, too, and that is named
         both = sorted((old or {}).keys() & (new or {}).keys())
         yield from (f"code of {module} changed" for module in both if old[module] != new[module])
+    elif name == "rewards":
+        both = sorted((old or {}).keys() & new.keys())
+        yield from (f"what scores as {reward} changed" for reward in both if old[reward] != new[reward])
     else:
         yield from _changes("" if name == "stage" else name, old, new)
 

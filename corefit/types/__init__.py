@@ -1,8 +1,11 @@
 """The types that plugins and the trainer share: values, protocols of plugins, objectives, a stage's settings."""
 
+from corefit.types.observer import Observer, PipelineView, Scored
 from corefit.types.protocols import (
     Backbone,
     Configured,
+    Featured,
+    KeyedReward,
     NoiseWeighting,
     Reward,
     Sampler,
@@ -28,6 +31,7 @@ from corefit.types.values import (
     Step,
     Term,
     Weighted,
+    key_of,
 )
 
 __all__ = [
@@ -38,13 +42,18 @@ __all__ = [
     "Condition",
     "Configured",
     "Example",
+    "Featured",
+    "KeyedReward",
     "Meta",
     "ModelPath",
     "Moving",
     "NoiseWeighting",
+    "Observer",
+    "PipelineView",
     "Reward",
     "Sampler",
     "Samples",
+    "Scored",
     "Scores",
     "Sized",
     "SizedDecoder",
@@ -57,6 +66,7 @@ __all__ = [
     "Term",
     "TrainState",
     "Weighted",
+    "key_of",
 ]
 
 Stored = ArchiveMember

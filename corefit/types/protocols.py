@@ -350,6 +350,33 @@ class SizedScore(Protocol):
         ...
 
 
+@runtime_checkable
+class KeyedReward(Protocol):
+    """What a Reward may implement as well if its scores depend on more than its keys and its code."""
+
+    @abstractmethod
+    def scores_key(self) -> str:
+        """Return a hash of what else determines the scores: files of weights, or what a service says that it serves.
+
+        When it changes, stages that learn from the reward are trained again, and what it scored is scored again.
+        Raises CorefitError if it cannot be told.
+        """
+        ...
+
+
+@runtime_checkable
+class Featured(Protocol):
+    """What a Reward with an image encoder may implement as well, so that diversity is measured by its features."""
+
+    @abstractmethod
+    def features(self, media: Tensor) -> Tensor:
+        """Return features [B, D] of media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1].
+
+        Their cosine similarities must tell how alike two media are; their lengths do not matter.
+        """
+        ...
+
+
 class Source(Protocol):
     """Reads raw examples, which corefit encodes into its cache. It is an attrs class; its fields are keys of `source`.
 

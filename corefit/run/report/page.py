@@ -69,8 +69,8 @@ def _results(folder: Path) -> Iterator[str]:
         yield f"<h3>{escape(metric)}</h3>"
         yield _table([row for row in rows if row["metric"] == metric])
     yield (
-        '<p class="note">Below each value is its 95 % interval, then the gain over the row above, paired on the '
-        "same prompts and noise, with its interval. A gain is colored if its interval excludes 0.</p>"
+        '<p class="note">Below each value is its 95 % interval, then the gain over what the stage starts from, paired '
+        "on the same prompts and noise, with its interval. A gain is colored if its interval excludes 0.</p>"
     )
 
 
@@ -80,8 +80,10 @@ def _table(rows: Sequence[Row]) -> str:
     cells = {(row["stage"], row["category"]): _cell(row, numbers) for row in rows}
     counts = {row["category"]: row["n"] for row in rows}
     head = "".join(f"<th>{escape(c)}<small>n = {n}</small></th>" for c, n in counts.items())
+    starts = {row["stage"]: f"<small>from {escape(row['start'])}</small>" for row in rows if "start" in row}
     body = "".join(
-        f"<tr><th>{escape(stage)}</th>{''.join(cells.get((stage, c), '<td></td>') for c in counts)}</tr>\n"
+        f"<tr><th>{escape(stage)}{starts.get(stage, '')}</th>"
+        f"{''.join(cells.get((stage, c), '<td></td>') for c in counts)}</tr>\n"
         for stage in names(rows, "stage")
     )
     table = f"<table><thead><tr><th>stage</th>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
@@ -91,7 +93,7 @@ def _table(rows: Sequence[Row]) -> str:
 def _cell(row: Row, numbers: Numbers) -> str:
     value, interval = numbers.value(row)
     gain, around = numbers.gain(row)
-    below = "" if gain == MISSING else f'<span class="{direction(row)}">{gain}</span><small>{around}</small>'
+    below = "" if gain == MISSING else f'<span class="{direction(row, numbers)}">{gain}</span><small>{around}</small>'
     return f"<td><b>{value}</b><small>{interval}</small>{below}</td>"
 
 

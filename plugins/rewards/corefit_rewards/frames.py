@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class FrameReward(Reward):
     """Base of rewards that score pictures, and clips by their frames. A subclass writes `score_pictures`."""
 
-    pool: Literal["mean", "min", "first"] = "mean"
-    """How the scores of a clip's frames become one: their mean, the lowest, or that of the first frame alone."""
+    pool: Literal["mean", "min", "max", "first"] = "mean"
+    """How the scores of a clip's frames become one: their mean, the lowest, the highest, or that of the first frame
+    alone."""
     frames: int = field(default=8, validator=[validators.ge(1), validators.le(1000)])
     """How many frames of a clip are scored, spread evenly from the first to the last. Pictures have one."""
 
@@ -47,7 +48,7 @@ class FrameReward(Reward):
 
     def pooled(self, scores: Tensor) -> Tensor:
         """Return the scores [B] of clips whose frames have the scores [B, n]."""
-        return scores.amin(1) if self.pool == "min" else scores.mean(1)
+        return {"min": scores.amin, "max": scores.amax}.get(self.pool, scores.mean)(1)
 
     def _numbers(self, length: int) -> list[int]:
         """Return the numbers of the frames that are scored."""
