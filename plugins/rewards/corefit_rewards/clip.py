@@ -54,6 +54,12 @@ class ClipReward(NetworkReward):
         prompts = network.get_text_features(input_ids=tokens["input_ids"]).float()
         return self.score_cosine(network, cosine_similarity(pictures, prompts))
 
+    def features(self, media: Tensor) -> Tensor:
+        """Return CLIP's features [B, D] of pictures, or of the first frames of clips, for measures of diversity."""
+        loaded, pixels = self.encoded(media)
+        network: Any = loaded.network
+        return network.get_image_features(pixel_values=pixels).float().to(media.device)
+
     @abstractmethod
     def score_cosine(self, network: Any, cosine: Tensor) -> Tensor:
         """Return scores [B] of the cosines [B] of pictures and prompts."""
