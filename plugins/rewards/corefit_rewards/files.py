@@ -105,7 +105,7 @@ def header(file: Path) -> Mapping[str, Any] | None:
                 return None
             size = int.from_bytes(opened.read(8), "little")
             if size > LONGEST_HEADER:
-                raise ValueError("its header is too long")
+                raise ModelError(f"{file}: not a .safetensors file, for its header would be too long; fetch it again")
             found = json.loads(opened.read(size))
     except (ValueError, UnicodeDecodeError) as error:
         if isinstance(error, ModelError):
