@@ -38,11 +38,14 @@ class Frozen:
         uses = stage.objective.uses
         decodes = bool(DECODES & uses) or stage.sample_every is not None
         decoder = backbone.load_blank_decoder() if decodes and isinstance(backbone, SizedDecoder) else None
-        blank = {id(r): r.load_blank() for r in sized_rewards(pipeline, stage)}
-        networks = [network for network in blank.values() if network is not None]
+        blank: list[tuple[Any, Any]] = []
+        for reward in sized_rewards(pipeline, stage):
+            if all(reward != other for other, _ in blank):
+                blank.append((reward, reward.load_blank()))
+        networks = {id(network): network for _, network in blank if network is not None}
         own = [entry.value for entry in stage.reward] if "reward_gradient" in uses else []
-        graphs = [(r, blank[id(r)]) for r in own if isinstance(r, SizedScore) and blank.get(id(r)) is not None]
-        return Frozen(decoder, list({id(network): network for network in networks}.values()), graphs)
+        graphs = [(r, n) for r, n in blank if r in own and n is not None and isinstance(r, SizedScore)]
+        return Frozen(decoder, list(networks.values()), graphs)
 
 
 def sized_rewards(pipeline: Pipeline, last: Stage | None = None) -> Iterator[SizedReward]:

@@ -54,7 +54,7 @@ class Aesthetic(NetworkReward):
         config = files.settings(folder / PROCESSOR)
         file = files.find(self.head, HEADS, "head")
         assert file is not None, "what is on the hub is fetched"
-        parts = {
+        parts: dict[str, Any] = {
             "clip": read(CLIPVisionModelWithProjection, _vision(folder), folder),
             "head": linear_head(files.tensors(file), file),
         }
@@ -79,6 +79,12 @@ class Aesthetic(NetworkReward):
 
     def sizes(self, network: Any) -> tuple[int, int]:
         return network["clip"].config.image_size, 0
+
+    def features(self, media: Tensor) -> Tensor:
+        """Return CLIP's features [B, D] of pictures, or of the first frames of clips, for measures of diversity."""
+        loaded, pixels = self.encoded(media)
+        network: Any = loaded.network
+        return network["clip"](pixel_values=pixels).image_embeds.float().to(media.device)
 
     def compute(self, network: Any, pixels: Tensor, tokens: Any) -> Tensor:
         """Return scores [B] in float32, of features of length 1."""

@@ -55,19 +55,10 @@ class ClipReward(NetworkReward):
         return self.score_cosine(network, cosine_similarity(pictures, prompts))
 
     def features(self, media: Tensor) -> Tensor:
-        """Return the image embeddings [B, D] of media, of length 1; for clips the mean over the frames."""
-        import torch
-        from torch.nn.functional import normalize
-
-        clips = media.ndim == 5
-        pictures = self.chosen(media).transpose(1, 2).flatten(0, 1) if clips else media
-        place = pictures.device if self.device is None else torch.device(self.device)
-        loaded = self.loaded(place)
+        """Return CLIP's features [B, D] of pictures, or of the first frames of clips, for measures of diversity."""
+        loaded, pixels = self.encoded(media)
         network: Any = loaded.network
-        with torch.no_grad(), torch.autocast(place.type, enabled=False):
-            pixels = loaded.preprocess(pictures.to(place)).to(network.visual_projection.weight.dtype)
-            found = normalize(network.get_image_features(pixel_values=pixels).float(), dim=-1)
-        return found.reshape(len(media), -1, found.shape[-1]).mean(1)
+        return network.get_image_features(pixel_values=pixels).float().to(media.device)
 
     @abstractmethod
     def score_cosine(self, network: Any, cosine: Tensor) -> Tensor:

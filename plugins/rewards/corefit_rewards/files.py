@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zipfile
@@ -20,6 +21,8 @@ NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """A name on the hub, such as openai/clip-vit-large-patch14."""
 TENSORS = {".safetensors", ".pt", ".pth", ".bin"}
 """Suffixes of files that hold tensors."""
+READ = TENSORS | {".json", ".txt", ".model"}
+"""Suffixes of the files that models, tokenizers and preprocessing are read from."""
 SMALL = ("*.json", "*.txt", "*.model")
 """Files of a folder on the hub that hold no weights."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -102,7 +105,7 @@ def header(file: Path) -> Mapping[str, Any] | None:
                 return None
             size = int.from_bytes(opened.read(8), "little")
             if size > LONGEST_HEADER:
-                raise ValueError("its header is too long")
+                raise ModelError(f"{file}: not a .safetensors file, for its header would be too long; fetch it again")
             found = json.loads(opened.read(size))
     except (ValueError, UnicodeDecodeError) as error:
         if isinstance(error, ModelError):
@@ -162,6 +165,20 @@ def stamps(path: str) -> Sequence[tuple[str, int, int]]:
     here = Path(path)
     found = [here] if here.is_file() else sorted(here.glob("*")) if here.is_dir() else []
     return [(file.name, stat.st_size, stat.st_mtime_ns) for file in found if (stat := file.stat())]
+
+
+def digests(path: str) -> Sequence[tuple[str, str]] | str:
+    """Return name and sha256 of a local file, or of the files of a folder that a model is read from; or the name."""
+    here = Path(path)
+    found = [here] if here.is_file() else sorted(file for file in here.glob("*") if file.suffix in READ)
+    return [(file.name, _digest(file, *stamp[1:])) for file in found for stamp in stamps(str(file))] or path
+
+
+@cache
+def _digest(file: Path, size: int, modified: int) -> str:
+    """Return the sha256 of a file, which is read again only if its size or its time of modification changes."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @cache

@@ -134,10 +134,13 @@ def configs(tensors: Mapping[str, Tensor], file: object) -> tuple[Any, Any]:
 def _configs(sizes: Mapping[str, Mapping[str, int]]) -> tuple[Any, Any]:
     from transformers import BlipTextConfig, BlipVisionConfig
 
-    heads = {half: {"num_attention_heads": own["hidden_size"] // HEAD_WIDTH} for half, own in sizes.items()}
-    vision = BlipVisionConfig(**sizes["vision"], **heads["vision"], hidden_act="gelu", layer_norm_eps=1e-6)
+    widths: Mapping[str, Mapping[str, Any]] = sizes
+    heads: dict[str, dict[str, Any]] = {
+        half: {"num_attention_heads": own["hidden_size"] // HEAD_WIDTH} for half, own in sizes.items()
+    }
+    vision = BlipVisionConfig(**widths["vision"], **heads["vision"], hidden_act="gelu", layer_norm_eps=1e-6)
     # is_decoder makes the layers that attend to the picture; the calls say that prompts are read in both directions
-    text = BlipTextConfig(**sizes["text"], **heads["text"], hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=True)
+    text = BlipTextConfig(**widths["text"], **heads["text"], hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=True)
     return vision, text
 
 

@@ -93,15 +93,24 @@ class NetworkReward(FrameReward):
 
     def score_pictures(self, pictures: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
         """Return scores [B] in float32, on the device of the pictures and with a graph where those have one."""
-        import torch
-
-        place = pictures.device if self.device is None else torch.device(self.device)
+        place = self._place(pictures)
         loaded = self.loaded(place)
         tokens = None
         if loaded.tokenizer is not None:
             found = loaded.tokens(prompts)
             tokens = {name: _moved(found[name], place) for name in ("input_ids", "attention_mask")}
         return self._scored(loaded.network, loaded.preprocess, pictures.to(place), tokens).to(pictures.device)
+
+    def encoded(self, media: Tensor) -> tuple[Loaded, Tensor]:
+        """Return the network, and the pixels it takes of media, those of a clip's first scored frame."""
+        pictures = self.chosen(media)[:, :, 0] if media.ndim == 5 else media
+        loaded = self.loaded(self._place(pictures))
+        return loaded, loaded.preprocess(pictures.to(self._place(pictures))).to(_dtype(self.dtype))
+
+    def _place(self, pictures: Tensor) -> torch.device:
+        import torch
+
+        return pictures.device if self.device is None else torch.device(self.device)
 
     def loaded(self, place: torch.device) -> Loaded:
         """Return the network on the device `place`; it is read when this is first called with equal keys."""
@@ -115,8 +124,15 @@ class NetworkReward(FrameReward):
 
     def config_key(self) -> str:
         """Hash of the names, sizes and times of all files that the keys name; a model on the hub stays the same."""
-        paths = [value for each in fields(type(self)) if isinstance(value := getattr(self, each.name), str)]
-        return hashlib.sha256(repr([files.stamps(path) for path in paths]).encode()).hexdigest()
+        return hashlib.sha256(repr([files.stamps(path) for path in self._paths()]).encode()).hexdigest()
+
+    def scores_key(self) -> str:
+        """Hash of the contents of all files that the keys name; a model on the hub counts by its name alone."""
+        return hashlib.sha256(repr([files.digests(path) for path in self._paths()]).encode()).hexdigest()
+
+    def _paths(self) -> Sequence[str]:
+        """Return the folders, files and names on the hub that the network is read from, and values of other keys."""
+        return [value for each in fields(type(self)) if isinstance(value := getattr(self, each.name), str)]
 
     def _network_keys(self) -> NetworkReward:
         """Return the reward that stands for all that share its network."""

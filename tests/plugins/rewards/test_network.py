@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from published import PROMPTS, pictures, reward
 from corefit.errors import ConfigError
 from corefit.testing import check_reward
 from corefit.testing.syncs import watched
-from corefit.types import Configured, SizedReward, SizedScore
+from corefit.types import Configured, Featured, KeyedReward, SizedReward, SizedScore
 from corefit_rewards.hps import Hps
 from corefit_rewards.image_reward import ImageReward
 
@@ -93,6 +94,32 @@ def test_equal_keys_share_one_network_and_others_do_not(name: str, folder: Path)
     assert all(other.loaded(CPU) is one.loaded(CPU) for other in shared)
     assert one.load_blank() is shared[0].load_blank()
     assert reward(name, folder, dtype="bf16").loaded(CPU) is not one.loaded(CPU)
+
+
+def test_scores_depend_on_the_files_and_not_on_where_they_are(name: str, folder: Path, tmp_path: Path) -> None:
+    one = reward(name, folder)
+    assert isinstance(one, KeyedReward)
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    assert reward(name, moved).scores_key() == one.scores_key()
+    weights = {"aesthetic": "aesthetic-model.pth", "hps": "HPS_v2.1_compressed.pt", "image_reward": "ImageReward.pt"}
+    file = moved / weights.get(name, "model.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert reward(name, moved).scores_key() != one.scores_key()
+
+
+def test_features_tell_pictures_apart(name: str, folder: Path) -> None:
+    one = reward(name, folder)
+    assert isinstance(one, Featured) == (name != "image_reward")
+    if isinstance(one, Featured):
+        media = pictures()
+        with torch.no_grad():
+            found = one.features(torch.cat([media, media[:1]]))
+            clips = one.features(media.unsqueeze(2).expand(-1, -1, 3, -1, -1))
+        alike = torch.cosine_similarity(found[:1], found)
+        assert alike[3] == pytest.approx(1, abs=1e-5)
+        assert alike[1:3].max() < 0.9999
+        torch.testing.assert_close(clips, found[:3], rtol=1e-4, atol=1e-4)
 
 
 def test_its_weights_stay_as_they_are(name: str, folder: Path) -> None:
