@@ -477,6 +477,26 @@ def _lesson(count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return pixels.reshape(count, -1).astype(np.float32), targets
 
 
+@frozen
+class InkJudge:
+    """How much of the picture has a color that the prompt names: a reward that is easy to exploit, on purpose.
+
+    Up to a point, more ink of the right color is a better picture. Beyond it, a canvas full of red scores best for
+    every prompt with something red, and no digit can be read.
+    """
+
+    def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Rewards [B], between 0 and 1, for media [B, 3, 16, 16] in [0, 1]."""
+        import torch
+
+        names = list(COLOURS)
+        colours = torch.tensor([*COLOURS.values()], device=media.device)
+        away = (media.float()[:, None] - colours[:, :, None, None]).abs().amax(2)
+        close = (1 - away).clamp(min=0)  # [B, colors, 16, 16]: 1 for a pixel of exactly that color
+        asked = [sorted({names.index(c) for c, _ in Scene.of(m).things}) for m in meta]
+        return torch.stack([c[wanted].amax(0).mean() for c, wanted in zip(close, asked, strict=True)])
+
+
 @hookimpl
 def corefit_sources() -> dict[str, type]:
     return {"digits": DigitScenes}
@@ -484,4 +504,4 @@ def corefit_sources() -> dict[str, type]:
 
 @hookimpl
 def corefit_rewards() -> dict[str, type]:
-    return {"digits_judge": Evaluator, "digits_smooth_judge": SmoothJudge}
+    return {"digits_judge": Evaluator, "digits_smooth_judge": SmoothJudge, "digits_ink": InkJudge}
