@@ -479,22 +479,28 @@ def _lesson(count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 @frozen
 class InkJudge:
-    """How much of the picture has a color that the prompt names: a reward that is easy to exploit, on purpose.
+    """How much of the picture has a color that the prompt names, as far as `enough`.
 
-    Up to a point, more ink of the right color is a better picture. Beyond it, a canvas full of red scores best for
-    every prompt with something red, and no digit can be read.
+    Faint digits gain by it, and there it is a sound reward. Without a limit it is easy to exploit: a canvas full of red
+    scores best for every prompt with something red, and no digit can be read.
     """
 
+    enough: float = field(default=0.2, validator=[validators.gt(0), validators.le(1)])
+    """The share of the picture above which more ink earns nothing; 1 is no limit."""
+
+    differentiable: ClassVar[bool] = True
+
     def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Rewards [B], between 0 and 1, for media [B, 3, 16, 16] in [0, 1]."""
+        """Rewards [B], between 0 and `enough`, for media [B, 3, 16, 16] in [0, 1]."""
         import torch
 
         names = list(COLOURS)
         colours = torch.tensor([*COLOURS.values()], device=media.device)
         away = (media.float()[:, None] - colours[:, :, None, None]).abs().amax(2)
-        close = (1 - away).clamp(min=0)  # [B, colors, 16, 16]: 1 for a pixel of exactly that color
+        close = 1 - away  # [B, colors, 16, 16]: 1 for a pixel of exactly that color
         asked = [sorted({names.index(c) for c, _ in Scene.of(m).things}) for m in meta]
-        return torch.stack([c[wanted].amax(0).mean() for c, wanted in zip(close, asked, strict=True)])
+        ink = torch.stack([c[wanted].amax(0).mean() for c, wanted in zip(close, asked, strict=True)])
+        return ink.clamp(max=self.enough)
 
 
 @hookimpl
