@@ -12,8 +12,8 @@ from attrs import define, field
 from corefit.errors import PluginError
 from corefit.types.stage import Alarm
 
-RISE = 3.0
-"""The z above which the trained reward counts as rising: without a trend, one window in 740 has a larger one."""
+RISE = 2.0
+"""The z above which the trained reward counts as rising: without a trend, one window in 44 has a larger one."""
 
 Line = tuple[int, float, float]
 """A logged step: its number, the trained reward and a held-out one."""

@@ -157,7 +157,7 @@ class _Scorer:
         """Score media [n, ...]; `copied` are the same on the CPU, where any reward needs that."""
         self.found.append(score(self.entry, media, prompts, meta))
 
-    def scores(self) -> Sequence[Tensor]:
+    def scores(self) -> list[Tensor]:
         """Return the scores of each micro-batch, in order, once all are there."""
         return self.found
 
@@ -178,7 +178,7 @@ class _Threaded(_Scorer):
         self._thread = self._thread or ThreadPoolExecutor(1, f"reward {self.entry.name}")
         self._waiting.append(self._thread.submit(_score_copy, self.entry, copied, prompts, meta))
 
-    def scores(self) -> Sequence[Tensor]:
+    def scores(self) -> list[Tensor]:
         self._collect(0)
         return self.found
 

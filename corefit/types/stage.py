@@ -81,10 +81,10 @@ class Alarm:
     not on their scale or distribution.
     """
 
-    window: int = field(default=20, validator=[validators.ge(10), validators.le(500)])
+    window: int = field(default=30, validator=[validators.ge(10), validators.le(500)])
     """How many logged steps are looked at; no alarm sounds before there are as many."""
     threshold: float = field(default=4.0, validator=positive)
-    """The z below whose negative a held-out reward counts as falling; the trained one counts as rising above 3."""
+    """The z below whose negative a held-out reward counts as falling; the trained one counts as rising above 2."""
     stop: bool = False
     """Whether an alarm ends the stage: its weights are saved as they are, and the pipeline goes on with the next."""
 

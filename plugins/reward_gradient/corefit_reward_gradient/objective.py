@@ -190,8 +190,8 @@ class RewardGradient(Objective[States]):
         scores = ctx.score(x0, part.batch)
         loss = -scores.total if self.threshold is None else (self.threshold - scores.total).relu()
         if similarity is None:
-            return Term.of(loss, **scores.metrics)
-        return Term.of(similarity * loss, **scores.metrics, similarity=similarity)
+            return Term.of(loss, 1.0, **scores.metrics)
+        return Term.of(similarity * loss, 1.0, **scores.metrics, similarity=similarity)
 
     def _value(self, key: str) -> float:
         """Return the value of a key, or its default for the method."""
