@@ -7,6 +7,7 @@ import click
 from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
 from benchmarks.hostile import hostile
+from benchmarks.scoring import scoring
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
 from benchmarks.start import start
@@ -23,6 +24,7 @@ def main(context: click.Context) -> None:
 main.add_command(soar_step)
 main.add_command(checkpoints)
 main.add_command(data)
+main.add_command(scoring)
 main.add_command(sharding)
 main.add_command(hostile)
 main.add_command(start)

@@ -142,8 +142,13 @@ class Pipeline:
     def _reward_problems(self) -> Iterator[str]:
         """Let each reward look for what it lacks, such as a file or a package."""
         places = {f"stage.{stage.name}.reward": stage.reward for stage in self.stage}
-        places |= {"data.score": self.data.score, "eval.reward": self.eval.reward if self.eval else ()}
-        for where, entries in places.items():
+        places |= {f"stage.{stage.name}.held_out": stage.held_out for stage in self.stage}
+        reported = {"data.score": self.data.score, "eval.reward": self.eval.reward if self.eval else ()}
+        for where, entries in reported.items():
+            for entry in entries:
+                if entry.normalize != "none":
+                    yield f"{where}.{entry.name}.normalize: scores are used as they are here; remove the key"
+        for where, entries in {**places, **reported}.items():
             for entry in entries:
                 if check := getattr(entry.value, "check", None):  # a reward of version 0.1 has none
                     yield from _error_of(f"{where}.{entry.name}", check)

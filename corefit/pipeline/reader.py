@@ -142,7 +142,8 @@ class Reader:
     def tables(self, value: Any) -> Any:
         """Return `value` as plain tables with every default written out, the inverse of `read`."""
         if isinstance(value, Weighted):
-            return {**self.tables(value.value), "weight": value.weight}
+            normalize = {} if value.normalize == "none" else {"normalize": value.normalize}
+            return {**self.tables(value.value), "weight": value.weight, **normalize}
         if attrs.has(type(value)):
             fields = [f for f in attrs.fields(type(value)) if f.init]
             rest = {f.name: self.tables(getattr(value, f.name)) for f in fields if getattr(value, f.name) is not None}
@@ -178,12 +179,13 @@ class Reader:
         return self._converter.structure(rest, classes[name])
 
     def _weighted(self, value: Any, target: Any) -> Weighted[Any]:
-        """Read a plugin's table that has a `weight` beside the plugin's own keys."""
-        plugin = next(iter(get_args(target)), Reward)
+        """Read a plugin's table that has a `weight`, and for a reward `normalize`, beside the plugin's own keys."""
+        plugin = _weighted_kind(target)
         kind = BY_PROTOCOL[_base(plugin)]
         name, rest = _split_use(value, kind.name, self.host.offers[kind.key])
         weight = _strict(rest.pop("weight", 1.0), float, "'weight' ")
-        return Weighted(name, self._plugin({"use": name, **rest}, plugin), weight)
+        normalize = rest.pop("normalize", "none") if plugin is Reward else "none"
+        return Weighted(name, self._plugin({"use": name, **rest}, plugin), weight, normalize)
 
     def _list(self, value: Any, target: Any) -> Any:
         """Read a list of as many items as the type says. Text and tables, also iterable, are refused."""
@@ -265,7 +267,7 @@ class Reader:
     def _extra_keys(self, kind: Any) -> list[str]:
         """Return the keys that a table of the type `kind` may have beside those of the plugin's class."""
         if _base(kind) is Weighted:
-            return ["weight"]
+            return ["weight", "normalize"] if _weighted_kind(kind) is Reward else ["weight"]
         tables = {f.name: f.type for f in attrs.fields(self._whole)}
         return [f.name for f in fields_of_other_tables(self._whole) if tables[f.metadata[TABLE]] is kind]
 
@@ -291,6 +293,11 @@ def _with_keys_moved(table: Table, cls: type) -> Table:
 def has_any_length(target: Any) -> bool:
     """Whether a type of lists leaves their length open, as `list[int]` and `tuple[int, ...]` do."""
     return get_origin(target) is not tuple or get_args(target)[-1:] == (...,)
+
+
+def _weighted_kind(target: Any) -> Any:
+    """Return the protocol of what is weighted: a reward where the type does not say."""
+    return next(iter(get_args(target)), Reward)
 
 
 def _base(target: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 from attrs import field, fields, frozen, has
 
 import corefit
@@ -90,7 +91,8 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
     dataset    cache key of its encoded data
     precision  "fp32" or "bf16"
     """
-    tables, rounding, former = _tables(pipeline, stage, without=(*OUTPUT_KEYS, "train"))
+    trained = attrs.evolve(stage, held_out=(), alarm=None)  # what is held out has no part in the weights
+    tables, rounding, former = _tables(pipeline, trained, without=(*OUTPUT_KEYS, "train", "held_out"))
     if former["save_dtype"] == "fp32":
         del former["save_dtype"]  # version 0.1 had no such key
     return Identity.of(
@@ -103,8 +105,9 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
             "seed": pipeline.seed,
             "stage": tables,
             "train": _tables(pipeline, pipeline.mode(stage))[0],
-            "code": _code(pipeline, stage),
-            **_scores_keys(stage.reward),
+            "code": _code(pipeline, stage if stage.ends_on_alarm else trained),
+            **({"alarm": _alarm(pipeline, stage)} if stage.ends_on_alarm else {}),
+            **_scores_keys([*stage.reward, *(stage.held_out if stage.ends_on_alarm else ())]),
         },
         {**rounding, **_tables(pipeline, pipeline.backbone, "backbone")[1]},
         {"before": _origin(before, before.former), "stage": former},
@@ -149,6 +152,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 # parts
+
+
+def _alarm(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
+    """Return what determines the step in which an alarm ends a stage: also which steps are logged."""
+    tables = _tables(pipeline, stage)[0]
+    logged = {key: tables[key] for key in ("log_every", "sample_every") if key in tables}
+    return {"held_out": tables["held_out"], **tables["alarm"], **logged}
 
 
 def _origin(before: Identity, parts: Mapping[str, Any]) -> Mapping[str, Any]:

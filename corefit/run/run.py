@@ -142,10 +142,10 @@ class Run:
             if self.main:
                 self._prepare_folder(target, decision)
             self.ranks.barrier()
-            cost = self._train(stage, target, before)
+            cost, ending = self._train(stage, target, before)
             if self.main:
-                hashes = plan.hashes(target.folder / MODEL)
-                plan.write_done(target, {"finished": True, "cost": attrs.asdict(cost), "model": hashes})
+                status = {"finished": True, "cost": attrs.asdict(cost), "model": plan.hashes(target.folder / MODEL)}
+                plan.write_done(target, {**status, **ending})
         after = self._weights_after(stage, target.folder / MODEL, before)
         self._evaluate(target, after, cost)
         return after
@@ -184,8 +184,11 @@ class Run:
             self.display.print(f"{target.folder.name}: {decision.problem}; its copy is not, and it is written again")
             plan.write_done(target, decision.record)
 
-    def _train(self, stage: Stage, target: Target, before: Weights) -> Cost:
-        """Train a stage and save its weights. A signal stops it, after a checkpoint is written."""
+    def _train(self, stage: Stage, target: Target, before: Weights) -> tuple[Cost, dict[str, Any]]:
+        """Train a stage and save its weights; return the cost, and the alarm that ended it, if one did, for done.json.
+
+        A signal stops it, after a checkpoint is written.
+        """
         folder = target.folder
         memory.reset_peak(self.ranks.device)
         backbone = before.backbone
@@ -207,10 +210,11 @@ class Run:
             cost = loop.train(job, self.ranks)
             survived = self._save(stage, folder, backbone)
         if self.main:
-            listener.call(self.pipeline.host.hook.corefit_stage_finished, stage.steps)
+            step = listener.ending["alarm"]["step"] if listener.ending else stage.steps
+            listener.call(self.pipeline.host.hook.corefit_stage_finished, step)
         backbone.transformer = None
         self.ranks.barrier()
-        return attrs.evolve(cost, survived=survived)
+        return attrs.evolve(cost, survived=survived), listener.ending
 
     def _save(self, stage: Stage, folder: Path, backbone: Backbone) -> float | None:
         """Save a stage's weights, all or none; return the share of its update that rounding has left, if it rounds."""
@@ -275,6 +279,8 @@ class _Observers(Listener):
     folder: Path
     backbone: Backbone
     progress: Advance
+    ending: dict[str, Any] = field(factory=dict[str, Any])
+    """The alarm that ended the stage, as done.json has it; empty if none did."""
 
     def stop_requested(self) -> bool:
         return self.run.signals.stop_requested
@@ -287,6 +293,13 @@ class _Observers(Listener):
 
     def saved(self, step: int, path: Path) -> None:
         self.call(self.run.pipeline.host.hook.corefit_checkpoint_saved, step, path=path)
+
+    def alarmed(self, text: str) -> None:
+        then = "; the stage ends here" if self.stage.ends_on_alarm else ""
+        self.run.display.print(f"{self.folder.name}: alarm: {text}{then}")
+
+    def ended(self, step: int, text: str) -> None:
+        self.ending["alarm"] = {"step": step, "text": text}
 
     def logged(self, step: int, metrics: Metrics) -> None:
         """Pass on metrics. With sharded weights all ranks first generate the samples that are due: one alone cannot."""
