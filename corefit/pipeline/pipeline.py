@@ -171,7 +171,7 @@ class Pipeline:
         if not names:
             yield "eval.reward: name at least one reward, or remove [eval]"
         for name in sorted({n for n in names if names.count(n) > 1}):
-            yield f"eval.reward: {name!r} is listed twice; remove one"
+            yield f"eval.reward: {name!r} is listed twice; remove one, or give each a `name` of its own"
 
 
 def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = None) -> Pipeline:

@@ -41,6 +41,8 @@ WHOLE = 1 << 63
 """Whole numbers must be smaller than this, as in TOML and in arrays (int64)."""
 TABLE = "table"
 """Metadata key of a field that the file has in another table; its value is the field that is read from that table."""
+ENTRY_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
+"""What a reward's entry may be called."""
 VALIDATOR_MESSAGE = re.compile(r"'(?P<key>\w+)' (?P<rule>must .+)", re.DOTALL)
 """The message of a validator (attrs' own, or a plugin's), which names the key first."""
 
@@ -143,7 +145,9 @@ class Reader:
         """Return `value` as plain tables with every default written out, the inverse of `read`."""
         if isinstance(value, Weighted):
             normalize = {} if value.normalize == "none" else {"normalize": value.normalize}
-            return {**self.tables(value.value), "weight": value.weight, **normalize}
+            tables = self.tables(value.value)
+            name = {} if tables.get("use", value.name) == value.name else {"name": value.name}
+            return {**tables, **name, "weight": value.weight, **normalize}
         if attrs.has(type(value)):
             fields = [f for f in attrs.fields(type(value)) if f.init]
             rest = {f.name: self.tables(getattr(value, f.name)) for f in fields if getattr(value, f.name) is not None}
@@ -179,13 +183,15 @@ class Reader:
         return self._converter.structure(rest, classes[name])
 
     def _weighted(self, value: Any, target: Any) -> Weighted[Any]:
-        """Read a plugin's table that has a `weight`, and for a reward `normalize`, beside the plugin's own keys."""
+        """Read a plugin's table that has a `weight`, and for a reward more (`OF_ENTRIES`), beside the plugin's keys."""
         plugin = _weighted_kind(target)
         kind = BY_PROTOCOL[_base(plugin)]
-        name, rest = _split_use(value, kind.name, self.host.offers[kind.key])
+        use, rest = _split_use(value, kind.name, self.host.offers[kind.key])
         weight = _strict(rest.pop("weight", 1.0), float, "'weight' ")
-        normalize = rest.pop("normalize", "none") if plugin is Reward else "none"
-        return Weighted(name, self._plugin({"use": name, **rest}, plugin), weight, normalize)
+        normalize, name = "none", use
+        if plugin is Reward:
+            normalize, name = rest.pop("normalize", "none"), _entry_name(rest.pop("name", use), use)
+        return Weighted(name, self._plugin({"use": use, **rest}, plugin), weight, normalize)
 
     def _list(self, value: Any, target: Any) -> Any:
         """Read a list of as many items as the type says. Text and tables, also iterable, are refused."""
@@ -267,7 +273,7 @@ class Reader:
     def _extra_keys(self, kind: Any) -> list[str]:
         """Return the keys that a table of the type `kind` may have beside those of the plugin's class."""
         if _base(kind) is Weighted:
-            return ["weight", "normalize"] if _weighted_kind(kind) is Reward else ["weight"]
+            return ["name", "weight", "normalize"] if _weighted_kind(kind) is Reward else ["weight"]
         tables = {f.name: f.type for f in attrs.fields(self._whole)}
         return [f.name for f in fields_of_other_tables(self._whole) if tables[f.metadata[TABLE]] is kind]
 
@@ -298,6 +304,15 @@ def has_any_length(target: Any) -> bool:
 def _weighted_kind(target: Any) -> Any:
     """Return the protocol of what is weighted: a reward where the type does not say."""
     return next(iter(get_args(target)), Reward)
+
+
+def _entry_name(value: Any, use: str) -> str:
+    """Return the `name` of a reward's entry, by default its `use`; it names metrics and what `[data] keep` reads."""
+    if value == use or (isinstance(value, str) and ENTRY_NAME.fullmatch(value)):
+        return str(value)
+    raise ConfigError(
+        f"'name' must be at most 100 letters, digits and _, and begin with a letter, not {short_repr(value)}"
+    )
 
 
 def _base(target: Any) -> Any:

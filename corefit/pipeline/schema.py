@@ -117,6 +117,11 @@ class Writer:
                 "default": 1.0,
             }
             if plugin is BY_PROTOCOL[Reward]:
+                table["properties"]["name"] = {
+                    "type": "string",
+                    "description": "Name under which it is logged and reported, by default that of `use`; it tells "
+                    "several entries of one reward apart.",
+                }
                 table["properties"]["normalize"] = {
                     "enum": list(get_args(Normalization)),
                     "description": '"batch" subtracts the mean of the batch from the scores and divides by their '

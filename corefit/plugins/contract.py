@@ -19,7 +19,7 @@ RESERVED = frozenset({"step", "lr", "seconds", "samples_per_second", "skipped", 
 """Names of metrics that the trainer logs."""
 
 
-OF_ENTRIES = frozenset({"weight", "normalize"})
+OF_ENTRIES = frozenset({"name", "weight", "normalize"})
 """Keys that every entry of a list of rewards has beside the reward's own."""
 
 ADDED = frozenset({"Reward.check", "checkpoint", "concurrent", "copies", "differentiable", "left_out", "unit"})

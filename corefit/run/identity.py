@@ -185,7 +185,7 @@ def _rounding(value: Any, table: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Remove the keys that change rounding alone from a table and its inner ones; yield ('objective.chunk', value)."""
     if isinstance(value, (list, tuple)):
         for number, (item, inner) in enumerate(zip(value, table, strict=True)):  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
-            label = inner.get("use", number) if isinstance(inner, dict) else number  # pyright: ignore[reportUnknownVariableType,reportUnknownMemberType]
+            label = _entry_name(inner) or number  # pyright: ignore[reportUnknownArgumentType]
             yield from _rounding(item, inner, f"{path}.{label}")
         return
     if isinstance(value, Weighted):  # its keys are in the plugin's own table
@@ -272,8 +272,13 @@ def _changes(path: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def _by_use(value: Any) -> Any:
-    """Return a list of tables as a table by their `use`, as --set writes their keys."""
-    return {item["use"]: item for item in value} if isinstance(value, Sequence) else value
+    """Return a list of tables as a table by their `name` or `use`, as --set writes their keys."""
+    return {_entry_name(item): item for item in value} if isinstance(value, Sequence) else value
+
+
+def _entry_name(item: Any) -> Any:
+    """Return what an entry of a list is called, its `name` or else its `use`; None if it has neither."""
+    return item.get("name", item.get("use")) if isinstance(item, Mapping) else None
 
 
 def _uses(value: Any) -> Sequence[str]:
@@ -281,7 +286,7 @@ def _uses(value: Any) -> Sequence[str]:
     if isinstance(value, Mapping):
         return [value["use"]] if "use" in value else []
     items = value if isinstance(value, list) else []
-    return [item["use"] for item in items if isinstance(item, Mapping) and "use" in item]
+    return [str(_entry_name(item)) for item in items if isinstance(item, Mapping) and "use" in item]
 
 
 def _text(value: Any) -> str:

@@ -209,7 +209,7 @@ class Stage:
             yield f"optimizer.warmup: {self.optimizer.warmup} steps are more than the stage's {self.steps}; lower it"
         names = [w.name for w in self.reward]
         for name in sorted({n for n in names if names.count(n) > 1}):
-            yield f"reward: {name!r} is listed twice; give it one entry with the sum of the weights"
+            yield f"reward: {name!r} is listed twice; give each a `name` of its own, or one the sum of the weights"
 
     def _held_out_problems(self) -> Iterator[str]:
         """Yield what is wrong with normalized and held-out rewards, and with the alarm."""
@@ -224,11 +224,11 @@ class Stage:
             yield "held_out: this objective makes no samples that could be scored; remove the key"
         names = [entry.name for entry in self.held_out]
         for name in sorted({n for n in names if names.count(n) > 1}):
-            yield f"held_out: {name!r} is listed twice; remove one"
+            yield f"held_out: {name!r} is listed twice; remove one, or give each a `name` of its own"
         for entry in self.held_out:
             if entry.weight != 1 or entry.normalize != "none":
                 yield f"held_out: {entry.name!r} is not summed with others; remove its 'weight' and 'normalize'"
-            if any(entry.name == other.name and entry.value == other.value for other in self.reward):
+            if any(entry.value == other.value for other in self.reward):
                 yield f"held_out: {entry.name!r} with these keys is trained on; name another reward, or other keys"
         if self.alarm is None:
             return

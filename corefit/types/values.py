@@ -252,7 +252,8 @@ def _normalization(_: object, __: object, given: object) -> None:
 class Weighted(Generic[T]):
     """A plugin with a weight: one of a stage's rewards, or one of the objectives of a sum.
 
-    name       the name under which it is offered and logged, as in `use`
+    name       the name under which it is logged: that of `use`, unless the entry has a `name` of its own, by which
+               several entries of one plugin are told apart
     value      the reward or the objective
     weight     the factor of its score or loss
     normalize  what is done to the scores of a stage's reward before they are weighted; "batch" subtracts their mean

@@ -237,7 +237,8 @@ def test_a_model_is_a_folder_if_there_is_one_and_a_name_on_the_hub_otherwise(rea
         (STAGE + 'sampler = { use = "plain", noise = 1 }', "stage.one.sampler.noise is not a key; known here: none"),
         (
             STAGE + 'reward = [{ use = "match" }, { use = "match", wieght = 1 }]',
-            "stage.one.reward.1.wieght is not a key (did you mean 'weight'?); known here: strict, weight, normalize",
+            "stage.one.reward.1.wieght is not a key (did you mean 'weight'?); known here: strict, name, weight, "
+            "normalize",
         ),
         (STAGE + 'size = { use = "short", length = 1 }', "stage.one.size.length is not a key; known here: none"),
     ],

@@ -158,7 +158,7 @@ def test_reachable():
         pytest.raises(ServiceError, match="refuses the token"),
     ):
         check_reachable(server.url)
-    with pytest.raises(ServiceError, match="cannot be reached.*start the service"):
+    with pytest.raises(ServiceError, match=r"cannot be reached.*start the service"):
         check_reachable(f"http://127.0.0.1:{closed_port()}")
 
 

@@ -211,3 +211,30 @@ def test_the_version_of_the_service_determines_the_scores_of_data_and_its_addres
         with serving(lambda asked, number, version=version: Answer(brightness(asked, version))) as server:
             keys.append(cache._score_key(Weighted("remote", Remote(url=server.url)), tmp_path))
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_several_services_are_told_apart_by_name(project):
+    """Each is logged alone, has keys of its own in `--set` and in what a change says, and both are learned from."""
+
+    def answer(asked: Asked, number: int) -> Answer:
+        return Answer(brightness(asked))
+
+    with serving(answer) as one, serving(answer) as two:
+        entries = ", ".join(
+            f'{{ use = "remote", name = "{name}", url = "{server.url}" }}'
+            for name, server in (("one", one), ("two", two))
+        )
+        project.swap((LOCAL, entries))
+        ended = project.main("run", "pipeline.toml", "--set", "stage.grpo.reward.two.weight=3.0")
+        assert ended.status == 0, ended.err
+        log = project.folder / "runs" / "tiny" / "02-grpo" / "metrics.jsonl"
+        last = json.loads(log.read_text().splitlines()[-1])
+        assert last["reward/one"] == last["reward/two"] == pytest.approx(last["reward"] / 4)
+        sent = [sum(asked.path == "/score" for asked in server.asked) for server in (one, two)]
+        assert sent[0] == sent[1] > 0
+        again = project.main("run", "pipeline.toml", "--set", "stage.grpo.reward.two.weight=2.0", "--dry-run")
+        assert "reward.two.weight 3.0 -> 2.0" in again.out
+        twice = project.main("check", "pipeline.toml", "--set", "stage.grpo.reward.two.name='one'")
+        assert "reward: 'one' is listed twice; give each a `name` of its own" in twice.err
+        odd = project.main("check", "pipeline.toml", "--set", "stage.grpo.reward.two.name='a b'")
+        assert "must be at most 100 letters, digits and _" in odd.err
