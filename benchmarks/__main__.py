@@ -8,6 +8,7 @@ from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
 from benchmarks.hostile import hostile
 from benchmarks.overhead import overhead
+from benchmarks.scoring import scoring
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
 from benchmarks.start import start
@@ -24,6 +25,7 @@ def main(context: click.Context) -> None:
 main.add_command(soar_step)
 main.add_command(checkpoints)
 main.add_command(data)
+main.add_command(scoring)
 main.add_command(sharding)
 main.add_command(hostile)
 main.add_command(start)

@@ -26,6 +26,7 @@ from corefit.pipeline.pipeline import MODES
 from corefit.pipeline.schema import Schema, Writer
 from corefit.plugins import KINDS, Host, Offer
 from corefit.types.former import FORMER
+from corefit.types.stage import Alarm
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: (\w+) ?([\w.-]*) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -44,6 +45,7 @@ HEADINGS: Mapping[str, str] = {
     "Data": "[data]",
     "Stage": "[[stage]]",
     "Optimizer": "[stage.optimizer]",
+    "Alarm": "[stage.alarm]",
     "Eval": "[eval]",
     "Pair": "[data.source.pair]",
 }
@@ -170,10 +172,17 @@ def _configuration(_: str) -> str:
         *(f"### {HEADINGS['Pair']}", "Keys of `hf_dataset`. " + _summary(Pair), _table(Pair)),
         *(f"## {HEADINGS['Stage']}", _table(Stage)),
         *(f"## {HEADINGS['Optimizer']}", _table(Optimizer)),
+        *(f"## {HEADINGS['Alarm']}", _table(Alarm)),
         *("## Objectives", *_sections("objectives")),
         *("## Samplers", *_sections("samplers")),
         *("## Noise weightings", *_sections("noise_weightings")),
-        *("## Rewards", "Beside a reward's own keys: `weight`, a number, 1.0 by default.", *_sections("rewards")),
+        *(
+            "## Rewards",
+            "Beside a reward's own keys: `weight`, a number, 1.0 by default; `name`, under which it is logged, by default "
+            "that of `use`, so that several entries of one reward are told apart; and in a stage `normalize`: none (the "
+            "default) or batch.",
+            *_sections("rewards"),
+        ),
         *(f"## {HEADINGS['Eval']}", _table(Eval)),
         *("## [[observer]]", "Observers are named in any number, each once.", *_sections("observers")),
     ]

@@ -24,7 +24,7 @@ ENTRY = re.compile(r"^- (?P<ticks>`+) ?(?P<message>.+?) ?(?P=ticks)\\?\n(?P<caus
 HEADING = re.compile(r"^## .*`(?P<file>[\w./]+\.py)`$", re.MULTILINE)
 ERRORS = {
     *(name for name, it in vars(errors).items() if isinstance(it, type) and issubclass(it, errors.CorefitError)),
-    *("ValueError", "BadParameter", "UsageError"),
+    *("ValueError", "BadParameter", "UsageError", "ServiceError"),
 }
 TELLERS = {"damaged", "_wrong", "_no_meta"}
 """Functions that make an error from a text that is passed to them."""

@@ -41,6 +41,8 @@ class Heard(Listener):
     on_started: Callable[[int], object] = lambda step: None
     on_logged: Callable[[int, Mapping[str, float]], object] = lambda step, metrics: None
     on_stepped: Callable[[int], object] = lambda step: None
+    on_alarmed: Callable[[str], object] = lambda text: None
+    on_ended: Callable[[int, str], object] = lambda step, text: None
     asked: Callable[[], bool] = lambda: False
 
     def started(self, step: int) -> None:
@@ -54,6 +56,12 @@ class Heard(Listener):
 
     def saved(self, step: int, path: Path) -> None:
         pass
+
+    def alarmed(self, text: str) -> None:
+        self.on_alarmed(text)
+
+    def ended(self, step: int, text: str) -> None:
+        self.on_ended(step, text)
 
     def stop_requested(self) -> bool:
         return self.asked()

@@ -179,8 +179,13 @@ class Pipeline:
     def _reward_problems(self) -> Iterator[str]:
         """Let each reward look for what it lacks, such as a file or a package."""
         places = {f"stage.{stage.name}.reward": stage.reward for stage in self.stage}
-        places |= {"data.score": self.data.score, "eval.reward": self.eval.reward if self.eval else ()}
-        for where, entries in places.items():
+        places |= {f"stage.{stage.name}.held_out": stage.held_out for stage in self.stage}
+        reported = {"data.score": self.data.score, "eval.reward": self.eval.reward if self.eval else ()}
+        for where, entries in reported.items():
+            for entry in entries:
+                if entry.normalize != "none":
+                    yield f"{where}.{entry.name}.normalize: scores are used as they are here; remove the key"
+        for where, entries in {**places, **reported}.items():
             for entry in entries:
                 if check := getattr(entry.value, "check", None):  # a reward of version 0.1 has none
                     yield from _error_of(f"{where}.{entry.name}", check)
@@ -214,7 +219,7 @@ class Pipeline:
         yield from _error_of("eval.prompts", lambda: cache.check(eval.data(self.data.size), media=False))
         names = [entry.name for entry in eval.reward]
         for name in sorted({n for n in names if names.count(n) > 1}):
-            yield f"eval.reward: {name!r} is listed twice; remove one"
+            yield f"eval.reward: {name!r} is listed twice; remove one, or give each a `name` of its own"
 
 
 def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = None) -> Pipeline:

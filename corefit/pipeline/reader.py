@@ -44,6 +44,8 @@ WHOLE = 1 << 63
 """Whole numbers must be smaller than this, as in TOML and in arrays (int64)."""
 TABLE = "table"
 """Metadata key of a field that the file has in another table; its value is the field that is read from that table."""
+ENTRY_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
+"""What a reward's entry may be called."""
 VALIDATOR_MESSAGE = re.compile(r"'(?P<key>\w+)' (?P<rule>must .+)", re.DOTALL)
 """The message of a validator (attrs' own, or a plugin's), which names the key first."""
 
@@ -147,7 +149,10 @@ class Reader:
     def tables(self, value: Any) -> Any:
         """Return `value` as plain tables with every default written out, the inverse of `read`."""
         if isinstance(value, Weighted):
-            return {**self.tables(value.value), "weight": value.weight}
+            normalize = {} if value.normalize == "none" else {"normalize": value.normalize}
+            tables = self.tables(value.value)
+            name = {} if tables.get("use", value.name) == value.name else {"name": value.name}
+            return {**tables, **name, "weight": value.weight, **normalize}
         if attrs.has(type(value)):
             fields = [f for f in attrs.fields(type(value)) if f.init]
             known = [f for f in fields if getattr(value, f.name) is not None]
@@ -184,12 +189,15 @@ class Reader:
         return self._converter.structure(rest, classes[name])
 
     def _weighted(self, value: Any, target: Any) -> Weighted[Any]:
-        """Read a plugin's table that has a `weight` beside the plugin's own keys."""
-        plugin = next(iter(get_args(target)), Reward)
+        """Read a plugin's table that has a `weight`, and for a reward more (`OF_ENTRIES`), beside the plugin's keys."""
+        plugin = _weighted_kind(target)
         kind = BY_PROTOCOL[_base(plugin)]
-        name, rest = _split_use(value, kind.name, self.host.offers[kind.key])
+        use, rest = _split_use(value, kind.name, self.host.offers[kind.key])
         weight = _strict(rest.pop("weight", 1.0), float, "'weight' ")
-        return Weighted(name, self._plugin({"use": name, **rest}, plugin), weight)
+        normalize, name = "none", use
+        if plugin is Reward:
+            normalize, name = rest.pop("normalize", "none"), _entry_name(rest.pop("name", use), use)
+        return Weighted(name, self._plugin({"use": use, **rest}, plugin), weight, normalize)
 
     def _list(self, value: Any, target: Any) -> Any:
         """Read a list of as many items as the type says. Text and tables, also iterable, are refused."""
@@ -281,7 +289,7 @@ class Reader:
     def _extra_keys(self, kind: Any) -> list[str]:
         """Return the keys that a table of the type `kind` may have beside those of the plugin's class."""
         if _base(kind) is Weighted:
-            return ["weight"]
+            return ["name", "weight", "normalize"] if _weighted_kind(kind) is Reward else ["weight"]
         tables = {f.name: f.type for f in attrs.fields(self._whole)}
         return [f.name for f in fields_of_other_tables(self._whole) if tables[f.metadata[TABLE]] is kind]
 
@@ -320,6 +328,20 @@ def _is_one_or_list(target: Any) -> bool:
 
 def _has_renamed_keys(cls: Any) -> bool:
     return attrs.has(cls) and any(key_of(f.name) != f.name for f in attrs.fields(cls))
+
+
+def _weighted_kind(target: Any) -> Any:
+    """Return the protocol of what is weighted: a reward where the type does not say."""
+    return next(iter(get_args(target)), Reward)
+
+
+def _entry_name(value: Any, use: str) -> str:
+    """Return the `name` of a reward's entry, by default its `use`; it names metrics and what `[data] keep` reads."""
+    if value == use or (isinstance(value, str) and ENTRY_NAME.fullmatch(value)):
+        return str(value)
+    raise ConfigError(
+        f"'name' must be at most 100 letters, digits and _, and begin with a letter, not {short_repr(value)}"
+    )
 
 
 def _base(target: Any) -> Any:

@@ -19,8 +19,9 @@ from corefit.pipeline.pipeline import CHOICES, Pipeline
 from corefit.pipeline.reader import TABLE, Reader, fields_of_other_tables, has_any_length
 from corefit.plugins.host import Host
 from corefit.plugins.kinds import BY_PROTOCOL, Kind
-from corefit.types import ModelPath, Weighted, key_of
+from corefit.types import ModelPath, Reward, Weighted, key_of
 from corefit.types.objective import Sum
+from corefit.types.values import Normalization
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 PLAIN: Mapping[Any, Mapping[str, str]] = {
@@ -106,7 +107,7 @@ class Writer:
         return self.table(kind) if attrs.has(kind) else dict(PLAIN.get(kind, {}))
 
     def _weighted(self, plugin: Kind) -> Schema:
-        """The schema of any plugin of a kind with a `weight` beside its keys; sums hold no sums."""
+        """The schema of any plugin of a kind with what `Weighted` has beside its keys; sums hold no sums."""
         offers = {name: offer.cls for name, offer in sorted(self.host.offers[plugin.key].items())}
         tables = [self.table(cls, name) for name, cls in offers.items() if cls is not Sum]
         for table in tables:
@@ -115,6 +116,18 @@ class Writer:
                 "description": f"Factor of this {plugin.name} in the sum.",
                 "default": 1.0,
             }
+            if plugin is BY_PROTOCOL[Reward]:
+                table["properties"]["name"] = {
+                    "type": "string",
+                    "description": "Name under which it is logged and reported, by default that of `use`; it tells "
+                    "several entries of one reward apart.",
+                }
+                table["properties"]["normalize"] = {
+                    "enum": list(get_args(Normalization)),
+                    "description": '"batch" subtracts the mean of the batch from the scores and divides by their '
+                    "standard deviation, before they are weighted. For stages only.",
+                    "default": "none",
+                }
         return {"title": plugin.name, "anyOf": tables or [{}]}
 
     def _default(self, default: Any) -> Schema:

@@ -15,9 +15,12 @@ from corefit.types.former import FORMER
 from corefit.types.objective import Objective, unknown_uses
 from corefit.types.values import MOST, Moving, Term
 
-RESERVED = frozenset({"step", "lr", "seconds", "samples_per_second", "skipped"})
+RESERVED = frozenset({"step", "lr", "seconds", "samples_per_second", "skipped", "alarm"})
 """Names of metrics that the trainer logs."""
 
+
+OF_ENTRIES = frozenset({"name", "weight", "normalize"})
+"""Keys that every entry of a list of rewards has beside the reward's own."""
 
 ADDED = frozenset({"Reward.check", "checkpoint", "concurrent", "copies", "differentiable", "left_out", "unit"})
 """Members of a protocol, and arguments of its methods, that came after version 0.1; a plugin need not have them."""
@@ -38,6 +41,9 @@ def problems(cls: type, kind: str) -> Iterator[str]:
     for name in vars(protocol).get("__annotations__", {}):
         if name not in fields | ADDED | _used(cls) and not hasattr(cls, name):
             yield f"it has no {name}"
+    taken = {field.name for field in attrs.fields(cls) if field.init} & OF_ENTRIES if kind == "rewards" else ()
+    for name in sorted(taken):
+        yield f"its key {name!r} is one that every entry of a list of rewards has; give it another name"
 
 
 def declared(value: Any, kind: str) -> None:

@@ -11,6 +11,7 @@ from corefit.errors import TrainingError
 from corefit.rollout.recording import sample_states
 from corefit.types import Backbone, Batch, Condition, Scores
 from corefit.types.objective import Context
+from corefit.types.scoring import Scoring
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,14 @@ EPSILON = 1e-4
 
 
 def sample(
-    batch: Batch, ctx: Context, *, steps: int, guidance: float = 1.0, backbone: Backbone | None = None, group: int = 1
+    batch: Batch,
+    ctx: Context,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    backbone: Backbone | None = None,
+    group: int = 1,
+    scoring: Scoring | None = None,
 ) -> Tensor:
     """Generate clean latents [B, ...] for the rows of a batch with `ctx.sampler`, without a graph.
 
@@ -29,12 +37,21 @@ def sample(
 
     backbone  the policy that samples: `ctx.backbone` by default, or a reference or a copy from `ctx`
     group     the number of consecutive rows that start from the same noise, as in DanceGRPO; 1 for noise of their own
+    scoring   `ctx.scoring(batch)`: it scores each slice while the next one is sampled
     """
     import torch
 
     last = torch.full((len(batch), 1), steps)
     return sample_states(
-        batch, ctx, last, sampler=ctx.sampler, steps=steps, guidance=guidance, backbone=backbone, group=group
+        batch,
+        ctx,
+        last,
+        sampler=ctx.sampler,
+        steps=steps,
+        guidance=guidance,
+        backbone=backbone,
+        group=group,
+        scoring=scoring,
     )[:, 0]
 
 
@@ -88,8 +105,7 @@ def informative_rows(advantage: Tensor, group: int) -> Tensor:
 
 def score_metrics(scores: Scores, informative: Tensor) -> Mapping[str, Tensor]:
     """Return what is logged of scored groups: `reward`, `informative`, and `reward/NAME` of several rewards."""
-    each = {f"reward/{name}": values for name, values in scores.each.items()} if len(scores.each) > 1 else {}
-    return {"reward": scores.total, "informative": informative.double(), **each}
+    return {**scores.metrics, "informative": informative.double()}
 
 
 def clipped_loss(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:

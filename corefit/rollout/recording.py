@@ -11,6 +11,7 @@ from corefit.rollout.loop import rollout
 from corefit.rollout.samplers import Ode
 from corefit.types import Backbone, Batch, Sampler
 from corefit.types.objective import Context
+from corefit.types.scoring import Scoring
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +55,7 @@ def sample_states(
     guidance: float = 1.0,
     backbone: Backbone | None = None,
     group: int = 1,
+    scoring: Scoring | None = None,
 ) -> Tensor:
     """Roll out the rows of a batch, and return n states [B, n, ...] of each row's trajectory, without a graph.
 
@@ -62,6 +64,7 @@ def sample_states(
     index     [B, n], the position of each state in the grid of sigmas: 0 is the noise, `steps` is the clean sample
     backbone  the policy that samples: `ctx.backbone` by default
     group     the number of consecutive rows that start from the same noise; 1 for noise of their own
+    scoring   scores the last of the n states of each slice while the next slice is sampled
     """
     import torch
 
@@ -76,6 +79,8 @@ def sample_states(
             for i, transition in enumerate(taken, 1):
                 states = transition.x_next.unsqueeze(1).where(expand_like(wanted == i, states), states)
             found.append(states)
+            if scoring is not None:
+                scoring.add(states[:, -1])
     return torch.cat(found)
 
 
@@ -89,6 +94,7 @@ def record(
     window: Tensor | None = None,
     group: int = 1,
     means: bool = False,
+    scoring: Scoring | None = None,
 ) -> Recording:
     """Roll out the rows of a batch with `ctx.sampler`, and keep `length` transitions of each, without a graph.
 
@@ -100,6 +106,7 @@ def record(
     group   the number of consecutive rows that start from the same noise; 1 for noise of their own. The steps before
             the first window of the batch are then equal in a group, and are taken once for each group
     means   whether to keep the means of the transitions, which take as much memory as the states
+    scoring  scores the final latents of each slice while the next slice is rolled out
     """
     import torch
 
@@ -115,6 +122,8 @@ def record(
             local.rng.draws += prefix  # so that a step's noise does not depend on where the steps before were taken
             start = None if window is None else window[rows] - prefix
             parts.append(_record(part, local, x, sigmas[prefix:], guidance, start, length, means))
+            if scoring is not None:
+                scoring.add(parts[-1].x0)
     return Recording(
         torch.cat([part.states for part in parts]),
         torch.cat([part.sigmas for part in parts]),

@@ -90,8 +90,9 @@ class GroupObjective(Grouped[Scored]):
 
     def collect(self, batch: Batch, ctx: Context, policy: Backbone) -> Scored:
         """Sample a batch with `policy` and the stage's sampler, score it, and compute the advantages, on all ranks."""
-        x0 = sample(batch, ctx, steps=self.steps, guidance=self.guidance, backbone=policy)
-        scores = ctx.score(x0, batch)
+        with ctx.scoring(batch) as scoring:
+            x0 = sample(batch, ctx, steps=self.steps, guidance=self.guidance, backbone=policy, scoring=scoring)
+            scores = scoring.result()
         advantages = group_advantages(scores.total, batch, ctx, self.group, global_std=self.global_std).float()
         return Scored(
             x0,

@@ -160,6 +160,8 @@ class StageEvents(Listener):
     backbone: Backbone
     evaluator: Evaluator | None
     progress: Advance
+    ending: dict[str, Any] = field(factory=dict[str, Any])
+    """The alarm that ended the stage, as done.json has it; empty if none did."""
 
     def stop_requested(self) -> bool:
         return self.signals.stop_requested
@@ -200,7 +202,16 @@ class StageEvents(Listener):
 
     def finished(self) -> None:
         """Tell that the stage's weights are saved."""
-        self.tell("stage_finished", self.stage.steps)
+        self.tell("stage_finished", self.ending["alarm"]["step"] if self.ending else self.stage.steps)
+
+    def alarmed(self, text: str) -> None:
+        """Say that a held-out reward falls while the trained one rises."""
+        then = "; the stage ends here" if self.stage.ends_on_alarm else ""
+        self.events.display.print(f"{self.folder.name}: alarm: {text}{then}")
+
+    def ended(self, step: int, text: str) -> None:
+        """Note that the stage ends early, for an alarm."""
+        self.ending["alarm"] = {"step": step, "text": text}
 
     def tell(self, event: str, step: int, **rest: Any) -> None:
         """Tell of an event at a step of this stage."""

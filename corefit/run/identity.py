@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 from attrs import field, fields, frozen, has
 
 import corefit
@@ -91,7 +92,8 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
     dataset    cache key of its encoded data
     precision  "fp32" or "bf16"
     """
-    tables, rounding, former = _tables(pipeline, stage, without=(*OUTPUT_KEYS, "train", "from"))
+    trained = attrs.evolve(stage, held_out=(), alarm=None)  # what is held out has no part in the weights
+    tables, rounding, former = _tables(pipeline, trained, without=(*OUTPUT_KEYS, "train", "from", "held_out"))
     if former["save_dtype"] == "fp32":
         del former["save_dtype"]  # version 0.1 had no such key
     return Identity.of(
@@ -104,8 +106,9 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
             "seed": pipeline.seed,
             "stage": tables,
             "train": _tables(pipeline, pipeline.mode(stage))[0],
-            "code": _code(pipeline, stage),
-            **_scores_keys(stage.reward),
+            "code": _code(pipeline, stage if stage.ends_on_alarm else trained),
+            **({"alarm": _alarm(pipeline, stage)} if stage.ends_on_alarm else {}),
+            **_scores_keys([*stage.reward, *(stage.held_out if stage.ends_on_alarm else ())]),
         },
         {**rounding, **_tables(pipeline, pipeline.backbone, "backbone")[1]},
         {"before": _origin(before, before.former), "stage": former},
@@ -159,6 +162,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 # parts
 
 
+def _alarm(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
+    """Return what determines the step in which an alarm ends a stage: also which steps are logged."""
+    tables = _tables(pipeline, stage)[0]
+    logged = {key: tables[key] for key in ("log_every", "sample_every") if key in tables}
+    return {"held_out": tables["held_out"], **tables["alarm"], **logged}
+
+
 def _origin(before: Identity, parts: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a stage's name and hash; for the base all of its `parts`, so that messages can name a difference."""
     stage = before.parts.get("stage")
@@ -183,7 +193,7 @@ def _rounding(value: Any, table: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Remove the keys that change rounding alone from a table and its inner ones; yield ('objective.chunk', value)."""
     if isinstance(value, (list, tuple)):
         for number, (item, inner) in enumerate(zip(value, table, strict=True)):  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
-            label = inner.get("use", number) if isinstance(inner, dict) else number  # pyright: ignore[reportUnknownVariableType,reportUnknownMemberType]
+            label = _entry_name(inner) or number  # pyright: ignore[reportUnknownArgumentType]
             yield from _rounding(item, inner, f"{path}.{label}")
         return
     if isinstance(value, Weighted):  # its keys are in the plugin's own table
@@ -273,8 +283,13 @@ def _changes(path: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def _by_use(value: Any) -> Any:
-    """Return a list of tables as a table by their `use`, as --set writes their keys."""
-    return {item["use"]: item for item in value} if isinstance(value, Sequence) else value
+    """Return a list of tables as a table by their `name` or `use`, as --set writes their keys."""
+    return {_entry_name(item): item for item in value} if isinstance(value, Sequence) else value
+
+
+def _entry_name(item: Any) -> Any:
+    """Return what an entry of a list is called, its `name` or else its `use`; None if it has neither."""
+    return item.get("name", item.get("use")) if isinstance(item, Mapping) else None
 
 
 def _uses(value: Any) -> Sequence[str]:
@@ -282,7 +297,7 @@ def _uses(value: Any) -> Sequence[str]:
     if isinstance(value, Mapping):
         return [value["use"]] if "use" in value else []
     items = value if isinstance(value, list) else []
-    return [item["use"] for item in items if isinstance(item, Mapping) and "use" in item]
+    return [str(_entry_name(item)) for item in items if isinstance(item, Mapping) and "use" in item]
 
 
 def _text(value: Any) -> str:

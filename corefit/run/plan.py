@@ -273,6 +273,8 @@ def _evaluation_line(target: Target, prompts: int, *, superseded: bool = False) 
 def _training_line(stage: Stage, folder: Path, decision: Decision) -> str:
     steps, start = counted(stage.steps, "step"), f" from {stage.from_}" if stage.from_ else ""
     if decision.reuse:
+        if alarm := decision.record.get("alarm"):
+            steps = f"ended by its alarm after step {alarm['step']} of {stage.steps}"
         return f"use as it is: finished, {steps}{f'; {decision.problem}, its copy is not' if decision.problem else ''}"
     if decision.supersede:
         return f"train {steps}{start}: {decision.reason} (the former one goes to {SUPERSEDED}/)"

@@ -169,19 +169,19 @@ class Run:
         if decision.reuse:
             self.display.print(f"{stage.name}: finished before, used as it is")
             self._restore_done(target, decision)
-            cost = Cost(**decision.record["cost"])
-            self.events.stage_is(stage.name, "evaluating", cost, stage.steps)
+            cost, ending = Cost(**decision.record["cost"]), decision.record
         else:
             if self.main:
                 self._prepare_folder(target, decision)
             self.ranks.barrier()
-            cost = self._train(stage, target, before)
+            cost, ending = self._train(stage, target, before)
             if self.main:
-                hashes = plan.hashes(target.folder / MODEL)
-                plan.write_done(target, {"finished": True, "cost": attrs.asdict(cost), "model": hashes})
-            self.events.stage_is(stage.name, "evaluating", cost, stage.steps)
+                status = {"finished": True, "cost": attrs.asdict(cost), "model": plan.hashes(target.folder / MODEL)}
+                plan.write_done(target, {**status, **ending})
+        step = ending["alarm"]["step"] if "alarm" in ending else stage.steps
+        self.events.stage_is(stage.name, "evaluating", cost, step)
         after = self._weights_after(stage, target.folder / MODEL, before)
-        self._evaluate(target, after, cost, stage.steps)
+        self._evaluate(target, after, cost, step)
         self.events.stage_is(stage.name, "done")
         return after
 
@@ -219,8 +219,11 @@ class Run:
             self.display.print(f"{target.folder.name}: {decision.problem}; its copy is not, and it is written again")
             plan.write_done(target, decision.record)
 
-    def _train(self, stage: Stage, target: Target, before: Weights) -> Cost:
-        """Train a stage and save its weights. A signal stops it, after a checkpoint is written."""
+    def _train(self, stage: Stage, target: Target, before: Weights) -> tuple[Cost, dict[str, Any]]:
+        """Train a stage and save its weights; return the cost, and the alarm that ended it, if one did, for done.json.
+
+        A signal stops it, after a checkpoint is written.
+        """
         folder = target.folder
         memory.reset_peak(self.ranks.device)
         backbone = before.backbone
@@ -244,7 +247,7 @@ class Run:
         listener.finished()
         backbone.transformer = None
         self.ranks.barrier()
-        return attrs.evolve(cost, survived=survived)
+        return attrs.evolve(cost, survived=survived), listener.ending
 
     def _save(self, stage: Stage, folder: Path, backbone: Backbone) -> float | None:
         """Save a stage's weights, all or none; return the share of its update that rounding has left, if it rounds."""

@@ -81,6 +81,14 @@ class Listener(ABC):
     def saved(self, step: int, path: Path) -> None:
         """A whole checkpoint of `step` lies in `path`."""
 
+    @abstractmethod
+    def alarmed(self, text: str) -> None:
+        """An alarm sounded in the step that was logged last."""
+
+    @abstractmethod
+    def ended(self, step: int, text: str) -> None:
+        """The alarm `text` ended the stage after `step` steps, now or before a restart."""
+
 
 class Silence(Listener):
     """Ignores every event and never stops training."""
@@ -98,4 +106,10 @@ class Silence(Listener):
         pass
 
     def saved(self, step: int, path: Path) -> None:
+        pass
+
+    def alarmed(self, text: str) -> None:
+        pass
+
+    def ended(self, step: int, text: str) -> None:
         pass

@@ -28,6 +28,7 @@ from corefit.rollout.samplers import Ode
 from corefit.system import memory
 from corefit.system.ranks import Ranks
 from corefit.train import remedies, weights
+from corefit.train.alarm import Watch
 from corefit.train.gradients import Gradients
 from corefit.train.job import Cost, Job, Metrics
 from corefit.train.meters import NonFiniteGuard
@@ -58,7 +59,7 @@ def train(job: Job, ranks: Ranks) -> Cost:
     loop = Loop.resume(job, ranks)
     loop.report_start()
     with closing(loop.batches()) as batches:
-        while loop.state.step < job.stage.steps:
+        while not loop.finished:
             loop.take_step(next(batches))
             loop.report_step()
             if ranks.any(job.listener.stop_requested()):
@@ -118,6 +119,7 @@ class Loop:
             gather=ranks.all_gather,
             copies={name: frozen(held.tensors) for name, held in copies.items()},
             steps=stage.steps,
+            held_out=stage.held_out,
         )
         # a sharded network only gets autocast; another one is wrapped in DDP as well
         backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, evaluation_mode=ranks.sharded)
@@ -131,6 +133,7 @@ class Loop:
             ema=weights.Ema.of(trainable, stage.ema) if stage.ema is not None else None,
             guard=NonFiniteGuard.none(device, term_names(stage.objective), stage.skips),
             copies=copies,
+            watch=Watch(stage.watch) if stage.watch else None,
         )
         objectives, gradients = weighted_objectives(stage.objective), Gradients(trainable, ranks)
         return Loop(job=job, ranks=ranks, objectives=objectives, ctx=ctx, gradients=gradients, state=state)
@@ -198,7 +201,7 @@ class Loop:
         for index, each in enumerate(self.objectives):
             stride = whole.group_size // each.value.group_size
             rows = batch[::stride] if stride > 1 else batch
-            stream = checked_parts(each.value, rows, ctx.at(self._rng("experience", 0, rows, index)))
+            stream = checked_parts(each.value, rows, self._bound(ctx, self._rng("experience", 0, rows, index), index))
             repeated = each.value.num_updates < whole.num_updates
             streams.append([*stream] * whole.num_updates if repeated else stream)
         with self._explain_exhaustion("the experience"):
@@ -212,14 +215,14 @@ class Loop:
         scale = ones = torch.ones((), device=self.ranks.device)
         no_items, terms_before = ones > 0, 0
         for index, (each, part) in enumerate(zip(self.objectives, parts_of_update, strict=True)):
-            prefix = f"{each.name}/" if is_sum else ""
+            prefix = self._prefix(index)
             for name, values in part.metrics.items():
                 self.state.means.add(prefix + name, values)
             count: float | Tensor = 0.0
             starts = range(0, len(part), ctx.micro_batch)
             for start in starts:
                 micro_batch = part[start : start + ctx.micro_batch] if len(starts) > 1 else part
-                bound = ctx.at(self._rng("terms", update, micro_batch, index))
+                bound = self._bound(ctx, self._rng("terms", update, micro_batch, index), index)
                 is_last = start == starts[-1]
                 count = count + self._backward(each.value, micro_batch, bound, prefix, terms_before, is_last=is_last)
             terms_before += each.value.num_terms
@@ -318,6 +321,15 @@ class Loop:
         rng = Rng((self.job.seed, self.job.stage.name, self.state.step, purpose, update), part.rows, drawn=self._draws)
         return rng.of(f"summand {objective}") if objective else rng
 
+    def _prefix(self, objective: int) -> str:
+        """Return what the names of an objective's metrics begin with: its own name in a sum."""
+        return f"{self.objectives[objective].name}/" if len(self.objectives) > 1 else ""
+
+    def _bound(self, ctx: Context, rng: Rng, objective: int) -> Context:
+        """Return the context of one call of an objective: its randomness, and where its held-out scores are logged."""
+        prefix, means = self._prefix(objective), self.state.means
+        return attrs.evolve(ctx, rng=rng, report=lambda name, values: means.add(prefix + name, values))
+
     def _explain_exhaustion(self, what: str) -> AbstractContextManager[None]:
         """Say in which stage and step memory ran out, while `what` was computed."""
         job, ranks = self.job, self.ranks
@@ -338,10 +350,19 @@ class Loop:
         """
         step, listener = self.state.step, self.job.listener
         metrics = self._metrics() if self.job.stage.reports(step) else {}
+        alarm = self._alarm(metrics) if metrics else ""
+        metrics = {**metrics, "alarm": 1.0} if alarm else metrics
         listener.stepped(step, metrics)
         if metrics:
             with self.state.ema_applied():
                 listener.logged(step, metrics)
+        if alarm:
+            listener.alarmed(alarm)
+
+    def _alarm(self, metrics: Metrics) -> str:
+        """Return what the alarm says of a logged step, "" if it does not sound; the ranks agree on the metrics."""
+        watch = self.state.watch
+        return watch.see(self.state.step, self.ranks.broadcast_object(metrics)) if watch else ""
 
     def _metrics(self) -> Metrics:
         stage, state = self.job.stage, self.state
@@ -356,10 +377,19 @@ class Loop:
             "seconds": state.seconds,
         }
 
+    @property
+    def ended_by(self) -> str:
+        """The alarm that ended the stage before its last step, "" if none did."""
+        return self.state.watch.ended if self.state.watch else ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or an alarm has ended the stage."""
+        return self.state.step >= self.job.stage.steps or bool(self.ended_by)
+
     def checkpoint_is_due(self) -> bool:
         """Whether the step just finished is one after which the stage writes a checkpoint; the last one always is."""
-        step, stage = self.state.step, self.job.stage
-        return step == stage.steps or step % stage.checkpoint_every == 0
+        return self.finished or self.state.step % self.job.stage.checkpoint_every == 0
 
     def save(self) -> int:
         """Write a checkpoint of the step just finished, and return the step's number."""
@@ -374,6 +404,8 @@ class Loop:
         """Unwrap the network and give it the final weights: the average, where the stage keeps one."""
         state, ranks, backbone = self.state, self.ranks, self.job.backbone
         state.refuse_non_finite()
+        if self.ended_by:
+            self.job.listener.ended(state.step, self.ended_by)
         backbone.transformer = ranks.accelerator.unwrap_model(state.transformer)
         ranks.accelerator.free_memory()
         if ranks.sharded:

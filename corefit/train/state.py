@@ -12,6 +12,7 @@ from attrs import define, field
 from corefit.errors import TrainingError
 from corefit.system.ranks import SINGLE, Ranks
 from corefit.train import checkpoint, weights
+from corefit.train.alarm import Watch, refuse_non_finite
 from corefit.train.meters import MetricMeans, NonFiniteGuard
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class State:
     trainable    the parameters that train, by name
     ema          their moving average, where the stage keeps one
     copies       the copies of them that the objective declares, by name
+    watch        watches the held-out rewards, where the stage has any
     step         number of finished steps
     seconds      time that these steps took
     unreported   samples and seconds since the last logged step
@@ -44,6 +46,7 @@ class State:
     guard: NonFiniteGuard
     copies: Mapping[str, weights.MovingCopy] = field(factory=dict[str, weights.MovingCopy])
     means: MetricMeans = field(factory=MetricMeans)
+    watch: Watch | None = None
     step: int = 0
     seconds: float = 0.0
     unreported: tuple[int, float] = (0, 0.0)
@@ -93,10 +96,14 @@ class State:
         """
         self.refuse_non_finite()
         means = self.means.by_rank(self.ranks)
+        for name, sums in means.items() if self.watch else ():
+            if "held_out/" in name:
+                refuse_non_finite(name, float(sums.sum()))
         if not (self.ranks.main or self.ranks.sharded):
             return None
         tensors = {**self._tensors(), **{f"means/{name}": t for name, t in means.items()}}
         info = {"seconds": self.seconds, "since": list(self.unreported), "identity": identity}
+        info |= {"alarm": self.watch.state()} if self.watch else {}
         holders = self.ranks if self.ranks.sharded else SINGLE
         return checkpoint.save(self.folder, self.step, tensors, info, keep, holders)
 
@@ -122,6 +129,8 @@ class State:
             checkpoint.keep_newest(self.folder, keep)  # a process killed after saving has not removed older ones
         self.step, self.seconds = found.step, found.info["seconds"]
         self.unreported = (found.info["since"][0], found.info["since"][1])
+        if self.watch and "alarm" in found.info:  # held-out rewards may be new since the checkpoint was written
+            self.watch.restore(found.info["alarm"])
         self.means.restore({name.removeprefix("means/"): t for name, t in means.items()}, self.ranks)
 
     def _tensors(self) -> dict[str, Tensor]:

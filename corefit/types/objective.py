@@ -13,7 +13,7 @@ from corefit.errors import ConfigError, near
 from corefit.types.blame import require, require_result
 from corefit.types.former import adopt
 from corefit.types.protocols import Backbone, NoiseWeighting, Reward, Sampler
-from corefit.types.rewards import score_latents
+from corefit.types.scoring import Scoring, score_graph
 from corefit.types.values import Batch, Condition, Moving, Scores, Term, Weighted
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Context:
                  kernels
     gather       all_gather of a tensor [B] of this rank to [global B], in global row order
     copies       the moving copies that the objective declares, by name: frozen, and called like `reference`
+    held_out     rewards that `score` and `scoring` report, and whose scores the objective never sees
+    report       receives the scores [B] of held-out rewards by their name in the log, for the trainer's metrics
     step, steps  the number of steps that the stage has finished, and of those that it has in all
     """
 
@@ -51,6 +53,8 @@ class Context:
     copies: Mapping[str, Backbone] = field(factory=dict[str, Backbone])
     step: int = 0
     steps: int = 1
+    held_out: Sequence[Weighted[Reward]] = ()
+    report: Callable[[str, Tensor], None] = lambda name, values: None
 
     @property
     def first(self) -> bool:
@@ -97,8 +101,29 @@ class Context:
         Raises PluginError if a reward gives anything but one number a sample, and, without a graph, NonFinite on all
         ranks if a score on any rank is NaN or infinite.
         """
-        return score_latents(
-            self.backbone, self.rewards, x0, batch.prompts, batch.meta, micro_batch=self.micro_batch, gather=self.gather
+        import torch
+
+        with self.scoring(batch) as scoring:
+            if torch.is_grad_enabled() and x0.requires_grad:
+                return score_graph(scoring, x0)
+            for first in range(0, len(x0), self.micro_batch):
+                scoring.add(x0[first : first + self.micro_batch])
+            return scoring.result()
+
+    def scoring(self, batch: Batch) -> Scoring:
+        """Return what scores the rows of `batch` as they are sampled, to use in a `with` statement.
+
+        Hand it to `sample` or `record`, or `add` the clean latents of each micro-batch in the order of the rows, then
+        ask for its `result`. The scores are those of `score`; concurrent rewards score while the next rows are sampled.
+        """
+        return Scoring(
+            backbone=self.backbone,
+            rewards=self.rewards,
+            held_out=self.held_out,
+            prompts=batch.prompts,
+            meta=batch.meta,
+            gather=self.gather,
+            report=self.report,
         )
 
 

@@ -302,7 +302,7 @@ class Reward(Protocol):
     """Whether `score` stays in torch, so that its gradient reaches media that have a graph."""
     concurrent: ClassVar[bool] = False
     """Whether `score` may be called in a thread of its own while the model generates: it waits for a service, or
-    computes on the CPU outside of torch."""
+    computes on the CPU outside of torch. Its media are on the CPU there."""
     unit: ClassVar[Literal["", "share"]] = ""
     """"share" where a score is a share from 0 to 1, which reports show as a percentage; "" for every other scale."""
 

@@ -9,19 +9,24 @@ from typing import TYPE_CHECKING, Any
 from corefit.errors import NonFinite, PluginError, short_repr
 from corefit.types.blame import place
 from corefit.types.protocols import Backbone, Reward
-from corefit.types.values import Meta, Scores, Weighted
+from corefit.types.values import Meta, Weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def score(entry: Weighted[Reward], media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
-    """Score media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1]; return [B] in float64, detached, on the CPU.
+def score(
+    entry: Weighted[Reward], media: Tensor, prompts: Sequence[str], meta: Sequence[Meta], *, host: bool = True
+) -> Tensor:
+    """Score media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1]; return [B] in float64, detached.
 
     Raises PluginError, with the reward's name and file, unless there is one real number for each sample. Scores may be
     NaN or infinite; `refuse_non_finite`, which needs all ranks, checks that.
+
+    host  whether the scores are moved to the CPU, which waits for the device; or else stay where the reward left them
     """
-    return _checked(entry, media, prompts, meta).detach().cpu().double()
+    scores = _checked(entry, media, prompts, meta).detach()
+    return (scores.cpu() if host else scores).double()
 
 
 def score_with_graph(entry: Weighted[Reward], media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
@@ -39,33 +44,6 @@ def score_with_graph(entry: Weighted[Reward], media: Tensor, prompts: Sequence[s
     return scores.to(media.device).float()
 
 
-def score_latents(
-    backbone: Backbone,
-    entries: Sequence[Weighted[Reward]],
-    x0: Tensor,
-    prompts: Sequence[str],
-    meta: Sequence[Meta],
-    *,
-    micro_batch: int,
-    gather: Callable[[Tensor], Tensor],
-) -> Scores:
-    """Decode clean latents x0 [B, ...] and score them; see `Context.score`, which calls this.
-
-    micro_batch  rows that are decoded at once where there is no graph
-    gather       all_gather of a tensor [B] over the ranks
-    """
-    import torch
-
-    if torch.is_grad_enabled() and x0.requires_grad:
-        media = decode_with_graph(backbone, x0)
-        each = {entry.name: score_with_graph(entry, media, prompts, meta) for entry in entries}
-    else:
-        each = _score_in_micro_batches(backbone, entries, x0, prompts, meta, micro_batch)
-        refuse_non_finite(each, prompts, gather)
-    total = torch.stack([each[entry.name] * entry.weight for entry in entries]).sum(0)
-    return Scores(total, each)
-
-
 def decode_with_graph(backbone: Backbone, x0: Tensor) -> Tensor:
     """Decode x0 [B, ...] with a graph, and let the backbone recompute it in the backward pass if it can.
 
@@ -76,26 +54,6 @@ def decode_with_graph(backbone: Backbone, x0: Tensor) -> Tensor:
     except TypeError:
         return backbone.decode(x0)
     return backbone.decode(x0, checkpoint=True)
-
-
-def _score_in_micro_batches(
-    backbone: Backbone,
-    entries: Sequence[Weighted[Reward]],
-    x0: Tensor,
-    prompts: Sequence[str],
-    meta: Sequence[Meta],
-    micro_batch: int,
-) -> dict[str, Tensor]:
-    import torch
-
-    found: dict[str, list[Tensor]] = {entry.name: [] for entry in entries}
-    with torch.no_grad():
-        for first in range(0, len(x0), micro_batch):
-            rows = slice(first, first + micro_batch)
-            media = backbone.decode(x0[rows])
-            for entry in entries:
-                found[entry.name].append(score(entry, media, prompts[rows], meta[rows]))
-    return {name: torch.cat(scores) for name, scores in found.items()}
 
 
 def _checked(entry: Weighted[Reward], media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:

@@ -73,6 +73,29 @@ Training = Full | Lora
 
 
 @frozen(kw_only=True)
+class Alarm:
+    """When training is said to exploit its reward: the reward rises while a held-out one falls.
+
+    A trend over the last `window` logged steps is measured by Mann and Kendall's z: the pairs of steps that rise minus
+    those that fall, in standard deviations of that number without a trend. It depends on the order of the values alone,
+    not on their scale or distribution.
+    """
+
+    window: int = field(default=30, validator=[validators.ge(10), validators.le(500)])
+    """How many logged steps are looked at; no alarm sounds before there are as many."""
+    threshold: float = field(default=4.0, validator=positive)
+    """The z below whose negative a held-out reward counts as falling; the trained one counts as rising above 2."""
+    stop: bool = False
+    """Whether an alarm ends the stage: its weights are saved as they are, and the pipeline goes on with the next."""
+
+    def __attrs_post_init__(self) -> None:
+        pairs, variance = math.comb(self.window, 2), self.window * (self.window - 1) * (2 * self.window + 5) / 18
+        most = (pairs - 1) / math.sqrt(variance)
+        if self.threshold >= most:
+            raise ValueError(f"'threshold' must be below {most:.3g}, the largest z of {self.window} logged steps")
+
+
+@frozen(kw_only=True)
 class Stage:
     """One `[[stage]]`: what is trained, on what, and for how long."""
 
@@ -96,6 +119,11 @@ class Stage:
     """The sampler of the rollouts; objectives that learn from rollouts need one that adds noise."""
     reward: tuple[Weighted[Reward], ...] = ()
     """The rewards to learn from. The objective sees their sum, each multiplied by its `weight`."""
+    held_out: tuple[Weighted[Reward], ...] = ()
+    """Rewards that score the same samples and are logged as `held_out/NAME`, and that nothing is trained on."""
+    alarm: Alarm | None = None
+    """When to say that a held-out reward falls while the trained one rises; by default whenever there is a held-out
+    one."""
     train: Training | None = None
     """Which weights are trainable in this stage; by default what `train` of `[backbone]` says."""
     optimizer: Optimizer = field(factory=Optimizer)
@@ -132,6 +160,21 @@ class Stage:
         return self.sample_every is not None and step % self.sample_every == 0 and step < self.steps
 
     @property
+    def watch(self) -> Alarm | None:
+        """The settings of the alarm; None without held-out rewards."""
+        return (self.alarm or Alarm()) if self.held_out else None
+
+    @property
+    def ends_on_alarm(self) -> bool:
+        """Whether held-out rewards decide when the stage ends, and so on its weights."""
+        return self.watch is not None and self.watch.stop
+
+    @property
+    def logged_steps(self) -> int:
+        """The number of steps after which metrics are logged."""
+        return sum(map(self.reports, range(1, self.steps + 1))) if self.steps < 1_000_000 else self.steps
+
+    @property
     def skips(self) -> int:
         """The number of optimizer steps that may be skipped."""
         return (self.max_skips or 10) if self.on_nan == "skip" else 0
@@ -161,6 +204,7 @@ class Stage:
                     f"reward: {entry.name!r} has no gradient, and the objective learns from gradients; name one that "
                     "is differentiable, or use an objective that needs scores alone, such as flow_grpo"
                 )
+        yield from self._held_out_problems()
         yield from self._batch_problems()
         if self.max_skips is not None and self.on_nan != "skip":
             yield 'max_skips: nothing is skipped; set on_nan = "skip" or remove the key'
@@ -168,7 +212,36 @@ class Stage:
             yield f"optimizer.warmup: {self.optimizer.warmup} steps are more than the stage's {self.steps}; lower it"
         names = [w.name for w in self.reward]
         for name in sorted({n for n in names if names.count(n) > 1}):
-            yield f"reward: {name!r} is listed twice; give it one entry with the sum of the weights"
+            yield f"reward: {name!r} is listed twice; give each a `name` of its own, or one the sum of the weights"
+
+    def _held_out_problems(self) -> Iterator[str]:
+        """Yield what is wrong with normalized and held-out rewards, and with the alarm."""
+        uses = self.objective.uses
+        for entry in self.reward if "reward_gradient" in uses else ():
+            if entry.normalize != "none":
+                yield (
+                    f"reward: {entry.name!r} has 'normalize', and gradients need a fixed scale; remove the key, and "
+                    "set 'weight' to 1 over the spread of its scores"
+                )
+        if self.held_out and not {"reward", "reward_gradient"} & uses:
+            yield "held_out: this objective makes no samples that could be scored; remove the key"
+        names = [entry.name for entry in self.held_out]
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"held_out: {name!r} is listed twice; remove one, or give each a `name` of its own"
+        for entry in self.held_out:
+            if entry.weight != 1 or entry.normalize != "none":
+                yield f"held_out: {entry.name!r} is not summed with others; remove its 'weight' and 'normalize'"
+            if any(entry.value == other.value for other in self.reward):
+                yield f"held_out: {entry.name!r} with these keys is trained on; name another reward, or other keys"
+        if self.alarm is None:
+            return
+        if not self.held_out:
+            yield 'alarm: there is no held-out reward to watch; add held_out = [{ use = "..." }] or remove the table'
+        elif self.logged_steps < self.alarm.window:
+            yield (
+                f"alarm.window: it needs {self.alarm.window} logged steps, and the stage logs {self.logged_steps}; "
+                "lower it, or lower log_every"
+            )
 
     def _batch_problems(self) -> Iterator[str]:
         group = self.objective.group_size

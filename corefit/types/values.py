@@ -10,7 +10,7 @@ import keyword
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, NewType, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NewType, TypeVar, get_args
 
 from attrs import field, frozen, validators
 
@@ -191,12 +191,20 @@ class Moving:
 class Scores:
     """What the rewards of a stage give for the samples of a batch.
 
-    total  the weighted sum of the rewards [B]
-    each   the scores [B] of each reward by its name, not weighted
+    total  the weighted sum of the rewards [B], each normalized as its `normalize` says: what objectives learn from
+    each   the scores [B] of each reward by its name, as the reward gave them
+    raw    the weighted sum [B] of `each`, for the log; None where no reward is normalized, as it is `total` then
     """
 
     total: Tensor
     each: Mapping[str, Tensor]
+    raw: Tensor | None = None
+
+    @property
+    def metrics(self) -> Mapping[str, Tensor]:
+        """What is logged: `reward`, the weighted sum without normalization, and `reward/NAME` of several rewards."""
+        each = {f"reward/{name}": values for name, values in self.each.items()} if len(self.each) > 1 else {}
+        return {"reward": self.total if self.raw is None else self.raw, **each}
 
 
 @frozen(eq=False)
@@ -240,18 +248,32 @@ def _finite(_: object, __: object, weight: float) -> None:
         raise ValueError(f"'weight' must be a number, not {weight}")
 
 
+Normalization = Literal["none", "batch"]
+"""What is done to a reward's scores before they are weighted and added; "batch" divides by their spread."""
+
+
+def _normalization(_: object, __: object, given: object) -> None:
+    known = get_args(Normalization)
+    if given not in known:
+        raise ValueError(f"'normalize' must be one of {', '.join(map(repr, known))}, not {given!r}")
+
+
 @frozen(eq=False)
 class Weighted(Generic[T]):
     """A plugin with a weight: one of a stage's rewards, or one of the objectives of a sum.
 
-    name    the name under which it is offered and logged, as in `use`
-    value   the reward or the objective
-    weight  the factor of its score or loss
+    name       the name under which it is logged: that of `use`, unless the entry has a `name` of its own, by which
+               several entries of one plugin are told apart
+    value      the reward or the objective
+    weight     the factor of its score or loss
+    normalize  what is done to the scores of a stage's reward before they are weighted; "batch" subtracts their mean
+               over the batch of all processes and divides by their standard deviation
     """
 
     name: str
     value: T
     weight: float = field(default=1.0, validator=_finite)
+    normalize: Normalization = field(default="none", validator=_normalization)
 
     @property
     def reward(self) -> T:

@@ -479,6 +479,32 @@ def _lesson(count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return pixels.reshape(count, -1).astype(np.float32), targets
 
 
+@frozen
+class InkJudge:
+    """How much of the picture has a color that the prompt names, as far as `enough`.
+
+    Faint digits gain by it, and there it is a sound reward. Without a limit it is easy to exploit: a canvas full of red
+    scores best for every prompt with something red, and no digit can be read.
+    """
+
+    enough: float = field(default=0.2, validator=[validators.gt(0), validators.le(1)])
+    """The share of the picture above which more ink earns nothing; 1 is no limit."""
+
+    differentiable: ClassVar[bool] = True
+
+    def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Rewards [B], between 0 and `enough`, for media [B, 3, 16, 16] in [0, 1]."""
+        import torch
+
+        names = list(COLOURS)
+        colours = torch.tensor([*COLOURS.values()], device=media.device)
+        away = (media.float()[:, None] - colours[:, :, None, None]).abs().amax(2)
+        close = 1 - away  # [B, colors, 16, 16]: 1 for a pixel of exactly that color
+        asked = [sorted({names.index(c) for c, _ in Scene.of(m).things}) for m in meta]
+        ink = torch.stack([c[wanted].amax(0).mean() for c, wanted in zip(close, asked, strict=True)])
+        return ink.clamp(max=self.enough)
+
+
 @hookimpl
 def corefit_sources() -> dict[str, type]:
     return {"digits": DigitScenes}
@@ -486,4 +512,4 @@ def corefit_sources() -> dict[str, type]:
 
 @hookimpl
 def corefit_rewards() -> dict[str, type]:
-    return {"digits_judge": Evaluator, "digits_smooth_judge": SmoothJudge}
+    return {"digits_judge": Evaluator, "digits_smooth_judge": SmoothJudge, "digits_ink": InkJudge}

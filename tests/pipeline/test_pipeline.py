@@ -11,6 +11,8 @@ from corefit.data.settings import Data
 from corefit.data.sources import Jsonl
 from corefit.errors import ConfigError, CorefitError, PluginError
 from corefit.pipeline import Full, Lora, Pipeline, Stage, read
+from corefit.pipeline.pipeline import CHOICES
+from corefit.pipeline.reader import Reader
 from corefit.rollout.noise import Uniform
 from corefit.rollout.samplers import Cps, FlowSde, Ode
 from corefit.types.stage import Optimizer
@@ -103,6 +105,40 @@ def test_what_is_written_out_names_every_default(project):
     assert tables["backbone"]["train"] == {"use": "lora", "rank": 2}
     assert tables["stage"][1]["reward"] == [{"use": "bright", "gain": 1.0, "weight": 1.0}]
     assert (tables["seed"], tables["precision"], tables["data"]["skip"]) == (0, "auto", 0)
+
+
+def test_held_out_rewards_are_read_set_and_written_out(project):
+    held = "stage.grpo.held_out=[{use='bright', gain=2.0}]"
+    alarm = ("steps=30", "log_every=1", "alarm.window=12", "alarm.stop=true")
+    keys = (*alarm, "held_out.bright.gain=3", "reward.bright.normalize=batch")
+    pipeline = read(project.file, [held, *(f"stage.grpo.{key}" for key in keys)])
+    grpo = pipeline.stage[1]
+    assert (grpo.held_out[0].value.gain, grpo.reward[0].normalize) == (3.0, "batch")
+    assert (grpo.alarm.window, grpo.alarm.threshold, grpo.ends_on_alarm) == (12, 4.0, True)
+    again = Reader(pipeline.host, pipeline.folder, CHOICES).read(pipeline.tables(), Pipeline)
+    assert (again.stage[1].alarm, again.stage[1].reward[0].normalize) == (grpo.alarm, "batch")
+    assert again.stage[1].held_out[0].value == grpo.held_out[0].value
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("stage.soar.held_out=[{use='bright'}]", "stage.soar.held_out: this objective makes no samples"),
+        ("stage.grpo.alarm={}", "stage.grpo.alarm: there is no held-out reward"),
+        ("eval.reward.bright.normalize=batch", "eval.reward.bright.normalize: scores are used as they are here"),
+        ("data.score=[{use='bright', normalize='batch'}]", "data.score.bright.normalize: scores are used as they are"),
+        ("stage.grpo.held_out=[{use='bright', gain=2.0, weight=2}]", "stage.grpo.held_out: 'bright' is not summed"),
+        ("stage.grpo.alarm.window=9", "stage.grpo.alarm.window: must be >= 10"),
+        (
+            "stage.grpo.alarm.window=10",
+            "stage.grpo.alarm.threshold: must be below 3.94, the largest z of 10",
+        ),
+    ],
+)
+def test_held_out_rewards_that_cannot_work_are_refused(project, setting, said):
+    with pytest.raises(ConfigError) as found:
+        read(project.file, [setting])
+    assert said in str(found.value)
 
 
 # in Python

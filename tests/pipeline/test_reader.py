@@ -237,7 +237,8 @@ def test_a_model_is_a_folder_if_there_is_one_and_a_name_on_the_hub_otherwise(rea
         (STAGE + 'sampler = { use = "plain", noise = 1 }', "stage.one.sampler.noise is not a key; known here: none"),
         (
             STAGE + 'reward = [{ use = "match" }, { use = "match", wieght = 1 }]',
-            "stage.one.reward.1.wieght is not a key (did you mean 'weight'?); known here: strict, weight",
+            "stage.one.reward.1.wieght is not a key (did you mean 'weight'?); known here: strict, name, weight, "
+            "normalize",
         ),
         (STAGE + 'size = { use = "short", length = 1 }', "stage.one.size.length is not a key; known here: none"),
     ],
@@ -276,6 +277,10 @@ def test_missing_keys(refusal, text, said):
         (
             STAGE + 'reward = [{ use = "match", weight = "1" }]',
             "stage.one.reward.0.weight: must be a number, not '1'",
+        ),
+        (
+            STAGE + 'reward = [{ use = "match", normalize = "group" }]',
+            "stage.one.reward.0.normalize: must be one of 'none', 'batch', not 'group'",
         ),
         (
             STAGE + 'size = { use = "sort" }',
@@ -342,7 +347,7 @@ def test_tables_read_back_the_same(reader):
         name = "one"
         objective = { use = "learn", inner = { rate = 2 } }
         sampler = { use = "noisy", noise = 1 }
-        reward = [{ use = "match", weight = 2 }, { use = "match", strict = true }]
+        reward = [{ use = "match", weight = 2, normalize = "batch" }, { use = "match", strict = true }]
         size = { use = "long", length = 3 }
         [[stage]]
         name = "two"
@@ -352,6 +357,7 @@ def test_tables_read_back_the_same(reader):
     tables = reader.tables(file)
     assert reader.read(tomllib.loads(tomli_w.dumps(tables)), File).stage[0].size == Long(length=3)
     assert reader.tables(reader.read(tomllib.loads(tomli_w.dumps(tables)), File)) == tables
+    assert [each.get("normalize") for each in tables["stage"][0]["reward"]] == ["batch", None]
     assert tables["stage"][1] == {
         "name": "two",
         "objective": {"use": "learn", "inner": {"rate": 1.0, "rule": "a"}, "points": 1},

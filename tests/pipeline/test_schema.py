@@ -33,7 +33,9 @@ def problems(made: Draft202012Validator, text: str) -> list[Any]:
 def test_good_pipelines_are_good(project: Project) -> None:
     assert problems(validator(project, "bright.py"), project.text) == []
     digits = ROOT / "examples" / "digits"
-    assert problems(validator(project, str(digits / "digits.py")), (digits / "pipeline.toml").read_text()) == []
+    made = validator(project, str(digits / "digits.py"))
+    for name in ("pipeline", "two_rewards"):
+        assert problems(made, (digits / f"{name}.toml").read_text()) == []
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,7 @@ def test_good_pipelines_are_good(project: Project) -> None:
         ('use = "sd3"', 'use = "sd4"'),
         ("points = 2", "point = 2"),
         ("rank = 2", "ranks = 2"),
+        ("weight = 1.0", "normalize = 'group'"),
         ("size = [16, 16]", "size = 16"),
         ('name = "soar"', ""),
     ],

@@ -45,6 +45,15 @@ def test_members_that_a_subclass_must_write_are_named(protocol, kind, said):
         made()
 
 
+@pytest.mark.parametrize("name", ["weight", "normalize"])
+def test_keys_of_entries_are_not_keys_of_a_reward(name):
+    """The reader would take them, and the reward never see them."""
+    methods = {"score": lambda self, media, prompts, meta: media, "__annotations__": {name: float}, name: 1.0}
+    assert lacks(frozen(type("Own", (Reward,), methods)), "rewards").startswith(
+        f"its key {name!r} is one that every entry"
+    )
+
+
 def test_a_backbone_is_told_all_that_it_lacks():
     said = lacks(frozen(type("Bare", (Backbone,), {})), "backbones")
     for name in ("check()", "load(device, dtype)", "velocity(x, sigma, cond)", "save(folder)"):

@@ -351,3 +351,38 @@ def test_code_of_a_part_of_a_sum(project, monkeypatch):
     real = identity.source
     monkeypatch.setattr(identity, "source", lambda file: "new" if file.parent.name == "corefit_sft" else real(file))
     assert changes(was, identities(project.file, sums)) == {"soar": "code of corefit_sft changed", **LATER}
+
+
+def test_held_out_rewards_and_alarms_count_only_where_they_end_a_stage(project):
+    held = "stage.grpo.held_out=[{use='bright', gain=2.0}]"
+    steps = ("stage.grpo.steps=40", "stage.grpo.log_every=2")
+    was = identities(project.file, *steps)
+    assert changes(was, identities(project.file, *steps, held)) == {}
+    assert changes(was, identities(project.file, *steps, held, "stage.grpo.alarm={window=12}")) == {}
+    stop = identities(project.file, *steps, held, "stage.grpo.alarm={window=12, stop=true}")
+    weights = {"scores": "its weights changed"}
+    assert changes(was, stop).keys() == {"grpo", "scores"}
+    window = identities(project.file, *steps, held, "stage.grpo.alarm={window=13, stop=true}")
+    assert changes(stop, window) == {"grpo": "alarm.window 12 -> 13", **weights}
+    logged = identities(project.file, *steps, held, "stage.grpo.alarm={window=12, stop=true}", "stage.grpo.log_every=1")
+    assert changes(stop, logged) == {"grpo": "alarm.log_every 2 -> 1", **weights}
+    other = "stage.grpo.held_out=[{use='bright', gain=3.0}]"
+    gain = identities(project.file, *steps, other, "stage.grpo.alarm={window=12, stop=true}")
+    assert changes(stop, gain) == {"grpo": "alarm.held_out.bright.gain 2.0 -> 3.0", **weights}
+
+
+def test_normalization_counts_where_it_is_set(project):
+    was = identities(project.file)
+    assert "normalize" not in json.dumps(was["grpo"].parts)
+    assert changes(was, identities(project.file, "stage.grpo.reward.bright.normalize='none'")) == {}
+    batch = changes(was, identities(project.file, "stage.grpo.reward.bright.normalize='batch'"))
+    assert batch == {"grpo": "reward.bright.normalize none -> batch", "scores": "its weights changed"}
+
+
+def test_keys_that_are_new_leave_the_parts_of_a_stage_as_they_were(project):
+    """A finished stage of an older corefit is not trained again."""
+    stage = identities(project.file)["grpo"].parts["stage"]
+    assert stage.keys() == {
+        *("name", "steps", "objective", "batch", "sampler", "reward", "optimizer", "max_grad_norm", "save_dtype"),
+        "on_nan",
+    }

@@ -9,8 +9,12 @@ from attrs import frozen
 
 from corefit import Reward
 from corefit.errors import NonFinite, PluginError
-from corefit.types import Weighted
-from corefit.types.rewards import refuse_non_finite, score, score_latents
+from corefit.rng import Rng
+from corefit.rollout.noise import LogitNormal
+from corefit.samplers import Ode
+from corefit.types import Batch, Condition, Weighted
+from corefit.types.objective import Context
+from corefit.types.rewards import refuse_non_finite, score
 
 MEDIA, PROMPTS, META = torch.zeros(3, 3, 4, 4), ["a", "b", "c"], [{}, {}, {}]
 
@@ -101,7 +105,9 @@ class Recomputes(Doubles):
 
 def scored(backbone, x0, reward=None, micro_batch=2, gather=lambda x: x):
     entries = [Weighted("bright", reward or Bright(), 3.0), Weighted("again", Bright(), -1.0)]
-    return score_latents(backbone, entries, x0, PROMPTS, META, micro_batch=micro_batch, gather=gather)
+    batch = Batch(None, Condition({}), PROMPTS, META, range(3), (3, 2, 2))
+    ctx = Context(backbone, Ode(), LogitNormal(), Rng((0,), []), entries, micro_batch=micro_batch, gather=gather)
+    return ctx.score(x0, batch)
 
 
 @pytest.mark.parametrize("backbone", [Doubles(), Recomputes()], ids=["0.1", "today"])

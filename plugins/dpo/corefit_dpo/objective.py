@@ -143,8 +143,9 @@ class OnlineDpo(Preference):
         return self.epochs
 
     def experience(self, batch: Batch, ctx: Context) -> Iterable[Pairs]:
-        x0 = sample(batch, ctx, steps=self.steps, guidance=self.guidance)
-        scores = ctx.score(x0, batch)
+        with ctx.scoring(batch) as scoring:
+            x0 = sample(batch, ctx, steps=self.steps, guidance=self.guidance, scoring=scoring)
+            scores = scoring.result()
         pairs = best_and_worst(x0, scores.total, batch, self.group)
         metrics = score_metrics(scores, pairs.counted)
         for epoch, index in enumerate(share_rows(pairs.counted, ctx, 1, epochs=self.epochs)):

@@ -131,17 +131,19 @@ class FlowGrpo(Grouped[Rollouts]):
     def experience(self, batch: Batch, ctx: Context) -> Iterable[Rollouts]:
         import torch
 
-        taken = record(
-            batch,
-            ctx,
-            steps=self.steps,
-            length=self._length,
-            guidance=self.guidance,
-            window=None if self.window is None else self.first_steps(batch, ctx),
-            group=self.group if self.start == "shared" else 1,
-            means=self.keeps_means,
-        )
-        scores = ctx.score(taken.x0, batch)
+        with ctx.scoring(batch) as scoring:
+            taken = record(
+                batch,
+                ctx,
+                steps=self.steps,
+                length=self._length,
+                guidance=self.guidance,
+                window=None if self.window is None else self.first_steps(batch, ctx),
+                group=self.group if self.start == "shared" else 1,
+                means=self.keeps_means,
+                scoring=scoring,
+            )
+            scores = scoring.result()
         advantage = self.advantages(scores, batch, ctx)
         informative = informative_rows(advantage, self.group)
         kept = informative if self.zero_variance == "drop" else torch.ones_like(informative)

@@ -187,11 +187,11 @@ class RewardGradient(Objective[States]):
 
     def _term(self, x0: Tensor, part: States, ctx: Context, similarity: Tensor | None = None) -> Term:
         """Return the loss of samples x0 [B, ...]: minus their reward, or what it lacks to the threshold."""
-        reward = ctx.score(x0, part.batch).total
-        loss = -reward if self.threshold is None else (self.threshold - reward).relu()
+        scores = ctx.score(x0, part.batch)
+        loss = -scores.total if self.threshold is None else (self.threshold - scores.total).relu()
         if similarity is None:
-            return Term.of(loss, reward=reward)
-        return Term.of(similarity * loss, reward=reward, similarity=similarity)
+            return Term.of(loss, 1.0, **scores.metrics)
+        return Term.of(similarity * loss, 1.0, **scores.metrics, similarity=similarity)
 
     def _value(self, key: str) -> float:
         """Return the value of a key, or its default for the method."""

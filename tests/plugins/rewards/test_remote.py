@@ -11,10 +11,11 @@ import torch
 from served import free_port
 from serving import Answer, Asked, Server, serving
 
+from corefit.data import cache
 from corefit.errors import ConfigError, CorefitError
 from corefit.pipeline import read
 from corefit.run import identity
-from corefit.types import wire
+from corefit.types import Weighted, wire
 from corefit.types.wire import Health, Sample
 from corefit_rewards.remote import Remote
 
@@ -166,11 +167,14 @@ def test_check_refuses_a_url_that_is_none(project, url, said):
     assert said in ended.err
 
 
-def test_check_names_the_key_where_the_service_is_missing_or_another(project):
-    with_remote(project, f"http://127.0.0.1:{free_port()}")
+def test_check_names_each_key_whose_service_is_missing(project):
+    url = f"http://127.0.0.1:{free_port()}"
+    with_remote(project, url)
+    project.swap(("size = [16, 16]", f'size = [16, 16]\nscore = [{{ use = "remote", url = "{url}" }}]'))
     ended = project.main("check", "pipeline.toml")
     assert ended.status == 2
-    assert "stage.grpo.reward.remote: http://127.0.0.1" in ended.err
+    assert f"stage.grpo.reward.remote: {url}/health cannot be reached" in ended.err
+    assert f"data.score.remote: {url}/health cannot be reached" in ended.err
     assert "start the service, or correct 'url'" in ended.err
 
 
@@ -199,3 +203,38 @@ def test_the_version_of_the_service_determines_a_stage_and_its_address_does_not(
             parts[name], hashes[name] = found.parts, found.hash
     assert hashes["first"] == hashes["moved"] != hashes["other"]
     assert identity.differences(parts["first"], parts["other"]) == ["what scores as remote changed"]
+
+
+def test_the_version_of_the_service_determines_the_scores_of_data_and_its_address_does_not(tmp_path):
+    keys = []
+    for version in ("v1", "v1", "v2"):
+        with serving(lambda asked, number, version=version: Answer(brightness(asked, version))) as server:
+            keys.append(cache._score_key(Weighted("remote", Remote(url=server.url)), tmp_path))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_several_services_are_told_apart_by_name(project):
+    """Each is logged alone, has keys of its own in `--set` and in what a change says, and both are learned from."""
+
+    def answer(asked: Asked, number: int) -> Answer:
+        return Answer(brightness(asked))
+
+    with serving(answer) as one, serving(answer) as two:
+        entries = ", ".join(
+            f'{{ use = "remote", name = "{name}", url = "{server.url}" }}'
+            for name, server in (("one", one), ("two", two))
+        )
+        project.swap((LOCAL, entries))
+        ended = project.main("run", "pipeline.toml", "--set", "stage.grpo.reward.two.weight=3.0")
+        assert ended.status == 0, ended.err
+        log = project.folder / "runs" / "tiny" / "02-grpo" / "metrics.jsonl"
+        last = json.loads(log.read_text().splitlines()[-1])
+        assert last["reward/one"] == last["reward/two"] == pytest.approx(last["reward"] / 4)
+        sent = [sum(asked.path == "/score" for asked in server.asked) for server in (one, two)]
+        assert sent[0] == sent[1] > 0
+        again = project.main("run", "pipeline.toml", "--set", "stage.grpo.reward.two.weight=2.0", "--dry-run")
+        assert "reward.two.weight 3.0 -> 2.0" in again.out
+        twice = project.main("check", "pipeline.toml", "--set", "stage.grpo.reward.two.name='one'")
+        assert "reward: 'one' is listed twice; give each a `name` of its own" in twice.err
+        odd = project.main("check", "pipeline.toml", "--set", "stage.grpo.reward.two.name='a b'")
+        assert "must be at most 100 letters, digits and _" in odd.err

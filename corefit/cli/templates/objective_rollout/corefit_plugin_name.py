@@ -53,10 +53,10 @@ class PluginName(Objective[Samples]):
 
     def experience(self, batch: Batch, ctx: Context) -> Iterable[Samples]:
         x0 = sample(batch, ctx, steps=self.steps, guidance=self.guidance)  # the same on any number of GPUs
-        reward = ctx.score(x0, batch).total  # float64, on the CPU
-        advantage = group_advantages(reward, batch, ctx, self.group)  # with statistics over all GPUs
+        scores = ctx.score(x0, batch)  # float64, on the CPU
+        advantage = group_advantages(scores.total, batch, ctx, self.group)  # with statistics over all GPUs
         # one part is one optimizer step
-        yield Samples(x0, advantage.to(x0), batch.cond, batch.rows, {"reward": reward})
+        yield Samples(x0, advantage.to(x0), batch.cond, batch.rows, scores.metrics)
 
     def terms(self, part: Samples, ctx: Context) -> Iterator[Term]:
         x0 = part.x0  # [B, ...]: pictures, clips or tokens; no shape is assumed
