@@ -1,0 +1,204 @@
+"""What a page says of a run besides its results: its state, its costs, and where it comes from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, cast
+
+from corefit.run.report.page.folder import RunFolder, StageFiles
+from corefit.run.report.table import MISSING, duration
+from corefit.system import memory
+
+SECRET = re.compile(r"(^|[_-])(token|tokens|secret|secrets|password|passwd|credential|credentials|auth)$|api_?key", re.I)
+"""Names of keys whose text is not written for others to read."""
+USER = re.compile(r"(?<=://)[^/@\s]+@")
+"""The user and password in an address."""
+PLACE = re.compile(r"""(?<![\w.:/\\])(?:/[\w.+@~-]+){2,}|\b[A-Za-z]:\\[\w.\\ -]+""")
+"""An absolute path inside a longer text."""
+SLASH = re.compile(r"[/\\]")
+
+
+def status(run: RunFolder) -> dict[str, Any] | None:
+    """Return the state of a run in words; None where its folder does not tell, or it is finished and nothing to say."""
+    state = str(run.about.get("status", ""))
+    if not state:
+        return None
+    stages = _stages(run)
+    current = next((e for e in stages if e.get("state") in ("training", "evaluating")), None)
+    started, changed = _time(run.about.get("started")), _time(run.about.get("changed"))
+    text = {
+        "running": f"Running{_doing(current)}; started {started}",
+        "finished": f"Finished {changed}; started {started}",
+        "failed": f"Failed {changed}{_doing(current)}; started {started}",
+        "stopped": f"Stopped {changed}{_doing(current)}; started {started}; the same command goes on",
+    }.get(state, state)
+    label = f"{run.label}: " if run.label else ""
+    return {
+        "state": state,
+        "text": label + text,
+        "changed": str(run.about.get("changed", "")) if state == "running" else "",
+        "done": _share(stages) if state == "running" else None,
+        "error": readable(str(run.about.get("error") or "")),
+    }
+
+
+def _stages(run: RunFolder) -> list[Mapping[str, Any]]:
+    found = run.about.get("stages")
+    entries = cast(list[Any], found) if isinstance(found, list) else []
+    return [cast(Mapping[str, Any], entry) for entry in entries if isinstance(entry, dict)]
+
+
+def _doing(current: Mapping[str, Any] | None) -> str:
+    if current is None:
+        return ""
+    steps = f", step {current.get('step', 0)} of {current['steps']}" if current.get("steps") else ""
+    what = "evaluating" if current.get("state") == "evaluating" else "training"
+    return f": {what} {current.get('name', '')}{steps if what == 'training' else ''}"
+
+
+def _share(stages: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return which share of all steps is done."""
+    total = sum(int(e.get("steps") or 0) for e in stages)
+    done = sum(int(e.get("steps") or 0) if e.get("state") == "done" else int(e.get("step") or 0) for e in stages)
+    return round(min(1.0, done / total), 4) if total else None
+
+
+def costs(stages: Sequence[StageFiles]) -> dict[str, Any] | None:
+    """Return the table of what each stage has cost; None if nothing is known."""
+    trained = [stage for stage in stages if stage.about.get("seconds") or stage.metrics]
+    if not trained:
+        return None
+    columns = {
+        "steps": [_steps(stage) for stage in trained],
+        "time": [duration(_number(stage, "seconds") or _last(stage, "seconds")) for stage in trained],
+        "samples / s": [
+            f"{speed:.1f}" if (speed := _number(stage, "samples_per_second") or _last(stage, "samples_per_second")) else MISSING
+            for stage in trained
+        ],
+        "peak memory": [memory.size(int(_number(stage, "peak_memory"))) if _number(stage, "peak_memory") else MISSING for stage in trained],
+        "energy": [_energy(_number(stage, "energy_joules")) for stage in trained],
+        "update kept in bf16": [_percent(_number(stage, "survived")) for stage in trained],
+    }
+    known = {head: cells for head, cells in columns.items() if {*cells} != {MISSING}}
+    lines = [[stage.label, *cells] for stage, *cells in zip(trained, *known.values(), strict=True)]
+    return {"heads": ["stage", *known], "lines": lines}
+
+
+def _steps(stage: StageFiles) -> str:
+    step = stage.about.get("step") or (stage.metrics[-1]["step"] if stage.metrics else 0)
+    steps = stage.about.get("steps") or step
+    return str(steps) if step == steps else f"{step} of {steps}"
+
+
+def _number(stage: StageFiles, key: str) -> float:
+    value = stage.about.get(key)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _last(stage: StageFiles, key: str) -> float:
+    value = stage.metrics[-1].get(key) if stage.metrics else 0
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _energy(joules: float) -> str:
+    hours = joules / 3600
+    return MISSING if not joules else f"{hours:.1f} Wh" if hours < 1000 else f"{hours / 1000:.2f} kWh"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share else MISSING
+
+
+def provenance(run: RunFolder) -> list[tuple[str, str]]:
+    """Return names and texts of where a run comes from: of run.json, and of pipeline.toml what that has not."""
+    about = run.about
+    found = [
+        ("started", _time(about.get("started"))),
+        ("last changed", _time(about.get("changed"))),
+        ("commit of the project", _text(about.get("commit"))),
+        ("versions", _text(about.get("versions"))),
+        ("devices", _text(about.get("devices"))),
+        ("processes", _text(about.get("processes"))),
+        ("precision", _text(about.get("precision") or run.pipeline.get("precision"))),
+        ("base model", _text(about.get("base") or _within(run.pipeline, "backbone", "path"))),
+        ("seed", _text(_either(about, run.pipeline, "seed"))),
+        ("data", _text(about.get("data") or _within(run.pipeline, "data", "source", "use"))),
+        ("stages", "; ".join(_described(run))),
+    ]
+    return [(name, readable(text)) for name, text in found if text]
+
+
+def _either(first: Mapping[str, Any], second: Mapping[str, Any], key: str) -> Any:
+    return first[key] if first.get(key) is not None else second.get(key)
+
+
+def _within(tables: Mapping[str, Any], *keys: str) -> Any:
+    found: Any = tables
+    for key in keys:
+        found = cast(Mapping[str, Any], found).get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _described(run: RunFolder) -> Iterator[str]:
+    """Yield what each stage of pipeline.toml does: "soar: soar, 300 steps of 64"."""
+    stages = run.pipeline.get("stage")
+    for entry in cast(list[Any], stages) if isinstance(stages, list) else []:
+        objective, steps, batch = _within(entry, "objective", "use"), _within(entry, "steps"), _within(entry, "batch")
+        yield f"{_within(entry, 'name')}: {objective}, {steps} steps of {batch}"
+
+
+def _text(value: Any) -> str:
+    """Return a value of run.json as a line: "torch 2.9.1, corefit 0.1.0"."""
+    if value is None or value == "":
+        return ""
+    if isinstance(value, dict):
+        table = cast(Mapping[str, Any], value)
+        return ", ".join(f"{str(key).replace('_', ' ')} {_text(inner)}" for key, inner in table.items() if inner is not None)
+    if isinstance(value, list):
+        return ", ".join(map(_text, cast(list[Any], value)))
+    return str(value)
+
+
+def _time(value: Any) -> str:
+    """Return an ISO time as a page shows it."""
+    try:
+        return datetime.fromisoformat(str(value)).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return ""
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def pipeline_text(run: RunFolder) -> str:
+    """Return pipeline.toml without secrets and absolute paths; nothing where there is none."""
+    import tomli_w
+
+    return tomli_w.dumps(_public(run.pipeline)) if run.pipeline else ""
+
+
+def _public(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _public(inner, str(name)) for name, inner in cast(Mapping[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_public(inner, key) for inner in cast(list[Any], value)]
+    if isinstance(value, str):
+        return "(not shown)" if is_secret(key) else readable(value)
+    return value
+
+
+def is_secret(key: str) -> bool:
+    """Return whether the text under a key is a secret, by the key's name."""
+    return bool(SECRET.search(key))
+
+
+def readable(text: str) -> str:
+    """Return a text without absolute paths, of which the last name is left, and without users in addresses."""
+    whole = next((kind(text) for kind in (PurePosixPath, PureWindowsPath) if kind(text).is_absolute()), None)
+    if whole is not None and "\n" not in text:
+        return f"…/{whole.name}" if whole.name else "…"
+    return USER.sub("", PLACE.sub(lambda found: f"…/{SLASH.split(found[0])[-1]}", text))

@@ -1,0 +1,181 @@
+"""The pictures of a page as data URLs: kept samples, the grids of checkpoints, clips that move."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from corefit.run.report.page.folder import StageFiles
+from corefit.run.report.page.memo import Memo
+
+SMALL = 128
+"""Pictures of at most this many pixels a side are embedded as they are, larger ones as JPEG."""
+SIDES = ((60, 640), (150, 448), (400, 320))
+"""Up to how many pictures a page has them with how many pixels a side; more are left out."""
+SHEET = 1600
+"""Pixels of width that a grid of samples is scaled down to."""
+SHEETS = 12
+"""Grids of a stage; of more, evenly spaced ones are shown."""
+MOVING = 3 * 2**20
+"""Bytes of the largest animation that a page has."""
+
+Pixels = NDArray[np.uint8]
+
+
+@frozen(eq=False)
+class Kept:
+    """The samples that were kept of one stage."""
+
+    rows: Sequence[int]
+    """The numbers of their prompts."""
+    prompts: Sequence[str]
+    """Their prompts, or nothing where the file does not tell them."""
+    media: Pixels
+    """[n, 3, H, W], or frames of clips [n, 3, T, H, W]."""
+
+
+def kept(stage: StageFiles, memo: Memo) -> Kept | None:
+    """Read the samples of a stage's last evaluation."""
+    file = stage.folder / "samples" / "last.safetensors"
+    return memo.of("media", [file], lambda: _read(file))
+
+
+def _read(file: Path) -> Kept | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            media = cast(Pixels, opened.get_tensor("media"))
+            metadata = cast(Mapping[str, str], opened.metadata() or {})
+        prompts = [str(prompt) for prompt in json.loads(metadata.get("prompts", "[]"))]
+        rows = [int(row) for row in json.loads(metadata.get("rows", "[]"))]
+    except (OSError, ValueError, SafetensorError):
+        return None
+    if media.dtype != np.uint8 or media.ndim not in (4, 5) or media.shape[1] != 3:
+        return None
+    return Kept(rows if len(rows) == len(media) else range(len(media)), prompts, media)
+
+
+def side_for(count: int) -> tuple[int, int]:
+    """Return the pixels a side of `count` pictures, and how many of them a page may have."""
+    for most, side in SIDES:
+        if count <= most:
+            return side, count
+    return SIDES[-1][1], SIDES[-1][0]
+
+
+def sources(stage: StageFiles, side: int, most: int, memo: Memo) -> dict[int, str]:
+    """Return row -> the data URL of its picture, for at most `most` of a stage's kept samples."""
+    file = stage.folder / "samples" / "last.safetensors"
+    return memo.of(("pictures", side, most), [file], lambda: _sources(kept(stage, memo), side, most))
+
+
+def _sources(found: Kept | None, side: int, most: int) -> dict[int, str]:
+    if found is None:
+        return {}
+    return {row: _encoded(_still(one), side) for row, one in zip(found.rows[:most], found.media, strict=False)}
+
+
+def _still(media: Pixels) -> Pixels:
+    """Return one sample as pixels [H, W, 3], the frames of a clip side by side."""
+    picture = np.concatenate(list(media.transpose(1, 0, 2, 3)), axis=-1) if media.ndim == 4 else media
+    return np.ascontiguousarray(picture.transpose(1, 2, 0))
+
+
+def _encoded(pixels: Pixels, side: int) -> str:
+    from PIL import Image
+
+    image, data = Image.fromarray(pixels), io.BytesIO()
+    if max(image.size) <= SMALL:
+        image.save(data, "png")
+        return _url(data.getvalue(), "png")
+    image.thumbnail((side * max(1, image.width // max(1, image.height)), side))
+    image.save(data, "jpeg", quality=84)
+    return _url(data.getvalue(), "jpeg")
+
+
+def sheets(stage: StageFiles, memo: Memo) -> list[dict[str, str]]:
+    """Return name and source of a stage's sample grids, in the order of training."""
+    files = stage.sheets
+    chosen = sorted({round(i) for i in np.linspace(0, len(files) - 1, min(len(files), SHEETS))})
+    found: list[dict[str, str]] = []
+    for file in (files[i] for i in chosen):
+        if source := memo.of("sheet", [file], lambda file=file: _sheet(file)):
+            found.append({"name": f"step {file.stem.removeprefix('step-').lstrip('0') or '0'}", "source": source})
+    return found
+
+
+def _sheet(file: Path) -> str:
+    """Return a grid as it is if it is small, else as a JPEG; nothing for what is no picture."""
+    from PIL import Image
+
+    try:
+        data = file.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            if len(data) <= 64 * 1024 and image.width <= SHEET:
+                return _url(data, "png")
+            smaller, output = image.convert("RGB"), io.BytesIO()
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return ""
+    smaller.thumbnail((SHEET, 10 * SHEET))
+    smaller.save(output, "jpeg", quality=82)
+    return _url(output.getvalue(), "jpeg")
+
+
+def moving(stage: StageFiles, memo: Memo) -> str:
+    """Return the animation of a stage's clips, or nothing where there is none, or a heavy one."""
+    file = stage.folder / "samples" / "last.webp"
+    return memo.of("moving", [file], lambda: _moving(file))
+
+
+def _moving(file: Path) -> str:
+    try:
+        light = file.stat().st_size <= MOVING
+        return _url(file.read_bytes(), "webp") if light else ""
+    except OSError:
+        return ""
+
+
+def _url(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def prompts_of(stages: Sequence[StageFiles], memo: Memo) -> dict[int, str]:
+    """Return row -> prompt: of scores.json, or of the kept samples, or else the prompt's number."""
+    found: dict[int, str] = {}
+    for stage in stages:
+        media, scored = kept(stage, memo), stage.scores.get("prompts")
+        every = cast(list[Any], scored) if isinstance(scored, list) else []
+        for i, row in enumerate(media.rows if media else ()):
+            known = every[row] if row < len(every) else media.prompts[i] if media and i < len(media.prompts) else None
+            found.setdefault(row, f"prompt {row + 1}" if known is None else str(known))
+    return found
+
+
+def scores_of(stages: Sequence[StageFiles], rows: Sequence[int]) -> dict[str, dict[str, dict[int, float]]]:
+    """Return metric -> stage -> row -> score of the samples that have pictures."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for stage in stages:
+        values = stage.scores.get("values")
+        for metric, each in (cast(dict[str, Any], values) if isinstance(values, dict) else {}).items():
+            if isinstance(each, list):
+                numbers = cast(list[Any], each)
+                known = {row: numbers[row] for row in rows if row < len(numbers) and type(numbers[row]) in (int, float)}
+                found.setdefault(metric, {})[stage.key] = known
+    return found
+
+
+def is_small(stages: Sequence[StageFiles], memo: Memo) -> bool:
+    """Return whether the pictures are so small that the page shows their pixels."""
+    shapes = [media.media.shape[-2:] for stage in stages if (media := kept(stage, memo))]
+    return bool(shapes) and max(map(max, shapes)) <= SMALL
+
+
