@@ -6,7 +6,6 @@ The same classes serve in Python: Pipeline(name=..., backbone=Sd3(path=...), dat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from attrs import define, field, validators
 from corefit.data import buckets, cache
 from corefit.data.order import check_batch
 from corefit.data.settings import Data
-from corefit.errors import ConfigError, CorefitError
+from corefit.errors import ConfigError, CorefitError, near
 from corefit.pipeline.eval import Eval
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
 from corefit.plugins.host import Host
@@ -25,6 +24,8 @@ from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
 
 __all__ = ["Data", "Eval", "Full", "Lora", "Optimizer", "Pipeline", "Stage", "read"]
 
+BASE = "base"
+"""The name of the model that the first stage starts from: in `from`, and in the results."""
 MODES: Mapping[str, type] = {"full": Full, "lora": Lora}
 CHOICES: Mapping[Any, Mapping[str, type]] = {Training: MODES, Training | None: MODES}
 
@@ -40,11 +41,12 @@ class Pipeline:
     data: Data
     """The data that the stages train on."""
     stage: tuple[Stage, ...] = field(converter=tuple)
-    """The stages, in order; each starts from the weights that the one before saved."""
+    """The stages, in order; each starts from the weights that the one before saved, or those that `from` names."""
     train: Training = field(factory=Full, metadata={TABLE: "backbone"})
     """Which weights are trainable, in stages without a `train` of their own. In TOML it is a key of `[backbone]`."""
     seed: int = 0
-    """The seed of all randomness: noise, the order of examples, the choice of captions, the initial LoRA weights."""
+    """The seed of all randomness of training: noise, the order of examples, the choice of captions, initial LoRAs.
+    Evaluation has a `seed` of its own."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the computation; `auto` is bf16 on a GPU that supports it, otherwise fp32."""
     shard: bool = False
@@ -81,13 +83,26 @@ class Pipeline:
         """Return which weights are trainable in a stage."""
         return stage.train or self.train
 
+    def parent(self, stage: Stage) -> Stage | None:
+        """Return the stage whose weights `stage` starts from, None for the base."""
+        names = [each.name for each in self.stage]
+        number = names.index(stage.name)
+        if stage.from_ is not None:
+            return None if stage.from_ == BASE else self.stage[names.index(stage.from_)]
+        return self.stage[number - 1] if number else None
+
+    def lineage(self, stage: Stage) -> tuple[Stage, ...]:
+        """Return the stages whose training is in the weights of `stage`, from the base on; the stage itself is last."""
+        parent = self.parent(stage)
+        return (*(self.lineage(parent) if parent else ()), stage)
+
     def freezes_in_half(self, stage: Stage) -> bool:
         """Return whether, under precision bf16, the weights that `stage` does not train are held in bfloat16.
 
-        The weights of the base are. Weights that full training in an earlier stage saved in float32 stay in float32,
-        because rounding would lose small updates.
+        The weights of the base are. Weights that full training in a stage of its lineage saved in float32 stay in
+        float32, because rounding would lose small updates.
         """
-        before = self.stage[: [each.name for each in self.stage].index(stage.name)]
+        before = self.lineage(stage)[:-1]
         exact = [each.save_dtype == "fp32" for each in before if isinstance(self.mode(each), Full)]
         return isinstance(self.mode(stage), Lora) and not (exact and exact[-1])
 
@@ -109,11 +124,12 @@ class Pipeline:
             yield "stage: there is none; add [[stage]] with name, steps and objective"
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"stage.{name}: two stages have this name; rename one"
-        if "base" in names:
+        if BASE in names:
             yield "stage.base: the base model's results have this name; rename the stage"
         for stage in self.stage:
             yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
-        yield from self._mode_problems()
+        starts = [*self._start_problems(names)]
+        yield from starts or self._mode_problems()
         yield from self._reward_problems()
         found = [*_error_of("backbone", self.backbone.check)]
         found = found or [*_error_of("backbone", lambda: self.backbone.latent_shape(self.data.size))]
@@ -121,18 +137,36 @@ class Pipeline:
         yield from self._data_problems()
         if self.eval:
             yield from self._eval_problems(self.eval)
+        for stage in self.stage if not self.eval else ():
+            if stage.sample_every is not None:
+                yield (
+                    f"stage.{stage.name}.sample_every: sample grids are drawn from the prompts of [eval], and there is "
+                    'none; add [eval] with prompts = ["...", ...], or remove the key'
+                )
         nearest = next(folder for folder in (self.run_folder, *self.run_folder.parents) if folder.exists())
         if not nearest.is_dir():
             yield f"out: {nearest} is a file, and the run's folder would be {self.run_folder}; name another"
 
+    def _start_problems(self, names: Sequence[str]) -> Iterator[str]:
+        """Refuse a `from` that names neither the base nor an earlier stage."""
+        for number, stage in enumerate(self.stage):
+            earlier = [BASE, *names[:number]]
+            if stage.from_ in (None, *earlier):
+                continue
+            problem = f"there is no stage {stage.from_!r}{near(str(stage.from_), earlier)}"
+            if stage.from_ in names:
+                which = "is this stage" if stage.from_ == stage.name else "comes later in the file"
+                problem = f"{stage.from_!r} {which}, and a stage starts from the base or from an earlier one"
+            yield f"stage.{stage.name}.from: {problem}; there are: {', '.join(earlier)}"
+
     def _mode_problems(self) -> Iterator[str]:
-        """Refuse stages that would drop or change the LoRA of the stage before, or save a LoRA in bf16."""
+        """Refuse stages that would drop or change the LoRA that they start from, or save a LoRA in bf16."""
         for stage in self.stage:
             if stage.save_dtype != "fp32" and isinstance(self.mode(stage), Lora):
                 yield f"stage.{stage.name}.save_dtype: a LoRA is saved in float32; remove the key"
-        for before, stage in pairwise(self.stage):
-            was, now = self.mode(before), self.mode(stage)
-            if isinstance(was, Lora) and was != now:
+        for before, stage in ((self.parent(stage), stage) for stage in self.stage):
+            was, now = before and self.mode(before), self.mode(stage)
+            if before and isinstance(was, Lora) and was != now:
                 what = "full training would drop" if isinstance(now, Full) else "other settings cannot go on with"
                 yield (
                     f"stage.{stage.name}.train: {what} the LoRA of stage {before.name}; train both with the same "
@@ -162,8 +196,6 @@ class Pipeline:
     def _eval_problems(self, eval: Eval) -> Iterator[str]:
         yield from _error_of("eval.prompts", lambda: cache.check(eval.data(self.data.size), media=False))
         names = [entry.name for entry in eval.reward]
-        if not names:
-            yield "eval.reward: name at least one reward, or remove [eval]"
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"eval.reward: {name!r} is listed twice; remove one"
 

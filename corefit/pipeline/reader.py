@@ -1,7 +1,7 @@
 """Turns TOML tables into attrs classes (with cattrs), and its errors into messages about the file.
 
-The fields of a class are the keys of its table. `use = "name"` chooses a plugin's class. A message has the TOML path,
-a near miss and the known keys; all problems of a file are reported at once.
+The fields of a class are the keys of its table (`key_of`). `use = "name"` chooses a plugin's class. A message has the
+TOML path, a near miss and the known keys; all problems of a file are reported at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, repeat
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import attrs
 import cattrs
@@ -24,12 +25,14 @@ from cattrs.errors import (
     IterableValidationError,
     IterableValidationNote,
 )
+from cattrs.gen import make_dict_structure_fn
+from cattrs.gen import override as overridden
 
 from corefit.errors import ConfigError, is_unicode, near, short_repr
 from corefit.plugins import contract
 from corefit.plugins.host import Host
 from corefit.plugins.kinds import BY_PROTOCOL
-from corefit.types import ModelPath, Reward, Weighted, blame
+from corefit.types import ModelPath, Reward, Weighted, blame, key_of
 
 T = TypeVar("T")
 Table = dict[str, Any]
@@ -126,8 +129,10 @@ class Reader:
         c.register_structure_hook_func(lambda t: get_origin(t) is Literal, _literal)
         c.register_structure_hook_func(lambda t: _base(t) in BY_PROTOCOL, self._plugin)
         c.register_structure_hook_func(lambda t: t in self.choices, self._choice)
-        c.register_structure_hook_func(lambda t: get_origin(t) in (tuple, list, Sequence), self._list)
+        c.register_structure_hook_func(_is_list, self._list)
         c.register_structure_hook_func(lambda t: _base(t) is Weighted, self._weighted)
+        c.register_structure_hook_func(_is_one_or_list, self._one_or_list)
+        c.register_structure_hook_factory(_has_renamed_keys, self._with_renamed_keys)
 
     def read(self, table: Table, cls: type[T]) -> T:
         """Make a `cls` of `table`; ConfigError lists every problem found."""
@@ -145,7 +150,8 @@ class Reader:
             return {**self.tables(value.value), "weight": value.weight}
         if attrs.has(type(value)):
             fields = [f for f in attrs.fields(type(value)) if f.init]
-            rest = {f.name: self.tables(getattr(value, f.name)) for f in fields if getattr(value, f.name) is not None}
+            known = [f for f in fields if getattr(value, f.name) is not None]
+            rest = {key_of(f.name): self.tables(getattr(value, f.name)) for f in known}
             for f in fields_of_other_tables(type(value)):
                 rest[f.metadata[TABLE]][f.name] = rest.pop(f.name)
             return {**self._use_of(value), **rest}
@@ -214,6 +220,16 @@ class Reader:
             raise IterableValidationError("items", errors, target)  # pyright: ignore[reportCallIssue]
         return items
 
+    def _one_or_list(self, value: Any, target: Any) -> Any:
+        """Read a key that takes one value or a list, such as `Path | tuple[str, ...]`."""
+        kinds = {_is_list(kind): kind for kind in get_args(target)}
+        return self._converter.structure(value, kinds[isinstance(value, (list, tuple))])
+
+    def _with_renamed_keys(self, cls: type) -> Any:
+        """Return the hook for a class with fields such as `from_`, whose keys are Python's reserved words."""
+        renamed: Any = {f.name: overridden(rename=key_of(f.name)) for f in attrs.fields(cls)}
+        return make_dict_structure_fn(cls, self._converter, **renamed)
+
     def _model(self, value: Any) -> ModelPath:
         if value == "":
             raise ConfigError("must name a folder, or a model on the hub, not ''")
@@ -238,7 +254,7 @@ class Reader:
             yield from self._unplaced(inner, path, table, kind)
 
     def _field_problems(self, error: BaseException, path: str, note: Any, table: Any) -> Iterator[str]:
-        name: str = note.name
+        name = key_of(note.name)
         if isinstance(error, KeyError):
             yield f"{_dotted(path, name)} is missing; {_dotted(path, '') or 'the file'} needs it"
         else:
@@ -249,7 +265,7 @@ class Reader:
         if isinstance(error, cattrs.BaseValidationError):
             yield from self._problems(error, path, table, kind)
         elif isinstance(error, ForbiddenExtraKeysError):
-            own = (_dotted(f.metadata.get(TABLE, ""), f.name) for f in attrs.fields(error.cl) if f.init)
+            own = (_dotted(f.metadata.get(TABLE, ""), key_of(f.name)) for f in attrs.fields(error.cl) if f.init)
             known = [*own, *self._extra_keys(kind)]
             for extra in sorted(error.extra_fields):
                 listing = ", ".join(known) or "none"
@@ -259,7 +275,7 @@ class Reader:
         else:
             text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
             if about_key := VALIDATOR_MESSAGE.fullmatch(text):
-                path, text = _dotted(path, about_key["key"]), about_key["rule"]
+                path, text = _dotted(path, key_of(about_key["key"])), about_key["rule"]
             yield f"{_dotted(path, '') or 'the pipeline'}: {text}"
 
     def _extra_keys(self, kind: Any) -> list[str]:
@@ -291,6 +307,19 @@ def _with_keys_moved(table: Table, cls: type) -> Table:
 def has_any_length(target: Any) -> bool:
     """Whether a type of lists leaves their length open, as `list[int]` and `tuple[int, ...]` do."""
     return get_origin(target) is not tuple or get_args(target)[-1:] == (...,)
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) in (tuple, list, Sequence)
+
+
+def _is_one_or_list(target: Any) -> bool:
+    kinds = get_args(target) if get_origin(target) in (Union, UnionType) else ()
+    return len(kinds) == 2 and NoneType not in kinds and any(map(_is_list, kinds)) and not all(map(_is_list, kinds))
+
+
+def _has_renamed_keys(cls: Any) -> bool:
+    return attrs.has(cls) and any(key_of(f.name) != f.name for f in attrs.fields(cls))
 
 
 def _base(target: Any) -> Any:

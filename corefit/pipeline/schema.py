@@ -19,7 +19,7 @@ from corefit.pipeline.pipeline import CHOICES, Pipeline
 from corefit.pipeline.reader import TABLE, Reader, fields_of_other_tables, has_any_length
 from corefit.plugins.host import Host
 from corefit.plugins.kinds import BY_PROTOCOL, Kind
-from corefit.types import ModelPath, Weighted
+from corefit.types import ModelPath, Weighted, key_of
 from corefit.types.objective import Sum
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -64,8 +64,8 @@ class Writer:
         attrs.resolve_types(cls, include_extras=True)
         fields = [f for f in attrs.fields(cls) if f.init and TABLE not in f.metadata]
         texts = meanings(cls)
-        properties = {f.name: self.key(f, texts) for f in fields}
-        required = [f.name for f in fields if f.default is attrs.NOTHING]
+        properties = {key_of(f.name): self.key(f, texts) for f in fields}
+        required = [key_of(f.name) for f in fields if f.default is attrs.NOTHING]
         if use is not None:
             properties, required = {"use": {"const": use}, **properties}, ["use", *required]
         summary = (inspect.getdoc(cls) or "").partition("\n\n")[0]

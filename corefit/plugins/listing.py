@@ -11,6 +11,7 @@ import attrs
 
 from corefit.plugins.host import HOOKS, Host, Offer
 from corefit.plugins.kinds import KINDS
+from corefit.types import key_of
 
 MODULES = re.compile(r"(?<!['\w.])(\w+\.)+(?=\w)")
 
@@ -41,7 +42,7 @@ def _offer(offer: Offer) -> Iterator[str]:
     attrs.resolve_types(offer.cls)
     for field in attrs.fields(offer.cls):
         if field.init:
-            yield f"      {field.name}: {_type(field.type)}{_default(field.default)}"
+            yield f"      {key_of(field.name)}: {_type(field.type)}{_default(field.default)}"
 
 
 def _type(kind: Any) -> str:

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from attrs import frozen
 
 from corefit.data.dataset import Dataset
 from corefit.pipeline.eval import Eval
 from corefit.rng import Rng
 from corefit.rollout.loop import generate
-from corefit.run import report
+from corefit.run import diversity, drift, report
 from corefit.system import files, memory
 from corefit.system.ranks import Ranks
-from corefit.types import Backbone, Condition, rewards
+from corefit.types import Backbone, Batch, Condition, rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,25 +27,34 @@ SAMPLES = "last.safetensors"
 
 @frozen(eq=False)
 class Evaluator:
-    """Generates media for the held-out prompts and scores them. The noise of a prompt depends only on seed and row."""
+    """Generates media for the held-out prompts and scores them.
+
+    The noise of a prompt depends on the seed of [eval] and on its row alone.
+    """
 
     eval: Eval
     prompts: Dataset
-    seed: int
     ranks: Ranks
+    data: Dataset | None = None
+    """The training data, for `drift`."""
 
     @property
     def count(self) -> int:
         """The number of prompts that are used."""
-        return min(len(self.prompts), self.eval.limit or len(self.prompts))
+        return self.eval.count(len(self.prompts))
 
-    def media(self, backbone: Backbone, rows: Sequence[int]) -> Tensor:
-        """Generate media [n, 3, H, W], or clips [n, 3, T, H, W], in [0, 1] for the prompts `rows`."""
+    def media(self, backbone: Backbone, rows: Sequence[int], draws: Sequence[int] | None = None) -> Tensor:
+        """Generate media [n, 3, H, W], or clips [n, 3, T, H, W], in [0, 1] for the prompts `rows`.
+
+        draws  for each row which of its samples for diversity to generate; by default the one that is scored
+        """
         import torch
 
         device = self.ranks.device
         batch = self.prompts.batch(rows, rows)
-        noise = Rng((self.seed, "eval"), rows).randn((len(rows), *batch.shape)).to(device)
+        keys = [(self.eval.seed, "eval")] * len(rows) if draws is None else [(self.eval.seed, "diversity", d) for d in draws]
+        each = [Rng(key, [row]).randn((1, *batch.shape)) for key, row in zip(keys, rows, strict=True)]
+        noise = torch.cat(each).to(device)
         with torch.no_grad(), _empty_prompt(backbone, self.prompts.null.to(device)):
             x0 = generate(backbone, noise, batch.cond.to(device), steps=self.eval.steps, guidance=self.eval.guidance)
             return backbone.decode(x0)
@@ -52,11 +62,16 @@ class Evaluator:
     def score(
         self, backbone: Backbone, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> dict[str, Any]:
-        """Return {"values": metric -> [n], "categories": [n]} for all prompts; every rank scores its share."""
+        """Return {"values": metric -> [n], "categories": [n], "prompts": [n]}; every rank scores its share.
+
+        Without a reward nothing is generated, and there are no values.
+        """
+        if not self.eval.reward:
+            return {"values": {}, **self._shown()}
         world, rank = self.ranks.world, self.ranks.rank
         rows = range(self.count * rank // world, self.count * (rank + 1) // world)
         values: dict[str, list[float]] = {entry.name: [] for entry in self.eval.reward}
-        categories: list[str] = []
+        categories, prompts = list[str](), list[str]()
         for start in range(0, len(rows), self.eval.batch):
             chunk = rows[start : start + self.eval.batch]
             with memory.explain_exhaustion(f"evaluation, prompts {chunk[0] + 1} to {chunk[-1] + 1}", self._remedies()):
@@ -66,18 +81,79 @@ class Evaluator:
             for name, scored in scores.items():
                 values[name] += scored.tolist()
             categories += [str(m.get("category", "")) for m in batch.meta]
+            prompts += batch.prompts
             progress(len(categories), len(rows))
-        self._join_forwards(backbone, len(rows))
-        gathered = self.ranks.all_gather_object((values, categories))
+        self._join_forwards(backbone, len(rows), -(-self.count // self.ranks.world))
+        gathered = self.ranks.all_gather_object((values, categories, prompts))
         return {
-            "values": {name: [v for found, _ in gathered for v in found[name]] for name in values},
-            "categories": [c for _, found in gathered for c in found],
+            "values": {name: [v for found, _, _ in gathered for v in found[name]] for name in values},
+            "categories": [c for _, found, _ in gathered for c in found],
+            "prompts": [p for _, _, found in gathered for p in found],
         }
 
-    def _join_forwards(self, backbone: Backbone, done: int) -> None:
-        """Generate as often as the rank with most rows, since every forward of sharded weights needs all ranks."""
+    def _shown(self) -> dict[str, list[str]]:
+        """Return categories and prompts of the prompts that are used."""
+        batch = self.prompts.batch(range(self.count), range(self.count))
+        return {"categories": [str(m.get("category", "")) for m in batch.meta], "prompts": [*batch.prompts]}
+
+    def diversity(self, backbone: Backbone, prompts: Sequence[str]) -> dict[str, Any]:
+        """Return {"rows": [n], "values": metric -> [n]} of n of the held-out `prompts`; every rank does its share."""
+        settings = self.eval.diversity
+        assert settings is not None, "[eval] diversity is not set"
+        rows, world, rank = diversity.spread(prompts, settings.prompts), self.ranks.world, self.ranks.rank
+        mine = rows[len(rows) * rank // world : len(rows) * (rank + 1) // world]
+        pairs = [(row, draw) for row in mine for draw in range(settings.samples)]
+        features: list[Any] = []
+        for start in range(0, len(pairs), self.eval.batch):
+            chunk, draws = zip(*pairs[start : start + self.eval.batch], strict=True)
+            with memory.explain_exhaustion("evaluation, diversity", self._remedies()):
+                features += [*diversity.features(self.media(backbone, chunk, draws), self.eval.featured)]
+        self._join_forwards(backbone, len(pairs), -(-len(rows) // world) * settings.samples)
+        starts = range(0, len(pairs), settings.samples)
+        found = [diversity.measure(np.stack(features[start : start + settings.samples])) for start in starts]
+        measured = [each for share in self.ranks.all_gather_object(found) for each in share]
+        return {"rows": rows, "values": {name: [each[name] for each in measured] for name in diversity.METRICS}}
+
+    def drift(self, backbone: Backbone) -> dict[str, Any]:
+        """Return what `drift.Drifts` holds, measured on examples of the training data; every rank does its share."""
+        settings, data, world, rank = self.eval.drift, self.data, self.ranks.world, self.ranks.rank
+        assert settings is not None and data is not None, "[eval] drift is not set"
+        rows = drift.examples(data, settings.samples)
+        size = min(self.eval.batch, -(-len(rows) // world))
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        found: list[tuple[list[list[float]], Sequence[str]]] = []
+        grid: list[float] = []
+        for turn in range(-(-len(chunks) // world)):
+            mine = turn * world + rank < len(chunks)
+            if mine or self.ranks.sharded:  # every forward of sharded weights needs all ranks
+                batch = data.batch(chunk := chunks[turn * world + rank if mine else 0], chunk)
+                with memory.explain_exhaustion("evaluation, drift", self._remedies()):
+                    grid, values = self._drift_of(backbone, batch, settings.start)
+                found += [(values, batch.prompts)] if mine else []
+        gathered = self.ranks.all_gather_object((grid, found))
+        parts = [gathered[number % world][1][number // world] for number in range(len(chunks))]
+        return {
+            "sigmas": gathered[0][0],
+            "values": [value for values, _ in parts for value in values],
+            "prompts": [prompt for _, prompts in parts for prompt in prompts],
+        }
+
+    def _drift_of(self, backbone: Backbone, batch: Batch, start: float) -> tuple[list[float], list[list[float]]]:
+        """Return the noise levels [levels] and the drift of each example there, [B, levels]."""
+        import torch
+
+        assert batch.x0 is not None and self.data is not None
+        device, rows = self.ranks.device, batch.rows
+        x0, noise = batch.x0.to(device).float(), Rng((self.eval.seed, "drift"), rows).randn(batch.x0.shape).to(device)
+        grid = drift.levels(backbone, self.eval.steps, batch.shape, start)
+        with torch.no_grad(), _empty_prompt(backbone, self.data.null.to(device)):
+            cond, scale = batch.cond.to(device), self.eval.guidance
+            found = drift.measure(backbone, x0, noise, cond, grid, guidance=scale)
+        return grid[1:].tolist(), found.double().cpu().tolist()
+
+    def _join_forwards(self, backbone: Backbone, done: int, most: int) -> None:
+        """Generate as often as the rank with `most` rows, since every forward of sharded weights needs all ranks."""
         if self.ranks.sharded:
-            most = -(-self.count // self.ranks.world)
             for _ in range(-(-most // self.eval.batch) - -(-done // self.eval.batch)):
                 self.media(backbone, range(1))
 

@@ -16,7 +16,7 @@ import corefit
 from corefit.pipeline.pipeline import CHOICES, Pipeline
 from corefit.pipeline.reader import Reader
 from corefit.system.files import json_digest, portable, source
-from corefit.types import ROUNDING, Weighted
+from corefit.types import ROUNDING, Weighted, key_of
 from corefit.types.stage import Stage
 
 OUTPUT_KEYS = ("log_every", "checkpoint_every", "keep", "sample_every")
@@ -86,11 +86,11 @@ def of_base(pipeline: Pipeline) -> Identity:
 def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, precision: str) -> Identity:
     """Return what determines a stage's weights.
 
-    before     identity of the weights that it starts from
+    before     identity of the weights that it starts from, whichever way the pipeline file names them
     dataset    cache key of its encoded data
     precision  "fp32" or "bf16"
     """
-    tables, rounding, former = _tables(pipeline, stage, without=(*OUTPUT_KEYS, "train"))
+    tables, rounding, former = _tables(pipeline, stage, without=(*OUTPUT_KEYS, "train", "from"))
     if former["save_dtype"] == "fp32":
         del former["save_dtype"]  # version 0.1 had no such key
     return Identity.of(
@@ -116,16 +116,19 @@ def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str) ->
     prompts  cache key of the encoded prompts
     held     dtype of the weights that do not train, "" where nothing is computed in bfloat16
     """
-    tables, rounding, former = _tables(pipeline, pipeline.eval, "eval", ("prompts", "samples"))
+    eval = pipeline.eval
+    assert eval is not None, "without [eval] nothing is evaluated"
+    drawn = ("samples",) if eval.reward else ()  # without a reward the samples are all that is made
+    tables, rounding, former = _tables(pipeline, eval, "eval", ("prompts", "seed", *drawn))
     return Identity.of(
         {
             "model": weights.hash,
             "prompts": prompts,
             "corefit": corefit.__version__,
-            "seed": pipeline.seed,
+            "seed": eval.seed,
             **({"weights held in": held} if held else {}),
             "eval": tables,
-            "code": _code(pipeline, pipeline.eval),
+            "code": _code(pipeline, eval),
         },
         rounding,
         {"model": json_digest(weights.former), "eval": former},
@@ -141,7 +144,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     was, now = old.get("before", {}), new.get("before", {})
     if origin := _origin_changes(was, now):
         return [origin]
-    found = [text for name in new if name != "before" for text in _part_changes(name, old.get(name), new[name])]
+    shown = {"seed": "eval.seed"} if "eval" in new else {}  # scores have had the seed at the top since version 0.1
+    parts = [name for name in new if name != "before"]
+    found = [text for name in parts for text in _part_changes(shown.get(name, name), old.get(name), new[name])]
     found = list(dict.fromkeys([*differences(was, now), *found]))
     return found or [_source_changes(old.get("code", {}), new.get("code", {}))]
 
@@ -180,9 +185,10 @@ def _rounding(value: Any, table: Any, path: str) -> Iterator[tuple[str, Any]]:
         value = value.value
     for each in fields(type(value)) if has(type(value)) else ():
         if each.init and each.metadata.items() >= ROUNDING.items():
-            yield f"{path}.{each.name}".strip("."), table.pop(each.name, None)
-        elif each.init and each.name in table:
-            yield from _rounding(getattr(value, each.name), table[each.name], f"{path}.{each.name}")
+            yield f"{path}.{key_of(each.name)}".strip("."), table.pop(key_of(each.name), None)
+        elif each.init and key_of(each.name) in table:
+            key = key_of(each.name)
+            yield from _rounding(getattr(value, each.name), table[key], f"{path}.{key}")
 
 
 def _code(pipeline: Pipeline, value: Any) -> dict[str, str]:
@@ -213,8 +219,10 @@ def _named(pipeline: Pipeline, module: str, file: Path) -> str:
 
 def _origin_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Return how the stage that a later one starts from has changed; "" for the base, whose parts are compared."""
-    if old == new or "stage" not in new:
+    if old == new or not ("stage" in new or "stage" in old):
         return ""
+    if "stage" not in new:
+        return f"it starts from the base, not stage {old['stage']}"
     if old.get("stage") != new["stage"]:
         return f"it starts from stage {new['stage']}, not {old.get('stage', 'the base')}"
     return f"stage {new['stage']}, which it starts from, changed"

@@ -11,7 +11,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from corefit.errors import ConfigError, DataError, counted, near
-from corefit.pipeline.pipeline import Pipeline, Stage
+from corefit.pipeline.pipeline import BASE, Pipeline, Stage
 from corefit.run import identity
 from corefit.run.evaluate import SAMPLES
 from corefit.run.identity import Identity
@@ -23,7 +23,6 @@ COPY = "done.copy.json"
 """A copy of done.json, so that damage to one small file does not lose a finished stage."""
 SCORES = "scores.json"
 FROM = "from.json"
-BASE = "base"
 MODEL = "model"
 SUPERSEDED = "superseded"
 FORMER = (
@@ -41,6 +40,8 @@ class Target:
 
     name: str
     """The stage's name, or BASE."""
+    start: str
+    """The name of the target whose weights it starts from; "" for the base."""
     folder: Path
     weights: Identity
     scores: Identity | None
@@ -74,12 +75,19 @@ def targets(pipeline: Pipeline, dataset: str, prompts: str | None, precision: st
     prompts    cache key of the encoded prompts, None without [eval]
     precision  "fp32" or "bf16"
     """
-    weights = identity.of_base(pipeline)
-    found = [_target(pipeline, pipeline.stage[0], 0, weights, prompts, precision)]
+    weights = {BASE: identity.of_base(pipeline)}
+    found = [_target(pipeline, pipeline.stage[0], 0, weights[BASE], prompts, precision)]
     for number, stage in enumerate(pipeline.stage, 1):
-        weights = identity.of_stage(pipeline, stage, weights, dataset, precision)
-        found.append(_target(pipeline, stage, number, weights, prompts, precision))
+        start = weights[start_of(pipeline, stage)]
+        weights[stage.name] = identity.of_stage(pipeline, stage, start, dataset, precision)
+        found.append(_target(pipeline, stage, number, weights[stage.name], prompts, precision))
     return found
+
+
+def start_of(pipeline: Pipeline, stage: Stage) -> str:
+    """Return the name of what a stage starts from: that of an earlier stage, or BASE."""
+    parent = pipeline.parent(stage)
+    return parent.name if parent else BASE
 
 
 def _target(
@@ -89,7 +97,8 @@ def _target(
     name = stage.name if number else BASE
     held = "" if precision == "fp32" else "bfloat16" if pipeline.freezes_in_half(stage) else "float32"
     scores = None if prompts is None else identity.of_scores(pipeline, weights, prompts, held)
-    return Target(name, pipeline.run_folder / f"{number:02d}-{name}", weights, scores)
+    start = start_of(pipeline, stage) if number else ""
+    return Target(name, start, pipeline.run_folder / f"{number:02d}-{name}", weights, scores)
 
 
 def decide_training(target: Target, rerun: Rerun) -> Decision:
@@ -219,10 +228,10 @@ class Rerun:
 
 
 def _folders_from(pipeline: Pipeline, stage: str, also: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the folder names of a stage and of all after it, and of the stages before it those in `also`."""
-    names = [f"{number:02d}-{s.name}" for number, s in enumerate(pipeline.stage, 1)]
-    start = [s.name for s in pipeline.stage].index(stage)
-    return tuple(name for number, name in enumerate(names) if number >= start or name in also)
+    """Return the folder names of a stage and of all that descend from it, and of the other stages those in `also`."""
+    names = {f"{number:02d}-{s.name}": s for number, s in enumerate(pipeline.stage, 1)}
+    again = {name for name, s in names.items() if stage in (each.name for each in pipeline.lineage(s))}
+    return tuple(name for name in names if name in again or name in also)
 
 
 def check_stage(pipeline: Pipeline, name: str) -> None:

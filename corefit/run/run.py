@@ -1,10 +1,10 @@
-"""Runs a pipeline: encode the data, evaluate the base, then train, save and evaluate stage after stage."""
+"""Runs a pipeline: encode the data, evaluate the base, then train, save and evaluate one stage after the other."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") -> Path:
     """Run the stages that are not finished, and return the run's folder. Raises CorefitError; Stopped after a signal.
 
-    again  the STAGE of `--from`: it and the stages after it are run anew, even if they are finished
+    again  the STAGE of `--from`: it and the stages that descend from it are run anew, even if they are finished
     """
     ranks = join(pipeline.precision, shard=pipeline.shard)
     ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
@@ -103,12 +103,12 @@ class Run:
         prompts = self.evaluator and self.evaluator.prompts.manifest.key
         base, *targets = plan.targets(self.pipeline, self.dataset.key, prompts, precision(self.ranks))
         agreement.refuse_differences(self.ranks, {"weights of the base": base.weights.hash[:12]})
-        start = Weights(self.pipeline.backbone, None, self._half(self.pipeline.stage[0]))
-        self._evaluate(base, start, Cost(0, 0, 0))
+        left = {base.name: Weights(self.pipeline.backbone, None, self._half(self.pipeline.stage[0]))}
+        self._evaluate(base, left[base.name], Cost(0, 0, 0))
         if self.main:
             self.rerun.write()
         for stage, target in zip(self.pipeline.stage, targets, strict=True):
-            start = self._run_stage(stage, target, start)
+            left[stage.name] = self._run_stage(stage, target, left[target.start])
         if self.main:
             self._report([base, *targets])
             self.rerun.finish()
@@ -129,7 +129,7 @@ class Run:
         """Encode data and prompts into latents and conditions, or find them in the cache."""
         self.dataset, prompts = encode(self.pipeline, self.ranks, self.display)
         if prompts and self.pipeline.eval:
-            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.pipeline.seed, self.ranks)
+            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks, self.dataset)
 
     def _run_stage(self, stage: Stage, target: Target, before: Weights) -> Weights:
         """Train a stage unless it is finished, evaluate it, and return the weights that it leaves."""
@@ -234,7 +234,23 @@ class Run:
         scored = decision.record if decision.reuse else self._score(self.evaluator, target, saved)
         saved.backbone.release()
         saved.backbone.transformer = None
-        self.scores.append(report.Scores(target.name, scored["values"], scored["categories"], **attrs.asdict(cost)))
+        self.scores.append(self._scores(target, scored, cost))
+
+    def _scores(self, target: Target, scored: Mapping[str, Any], cost: Cost) -> report.Scores:
+        """Return the content of scores.json for the table."""
+        assert self.evaluator is not None
+        diversity = scored.get("diversity", {"rows": (), "values": {}})
+        return report.Scores(
+            target.name,
+            scored["values"],
+            scored["categories"],
+            prompts=scored.get("prompts", ()),
+            units={entry.name: getattr(entry.value, "unit", "") for entry in self.evaluator.eval.reward},
+            rows=diversity["rows"],
+            diversity=diversity["values"],
+            start=target.start,
+            **attrs.asdict(cost),
+        )
 
     def _score(self, evaluator: Evaluator, target: Target, saved: Weights) -> dict[str, Any]:
         """Score the held-out prompts with weights read from their files, and write scores.json and the samples."""
@@ -242,7 +258,13 @@ class Run:
         weights.load(backbone, self.ranks, frozen_in_bf16=saved.half, adapter=saved.adapter)
         backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # as in training
         with self.display.task(f"{target.name}: {evaluator.count} held-out prompts") as progress:
-            scored = evaluator.score(backbone, progress)
+            scored = {**evaluator.score(backbone, progress)}
+        if evaluator.eval.diversity:
+            with self.display.task(f"{target.name}: diversity"):
+                scored["diversity"] = evaluator.diversity(backbone, scored["prompts"])
+        if evaluator.eval.drift:
+            with self.display.task(f"{target.name}: drift"):
+                scored["drift"] = evaluator.drift(backbone)
         samples = evaluator.samples(backbone) if self.main or weights.is_sharded(backbone.transformer) else None
         self.ranks.accelerator.free_memory()
         if self.main and samples:
@@ -255,13 +277,15 @@ class Run:
         return scored
 
     def _report(self, targets: Sequence[Target]) -> None:
-        """Write results.json, comparison.png and report.html, and print the table."""
-        if self.evaluator is None:
-            return
+        """Write results.json, comparison.png and report.html, and print the table; without [eval] only report.html."""
+        results, comparison = self.folder / "results.json", self.folder / "comparison.png"
         rows = report.results(self.scores)
-        report.write_results(self.folder / "results.json", rows)
-        names, samples = [t.name for t in targets], [t.folder / "samples" for t in targets]
-        self.evaluator.compare(names, samples, self.folder / "comparison.png")
+        if self.evaluator:
+            report.write_results(results, rows)
+            self.evaluator.compare([t.name for t in targets], [t.folder / "samples" for t in targets], comparison)
+        else:  # those of a run that had an [eval]: the page would show them beside stages that may have changed
+            results.unlink(missing_ok=True)
+            comparison.unlink(missing_ok=True)
         report.page(self.folder)
         report.print_table(self.scores, rows, self.display.console)
 
@@ -323,7 +347,7 @@ def _dry_run_lines(pipeline: Pipeline, ranks: Ranks, rerun: Rerun) -> Iterator[t
     if eval:
         prompts, count, text = preview(pipeline, eval.data(pipeline.data.size), media=False)
         yield "prompts", text
-        num_prompts = min(count, eval.limit or count)
+        num_prompts = eval.count(count)
     targets = plan.targets(pipeline, dataset, prompts, precision(ranks))
     yield from plan.listing(pipeline, targets, rerun, num_prompts)
 

@@ -3,6 +3,7 @@
 from corefit.types.protocols import (
     Backbone,
     Configured,
+    Featured,
     NoiseWeighting,
     Reward,
     Sampler,
@@ -27,6 +28,7 @@ from corefit.types.values import (
     Step,
     Term,
     Weighted,
+    key_of,
 )
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Condition",
     "Configured",
     "Example",
+    "Featured",
     "Meta",
     "ModelPath",
     "Moving",
@@ -55,6 +58,7 @@ __all__ = [
     "Term",
     "TrainState",
     "Weighted",
+    "key_of",
 ]
 
 Stored = ArchiveMember

@@ -331,6 +331,19 @@ class SizedReward(Protocol):
         ...
 
 
+@runtime_checkable
+class Featured(Protocol):
+    """What a Reward with an image encoder may implement as well, so that diversity is measured by its features."""
+
+    @abstractmethod
+    def features(self, media: Tensor) -> Tensor:
+        """Return features [B, D] of media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1].
+
+        Their cosine similarities must tell how alike two media are; their lengths do not matter.
+        """
+        ...
+
+
 class Source(Protocol):
     """Reads raw examples, which corefit encodes into its cache. It is an attrs class; its fields are keys of `source`.
 

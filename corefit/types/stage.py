@@ -82,6 +82,9 @@ class Stage:
     """Number of batches to train on. Some objectives take several optimizer steps on each batch."""
     objective: Objective[Any]
     """The objective, which defines the loss."""
+    from_: str | None = None
+    """What the stage starts from: `"base"`, or the name of an earlier stage; by default the stage before it, and for
+    the first stage the base. Stages that start from the same weights are branches."""
     batch: int | None = field(default=None, validator=some_rows)
     """Samples per step over all GPUs, or rollouts if the objective makes them; by default 32 samples, or 48 groups."""
     micro_batch: int | None = field(default=None, validator=some_rows, metadata=ROUNDING)
@@ -113,7 +116,7 @@ class Stage:
     """How many checkpoints are kept; older ones are deleted."""
     sample_every: int | None = field(default=None, validator=some_positive)
     """Steps between sample grids, drawn from the first `[eval]` prompts with the weights that the stage would save now.
-    One more is drawn when the stage is finished, in any case."""
+    One more is drawn when the stage is finished, in any case where there is an `[eval]`."""
     on_nan: Literal["stop", "skip"] = "stop"
     """What happens when a loss, gradient or reward is NaN or infinite: stop the run before weights change, or skip that
     optimizer step."""

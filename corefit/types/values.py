@@ -6,6 +6,7 @@ sigma is in [0, 1], where 1 is pure noise and 0 is clean; x = (1 - sigma) x0 + s
 
 from __future__ import annotations
 
+import keyword
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,15 @@ draw.
 """
 ModelPath = NewType("ModelPath", str)
 """A diffusers folder, relative to the pipeline file, or a name on the hub ("organization/model")."""
+
+
+def key_of(name: str) -> str:
+    """Return the key of the field `name`: the same, but for the underscore of a name such as `from_`.
+
+    Python has reserved the word without it.
+    """
+    word = name.removesuffix("_")
+    return word if keyword.iskeyword(word) else name
 
 
 @frozen(eq=False)

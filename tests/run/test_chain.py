@@ -138,7 +138,7 @@ def brightness(pipeline: Pipeline, model: Path | None, *, lora: bool) -> torch.T
     caches = [Dataset.open(done.parent) for done in pipeline.folder.glob(".corefit/cache/*/done.json")]
     (prompts,) = (cache for cache in caches if not cache.has_media)
     assert pipeline.eval is not None
-    evaluator = Evaluator(pipeline.eval, prompts, pipeline.seed, ranks.join("fp32"))
+    evaluator = Evaluator(pipeline.eval, prompts, ranks.join("fp32"))
     return torch.cat([evaluator.media(backbone, [row]) for row in range(6)]).flatten(1).mean(1).double()
 
 

@@ -43,7 +43,7 @@ def evaluator(
     monkeypatch.setattr(Evaluator, "media", media)
     made: Any = Prompts()
     ranks: Any = None
-    return Evaluator(Eval(prompts=tmp_path / "p.txt", **{"reward": (), **keys}), made, 0, ranks), asked
+    return Evaluator(Eval(prompts=tmp_path / "p.txt", **{"reward": (), **keys}), made, ranks), asked
 
 
 def test_samples_are_made_a_batch_at_a_time(monkeypatch, tmp_path):
@@ -89,11 +89,11 @@ def test_media_are_of_their_own_prompt_and_noise(tmp_path):
         texts = [prompts[row] for row in rows]
         return Batch(None, backbone.encode_text(texts), texts, [{}] * len(rows), rows, backbone.shape)
 
-    def media(rows: Any, seed: int = 0, **keys: Any) -> Tensor:
+    def media(rows: Any, **keys: Any) -> Tensor:
         ranks: Any = SimpleNamespace(device=torch.device("cpu"))
         dataset: Any = SimpleNamespace(batch=batch, null=backbone.encode_text([""]))
         eval = Eval(prompts=tmp_path / "p.txt", reward=(), **{"steps": 3, "guidance": 2.0, **keys})
-        return Evaluator(eval, dataset, seed, ranks).media(backbone, rows)
+        return Evaluator(eval, dataset, ranks).media(backbone, rows)
 
     whole = media(range(3))
     for row in range(3):
@@ -124,7 +124,7 @@ def test_drawing_leaves_training_its_own_empty_prompt(job, dataset, tmp_path):
     backbone = job().backbone
     backbone.load(torch.device("cpu"), torch.float32)
     keys: Any = {"prompts": tmp_path / "p.txt", "reward": (), "steps": 2, "samples": 2}
-    evaluator = Evaluator(Eval(**keys), dataset, 0, ranks.join("fp32"))
+    evaluator = Evaluator(Eval(**keys), dataset, ranks.join("fp32"))
     backbone.empty = dataset.null
     _, usual = evaluator.samples(backbone)
     backbone.empty = own = Condition({name: t + 1 for name, t in dataset.null.tensors.items()})

@@ -244,14 +244,8 @@ def test_nothing_is_judged_without_eval(toy):
         ("stage.soar.optimizer.lr=5e-4", {"01-soar": f"train 3 steps: optimizer.lr 0.001 -> 0.0005{ASIDE}", **ANEW}),
         ("stage.soar.steps=4", {"01-soar": f"train 4 steps: steps 3 -> 4{ASIDE}", **ANEW}),
         ("stage.grpo.steps=1", {"02-grpo": f"train 1 step: steps 2 -> 1{ASIDE}", "evaluate grpo": NEW}),
-        (
-            "seed=1",
-            {
-                "evaluate base": "on 4 held-out prompts: seed 0 -> 1",
-                "01-soar": f"train 3 steps: seed 0 -> 1{ASIDE}",
-                **ANEW,
-            },
-        ),
+        ("seed=1", {"01-soar": f"train 3 steps: seed 0 -> 1{ASIDE}", **ANEW}),
+        ("eval.seed=1", dict.fromkeys(EVALUATED, "on 4 held-out prompts: eval.seed 0 -> 1")),
         ("eval.steps=3", dict.fromkeys(EVALUATED, "on 4 held-out prompts: eval.steps 2 -> 3")),
     ],
 )

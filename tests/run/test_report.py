@@ -6,10 +6,12 @@ import math
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,6 +39,7 @@ from corefit.run.report.table import Numbers, direction, duration
 from corefit.system.memory import size
 
 GAINS = {"gain", "gain_low", "gain_high"}
+BASE_GAINS = {f"base_{key}" for key in GAINS}
 NAMES = ["single", "two", "counting", "colours", "position"]
 
 
@@ -52,11 +55,16 @@ def binary(stage: str, p: float, n: int = 600, **costs: float) -> Scores:
 
 @pytest.fixture
 def stages() -> list[Scores]:
-    return [
+    return chained(
         binary("base", 0.4),
         binary("soar", 0.55, seconds=171.0, samples_per_second=233.2, peak_memory=890 << 20),
         binary("grpo", 0.6, seconds=8120.0, samples_per_second=31.1, peak_memory=3 << 30),
-    ]
+    )
+
+
+def chained(*stages: Scores) -> list[Scores]:
+    """Each starts from the one before."""
+    return [stages[0], *(evolve(now, start=before.stage) for before, now in pairwise(stages))]
 
 
 def printed(stages: list[Scores], width: int = 120) -> str:
@@ -128,7 +136,7 @@ def test_rows_have_exactly_the_keys_and_order(stages: list[Scores]):
     order = [(row["stage"], row["category"]) for row in rows]
     assert order == [(s, c) for s in ("base", "soar", "grpo") for c in ("all", *NAMES)]
     for row in rows:
-        assert row.keys() == (KEYS if row["stage"] == "base" else KEYS | GAINS)
+        assert row.keys() == (KEYS if row["stage"] == "base" else KEYS | {"start"} | GAINS | BASE_GAINS)
         assert row["n"] == (600 if row["category"] == "all" else 120)
         assert row["low"] <= row["value"] <= row["high"]
 
@@ -151,27 +159,35 @@ def test_results_are_equal_in_every_call_and_leave_global_randomness_alone(stage
 
 
 def test_gain_of_identical_scores_is_zero(stages: list[Scores]):
-    row = results([stages[0], stages[0]])[-1]
+    row = results(chained(stages[0], evolve(stages[0], stage="same")))[-1]
     assert (row["gain"], row["gain_low"], row["gain_high"]) == (0.0, 0.0, 0.0)
 
 
-def test_gain_is_over_the_stage_before_and_not_the_first():
-    rows = results([Scores(name, {"r": [value, value]}) for name, value in (("a", 1.0), ("b", 4.0), ("c", 4.5))])
-    assert [row.get("gain") for row in rows] == [None, 3.0, 0.5]
+def test_gains_are_over_what_a_stage_starts_from_and_over_the_base():
+    """base -> {b, c -> d}: paired, so that the interval of a constant difference has no width."""
+    values = draws(8).normal(0, 10, 50)
+    shifts = {"base": (0.0, ""), "b": (3.0, "base"), "c": (5.0, "base"), "d": (4.5, "c")}
+    rows = results([Scores(n, {"r": (values + by).tolist()}, start=start) for n, (by, start) in shifts.items()])
+    assert [row.get("start") for row in rows] == [None, "base", "base", "c"]
+    assert "gain" not in rows[0]
+    assert "base_gain" not in rows[0]
+    for row, gain, base_gain in zip(rows[1:], (3.0, 5.0, -0.5), (3.0, 5.0, 4.5), strict=True):
+        assert [row[key] for key in sorted(GAINS)] == pytest.approx([gain] * 3)
+        assert [row[key] for key in sorted(BASE_GAINS)] == pytest.approx([base_gain] * 3)
 
 
 def test_gain_is_paired():
     """A gain of exactly 0.1 for every prompt is certain, however much the prompts differ."""
     values = draws(5).normal(0, 10, 200)
-    rows = results([Scores("a", {"reward": values.tolist()}), Scores("b", {"reward": (values + 0.1).tolist()})])
+    rows = results(chained(Scores("a", {"reward": values.tolist()}), Scores("b", {"reward": (values + 0.1).tolist()})))
     assert rows[1]["high"] - rows[1]["low"] > 1
     assert [rows[1][key] for key in sorted(GAINS)] == pytest.approx([0.1] * 3)
 
 
 def test_gain_does_not_see_a_shift_of_both():
     a, b = draws(6).normal(size=(2, 100))
-    plain = results([Scores("a", {"r": a.tolist()}), Scores("b", {"r": b.tolist()})])[1]
-    moved = results([Scores("a", {"r": (a + 7).tolist()}), Scores("b", {"r": (b + 7).tolist()})])[1]
+    plain = results(chained(Scores("a", {"r": a.tolist()}), Scores("b", {"r": b.tolist()})))[1]
+    moved = results(chained(Scores("a", {"r": (a + 7).tolist()}), Scores("b", {"r": (b + 7).tolist()})))[1]
     assert [moved[k] for k in sorted(GAINS)] == pytest.approx([plain[k] for k in sorted(GAINS)])
     assert moved["low"] == pytest.approx(plain["low"] + 7)
 

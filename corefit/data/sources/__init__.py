@@ -5,13 +5,14 @@ from corefit.data.sources.jsonl import Jsonl
 from corefit.data.sources.media import View, dimensions, view
 from corefit.data.sources.messages import listed
 from corefit.data.sources.saved import HfDataset
-from corefit.data.sources.text import Text, prompt_source
+from corefit.data.sources.text import Listed, Text, prompt_source
 from corefit.data.sources.webdataset import WebDataset
 
 __all__ = [
     "HfDataset",
     "ImageFolder",
     "Jsonl",
+    "Listed",
     "Text",
     "View",
     "WebDataset",

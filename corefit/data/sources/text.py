@@ -32,6 +32,17 @@ class Text(Source):
         yield from map(Example, prompts)
 
 
+@frozen
+class Listed(Source):
+    """Prompts that the pipeline file lists itself."""
+
+    prompts: tuple[str, ...]
+
+    def examples(self) -> Iterator[Example]:
+        """Yield an example for each prompt, in order."""
+        yield from map(Example, self.prompts)
+
+
 def nonblank_lines(text: str) -> list[str]:
     """Return the lines that are not blank; only a newline ends a line, and no other of Unicode's separators."""
     return [line.strip() for line in text.split("\n") if line.strip()]

@@ -1,33 +1,32 @@
-"""Held-out results: means with 95 % intervals, and gains over the stage before, paired by prompt."""
+"""Held-out results: means with 95 % intervals; gains over a stage's start and over the base, paired by prompt."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 from numpy.typing import NDArray
 
 from corefit.errors import DataError
-from corefit.rng import generator
+from corefit.run.report import intervals
+from corefit.run.report.intervals import Floats
 from corefit.system.files import write_whole
-
-Floats = NDArray[np.float64]
-Interval = tuple[float, float]
-Z = 1.959963984540054
-"""The 97.5 % quantile of the standard normal."""
-
 
 @frozen
 class Scores:
     """The scores of one stage on the held-out prompts, and the cost of its training.
 
+    start               name of the stage, or base, that it starts from; "" for the base, which starts from nothing
     values              metric -> one value per prompt; prompts and order are the same in every stage
     categories          one per prompt, or empty; "" and "all" mean no category besides "all"
+    prompts             the prompts, or empty if all differ; equal ones are one cluster
+    units               metric -> its reward's unit; "" is left out
+    rows                numbers of the prompts on which diversity was measured
+    diversity           metric -> one value for each of `rows`
     seconds             training time; 0 for the base
     samples_per_second  speed of training; 0 if unknown
     peak_memory         bytes; 0 if unknown
@@ -37,46 +36,59 @@ class Scores:
     stage: str
     values: Mapping[str, Sequence[float]]
     categories: Sequence[str] = ()
+    prompts: Sequence[str] = ()
+    units: Mapping[str, str] = field(factory=dict[str, str])
+    rows: Sequence[int] = ()
+    diversity: Mapping[str, Sequence[float]] = field(factory=dict[str, Sequence[float]])
     seconds: float = 0.0
     samples_per_second: float = 0.0
     peak_memory: int = 0
     survived: float | None = None
+    start: str = ""
 
 
 class Row(TypedDict):
-    """One entry of results.json; the base has no gain, as nothing is before it."""
+    """One entry of results.json; the base has no start and no gains, as nothing is before it.
+
+    An interval is left out where nothing is known of the spread of the values; `intervals` says when.
+
+    unit       that of the metric's reward, "share" or ""; files of version 0.1 have none
+    gain       over the stage, or base, that it starts from
+    base_gain  over the base
+    """
 
     stage: str
+    start: NotRequired[str]
     metric: str
     category: str
+    unit: NotRequired[str]
     value: float
-    low: float
-    high: float
+    low: NotRequired[float]
+    high: NotRequired[float]
     n: int
     gain: NotRequired[float]
     gain_low: NotRequired[float]
     gain_high: NotRequired[float]
+    base_gain: NotRequired[float]
+    base_gain_low: NotRequired[float]
+    base_gain_high: NotRequired[float]
 
 
-KEYS = {"stage", "metric", "category", "value", "low", "high", "n"}
+SHARE = "share"
+"""The unit of a metric that is a share from 0 to 1."""
+KEYS = {"stage", "metric", "category", "value", "n"}
 
 
 def results(stages: Sequence[Scores]) -> list[Row]:
     """Return rows by stage, metric and category: "all", then the others in the order of the prompts.
 
-    Intervals are 95 %: Wilson's if all values of a metric are 0 or 1, otherwise the percentile bootstrap over the
-    prompts. The interval of a gain is the percentile bootstrap of the mean of the paired differences. The bootstrap
-    has a fixed seed. Raises DataError for a value that is not finite.
+    Intervals are 95 %, clustered by prompt; `intervals` says how they are computed. Raises DataError for a value that
+    is not finite.
     """
-    if not stages:
-        return []
-    table = {metric: _table(stages, metric) for metric in stages[0].values}
-    groups = _groups(stages)
+    tables = list(_tables(stages)) if stages else []
     return [
-        _row(stages[i].stage, metric, category, values[: i + 1, rows], _binary(values))
-        for i in range(len(stages))
-        for metric, values in table.items()
-        for category, rows in groups.items()
+        _row(stage, table, category, rows)
+        for stage in stages
     ]
 
 
@@ -98,40 +110,66 @@ def read_results(path: Path) -> list[Row]:
     return found
 
 
-def wilson(successes: float, n: int) -> Interval:
-    """Return the 95 % score interval of a proportion (Wilson, 1927)."""
-    p, z2 = successes / n, Z * Z / n
-    center = (p + z2 / 2) / (1 + z2)
-    half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
-    return max(0.0, min(p, center - half)), min(1.0, max(p, center + half))
+@frozen(eq=False)
+class _Table:
+    """The values of one metric by stage, the base first, [prompts] each; and the numbers of each category's prompts."""
+
+    metric: str
+    unit: str
+    kind: intervals.Kind
+    values: Mapping[str, Floats]
+    clusters: intervals.Labels
+    groups: Mapping[str, NDArray[np.intp]]
 
 
-def bootstrap(values: Floats, resamples: int = 2000) -> Interval:
-    """Return the 95 % percentile bootstrap interval of the mean of `values` [n], by resamples of a fixed seed."""
-    draw, n = generator("report", "bootstrap"), len(values)
-    block = max(1, 2**20 // n)  # resamples at once, to limit memory
-    sizes = [min(block, resamples - done) for done in range(0, resamples, block)]
-    means = [values[draw.integers(0, n, (size, n))].mean(1) for size in sizes]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+def _tables(stages: Sequence[Scores]) -> Iterator[_Table]:
+    first = stages[0]
+    n = len(next(iter(first.values.values()), first.prompts))
+    for metrics, rows in (("values", np.arange(n)), ("diversity", np.array(first.rows, np.intp))):
+        columns: list[Mapping[str, Sequence[float]]] = [getattr(stage, metrics) for stage in stages]
+        assert all(each.keys() == columns[0].keys() for each in columns), "metrics differ"
+        assert all(list(stage.rows) == list(first.rows) for stage in stages), "diversity of different prompts"
+        prompts = [first.prompts[row] for row in rows] if first.prompts else [str(row) for row in rows]
+        for metric in columns[0]:
+            values = _values(stages, metric, [each[metric] for each in columns])
+            unit = first.units.get(metric, "")
+            clusters, groups = intervals.labels(prompts), _groups(stages, rows)
+            yield _Table(metric, unit, _kind(unit, np.stack([*values.values()])), values, clusters, groups)
 
 
-def _row(stage: str, metric: str, category: str, values: Floats, binary: bool) -> Row:
-    """Return the row of the last stage in `values` [stages so far, n]."""
-    now = values[-1]
-    low, high = wilson(float(now.sum()), len(now)) if binary else bootstrap(now)
-    row = Row(stage=stage, metric=metric, category=category, value=float(now.mean()), low=low, high=high, n=len(now))
-    if len(values) > 1:
-        differences = now - values[-2]
-        row["gain"] = float(differences.mean())
-        row["gain_low"], row["gain_high"] = bootstrap(differences)
+def _kind(unit: str, values: Floats) -> intervals.Kind:
+    """Return the kind of a metric's values: those of an undeclared unit are binary if both 0 and 1 occur, no others."""
+    if bool(np.isin(values, (0.0, 1.0)).all()) and (unit == SHARE or np.ptp(values) > 0):
+        return "binary"
+    within = bool((values >= 0).all() and (values <= 1).all())
+    return "share" if unit == SHARE and within else "unbounded"
+
+
+def _row(stage: Scores, table: _Table, category: str, rows: NDArray[np.intp]) -> Row:
+    """Return the row of a stage on the prompts `rows`."""
+    values, clusters = {name: found[rows] for name, found in table.values.items()}, table.clusters[rows]
+    now, base = values[stage.stage], next(iter(values.values()))
+    row = Row(stage=stage.stage, metric=table.metric, category=category, unit=table.unit, value=_mean(now), n=len(now))
+    if interval := intervals.of_mean(now, clusters, table.kind):
+        row["low"], row["high"] = interval
+    if stage.start:
+        row["start"] = stage.start
+        before = values[stage.start]
+        row["gain"], row["base_gain"] = _mean(now - before), _mean(now - base)
+        if interval := intervals.of_gain(now - before, clusters, table.kind):
+            row["gain_low"], row["gain_high"] = interval
+        if interval := intervals.of_gain(now - base, clusters, table.kind):
+            row["base_gain_low"], row["base_gain_high"] = interval
     return row
 
 
-def _table(stages: Sequence[Scores], metric: str) -> Floats:
-    """Return the values of one metric [stages, prompts], after a check that they are finite."""
-    assert all(stage.values.keys() == stages[0].values.keys() for stage in stages), "metrics differ"
-    values = [np.asarray(stage.values[metric], np.float64) for stage in stages]
+def _mean(values: Floats) -> float:
+    return float(values.mean())
+
+
+def _values(stages: Sequence[Scores], metric: str, columns: Sequence[Sequence[float]]) -> dict[str, Floats]:
+    """Return the values of one metric by stage, [prompts] each, after a check that they are finite."""
+    values = [np.asarray(column, np.float64) for column in columns]
     assert {v.shape for v in values} == {(len(values[0]),)}, "stages were scored on different prompts"
     if not len(values[0]):
         raise DataError("no held-out prompts were scored; give [eval] prompts")
@@ -142,18 +180,13 @@ def _table(stages: Sequence[Scores], metric: str) -> Floats:
                 f"stage {stage.stage!r}: metric {metric!r} is {v[bad[0]]} for held-out prompt {bad[0]} "
                 f"(of {len(bad)} such); a reward must raise or return a number"
             )
-    return np.stack(values)
+    return {stage.stage: v for stage, v in zip(stages, values, strict=True)}
 
 
-def _groups(stages: Sequence[Scores]) -> dict[str, NDArray[np.intp]]:
-    """Return category -> the numbers of its prompts."""
+def _groups(stages: Sequence[Scores], rows: NDArray[np.intp]) -> dict[str, NDArray[np.intp]]:
+    """Return category -> the places in `rows` of its prompts."""
     names = list(stages[0].categories)
-    n = len(next(iter(stages[0].values.values()), ()))
     assert all(list(stage.categories) == names for stage in stages), "categories differ between stages"
-    assert len(names) in (0, n), "one category a prompt"
+    names = [names[row] for row in rows] if names else []
     named = [name for name in dict.fromkeys(names) if name not in ("", "all")]
-    return {"all": np.arange(n)} | {c: np.flatnonzero([name == c for name in names]) for c in named}
-
-
-def _binary(values: Floats) -> bool:
-    return bool(np.isin(values, (0.0, 1.0)).all())
+    return {"all": np.arange(len(rows))} | {c: np.flatnonzero([name == c for name in names]) for c in named}

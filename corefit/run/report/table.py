@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from attrs import frozen
 
 from corefit.errors import plain
+from corefit.run.report.results import SHARE
 from corefit.system import memory
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from corefit.run.report.results import Row, Scores
 
 MISSING = "-"
+UNKNOWN = "no interval"
+"""Printed where values agree and have no bounds, so that nothing is known of their spread."""
 
 
 @frozen
@@ -33,34 +37,50 @@ class Numbers:
 
     @staticmethod
     def of(rows: Sequence[Row]) -> Numbers:
-        """Choose percentages if every value and interval is in [0, 1]."""
-        seen = [row[key] for row in rows for key in ("value", "low", "high")]
-        if all(0 <= value <= 1 for value in seen):
+        """Choose percentages for shares; in files of version 0.1, which name no unit, if all numbers are in [0, 1]."""
+        seen = [row[key] for row in rows for key in ("value", "low", "high") if key in row]
+        units = {row["unit"] for row in rows if "unit" in row}
+        if SHARE in units or (not units and all(0 <= value <= 1 for value in seen)):
             return Numbers(percent=True)
-        digits = math.floor(math.log10(max(abs(value) for value in seen)))
+        largest = max(abs(value) for value in seen)
+        digits = math.floor(math.log10(largest)) if largest else 0
         return Numbers(percent=False, decimals=min(6, max(0, 2 - digits)))
 
     def value(self, row: Row) -> tuple[str, str]:
         """Return the value and its interval."""
-        low, high = self._plain(row["low"]), self._plain(row["high"])
         unit, to = (" %", "-") if self.percent else ("", " to ")
-        return self._plain(row["value"]) + unit, f"{low}{to}{high}"
+        return self._plain(row["value"]) + unit, self._interval(row.get("low"), row.get("high"), to)
 
-    def gain(self, row: Row) -> tuple[str, str]:
-        """Return the gain over the stage before and its interval; a dash if there is no gain."""
-        if "gain" not in row or "gain_low" not in row or "gain_high" not in row:
+    def gain(self, row: Row, over: Literal["gain", "base_gain"] = "gain") -> tuple[str, str]:
+        """Return the gain over what the stage starts from, or over the base, and its interval; a dash if none."""
+        gain, low, high = (row.get(f"{over}{end}") for end in ("", "_low", "_high"))
+        if gain is None:
             return MISSING, ""
-        low, high = self._plain(row["gain_low"], "+"), self._plain(row["gain_high"], "+")
-        return self._plain(row["gain"], "+") + (" pp" if self.percent else ""), f"{low} to {high}"
+        return self._plain(gain, "+") + (" pp" if self.percent else ""), self._interval(low, high, " to ", "+")
+
+    def rounded(self, value: float) -> float:
+        """Return the number that is printed for a value: a percentage, or the value itself."""
+        return round(100 * value if self.percent else value, self.decimals) + 0.0  # no "-0.0"
+
+    def _interval(self, low: float | None, high: float | None, to: str, sign: str = "") -> str:
+        if low is None or high is None:
+            return UNKNOWN
+        return f"{self._plain(low, sign)}{to}{self._plain(high, sign)}"
 
     def _plain(self, value: float, sign: str = "") -> str:
-        rounded = round(100 * value if self.percent else value, self.decimals) + 0.0  # no "-0.0"
+        rounded = self.rounded(value)
         return f"{rounded:{sign if rounded else ''}.{self.decimals}f}"
 
 
-def direction(row: Row) -> str:
-    """Return "up" or "down" if the gain's interval excludes 0, else ""."""
-    return "up" if row.get("gain_low", 0.0) > 0 else "down" if row.get("gain_high", 0.0) < 0 else ""
+def direction(row: Row, numbers: Numbers, over: Literal["gain", "base_gain"] = "gain") -> str:
+    """Return "up" or "down" if the interval of the gain, as it is printed, excludes 0, else ""."""
+    low, high = (numbers.rounded(row.get(f"{over}_{end}", 0.0)) for end in ("low", "high"))
+    return "up" if low > 0 else "down" if high < 0 else ""
+
+
+def branches(stages: Sequence[Scores]) -> bool:
+    """Return whether a stage starts from another one than that in the row above it, which tables then say."""
+    return any(now.start not in ("", before.stage) for before, now in pairwise(stages))
 
 
 def names(rows: Sequence[Row], key: Literal["stage", "metric", "category"]) -> list[str]:
@@ -114,13 +134,18 @@ def _table(stages: Sequence[Scores], rows: Sequence[Row], columns: Sequence[str]
     for column in columns:
         table.add_column(Text(plain(column)), justify="right", no_wrap=True)
     rounded = costs and any(stage.survived is not None for stage in stages)
-    for cost in ("paired\ngain", "time", "samples\n/ s", "peak\nmemory") if costs else ():
+    branched = branches(stages)
+    gains = ["starts from", "gain\nover it", "gain\nover base"] if branched else ["paired\ngain"]
+    for cost in (*gains, "time", "samples\n/ s", "peak\nmemory") if costs else ():
         table.add_column(cost, justify="right", no_wrap=True)
     if rounded:
         table.add_column("update kept\nin bf16", justify="right", no_wrap=True)
     for stage in stages:
         cells = [_cell(*numbers.value(lines[stage.stage, c])) for c in columns]
-        more = [*_costs(stage, lines, numbers), *([Text(_share(stage.survived))] if rounded else [])] if costs else []
+        row = lines[stage.stage, "all"]
+        gains = [Text(stage.start or MISSING), *_gains(row, numbers, "gain", "base_gain")] if branched else None
+        gains = _gains(row, numbers, "gain") if gains is None else gains
+        more = [*gains, *_costs(stage), *([Text(_share(stage.survived))] if rounded else [])] if costs else []
         table.add_row(Text(stage.stage, "bold"), *cells, *more)
     return table
 
@@ -129,18 +154,16 @@ def _share(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:.1f} %"
 
 
-def _costs(stage: Scores, lines: dict[tuple[str, str], Row], numbers: Numbers) -> list[Text]:
+def _gains(row: Row, numbers: Numbers, *over: Literal["gain", "base_gain"]) -> list[Text]:
+    colors = {"up": "green", "down": "red", "": ""}
+    return [_cell(*numbers.gain(row, each), colors[direction(row, numbers, each)]) for each in over]
+
+
+def _costs(stage: Scores) -> list[Text]:
     from rich.text import Text
 
-    row = lines[stage.stage, "all"]
-    color = {"up": "green", "down": "red", "": ""}[direction(row)]
     speed = f"{stage.samples_per_second:.1f}" if stage.samples_per_second else MISSING
-    return [
-        _cell(*numbers.gain(row), color),
-        Text(duration(stage.seconds)),
-        Text(speed),
-        Text(memory.size(stage.peak_memory)),
-    ]
+    return [Text(duration(stage.seconds)), Text(speed), Text(memory.size(stage.peak_memory))]
 
 
 def _cell(main: str, below: str, style: str = "") -> Text:
