@@ -89,6 +89,8 @@ def results(stages: Sequence[Scores]) -> list[Row]:
     return [
         _row(stage, table, category, rows)
         for stage in stages
+        for table in tables
+        for category, rows in table.groups.items()
     ]
 
 

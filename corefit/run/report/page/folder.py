@@ -167,10 +167,28 @@ def _newest_rows(file: Path, stages: Sequence[StageFiles]) -> Sequence[Row]:
     if written and {row["stage"] for row in written} >= {stage.name for stage in scored}:
         return written
     try:
-        return results([_scores(stage) for stage in scored])
+        rows = results([_scores(stage) for stage in scored])
+        return rows if all("units" in stage.scores for stage in scored) else [_without_units(row) for row in rows]
     except (CorefitError, AssertionError, AttributeError, KeyError, TypeError, ValueError):
         return written  # scores of another version, or of different prompts: the run itself says what is wrong
 
 
 def _scores(stage: StageFiles) -> Scores:
-    return Scores(stage.name, stage.scores["values"], stage.scores.get("categories", ()))
+    found = stage.scores
+    diversity = found.get("diversity") or {"rows": (), "values": {}}
+    return Scores(
+        stage.name,
+        found["values"],
+        found.get("categories", ()),
+        prompts=found.get("prompts", ()),
+        units=found.get("units", {}),
+        rows=diversity["rows"],
+        diversity=diversity["values"],
+        start=stage.start,
+    )
+
+
+def _without_units(row: Row) -> Row:
+    """Return a row as version 0.1 wrote it: whether it is a share is then read from its values."""
+    row.pop("unit", None)
+    return row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from corefit.run.report.page.verdict import Gain, gain_of
@@ -54,13 +54,13 @@ def _gains(row: Row, numbers: Numbers, start: str, base: str) -> Iterator[dict[s
 
 
 def _shown(gain: Gain, over: str) -> dict[str, str]:
-    low, high = (f"{bound:+g}" if bound else "0" for bound in (gain.low, gain.high))
-    return {"text": f"{gain.text}{gain.unit}{over}", "interval": f"{low} to {high}", "direction": gain.direction}
+    return {"text": f"{gain.text}{gain.unit}{over}", "interval": gain.interval, "direction": gain.direction}
 
 
 def _bars(rows: Sequence[Row], numbers: Numbers, colors: Mapping[str, int]) -> dict[str, Any]:
     """Return the rows as places in percent of an axis that starts at 0 where that leaves differences visible."""
-    lowest, highest = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    lowest = min(min(row["value"], row.get("low", row["value"])) for row in rows)
+    highest = max(max(row["value"], row.get("high", row["value"])) for row in rows)
     filled = lowest >= 0 and (numbers.percent or lowest < NARROW * highest)
     low = 0.0 if filled else lowest - 0.05 * (highest - lowest)
     high = highest if filled else highest + 0.05 * (highest - lowest)
@@ -77,10 +77,9 @@ def _bars(rows: Sequence[Row], numbers: Numbers, colors: Mapping[str, int]) -> d
                     "stage": row["stage"],
                     "color": colors.get(row["stage"], 0),
                     "at": at(row["value"]),
-                    "low": at(row["low"]),
-                    "width": round(at(row["high"]) - at(row["low"]), 2),
+                    "interval": _interval(row, at),
                     "value": numbers.value(row)[0],
-                    "text": " (95 % interval ".join(numbers.value(row)) + ")",
+                    "text": "{} (95 % interval: {})".format(*numbers.value(row)),
                 }
                 for row in rows
                 if row["category"] == category
@@ -90,3 +89,10 @@ def _bars(rows: Sequence[Row], numbers: Numbers, colors: Mapping[str, int]) -> d
     ]
     ends = [f"{end:.{numbers.decimals}f}" for end in (low, high)]
     return {"filled": filled, "low": ends[0], "high": ends[1], "groups": groups}
+
+
+def _interval(row: Row, at: Callable[[float], float]) -> tuple[float, float] | None:
+    """Return where an interval begins and how long it is, in percent of the axis; None where there is none."""
+    if "low" not in row or "high" not in row:
+        return None
+    return at(row["low"]), round(at(row["high"]) - at(row["low"]), 2)

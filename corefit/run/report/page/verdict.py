@@ -3,59 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from attrs import frozen
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from corefit.run.report.results import Row
-from corefit.run.report.table import Numbers, names
+from corefit.run.report.table import UNKNOWN, Numbers, direction, names
 
+Over = Literal["gain", "base_gain"]
 DIVERSITY = ("vendi", "distance")
 """Metrics that tell how different the samples of one prompt are."""
 
 
 @frozen
 class Gain:
-    """A gain and its interval, as they are said and shown; in points where the metric is a share."""
+    """A gain and its interval as a page says them; in points where the metric is a share."""
 
-    value: float
-    low: float
-    high: float
     text: str
     """With its sign."""
     size: str
     """Without it."""
     interval: str
+    """With signs, such as "-0.2 to +6.6"; of a loss `size_interval` has none."""
+    size_interval: str
     unit: str
-
-    @property
-    def direction(self) -> str:
-        """Return "up" or "down" where the interval excludes 0 by more than rounding, else ""."""
-        return "up" if self.low > 0 else "down" if self.high < 0 else ""
+    direction: str
+    """ "up" or "down" where the interval excludes 0 by more than rounding, else ""."""
 
 
-def gain_of(row: Row, numbers: Numbers, key: str = "gain") -> Gain | None:
-    """Return a row's gain over what its stage starts from, or with "base_gain" that over the base."""
-    values: Mapping[str, Any] = row
-    if any(name not in values for name in (key, f"{key}_low", f"{key}_high")):
+def gain_of(row: Row, numbers: Numbers, over: Over = "gain") -> Gain | None:
+    """Return a row's gain over what its stage starts from, or over the base."""
+    value = row.get(over)
+    if value is None:
         return None
-    scale = 100 if numbers.percent else 1
-    value, low, high = (
-        round(scale * values[name], numbers.decimals) + 0.0 for name in (key, f"{key}_low", f"{key}_high")
-    )
-    low_text, high_text = f"{low:.{numbers.decimals}f}", f"{high:.{numbers.decimals}f}"
-    if value < 0 and high < 0:  # said of a loss: its size
-        low_text, high_text = high_text.lstrip("-"), low_text.lstrip("-")
-    return Gain(
-        value=value,
-        low=low,
-        high=high,
-        text=f"{value:{'+' if value else ''}.{numbers.decimals}f}",
-        size=f"{abs(value):.{numbers.decimals}f}",
-        interval=f"{low_text} to {high_text}",
-        unit=" points" if numbers.percent else "",
-    )
+    text, interval = numbers.gain(row, over)
+    shown = text.removesuffix(" pp")
+    ends = interval.replace("+", "").split(" to ")
+    size_interval = " to ".join(end.lstrip("-") for end in reversed(ends)) if shown.startswith("-") else " to ".join(ends)
+    unit = " points" if numbers.percent else ""
+    return Gain(shown, shown.lstrip("+-"), interval, size_interval, unit, direction(row, numbers, over))
 
 
 def starts_of(rows: Sequence[Row]) -> dict[str, str]:
@@ -101,33 +88,31 @@ def _parts(rows: Sequence[Row], numbers: Numbers, starts: Mapping[str, str]) -> 
 
 
 def _part(stage: str, gain: Gain, start: str, *, further: bool, first: bool) -> Markup:
-    interval = f"95 % interval {gain.interval}" if first else gain.interval
-    over = "" if further else f" over {start}"
+    """Return what a stage does: "soar gains 7.3 points over base, 95 % interval 5.8 to 8.7"."""
     if gain.direction == "up":
-        text = Markup("{} gains {}{}{}{}") if not further else Markup("{} {}{}{}{}")
-        size = f"a further {gain.size}" if further else gain.size
-        return text.format(_strong(stage), size, gain.unit, over, _aside(interval, first))
-    if gain.direction == "down":
-        size = f"loses {gain.size}{gain.unit}{' again' if further else f' against {start}'}"
-        return Markup("{} {}{}").format(_strong(stage), size, _aside(interval, first))
-    return Markup("{} shows no sure change from {} ({}{}, {})").format(
-        _strong(stage), start, gain.text, gain.unit, interval
-    )
+        text = "{} a further {}{}" if further else f"{{}} gains {{}}{{}} over {start}"
+    elif gain.direction == "down":
+        text = "{} loses {}{} again" if further else f"{{}} loses {{}}{{}} against {start}"
+    else:
+        how = f"{gain.text}{gain.unit}, {_interval(gain.interval, first)}"
+        return Markup("{} shows no sure change from {} ({})").format(_strong(stage), start, how)
+    said = Markup("{}").format(_strong(stage))
+    interval = _interval(gain.size_interval, first)
+    return said + escape(text.format("", gain.size, gain.unit)) + (f", {interval}" if first else f" ({interval})")
 
 
-def _aside(interval: str, first: bool) -> str:
-    return f", {interval}" if first else f" ({interval})"
+def _interval(text: str, first: bool) -> str:
+    return f"95 % interval {text}" if first and text != UNKNOWN else text
 
 
 def _closing(metric: str, rows: Sequence[Row], numbers: Numbers) -> Markup:
-    """Return what is measured and on how much, and the value and the whole gain of the last stage, if it has one."""
-    last, base = rows[-1], rows[0]
-    whole = gain_of(last, numbers, "base_gain")
-    ends = Markup(". In {}, on {} held-out prompts: {} {}").format(
-        metric, last["n"], base["stage"], numbers.value(base)[0]
+    """Return what was measured on how many prompts, and the values of the first stage and of the last."""
+    base, last = rows[0], rows[-1]
+    whole, start = gain_of(last, numbers, "base_gain"), last.get("start")
+    ends = Markup(". In {} on {} held-out prompts: {} {}, {} {}").format(
+        metric, last["n"], base["stage"], numbers.value(base)[0], last["stage"], numbers.value(last)[0]
     )
-    ends += Markup(", {} {}").format(last["stage"], numbers.value(last)[0])
-    if whole and "start" in last and last["start"] != base["stage"]:
+    if whole and start and start != base["stage"]:
         ends += Markup(" ({}{} over {} in all)").format(whole.text, whole.unit, base["stage"])
     return ends + "."
 
