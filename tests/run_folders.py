@@ -61,8 +61,9 @@ def _draws(stage: Stage) -> np.random.Generator:
 def _scores(stage: Stage) -> Scores:
     n, shared = len(PROMPTS) * EACH, np.random.default_rng(0)
     hits, noise = shared.random(n) < stage.share, shared.normal(0, 1, n)
-    values = {"ocr": hits.astype(float).tolist(), "pickscore": (stage.judged + noise).round(3).tolist()}
-    vendi = (4.0 - 2 * stage.share + 0.1 * np.random.default_rng(1).random(12)).tolist()
+    own = _draws(stage).normal(0, 0.3, n)
+    values = {"ocr": hits.astype(float).tolist(), "pickscore": (stage.judged + noise + own).round(3).tolist()}
+    vendi = (4.0 - 2 * stage.share + 0.1 * _draws(stage).random(12)).tolist()
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(n)]
     return Scores(
         stage.name,

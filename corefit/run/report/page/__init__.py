@@ -218,7 +218,7 @@ def _data(content: Mapping[str, Any], stages: Sequence[StageFiles], curves: Mapp
             ]
             for each in content["checkpoints"]
         },
-        "curves": curves and {key: curves[key] for key in ("unit", "stages", "alarms")},
+        "curves": curves and {key: curves[key] for key in ("unit", "stages", "alarms", "longest")},
         "drift": content["drift"],
     }
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)

@@ -43,6 +43,7 @@ def curves(runs: Sequence[RunFolder]) -> dict[str, Any] | None:
         "first": first,
         "rest": [name for name in every if name not in first],
         "alarms": alarms,
+        "longest": max(of["x"][-1] for of in found.values()),
         "bad": _not_finite(stages),
     }
 

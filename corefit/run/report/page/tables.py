@@ -50,11 +50,11 @@ def _gains(row: Row, numbers: Numbers, start: str, base: str) -> Iterator[dict[s
         yield _shown(gain, "")
     whole = gain_of(row, numbers, "base_gain")
     if whole and start not in ("", base):
-        yield _shown(whole, f" over {base}")
+        yield _shown(whole, f"over {base}, ")
 
 
 def _shown(gain: Gain, over: str) -> dict[str, str]:
-    return {"text": f"{gain.text}{gain.unit}{over}", "interval": gain.interval, "direction": gain.direction}
+    return {"text": f"{gain.text}{gain.unit}", "interval": f"{over}{gain.interval}", "direction": gain.direction}
 
 
 def _bars(rows: Sequence[Row], numbers: Numbers, colors: Mapping[str, int]) -> dict[str, Any]:

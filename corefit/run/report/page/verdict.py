@@ -56,7 +56,17 @@ def starts_of(rows: Sequence[Row]) -> dict[str, str]:
     return found
 
 
-def verdict(rows: Sequence[Row], starts: Mapping[str, str]) -> list[Markup]:
+@frozen
+class Sentence:
+    """What is said of one metric."""
+
+    main: Markup
+    """The gains, as "soar gains 7.3 points over base, 95 % interval 5.8 to 8.7"."""
+    more: Markup
+    """What was measured, on how many prompts, and from where to where it went."""
+
+
+def verdict(rows: Sequence[Row], starts: Mapping[str, str]) -> list[Sentence]:
     """Return a sentence for each metric, the quality before the diversity."""
     every = [row for row in rows if row["category"] == "all"]
     metrics = names(every, "metric")
@@ -64,16 +74,15 @@ def verdict(rows: Sequence[Row], starts: Mapping[str, str]) -> list[Markup]:
     return [_of_metric(metric, [row for row in every if row["metric"] == metric], starts) for metric in ordered]
 
 
-def _of_metric(metric: str, rows: Sequence[Row], starts: Mapping[str, str]) -> Markup:
+def _of_metric(metric: str, rows: Sequence[Row], starts: Mapping[str, str]) -> Sentence:
     numbers = Numbers.of(rows)
     parts = list(_parts(rows, numbers, starts))
+    if parts:
+        return Sentence(Markup("; ").join(parts) + ".", _closing(metric, rows, numbers))
     value, interval = numbers.value(rows[0])
-    if not parts:
-        what = Markup("{} scores {} in {}").format(_strong(rows[0]["stage"]), value, metric)
-        return what + Markup(" on {} held-out prompts (95 % interval {}); no stage has been evaluated yet.").format(
-            rows[0]["n"], interval
-        )
-    return Markup("; ").join(parts) + _closing(metric, rows, numbers)
+    text = Markup("{} scores {}, {}; no stage has been evaluated yet.")
+    more = Markup("{} on {} held-out prompts.").format(metric, rows[0]["n"])
+    return Sentence(text.format(_strong(rows[0]["stage"]), value, _interval(interval, first=True)), more)
 
 
 def _parts(rows: Sequence[Row], numbers: Numbers, starts: Mapping[str, str]) -> Iterator[Markup]:
@@ -109,7 +118,7 @@ def _closing(metric: str, rows: Sequence[Row], numbers: Numbers) -> Markup:
     """Return what was measured on how many prompts, and the values of the first stage and of the last."""
     base, last = rows[0], rows[-1]
     whole, start = gain_of(last, numbers, "base_gain"), last.get("start")
-    ends = Markup(". In {} on {} held-out prompts: {} {}, {} {}").format(
+    ends = Markup("{} on {} held-out prompts: {} {}, {} {}").format(
         metric, last["n"], base["stage"], numbers.value(base)[0], last["stage"], numbers.value(last)[0]
     )
     if whole and start and start != base["stage"]:

@@ -135,6 +135,7 @@
     const choose = () => {
       scrub.max = data.sheets[stage.value].length - 1;
       scrub.value = scrub.max;
+      scrub.disabled = scrub.max === "0";
       refresh();
     };
     stage.addEventListener("change", choose);
@@ -143,6 +144,7 @@
       turn = (by) => { scrub.value = Number(scrub.value) + by; refresh(); sheet.click(); };
       show(make("img", { src: drawn.src, alt: drawn.alt }), drawn.alt, [], false);
     });
+    scrub.disabled = scrub.max === "0";
     refresh();
   };
 
@@ -160,18 +162,23 @@
     });
   };
   const number = (value) => (value === null || value === undefined ? "-" : String(Number(value.toPrecision(4))));
-  const duration = (seconds) => {
+  const UNITS = [[7200, 3600, "h"], [120, 60, "min"], [0, 1, "s"]];
+  const duration = (seconds, longest = seconds) => {
     if (seconds === null || seconds === undefined) return "-";
-    if (seconds < 120) return `${Number(seconds.toPrecision(3))} s`;
-    if (seconds < 7200) return `${Number((seconds / 60).toFixed(1))} min`;
-    return `${Number((seconds / 3600).toFixed(2))} h`;
+    const [, size, unit] = UNITS.find(([from]) => longest >= from);
+    return `${Number((seconds / size).toFixed(size > 1 ? 2 : 1))} ${unit}`;
   };
-  const axes = (onX) => [
-    { stroke: color("--soft"), grid: { stroke: color("--line"), width: 1 }, ticks: { stroke: color("--line") },
-      values: (_, splits) => splits.map(onX), size: 34, font: "12px system-ui", space: 70 },
-    { stroke: color("--soft"), grid: { stroke: color("--line"), width: 1 }, ticks: { stroke: color("--line") },
-      values: (_, splits) => splits.map(number), size: 58, font: "12px system-ui" },
-  ];
+  const INCREMENTS = [1, 2, 5, 10, 15, 30].flatMap((n) => [n, 60 * n]).concat([1, 2, 3, 6, 12, 24, 48, 96, 192].map((n) => 3600 * n))
+    .sort((a, b) => a - b);
+  const plain = { grid: { width: 1 }, ticks: {}, font: "12px system-ui" };
+  const axis = (scale, rest) => ({
+    ...plain, scale, stroke: color("--soft"), grid: { stroke: color("--line"), width: 1 }, ticks: { stroke: color("--line") }, ...rest,
+  });
+  const xAxis = (timed) => axis("x", {
+    size: 34, space: 70, ...(timed ? { incrs: INCREMENTS } : {}),
+    values: (_, splits) => splits.map((at) => (timed ? duration(at, splits[splits.length - 1]) : number(at))),
+  });
+  const yAxis = (scale, rest) => axis(scale, { size: 58, values: (_, splits) => splits.map(number), ...rest });
   const mark = (at) => (chart) => {
     const { ctx, bbox } = chart;
     ctx.save();
@@ -186,34 +193,54 @@
     }
     ctx.restore();
   };
-  const plot = (holder, tables, series, options, onX) => {
+  const plot = (holder, tables, series, { x, timed = false, sync, bands, marks = [], scales = ["y"] }) => {
+    const sides = [yAxis(scales[0], {}), ...(scales.length > 1 ? [yAxis(scales[1], { side: 1, grid: { show: false } })] : [])];
     const chart = new uPlot({
-      width: Math.max(200, holder.clientWidth), height: 200, series: [{ label: options.x, value: (_, v) => onX(v) }, ...series],
-      scales: { x: { time: false } }, axes: axes(onX), cursor: { sync: { key: options.sync } }, bands: options.bands,
-      legend: { live: true }, hooks: { draw: [mark(options.marks || [])] },
+      width: Math.max(200, holder.clientWidth), height: 200, bands,
+      series: [{ label: x, value: (_, v) => (timed ? duration(v) : number(v)) }, ...series],
+      scales: { x: { time: false }, ...Object.fromEntries(scales.map((key) => [key, {}])) },
+      axes: [xAxis(timed), ...sides], cursor: { sync: { key: sync } }, hooks: { draw: [mark(marks)] },
     }, uPlot.join(tables), holder);
+    const rows = chart.root.querySelectorAll(".u-legend .u-series");
+    series.forEach(({ silent }, i) => { if (silent) rows[i + 1].style.display = "none"; });
     charts.push({ chart, holder });
+  };
+  // Losses of different objectives may be a hundredfold apart: then each stage has a scale of its own.
+  const APART = 8;
+  const spread = (values) => {
+    const known = values.filter((value) => value !== null);
+    return Math.max(...known.map(Math.abs), 1e-30);
   };
   const curve = (figure) => {
     const holder = figure.querySelector(".plot");
     if (holder.childElementCount || !holder.clientWidth) return;
     const { metric } = figure.dataset;
-    const [tables, series] = [[], []];
-    for (const { key, label } of data.stages) {
-      const of = data.curves.stages[key];
-      const values = of && of.y[metric];
-      if (!values) continue;
-      const line = { label, stroke: shade(key), spanGaps: true, width: 1.6, value: (_, v) => number(v), points: { show: values.length < 3 } };
+    const { stages: logged, unit, alarms, longest } = data.curves;
+    const shown = data.stages.filter(({ key }) => logged[key] && logged[key].y[metric]);
+    const sizes = shown.map(({ key }) => spread(logged[key].y[metric]));
+    const apart = Math.max(...sizes) > APART * Math.min(...sizes);
+    const [tables, series] = [[[[0, longest]]], []];
+    for (const { key, label } of shown) {
+      const { x, y: { [metric]: values } } = logged[key];
+      const line = {
+        label, stroke: shade(key), scale: apart ? key : "y", spanGaps: true, width: 1.6, value: (_, v) => number(v),
+        points: { show: values.length < 3 },
+      };
       if (values.length >= LONG && byId("smooth").checked) {
-        tables.push([of.x, values, smooth(values)]);
-        series.push({ ...line, label: `${label}, raw`, width: 1, alpha: 0.3 }, line);
+        tables.push([x, values, smooth(values)]);
+        series.push({ ...line, label: "", width: 1, alpha: 0.3, silent: true }, line);
       } else {
-        tables.push([of.x, values]);
+        tables.push([x, values]);
         series.push(line);
       }
     }
-    const marks = /^(reward|held_out)/.test(metric) ? data.curves.alarms : [];
-    plot(holder, tables, series, { x: data.curves.unit, sync: "time", marks }, data.curves.unit === "time" ? duration : number);
+    plot(holder, tables, series, {
+      x: unit, timed: unit === "time", sync: "time", marks: /^(reward|held_out)/.test(metric) ? alarms : [],
+      scales: apart ? shown.map(({ key }) => key) : ["y"],
+    });
+    const chart = charts[charts.length - 1].chart;
+    if (apart) chart.axes.slice(1).forEach((each, i) => { each.stroke = () => shade(shown[i].key); });
+    if (apart) chart.redraw(false, true);
   };
   const drift = () => {
     const figure = byId("drift-chart");
@@ -224,14 +251,14 @@
       const of = data.drift[key];
       if (!of) continue;
       const stroke = shade(key);
-      const bound = { stroke, width: 0, alpha: 0.15, points: { show: false }, value: () => "" };
+      const bound = { label: "", stroke, width: 0, points: { show: false }, silent: true };
       const at = series.length + 1;
       tables.push([of.sigmas, of.drift, of.high, of.low]);
       series.push({ label, stroke, width: 1.8, spanGaps: true, value: (_, v) => number(v) },
-        { ...bound, label: "" , class: "bound" }, { ...bound, label: "", class: "bound" });
+        bound, { ...bound });
       bands.push({ series: [at + 1, at + 2], fill: `${stroke}33` });
     }
-    plot(holder, tables, series, { x: "sigma", sync: "sigma", bands }, number);
+    if (tables.length) plot(holder, tables, series, { x: "sigma", sync: "sigma", bands });
   };
   const draw = () => {
     for (const { chart } of charts.splice(0)) chart.destroy();
