@@ -122,7 +122,7 @@ class Run:
         import tomli_w
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = tomli_w.dumps(_for_toml(self.pipeline.tables()))
+        text = tomli_w.dumps(_for_toml(self.pipeline.record()))
         files.write_whole(self.folder / "pipeline.toml", text.encode())
 
     def _encode(self) -> None:

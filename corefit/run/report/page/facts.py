@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
 from corefit.run.report.page.folder import RunFolder, StageFiles
 from corefit.run.report.table import MISSING, duration
 from corefit.system import memory
+from corefit.system.public import without_places, without_secrets
 
-SECRET = re.compile(r"(^|[_-])(token|tokens|secret|secrets|password|passwd|credential|credentials|auth)$|api_?key", re.I)
-"""Names of keys whose text is not written for others to read."""
-USER = re.compile(r"(?<=://)[^/@\s]+@")
-"""The user and password in an address."""
-PLACE = re.compile(r"""(?<![\w.:/\\])(?:/[\w.+@~-]+){2,}|\b[A-Za-z]:\\[\w.\\ -]+""")
-"""An absolute path inside a longer text."""
-SLASH = re.compile(r"[/\\]")
-
+HIDDEN = "(not shown)"
 
 def status(run: RunFolder) -> dict[str, Any] | None:
     """Return the state of a run in words; None where its folder does not tell, or it is finished and nothing to say."""
@@ -125,10 +117,20 @@ def provenance(run: RunFolder) -> list[tuple[str, str]]:
         ("precision", _text(about.get("precision") or run.pipeline.get("precision"))),
         ("base model", _text(about.get("base") or _within(run.pipeline, "backbone", "path"))),
         ("seed", _text(_either(about, run.pipeline, "seed"))),
-        ("data", _text(about.get("data") or _within(run.pipeline, "data", "source", "use"))),
+        ("data", _data(about.get("data")) or _text(_within(run.pipeline, "data", "source", "use"))),
         ("stages", "; ".join(_described(run))),
     ]
     return [(name, readable(text)) for name, text in found if text]
+
+
+def _data(counts: Any) -> str:
+    """Return the counts of the data in words: "8192 examples; 600 held-out prompts, 3 of them in the training data"."""
+    if not isinstance(counts, dict):
+        return _text(counts)
+    found = cast(Mapping[str, Any], counts)
+    twice = f", {found['duplicates']} of them in the training data" if found.get("duplicates") is not None else ""
+    texts = {"examples": "{} examples", "prompts": f"{{}} held-out prompts{twice}", "left_out": "{} left out"}
+    return "; ".join(text.format(found[key]) for key, text in texts.items() if found.get(key) is not None)
 
 
 def _either(first: Mapping[str, Any], second: Mapping[str, Any], key: str) -> Any:
@@ -147,7 +149,7 @@ def _described(run: RunFolder) -> Iterator[str]:
     stages = run.pipeline.get("stage")
     for entry in cast(list[Any], stages) if isinstance(stages, list) else []:
         objective, steps, batch = _within(entry, "objective", "use"), _within(entry, "steps"), _within(entry, "batch")
-        yield f"{_within(entry, 'name')}: {objective}, {steps} steps of {batch}"
+        yield f"{_within(entry, 'name')}: {f'{objective}, ' if objective else ''}{steps} steps of {batch}"
 
 
 def _text(value: Any) -> str:
@@ -178,27 +180,9 @@ def pipeline_text(run: RunFolder) -> str:
     """Return pipeline.toml without secrets and absolute paths; nothing where there is none."""
     import tomli_w
 
-    return tomli_w.dumps(_public(run.pipeline)) if run.pipeline else ""
-
-
-def _public(value: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {name: _public(inner, str(name)) for name, inner in cast(Mapping[str, Any], value).items()}
-    if isinstance(value, list):
-        return [_public(inner, key) for inner in cast(list[Any], value)]
-    if isinstance(value, str):
-        return "(not shown)" if is_secret(key) else readable(value)
-    return value
-
-
-def is_secret(key: str) -> bool:
-    """Return whether the text under a key is a secret, by the key's name."""
-    return bool(SECRET.search(key))
+    return tomli_w.dumps(without_places(without_secrets(run.pipeline, HIDDEN))) if run.pipeline else ""
 
 
 def readable(text: str) -> str:
-    """Return a text without absolute paths, of which the last name is left, and without users in addresses."""
-    whole = next((kind(text) for kind in (PurePosixPath, PureWindowsPath) if kind(text).is_absolute()), None)
-    if whole is not None and "\n" not in text:
-        return f"…/{whole.name}" if whole.name else "…"
-    return USER.sub("", PLACE.sub(lambda found: f"…/{SLASH.split(found[0])[-1]}", text))
+    """Return a text without absolute paths, and without users and passwords in addresses."""
+    return str(without_places(without_secrets(text)))
