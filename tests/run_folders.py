@@ -15,7 +15,12 @@ from corefit.run.report import MetricsLog, grid
 from corefit.run.report.results import Scores, results, write_results
 
 CATEGORIES = ("single", "two", "counting")
-PROMPTS = [f"{count} {color} {thing}" for count in ("one", "two", "three") for color in ("red", "blue") for thing in ("cat", "<b>dog</b>")]
+PROMPTS = [
+    f"{count} {color} {thing}"
+    for count in ("one", "two", "three")
+    for color in ("red", "blue")
+    for thing in ("cat", "<b>dog</b>")
+]
 EACH = 20
 """Times that every prompt is scored."""
 
@@ -39,7 +44,9 @@ GRPO = Stage("grpo", 0.72, 20.2, "soar", 120, 120, alarm=90)
 SFT = Stage("sft", 0.41, 20.02, "base", 200, 200)
 
 
-def write_run(folder: Path, stages: Sequence[Stage] = (BASE, SFT, SOAR, GRPO), status: str = "finished", size: int = 48) -> Path:
+def write_run(
+    folder: Path, stages: Sequence[Stage] = (BASE, SFT, SOAR, GRPO), status: str = "finished", size: int = 48
+) -> Path:
     """Write a run's folder with `stages`, of which those that are not done have no scores yet."""
     scored = [stage for stage in stages if stage.done == stage.steps]
     for number, stage in enumerate(stages):

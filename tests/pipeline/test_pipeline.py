@@ -347,7 +347,11 @@ def test_the_record_of_a_run_names_nothing_of_the_machine_and_reads_back_the_sam
 
 def test_the_record_of_a_run_has_no_secrets(project):
     file = project.folder / "bright.py"
-    file.write_text(file.read_text().replace("gain: float = 1.0", 'gain: float = 1.0\n    api_key: str = ""\n    token_env: str = ""'))
+    file.write_text(
+        file.read_text().replace(
+            "gain: float = 1.0", 'gain: float = 1.0\n    api_key: str = ""\n    token_env: str = ""'
+        )
+    )
     project.swap(('{ use = "bright", weight = 1.0 }', '{ use = "bright", api_key = "hunter2", token_env = "TOKEN" }'))
     pipeline = read(project.file)
     assert "hunter2" in tomli_w.dumps(pipeline.tables())

@@ -30,7 +30,11 @@ def test_which_keys_are_secret(key, secret):
 
 
 def test_secrets_are_left_out_or_replaced_at_any_depth():
-    tables = {"a": [{"token": "s1", "n": 1}], "b": {"password": "s2", "tokens": ["s3"], "max_token": 4}, "url": "http://u:s4@h/x"}
+    tables = {
+        "a": [{"token": "s1", "n": 1}],
+        "b": {"password": "s2", "tokens": ["s3"], "max_token": 4},
+        "url": "http://u:s4@h/x",
+    }
     assert without_secrets(tables) == {"a": [{"n": 1}], "b": {"max_token": 4}, "url": "http://h/x"}
     assert without_secrets(tables, "hidden") == {
         "a": [{"token": "hidden", "n": 1}],

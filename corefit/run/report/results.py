@@ -16,6 +16,7 @@ from corefit.run.report import intervals
 from corefit.run.report.intervals import Floats
 from corefit.system.files import write_whole
 
+
 @frozen
 class Scores:
     """The scores of one stage on the held-out prompts, and the cost of its training.

@@ -6,6 +6,7 @@ curves, style and scripts. It asks nothing from the network.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -20,7 +21,7 @@ from corefit.run.report.page.verdict import DIVERSITY, starts_of, verdict
 from corefit.run.report.results import Row
 from corefit.system.files import write_whole
 
-__all__ = ["comparison_page", "is_run", "page", "qualified", "render", "stamp"]
+__all__ = ["POLICY", "comparison_page", "fingerprint", "is_run", "page", "qualified", "render"]
 
 ASSETS = Path(__file__).with_name("assets")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -43,14 +44,25 @@ def comparison_page(runs: Sequence[tuple[str, Path]], html: Path, rows: Sequence
     write_whole(html, render(runs, " and ".join(label for label, _ in runs), rows))
 
 
-def render(runs: Sequence[tuple[str, Path]], title: str, rows: Sequence[Row] = ()) -> bytes:
-    """Return the page of one run, whose label is "", or of several."""
+def render(runs: Sequence[tuple[str, Path]], title: str, rows: Sequence[Row] = (), live: str = "") -> bytes:
+    """Return the page of one run, whose label is "", or of several.
+
+    live  the version of the page, for a browser that asks `corefit watch` whether there is another
+    """
     found: list[RunFolder] = []
     for label, folder in runs:
         found.append(read_run(label, folder, MEMO, sum(len(run.stages) for run in found)))
-    html = _template().render(_content(found, rows or _rows(found), title))
+    more = {"live": live, "live_script": _asset("live.js") if live else ""}
+    html = _template().render(_content(found, rows or _rows(found), title) | more)
     MEMO.forget()
     return html.encode()
+
+
+def fingerprint(folder: Path) -> str:
+    """Return what changes whenever a page of the folder would."""
+    names = ("*.json", "*.toml", "*/*.json", "*/*.jsonl", "*/samples/*")
+    stamps = [stamp(file) for name in names for file in sorted(folder.glob(name))]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
 
 
 def _rows(runs: Sequence[RunFolder]) -> list[Row]:
@@ -178,7 +190,9 @@ def _curves_note(curves: Mapping[str, Any] | None) -> str:
         return ""
     axis = "time of training" if curves["unit"] == "time" else "number of steps"
     alarms = " A dashed line is where the alarm sounded." if curves["alarms"] else ""
-    return f"Over the {axis}, added up along the stages that led to each.{alarms} Drag to zoom; double-click to see all."
+    return (
+        f"Over the {axis}, added up along the stages that led to each.{alarms} Drag to zoom; double-click to see all."
+    )
 
 
 def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:

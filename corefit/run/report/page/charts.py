@@ -58,9 +58,10 @@ def drift(stages: Sequence[StageFiles]) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {}
     for stage in stages:
         lists = [stage.drift.get(key) for key in ("sigmas", "drift", "low", "high")]
-        if all(isinstance(each, list) and each and all(map(_finite, each)) for each in lists) and len(
-            {len(each or ()) for each in lists}
-        ) == 1:
+        if (
+            all(isinstance(each, list) and each and all(map(_finite, each)) for each in lists)
+            and len({len(each or ()) for each in lists}) == 1
+        ):
             by_sigma = sorted(zip(*(each or () for each in lists), strict=True))
             columns = [list(column) for column in zip(*by_sigma, strict=True)]
             found[stage.key] = dict(zip(("sigmas", "drift", "low", "high"), columns, strict=True))

@@ -13,6 +13,7 @@ from corefit.system.public import without_places, without_secrets
 
 HIDDEN = "(not shown)"
 
+
 def status(run: RunFolder) -> dict[str, Any] | None:
     """Return the state of a run in words; None where its folder does not tell, or it is finished and nothing to say."""
     state = str(run.about.get("status", ""))
@@ -67,10 +68,15 @@ def costs(stages: Sequence[StageFiles]) -> dict[str, Any] | None:
         "steps": [_steps(stage) for stage in trained],
         "time": [duration(_number(stage, "seconds") or _last(stage, "seconds")) for stage in trained],
         "samples / s": [
-            f"{speed:.1f}" if (speed := _number(stage, "samples_per_second") or _last(stage, "samples_per_second")) else MISSING
+            f"{speed:.1f}"
+            if (speed := _number(stage, "samples_per_second") or _last(stage, "samples_per_second"))
+            else MISSING
             for stage in trained
         ],
-        "peak memory": [memory.size(int(_number(stage, "peak_memory"))) if _number(stage, "peak_memory") else MISSING for stage in trained],
+        "peak memory": [
+            memory.size(int(_number(stage, "peak_memory"))) if _number(stage, "peak_memory") else MISSING
+            for stage in trained
+        ],
         "energy": [_energy(_number(stage, "energy_joules")) for stage in trained],
         "update kept in bf16": [_percent(_number(stage, "survived")) for stage in trained],
     }
@@ -158,7 +164,9 @@ def _text(value: Any) -> str:
         return ""
     if isinstance(value, dict):
         table = cast(Mapping[str, Any], value)
-        return ", ".join(f"{str(key).replace('_', ' ')} {_text(inner)}" for key, inner in table.items() if inner is not None)
+        return ", ".join(
+            f"{str(key).replace('_', ' ')} {_text(inner)}" for key, inner in table.items() if inner is not None
+        )
     if isinstance(value, list):
         return ", ".join(map(_text, cast(list[Any], value)))
     return str(value)

@@ -177,5 +177,3 @@ def is_small(stages: Sequence[StageFiles], memo: Memo) -> bool:
     """Return whether the pictures are so small that the page shows their pixels."""
     shapes = [media.media.shape[-2:] for stage in stages if (media := kept(stage, memo))]
     return bool(shapes) and max(map(max, shapes)) <= SMALL
-
-

@@ -30,7 +30,9 @@ def _table(metric: str, rows: Sequence[Row], starts: Mapping[str, str], colors: 
             "stage": stage,
             "start": starts.get(stage, ""),
             "color": colors.get(stage, 0),
-            "cells": [_cell(cells.get((stage, category)), numbers, starts.get(stage, ""), stages[0]) for category in counts],
+            "cells": [
+                _cell(cells.get((stage, category)), numbers, starts.get(stage, ""), stages[0]) for category in counts
+            ],
         }
         for stage in stages
     ]

@@ -40,7 +40,9 @@ def gain_of(row: Row, numbers: Numbers, over: Over = "gain") -> Gain | None:
     text, interval = numbers.gain(row, over)
     shown = text.removesuffix(" pp")
     ends = interval.replace("+", "").split(" to ")
-    size_interval = " to ".join(end.lstrip("-") for end in reversed(ends)) if shown.startswith("-") else " to ".join(ends)
+    size_interval = (
+        " to ".join(end.lstrip("-") for end in reversed(ends)) if shown.startswith("-") else " to ".join(ends)
+    )
     unit = " points" if numbers.percent else ""
     return Gain(shown, shown.lstrip("+-"), interval, size_interval, unit, direction(row, numbers, over))
 
