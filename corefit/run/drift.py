@@ -50,7 +50,9 @@ def levels(backbone: Backbone, steps: int, shape: Sequence[int], start: float) -
     return grid[min(first, len(grid) - 2) :]
 
 
-def measure(backbone: Backbone, x0: Tensor, noise: Tensor, cond: Condition, grid: Tensor, *, guidance: float) -> Tensor:
+def measure(
+    backbone: Backbone, x0: Tensor, noise: Tensor, cond: Condition, grid: Tensor, *, guidance: float
+) -> Tensor:
     """Return the drift [B, levels] after each step of the ODE from grid[0] to grid[-1], grid [levels + 1].
 
     The trajectory begins on the line from x0 [B, ...] to noise [B, ...]. The drift is the root mean square, over the

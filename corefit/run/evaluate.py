@@ -52,11 +52,7 @@ class Evaluator:
 
         device = self.ranks.device
         batch = self.prompts.batch(rows, rows)
-        keys = (
-            [(self.eval.seed, "eval")] * len(rows)
-            if draws is None
-            else [(self.eval.seed, "diversity", d) for d in draws]
-        )
+        keys = [(self.eval.seed, "eval")] * len(rows) if draws is None else [(self.eval.seed, "diversity", d) for d in draws]
         each = [Rng(key, [row]).randn((1, *batch.shape)) for key, row in zip(keys, rows, strict=True)]
         noise = torch.cat(each).to(device)
         with torch.no_grad(), _empty_prompt(backbone, self.prompts.null.to(device)):

@@ -16,7 +16,6 @@ from corefit.run.report import intervals
 from corefit.run.report.intervals import Floats
 from corefit.system.files import write_whole
 
-
 @frozen
 class Scores:
     """The scores of one stage on the held-out prompts, and the cost of its training.
@@ -90,8 +89,6 @@ def results(stages: Sequence[Scores]) -> list[Row]:
     return [
         _row(stage, table, category, rows)
         for stage in stages
-        for table in tables
-        for category, rows in table.groups.items()
     ]
 
 
