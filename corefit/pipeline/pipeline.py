@@ -203,6 +203,11 @@ class Pipeline:
                 )
 
     def _eval_problems(self, eval: Eval) -> Iterator[str]:
+        if eval.drift and not self.needs_media:
+            yield (
+                "eval.drift: it is measured on media of the data, and no stage trains on media; remove it, or train "
+                "on media, as soar and sft do"
+            )
         yield from _error_of("eval.prompts", lambda: cache.check(eval.data(self.data.size), media=False))
         names = [entry.name for entry in eval.reward]
         for name in sorted({n for n in names if names.count(n) > 1}):

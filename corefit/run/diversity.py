@@ -40,9 +40,10 @@ def features(media: Tensor, source: Featured | None) -> NDArray[np.float64]:
     import torch.nn.functional as F
 
     if source is None:
-        size = [min(most, side) for most, side in zip((FRAMES, SIDE, SIDE)[5 - media.ndim :], media.shape[2:])]
-        pool = F.adaptive_avg_pool3d if media.ndim == 5 else F.adaptive_avg_pool2d
-        return pool(media.float(), size).flatten(1).double().cpu().numpy()
+        if media.ndim == 4:
+            media = media.unsqueeze(2)
+        frames, height, width = (min(most, n) for most, n in zip((FRAMES, SIDE, SIDE), media.shape[2:], strict=True))
+        return F.adaptive_avg_pool3d(media.float(), (frames, height, width)).flatten(1).double().cpu().numpy()
     with torch.no_grad():
         found = source.features(media)
     if found.ndim != 2 or len(found) != len(media) or not found.isfinite().all():

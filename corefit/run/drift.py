@@ -7,7 +7,7 @@ calls what a step adds to it Delta, and corrects it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,9 +50,7 @@ def levels(backbone: Backbone, steps: int, shape: Sequence[int], start: float) -
     return grid[min(first, len(grid) - 2) :]
 
 
-def measure(
-    backbone: Backbone, x0: Tensor, noise: Tensor, cond: Condition, grid: Tensor, *, guidance: float
-) -> Tensor:
+def measure(backbone: Backbone, x0: Tensor, noise: Tensor, cond: Condition, grid: Tensor, *, guidance: float) -> Tensor:
     """Return the drift [B, levels] after each step of the ODE from grid[0] to grid[-1], grid [levels + 1].
 
     The trajectory begins on the line from x0 [B, ...] to noise [B, ...]. The drift is the root mean square, over the
@@ -86,7 +84,7 @@ def curve(drifts: Drifts, before: Drifts | None = None) -> dict[str, Any]:
     return made | _columns("change", "change_", values - np.array(before.values), clusters)
 
 
-def _columns(name: str, prefix: str, values: intervals.Floats, clusters: intervals.Labels) -> Mapping[str, Any]:
+def _columns(name: str, prefix: str, values: intervals.Floats, clusters: intervals.Labels) -> dict[str, Any]:
     """Return the mean of each column of values [n, levels], and its interval, null where none can be given."""
     found = [intervals.of_mean(column, clusters, "unbounded") or (None, None) for column in values.T]
     low, high = zip(*found, strict=True)

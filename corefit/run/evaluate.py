@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLES = "last.safetensors"
+Progress = Callable[[int, int], None]
+"""Is told how many of how many are done."""
+
+
+def _silent(done: int, total: int) -> None:
+    """Show no progress."""
 
 
 @frozen(eq=False)
@@ -52,22 +58,24 @@ class Evaluator:
 
         device = self.ranks.device
         batch = self.prompts.batch(rows, rows)
-        keys = [(self.eval.seed, "eval")] * len(rows) if draws is None else [(self.eval.seed, "diversity", d) for d in draws]
+        keys = (
+            [(self.eval.seed, "eval")] * len(rows)
+            if draws is None
+            else [(self.eval.seed, "diversity", d) for d in draws]
+        )
         each = [Rng(key, [row]).randn((1, *batch.shape)) for key, row in zip(keys, rows, strict=True)]
         noise = torch.cat(each).to(device)
         with torch.no_grad(), _empty_prompt(backbone, self.prompts.null.to(device)):
             x0 = generate(backbone, noise, batch.cond.to(device), steps=self.eval.steps, guidance=self.eval.guidance)
             return backbone.decode(x0)
 
-    def score(
-        self, backbone: Backbone, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> dict[str, Any]:
+    def score(self, backbone: Backbone, progress: Progress = _silent) -> dict[str, Any]:
         """Return {"values": metric -> [n], "categories": [n], "prompts": [n]}; every rank scores its share.
 
         Without a reward nothing is generated, and there are no values.
         """
         if not self.eval.reward:
-            return {"values": {}, **self._shown()}
+            return {"values": {}, **self.texts()}
         world, rank = self.ranks.world, self.ranks.rank
         rows = range(self.count * rank // world, self.count * (rank + 1) // world)
         values: dict[str, list[float]] = {entry.name: [] for entry in self.eval.reward}
@@ -91,12 +99,17 @@ class Evaluator:
             "prompts": [p for _, _, found in gathered for p in found],
         }
 
-    def _shown(self) -> dict[str, list[str]]:
-        """Return categories and prompts of the prompts that are used."""
-        batch = self.prompts.batch(range(self.count), range(self.count))
-        return {"categories": [str(m.get("category", "")) for m in batch.meta], "prompts": [*batch.prompts]}
+    def texts(self) -> dict[str, list[str]]:
+        """Return {"categories": [n], "prompts": [n]} of the prompts that are used."""
+        categories, prompts = list[str](), list[str]()
+        for start in range(0, self.count, self.eval.batch):
+            chunk = range(self.count)[start : start + self.eval.batch]
+            batch = self.prompts.batch(chunk, chunk)
+            categories += [str(m.get("category", "")) for m in batch.meta]
+            prompts += batch.prompts
+        return {"categories": categories, "prompts": prompts}
 
-    def diversity(self, backbone: Backbone, prompts: Sequence[str]) -> dict[str, Any]:
+    def diversity(self, backbone: Backbone, prompts: Sequence[str], progress: Progress = _silent) -> dict[str, Any]:
         """Return {"rows": [n], "values": metric -> [n]} of n of the held-out `prompts`; every rank does its share."""
         settings = self.eval.diversity
         assert settings is not None, "[eval] diversity is not set"
@@ -108,28 +121,32 @@ class Evaluator:
             chunk, draws = zip(*pairs[start : start + self.eval.batch], strict=True)
             with memory.explain_exhaustion("evaluation, diversity", self._remedies()):
                 features += [*diversity.features(self.media(backbone, chunk, draws), self.eval.featured)]
+            progress(len(features), len(pairs))
         self._join_forwards(backbone, len(pairs), -(-len(rows) // world) * settings.samples)
         starts = range(0, len(pairs), settings.samples)
         found = [diversity.measure(np.stack(features[start : start + settings.samples])) for start in starts]
         measured = [each for share in self.ranks.all_gather_object(found) for each in share]
         return {"rows": rows, "values": {name: [each[name] for each in measured] for name in diversity.METRICS}}
 
-    def drift(self, backbone: Backbone) -> dict[str, Any]:
+    def drift(self, backbone: Backbone, progress: Progress = _silent) -> dict[str, Any]:
         """Return what `drift.Drifts` holds, measured on examples of the training data; every rank does its share."""
         settings, data, world, rank = self.eval.drift, self.data, self.ranks.world, self.ranks.rank
-        assert settings is not None and data is not None, "[eval] drift is not set"
+        assert settings is not None, "[eval] drift is not set"
+        assert data is not None, "there are no data to measure drift on"
         rows = drift.examples(data, settings.samples)
         size = min(self.eval.batch, -(-len(rows) // world))
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         found: list[tuple[list[list[float]], Sequence[str]]] = []
         grid: list[float] = []
-        for turn in range(-(-len(chunks) // world)):
+        turns = -(-len(chunks) // world)
+        for turn in range(turns):
             mine = turn * world + rank < len(chunks)
             if mine or self.ranks.sharded:  # every forward of sharded weights needs all ranks
                 batch = data.batch(chunk := chunks[turn * world + rank if mine else 0], chunk)
                 with memory.explain_exhaustion("evaluation, drift", self._remedies()):
                     grid, values = self._drift_of(backbone, batch, settings.start)
                 found += [(values, batch.prompts)] if mine else []
+            progress(turn + 1, turns)
         gathered = self.ranks.all_gather_object((grid, found))
         parts = [gathered[number % world][1][number // world] for number in range(len(chunks))]
         return {
@@ -142,7 +159,8 @@ class Evaluator:
         """Return the noise levels [levels] and the drift of each example there, [B, levels]."""
         import torch
 
-        assert batch.x0 is not None and self.data is not None
+        assert batch.x0 is not None
+        assert self.data is not None
         device, rows = self.ranks.device, batch.rows
         x0, noise = batch.x0.to(device).float(), Rng((self.eval.seed, "drift"), rows).randn(batch.x0.shape).to(device)
         grid = drift.levels(backbone, self.eval.steps, batch.shape, start)

@@ -110,9 +110,10 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
     )
 
 
-def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str) -> Identity:
+def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str, dataset: str) -> Identity:
     """Return what determines the held-out scores of weights.
 
+    dataset  cache key of the encoded data, on which drift is measured
     prompts  cache key of the encoded prompts
     held     dtype of the weights that do not train, "" where nothing is computed in bfloat16
     """
@@ -124,6 +125,7 @@ def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str) ->
         {
             "model": weights.hash,
             "prompts": prompts,
+            **({"dataset": dataset} if eval.drift else {}),
             "corefit": corefit.__version__,
             "seed": eval.seed,
             **({"weights held in": held} if held else {}),

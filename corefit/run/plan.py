@@ -22,6 +22,7 @@ DONE = "done.json"
 COPY = "done.copy.json"
 """A copy of done.json, so that damage to one small file does not lose a finished stage."""
 SCORES = "scores.json"
+DRIFT = "drift.json"
 FROM = "from.json"
 MODEL = "model"
 SUPERSEDED = "superseded"
@@ -76,11 +77,11 @@ def targets(pipeline: Pipeline, dataset: str, prompts: str | None, precision: st
     precision  "fp32" or "bf16"
     """
     weights = {BASE: identity.of_base(pipeline)}
-    found = [_target(pipeline, pipeline.stage[0], 0, weights[BASE], prompts, precision)]
+    found = [_target(pipeline, pipeline.stage[0], 0, weights[BASE], dataset, prompts, precision)]
     for number, stage in enumerate(pipeline.stage, 1):
         start = weights[start_of(pipeline, stage)]
         weights[stage.name] = identity.of_stage(pipeline, stage, start, dataset, precision)
-        found.append(_target(pipeline, stage, number, weights[stage.name], prompts, precision))
+        found.append(_target(pipeline, stage, number, weights[stage.name], dataset, prompts, precision))
     return found
 
 
@@ -91,12 +92,18 @@ def start_of(pipeline: Pipeline, stage: Stage) -> str:
 
 
 def _target(
-    pipeline: Pipeline, stage: Stage, number: int, weights: Identity, prompts: str | None, precision: str
+    pipeline: Pipeline,
+    stage: Stage,
+    number: int,
+    weights: Identity,
+    dataset: str,
+    prompts: str | None,
+    precision: str,
 ) -> Target:
     """Return the target of a stage; number 0 is the base, which is evaluated in the dtypes of the first stage."""
     name = stage.name if number else BASE
     held = "" if precision == "fp32" else "bfloat16" if pipeline.freezes_in_half(stage) else "float32"
-    scores = None if prompts is None else identity.of_scores(pipeline, weights, prompts, held)
+    scores = None if prompts is None else identity.of_scores(pipeline, weights, prompts, held, dataset)
     start = start_of(pipeline, stage) if number else ""
     return Target(name, start, pipeline.run_folder / f"{number:02d}-{name}", weights, scores)
 

@@ -14,9 +14,9 @@ from attrs import define, field, frozen
 from corefit.data.dataset import Dataset
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Lora, Pipeline, Stage
-from corefit.run import agreement, plan, report
+from corefit.run import agreement, drift, plan, report
 from corefit.run.evaluate import SAMPLES, Evaluator
-from corefit.run.plan import MODEL, SCORES, Rerun, Target
+from corefit.run.plan import DRIFT, MODEL, SCORES, Rerun, Target
 from corefit.run.prepare import encode, precision, preview, text_dtype
 from corefit.system import files, memory
 from corefit.system.display import Advance, Display
@@ -85,6 +85,7 @@ class Run:
     dataset: Dataset = field(init=False)
     evaluator: Evaluator | None = field(init=False, default=None)
     scores: list[report.Scores] = field(init=False, factory=list[report.Scores])
+    drifts: dict[str, drift.Drifts] = field(init=False, factory=dict[str, drift.Drifts])
 
     @property
     def folder(self) -> Path:
@@ -235,6 +236,11 @@ class Run:
         saved.backbone.release()
         saved.backbone.transformer = None
         self.scores.append(self._scores(target, scored, cost))
+        if "drift" in scored:
+            self.drifts[target.name] = drift.Drifts(**scored["drift"])
+            if self.main:
+                curve = drift.curve(self.drifts[target.name], self.drifts.get(target.start))
+                files.write_json(target.folder / DRIFT, curve)
 
     def _scores(self, target: Target, scored: Mapping[str, Any], cost: Cost) -> report.Scores:
         """Return the content of scores.json for the table."""
@@ -244,7 +250,7 @@ class Run:
             target.name,
             scored["values"],
             scored["categories"],
-            prompts=scored.get("prompts", ()),
+            prompts=scored.get("prompts") or self.evaluator.texts()["prompts"],  # version 0.1 wrote none
             units={entry.name: getattr(entry.value, "unit", "") for entry in self.evaluator.eval.reward},
             rows=diversity["rows"],
             diversity=diversity["values"],
@@ -258,18 +264,19 @@ class Run:
         weights.load(backbone, self.ranks, frozen_in_bf16=saved.half, adapter=saved.adapter)
         backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # as in training
         with self.display.task(f"{target.name}: {evaluator.count} held-out prompts") as progress:
-            scored = {**evaluator.score(backbone, progress)}
+            scored = evaluator.score(backbone, progress)
         if evaluator.eval.diversity:
-            with self.display.task(f"{target.name}: diversity"):
-                scored["diversity"] = evaluator.diversity(backbone, scored["prompts"])
+            with self.display.task(f"{target.name}: diversity") as progress:
+                scored["diversity"] = evaluator.diversity(backbone, scored["prompts"], progress)
         if evaluator.eval.drift:
-            with self.display.task(f"{target.name}: drift"):
-                scored["drift"] = evaluator.drift(backbone)
+            with self.display.task(f"{target.name}: drift") as progress:
+                scored["drift"] = evaluator.drift(backbone, progress)
         samples = evaluator.samples(backbone) if self.main or weights.is_sharded(backbone.transformer) else None
         self.ranks.accelerator.free_memory()
         if self.main and samples:
             assert target.scores is not None
-            (target.folder / SCORES).unlink(missing_ok=True)  # these scores do not belong to the new samples
+            for former in (SCORES, DRIFT):  # they do not belong to the new samples
+                (target.folder / former).unlink(missing_ok=True)
             evaluator.keep_samples(samples, target.folder / "samples")
             content = {**scored, "samples": files.sha256(target.folder / "samples" / SAMPLES)}
             identity = {"parts": target.scores.parts, "rounding": target.scores.rounding}

@@ -33,7 +33,8 @@ from corefit.run.report import (
     visible_frames,
     write_results,
 )
-from corefit.run.report.results import KEYS, bootstrap, wilson
+from corefit.run.report.intervals import bootstrap, wilson
+from corefit.run.report.results import KEYS
 from corefit.run.report.sheets import _Text
 from corefit.run.report.table import Numbers, direction, duration
 from corefit.system.memory import size

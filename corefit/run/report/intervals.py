@@ -124,10 +124,10 @@ def agreeing(value: float, clusters: int, bounds: Interval) -> Interval:
 
 
 def effective_size(values: Floats, clusters: Labels) -> float:
-    """Return how many independent samples tell as much of the mean of `values` [n] as these do; n if all prompts differ.
+    """Return how many independent samples would tell as much of the mean of `values` [n]; n if all prompts differ.
 
-    That is n by the design effect, the variance of the mean between clusters over that between samples, and a factor
-    for few clusters (Korn and Graubard, 1998). Where all values agree, a cluster counts as one sample.
+    That is n over the design effect, which is the variance of the mean between clusters over that between samples, and
+    a factor for few clusters (Korn and Graubard, 1998). Where all values agree, a cluster counts as one sample.
     """
     sums, sizes = _by_cluster(values, clusters)
     n, g, mean = len(values), len(sums), values.mean()
@@ -162,4 +162,4 @@ def _by_cluster(values: Floats, clusters: Labels) -> tuple[Floats, Floats]:
     """Return the sum of the values and their number, for each cluster in the order of its first sample."""
     _, first, member = np.unique(clusters, return_index=True, return_inverse=True)
     order = np.argsort(np.argsort(first))[member.ravel()]
-    return np.bincount(order, values), np.bincount(order).astype(np.float64)
+    return np.bincount(order, values).astype(np.float64), np.bincount(order).astype(np.float64)

@@ -16,6 +16,7 @@ from corefit.run.report import intervals
 from corefit.run.report.intervals import Floats
 from corefit.system.files import write_whole
 
+
 @frozen
 class Scores:
     """The scores of one stage on the held-out prompts, and the cost of its training.
@@ -89,6 +90,8 @@ def results(stages: Sequence[Scores]) -> list[Row]:
     return [
         _row(stage, table, category, rows)
         for stage in stages
+        for table in tables
+        for category, rows in table.groups.items()
     ]
 
 
@@ -129,7 +132,7 @@ def _tables(stages: Sequence[Scores]) -> Iterator[_Table]:
         columns: list[Mapping[str, Sequence[float]]] = [getattr(stage, metrics) for stage in stages]
         assert all(each.keys() == columns[0].keys() for each in columns), "metrics differ"
         assert all(list(stage.rows) == list(first.rows) for stage in stages), "diversity of different prompts"
-        prompts = [first.prompts[row] for row in rows] if first.prompts else [str(row) for row in rows]
+        prompts = [first.prompts[int(row)] if first.prompts else str(row) for row in rows]
         for metric in columns[0]:
             values = _values(stages, metric, [each[metric] for each in columns])
             unit = first.units.get(metric, "")

@@ -38,7 +38,7 @@ class Numbers:
     @staticmethod
     def of(rows: Sequence[Row]) -> Numbers:
         """Choose percentages for shares; in files of version 0.1, which name no unit, if all numbers are in [0, 1]."""
-        seen = [row[key] for row in rows for key in ("value", "low", "high") if key in row]
+        seen = [value for row in rows for key in ("value", "low", "high") if (value := row.get(key)) is not None]
         units = {row["unit"] for row in rows if "unit" in row}
         if SHARE in units or (not units and all(0 <= value <= 1 for value in seen)):
             return Numbers(percent=True)
