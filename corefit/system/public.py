@@ -1,4 +1,4 @@
-"""What may be written for others to read: no secrets, and no absolute paths, which tell of the machine and its users."""
+"""What may be written for others to read: no secrets, and no absolute paths, which tell of a machine and its users."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _without_places(text: str) -> str:
 
 
 def seen_from(folder: Path, path: str) -> str:
-    """Return an absolute path as a file in `folder` names it; one that is not absolute, or on another drive, as it is."""
+    """Return an absolute path as a file in `folder` names it. A relative one, or one on another drive, stays."""
     if not Path(path).is_absolute():
         return path
     try:

@@ -143,8 +143,8 @@ def _alarm(stage: StageFiles) -> str:
     steps = charts.alarm_steps(stage)
     often = f" and {len(steps) - 1} more" if len(steps) > 1 else ""
     return (
-        f"The alarm sounded in stage {stage.label} at step {steps[0]}{often}: the reward that it trains on rose while a "
-        "held-out one fell. What it gained may be a weakness of the reward."
+        f"The alarm sounded in stage {stage.label} at step {steps[0]}{often}: the reward that it trains on rose while "
+        "a held-out one fell. What it gained may be a weakness of the reward."
     )
 
 
@@ -190,9 +190,7 @@ def _curves_note(curves: Mapping[str, Any] | None) -> str:
         return ""
     axis = "time of training" if curves["unit"] == "time" else "number of steps"
     alarms = " A dashed line is where the alarm sounded." if curves["alarms"] else ""
-    return (
-        f"Over the {axis}, added up along the stages that led to each.{alarms} Drag to zoom; double-click to see all."
-    )
+    return f"Over the {axis}, added up along the stages before each.{alarms} Drag to zoom; double-click to see all."
 
 
 def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -211,7 +209,7 @@ def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _data(content: Mapping[str, Any], stages: Sequence[StageFiles], curves: Mapping[str, Any] | None) -> Any:
-    """Return what the script needs as JSON that is safe inside a page; pictures that the page shows are not repeated."""
+    """Return what the script needs as JSON that is safe inside a page; pictures that it shows are not repeated."""
     from markupsafe import Markup
 
     drawn = {(side.key, tile["row"]) for side in (content["left"], content["right"]) for tile in content["tiles"]}

@@ -66,17 +66,9 @@ def costs(stages: Sequence[StageFiles]) -> dict[str, Any] | None:
         return None
     columns = {
         "steps": [_steps(stage) for stage in trained],
-        "time": [duration(_number(stage, "seconds") or _last(stage, "seconds")) for stage in trained],
-        "samples / s": [
-            f"{speed:.1f}"
-            if (speed := _number(stage, "samples_per_second") or _last(stage, "samples_per_second"))
-            else MISSING
-            for stage in trained
-        ],
-        "peak memory": [
-            memory.size(int(_number(stage, "peak_memory"))) if _number(stage, "peak_memory") else MISSING
-            for stage in trained
-        ],
+        "time": [duration(_number(stage, "seconds")) for stage in trained],
+        "samples / s": [_speed(_number(stage, "samples_per_second")) for stage in trained],
+        "peak memory": [memory.size(int(_number(stage, "peak_memory"))) for stage in trained],
         "energy": [_energy(_number(stage, "energy_joules")) for stage in trained],
         "update kept in bf16": [_percent(_number(stage, "survived")) for stage in trained],
     }
@@ -92,13 +84,13 @@ def _steps(stage: StageFiles) -> str:
 
 
 def _number(stage: StageFiles, key: str) -> float:
-    value = stage.about.get(key)
+    """Return what run.json or done.json says, or the last line of metrics.jsonl; 0 where nothing does."""
+    value = stage.about.get(key) or (stage.metrics[-1].get(key) if stage.metrics else 0)
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _last(stage: StageFiles, key: str) -> float:
-    value = stage.metrics[-1].get(key) if stage.metrics else 0
-    return float(value) if isinstance(value, int | float) else 0.0
+def _speed(samples: float) -> str:
+    return f"{samples:.1f}" if samples else MISSING
 
 
 def _energy(joules: float) -> str:
@@ -164,9 +156,8 @@ def _text(value: Any) -> str:
         return ""
     if isinstance(value, dict):
         table = cast(Mapping[str, Any], value)
-        return ", ".join(
-            f"{str(key).replace('_', ' ')} {_text(inner)}" for key, inner in table.items() if inner is not None
-        )
+        named = {key.replace("_", " "): _text(inner) for key, inner in table.items()}
+        return ", ".join(f"{key} {text}" for key, text in named.items() if text)
     if isinstance(value, list):
         return ", ".join(map(_text, cast(list[Any], value)))
     return str(value)

@@ -69,8 +69,7 @@ def read_run(label: str, folder: Path, memo: Memo, first_color: int = 0) -> RunF
     about, pipeline = _json(folder / "run.json", memo), _toml(folder / "pipeline.toml", memo)
     stages: list[StageFiles] = []
     for place in _stage_folders(folder):
-        found = STAGE.fullmatch(place.name)
-        name = found[1] if found else place.name
+        name = place.name.partition("-")[2]
         entry = next((e for e in _entries(about, "stages") if name in (e.get("name"), e.get("folder"))), {})
         before = stages[-1].name if stages else ""
         stages.append(
@@ -175,7 +174,7 @@ def _newest_rows(file: Path, stages: Sequence[StageFiles]) -> Sequence[Row]:
 
 def _scores(stage: StageFiles) -> Scores:
     found = stage.scores
-    diversity = found.get("diversity") or {"rows": (), "values": {}}
+    diversity: Mapping[str, Any] = found.get("diversity") or {"rows": (), "values": {}}
     return Scores(
         stage.name,
         found["values"],

@@ -40,11 +40,9 @@ def gain_of(row: Row, numbers: Numbers, over: Over = "gain") -> Gain | None:
     text, interval = numbers.gain(row, over)
     shown = text.removesuffix(" pp")
     ends = interval.replace("+", "").split(" to ")
-    size_interval = (
-        " to ".join(end.lstrip("-") for end in reversed(ends)) if shown.startswith("-") else " to ".join(ends)
-    )
+    ends = [end.lstrip("-") for end in reversed(ends)] if shown.startswith("-") else ends
     unit = " points" if numbers.percent else ""
-    return Gain(shown, shown.lstrip("+-"), interval, size_interval, unit, direction(row, numbers, over))
+    return Gain(shown, shown.lstrip("+-"), interval, " to ".join(ends), unit, direction(row, numbers, over))
 
 
 def starts_of(rows: Sequence[Row]) -> dict[str, str]:
@@ -62,6 +60,7 @@ def starts_of(rows: Sequence[Row]) -> dict[str, str]:
 class Sentence:
     """What is said of one metric."""
 
+    metric: str
     main: Markup
     """The gains, as "soar gains 7.3 points over base, 95 % interval 5.8 to 8.7"."""
     more: Markup
@@ -80,11 +79,11 @@ def _of_metric(metric: str, rows: Sequence[Row], starts: Mapping[str, str]) -> S
     numbers = Numbers.of(rows)
     parts = list(_parts(rows, numbers, starts))
     if parts:
-        return Sentence(Markup("; ").join(parts) + ".", _closing(metric, rows, numbers))
+        return Sentence(metric, Markup("; ").join(parts) + ".", _closing(metric, rows, numbers, starts))
     value, interval = numbers.value(rows[0])
     text = Markup("{} scores {}, {}; no stage has been evaluated yet.")
     more = Markup("{} on {} held-out prompts.").format(metric, rows[0]["n"])
-    return Sentence(text.format(_strong(rows[0]["stage"]), value, _interval(interval, first=True)), more)
+    return Sentence(metric, text.format(_strong(rows[0]["stage"]), value, _interval(interval, first=True)), more)
 
 
 def _parts(rows: Sequence[Row], numbers: Numbers, starts: Mapping[str, str]) -> Iterator[Markup]:
@@ -116,15 +115,14 @@ def _interval(text: str, first: bool) -> str:
     return f"95 % interval {text}" if first and text != UNKNOWN else text
 
 
-def _closing(metric: str, rows: Sequence[Row], numbers: Numbers) -> Markup:
-    """Return what was measured on how many prompts, and the values of the first stage and of the last."""
-    base, last = rows[0], rows[-1]
-    whole, start = gain_of(last, numbers, "base_gain"), last.get("start")
-    ends = Markup("{} on {} held-out prompts: {} {}, {} {}").format(
-        metric, last["n"], base["stage"], numbers.value(base)[0], last["stage"], numbers.value(last)[0]
-    )
-    if whole and start and start != base["stage"]:
-        ends += Markup(" ({}{} over {} in all)").format(whole.text, whole.unit, base["stage"])
+def _closing(metric: str, rows: Sequence[Row], numbers: Numbers, starts: Mapping[str, str]) -> Markup:
+    """Return what was measured on how many prompts, and the value of each stage."""
+    values = ", ".join(f"{row['stage']} {numbers.value(row)[0]}" for row in rows)
+    ends = Markup("{} on {} held-out prompts: {}").format(metric, rows[0]["n"], values)
+    last = rows[-1]
+    whole = gain_of(last, numbers, "base_gain")
+    if whole and starts.get(starts.get(last["stage"], "")):
+        ends += Markup("; {} is {}{} over {}").format(last["stage"], whole.text, whole.unit, rows[0]["stage"])
     return ends + "."
 
 

@@ -290,7 +290,7 @@
       const seconds = (Date.now() - Date.parse(status.dataset.changed)) / 1000;
       if (!(seconds >= 0)) continue;
       const quiet = seconds > QUIET ? "; it may have been killed" : "";
-      status.querySelector(".ago").textContent = `; last news ${duration(Math.round(seconds))} ago${quiet}`;
+      status.querySelector(".ago").textContent = `; last news ${seconds < 120 ? `${Math.round(seconds)} s` : `${Math.round(seconds / 60)} min`} ago${quiet}`;
     }
   };
 
