@@ -205,7 +205,8 @@ def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         "costs": ("costs", "Costs"),
         "provenance": ("provenance", "Where this comes from"),
     }
-    return [(id, name) for id, (key, name) in names.items() if content[key]]
+    shown = {**content, "checkpoints": content["checkpoints"] or content["moving"]}
+    return [(id, name) for id, (key, name) in names.items() if shown[key]]
 
 
 def _data(content: Mapping[str, Any], stages: Sequence[StageFiles], curves: Mapping[str, Any] | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from attrs import field, frozen
 
 from corefit.errors import CorefitError
 from corefit.run.report.metrics import read_metrics
-from corefit.run.report.page.memo import Memo
+from corefit.run.report.page.memo import Memo, stamp
 from corefit.run.report.results import Row, Scores, read_results, results
 
 STAGE = re.compile(r"\d\d+-(.+)")
@@ -158,21 +159,38 @@ def _rows(folder: Path, stages: Sequence[StageFiles], memo: Memo) -> Sequence[Ro
 
 
 def _newest_rows(file: Path, stages: Sequence[StageFiles]) -> Sequence[Row]:
-    try:
-        written = read_results(file) if file.is_file() else []
-    except (OSError, CorefitError):
-        written = []
+    written = _written_rows(file)
     scored = [stage for stage in stages if stage.scores.get("values")]
-    if written and {row["stage"] for row in written} >= {stage.name for stage in scored}:
+    newest = max((stamp(stage.folder / "scores.json").changed for stage in scored), default=0)
+    all_there = {row["stage"] for row in written} >= {stage.name for stage in scored}
+    if written and all_there and stamp(file).changed >= newest:
         return written
+    units = {row["metric"]: row["unit"] for row in written if "unit" in row}
     try:
-        rows = results([_scores(stage) for stage in scored])
-        return rows if all("units" in stage.scores for stage in scored) else [_without_units(row) for row in rows]
+        rows = results([_scores(stage, stage.scores.get("units", units)) for stage in scored])
     except (CorefitError, AssertionError, AttributeError, KeyError, TypeError, ValueError):
         return written  # scores of another version, or of different prompts: the run itself says what is wrong
+    known = bool(units) or all("units" in stage.scores for stage in scored)
+    return rows if known else [_without_units(row) for row in rows]
 
 
-def _scores(stage: StageFiles) -> Scores:
+def _written_rows(file: Path) -> Sequence[Row]:
+    try:
+        found = read_results(file) if file.is_file() else []
+    except (OSError, CorefitError):
+        return []
+    return found if all(map(_is_sound, found)) else []
+
+
+def _is_sound(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of results.json has texts where texts belong, and numbers everywhere else."""
+    texts = {"stage", "metric", "category", "start", "unit"} & row.keys()
+    return all(isinstance(row[key], str) for key in texts) and all(
+        type(row[key]) in (int, float) and math.isfinite(row[key]) for key in row.keys() - texts
+    )
+
+
+def _scores(stage: StageFiles, units: Mapping[str, str]) -> Scores:
     found = stage.scores
     diversity: Mapping[str, Any] = found.get("diversity") or {"rows": (), "values": {}}
     return Scores(
@@ -180,7 +198,7 @@ def _scores(stage: StageFiles) -> Scores:
         found["values"],
         found.get("categories", ()),
         prompts=found.get("prompts", ()),
-        units=found.get("units", {}),
+        units=units,
         rows=diversity["rows"],
         diversity=diversity["values"],
         start=stage.start,

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from attrs import define, field
 
 T = TypeVar("T")
 
 
-def stamp(file: Path) -> tuple[str, int, int]:
-    """Return a file's name, time of change and size, which tell whether it has changed; zeros where there is none."""
+class Stamp(NamedTuple):
+    """What tells whether a file has changed; zeros where there is none."""
+
+    name: str
+    changed: int
+    size: int
+
+
+def stamp(file: Path) -> Stamp:
     try:
         found = file.stat()
     except OSError:
-        return str(file), 0, 0
-    return str(file), found.st_mtime_ns, found.st_size
+        return Stamp(str(file), 0, 0)
+    return Stamp(str(file), found.st_mtime_ns, found.st_size)
 
 
 @define(eq=False)

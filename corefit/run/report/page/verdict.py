@@ -102,7 +102,7 @@ def _part(stage: str, gain: Gain, start: str, *, further: bool, first: bool) -> 
     if gain.direction == "up":
         text = "{} a further {}{}" if further else f"{{}} gains {{}}{{}} over {start}"
     elif gain.direction == "down":
-        text = "{} loses {}{} again" if further else f"{{}} loses {{}}{{}} against {start}"
+        text = f"{{}} loses {{}}{{}} against {start}"
     else:
         how = f"{gain.text}{gain.unit}, {_interval(gain.interval, first)}"
         return Markup("{} shows no sure change from {} ({})").format(_strong(stage), start, how)
@@ -122,7 +122,8 @@ def _closing(metric: str, rows: Sequence[Row], numbers: Numbers, starts: Mapping
     last = rows[-1]
     whole = gain_of(last, numbers, "base_gain")
     if whole and starts.get(starts.get(last["stage"], "")):
-        ends += Markup("; {} is {}{} over {}").format(last["stage"], whole.text, whole.unit, rows[0]["stage"])
+        side = "under" if whole.text.startswith("-") else "over"
+        ends += Markup("; {} is {}{} {} {}").format(last["stage"], whole.size, whole.unit, side, rows[0]["stage"])
     return ends + "."
 
 

@@ -193,13 +193,24 @@
     }
     ctx.restore();
   };
+  // Stages log at different times: at each time, a line has the value of its nearest point, if it has begun and not ended.
+  const nearest = (chart, line, at) => {
+    const values = chart.data[line];
+    if (line === 0 || typeof values[at] === "number") return at;
+    let [before, after] = [at, at];
+    while (before >= 0 && typeof values[before] !== "number") before -= 1;
+    while (after < values.length && typeof values[after] !== "number") after += 1;
+    if (before < 0 || after === values.length) return at;
+    const [times] = chart.data;
+    return times[at] - times[before] < times[after] - times[at] ? before : after;
+  };
   const plot = (holder, tables, series, { x, timed = false, sync, bands, marks = [], scales = ["y"] }) => {
     const sides = [yAxis(scales[0], {}), ...(scales.length > 1 ? [yAxis(scales[1], { side: 1, grid: { show: false } })] : [])];
     const chart = new uPlot({
       width: Math.max(200, holder.clientWidth), height: 200, bands,
       series: [{ label: x, value: (_, v) => (timed ? duration(v) : number(v)) }, ...series],
       scales: { x: { time: false }, ...Object.fromEntries(scales.map((key) => [key, {}])) },
-      axes: [xAxis(timed), ...sides], cursor: { sync: { key: sync } }, hooks: { draw: [mark(marks)] },
+      axes: [xAxis(timed), ...sides], cursor: { sync: { key: sync }, dataIdx: nearest }, hooks: { draw: [mark(marks)] },
     }, uPlot.join(tables), holder);
     const rows = chart.root.querySelectorAll(".u-legend .u-series");
     series.forEach(({ silent }, i) => { if (silent) rows[i + 1].style.display = "none"; });
@@ -213,7 +224,7 @@
   };
   const curve = (figure) => {
     const holder = figure.querySelector(".plot");
-    if (holder.childElementCount || !holder.clientWidth) return;
+    if (holder.childElementCount || figure.closest("details:not([open])")) return;
     const { metric } = figure.dataset;
     const { stages: logged, unit, alarms, longest } = data.curves;
     const shown = data.stages.filter(({ key }) => logged[key] && logged[key].y[metric]);
