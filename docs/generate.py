@@ -28,7 +28,7 @@ from corefit.plugins import KINDS, Host, Offer
 from corefit.types.former import FORMER
 
 DOCS = Path(__file__).parent
-BLOCK = re.compile(r"(<!-- generated: (\w+) ?([\w.]*) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- generated: (\w+) ?([\w.-]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 WIDTH = 120
 WORDS: Mapping[str, str] = {
     "boolean": "true or false",
@@ -173,7 +173,7 @@ def _configuration(_: str) -> str:
         *("## Objectives", *_sections("objectives")),
         *("## Samplers", *_sections("samplers")),
         *("## Noise weightings", *_sections("noise_weightings")),
-        *("## Rewards", "corefit offers none. Beside a reward's own keys: `weight`, a number, 1.0 by default."),
+        *("## Rewards", "Beside a reward's own keys: `weight`, a number, 1.0 by default.", *_sections("rewards")),
         *(f"## {HEADINGS['Eval']}", _table(Eval)),
     ]
     return "\n\n".join(parts)

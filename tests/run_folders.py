@@ -149,7 +149,7 @@ def _about(folder: Path, stages: Sequence[Stage], status: str) -> None:
         "processes": 1,
         "precision": "bf16",
         "seed": 0,
-        "base": "stable-diffusion-3.5-medium, 3b4880a69f75",
+        "base": {"name": "stable-diffusion-3.5-medium", "hash": "3b4880a69f75423d1d5d59eee6dbbfcf172c40df"},
         "data": {"examples": 8192, "prompts": 12, "left_out": 0, "duplicates": 3},
         "stages": entries,
     }

@@ -191,6 +191,7 @@ def not_offered(path: Path, offered: Collection[str]) -> list[str]:
 def test_nothing_heavy_is_imported_with_a_module():
     """What every start of the command line would pay for is imported inside functions, or with a few late modules."""
     heavy = {"torch", "diffusers", "transformers", "streaming", "accelerate", "peft", "matplotlib", "huggingface_hub"}
+    heavy |= {"cv2", "httpx", "rapidocr_onnxruntime"}
     wrong: list[str] = []
     for path in [*CORE, *PLUGINS, *TEMPLATES]:
         if not {"report", "loop", "run", "experts", "tests"} & {path.stem, path.parent.name}:

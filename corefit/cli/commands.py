@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from corefit import __version__
-from corefit.cli import completion
+from corefit.cli import completion, serving
 from corefit.errors import CorefitError, Stopped, plain
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ SET = click.option(
 TRACE = click.option("--trace", is_flag=True, help="Print each hook call: whose it is, and what it returns.")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Folder of run folders [runs/ beside PIPELINE].")
 PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
-NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "pipeline")
+NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "observer", "pipeline")
 """Words of corefit.plugins.kinds.KINDS, which help texts and shells would else wait for; and a pipeline."""
 LARGEST = 1e9
 """Sizes of memory must be smaller than this number, in any unit."""
@@ -63,7 +63,7 @@ def cli() -> None:
     "again",
     default="",
     metavar="STAGE",
-    help="Run STAGE and all stages after it anew.",
+    help="Run STAGE and all stages that descend from it anew.",
     shell_complete=completion.stages,
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done and why, and do nothing.")
@@ -100,7 +100,8 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
     from corefit.pipeline.pipeline import read
 
     checked = read(pipeline, _with_out(settings, out))
-    stages = ", ".join(f"{stage.name} ({stage.steps} steps of {stage.rows})" for stage in checked.stage)
+    starts = {stage.name: f", from {stage.from_}" if stage.from_ else "" for stage in checked.stage}
+    stages = ", ".join(f"{s.name} ({s.steps} steps of {s.rows}{starts[s.name]})" for s in checked.stage)
     from corefit.train import estimate
     from corefit.train.estimate_cache import Kept
 
@@ -231,6 +232,9 @@ def completing(shell: str) -> None:
     fish:       corefit completion fish > ~/.config/fish/completions/corefit.fish
     """
     click.echo(completion.script(cli, shell))
+
+
+cli.add_command(serving.serve_reward)
 
 
 def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:

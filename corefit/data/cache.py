@@ -24,7 +24,8 @@ import attrs
 from attrs import define, field, frozen
 
 from corefit.data import buckets, mds
-from corefit.data.dataset import COND, DONE, NULL, ROWS, X0, Dataset, Manifest, TensorSpec, partition_name
+from corefit.data.dataset import COND, DONE, FINGERPRINTS, NULL, ROWS, X0, Dataset, Manifest, TensorSpec, partition_name
+from corefit.data.duplicates import fingerprint
 from corefit.data.encode import Encoder, chunks
 from corefit.data.scan import MediaHashes, check_readable, scan, too_many_unreadable
 from corefit.data.settings import Data
@@ -32,6 +33,7 @@ from corefit.errors import DataError
 from corefit.system import files, memory
 from corefit.system.files import portable, sha256
 from corefit.system.ranks import SINGLE, Ranks
+from corefit.types import ROUNDING, KeyedReward
 
 if TYPE_CHECKING:
     from corefit.system.ranks import Ranks
@@ -207,13 +209,15 @@ def _bucket_sizes(data: Data, backbone: Backbone, media: bool) -> Sequence[bucke
 
 
 def _score_key(entry: Weighted[Reward], project: Path) -> Mapping[str, str]:
-    """Return what determines a reward's scores: its keys, and a hash of the file that defines it.
+    """Return what determines a reward's scores: its keys, a hash of the file that defines it, and what else it names.
 
     project  the folder of the pipeline, to which paths inside it are relative here
     """
     kind = type(entry.value)
-    keys = {f.name: portable(str(getattr(entry.value, f.name)), project) for f in attrs.fields(kind) if f.init}
-    return {**keys, "code": sha256(Path(inspect.getfile(kind)))}
+    fields = [f for f in attrs.fields(kind) if f.init and not f.metadata.items() >= ROUNDING.items()]
+    keys = {f.name: portable(str(getattr(entry.value, f.name)), project) for f in fields}
+    also = {"scores_key()": entry.value.scores_key()} if isinstance(entry.value, KeyedReward) else {}
+    return {**keys, **also, "code": sha256(Path(inspect.getfile(kind)))}
 
 
 # partitions
@@ -369,13 +373,15 @@ def _counted(rows: Iterator[mds.Row], progress: Callable[[int], None]) -> Iterat
 
 
 def _write_rows(encoder: Encoder, folder: Path, rows: Iterator[mds.Row]) -> int:
-    """Write the rows and return their number; bucket and metadata also go into a file that can be read at once."""
+    """Write the rows and return their number; what is read of all of them at once also goes into a file of its own."""
     first, lines = next(rows, None), list[str]()
     if first is not None:
         with mds.open_writer(folder, _columns(first)) as shards:
             for row in chain([first], rows):
                 shards.append({name: value for name, value in row.items() if name != "bucket"})
-                lines.append(json.dumps({"bucket": row["bucket"], "meta": row["meta"]}) + "\n")
+                captions = [fingerprint(prompt) for prompt in row["prompts"]]
+                line = {"bucket": row["bucket"], "meta": row["meta"], FINGERPRINTS: captions}
+                lines.append(json.dumps(line) + "\n")
     (folder / ROWS).write_text("".join(lines))
     return len(lines)
 

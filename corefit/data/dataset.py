@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 DONE = "done.json"
 NULL = "null.safetensors"
 ROWS = "rows.jsonl"
+FINGERPRINTS = "captions"
+"""The key of the captions' fingerprints in a line of rows.jsonl."""
 X0 = "x0"
 COND = "cond."
 
@@ -201,6 +203,13 @@ class Dataset:
         """
         return self.shards[index]["view"]
 
+    def fingerprints(self) -> list[list[str]] | None:
+        """Return the fingerprints of each kept example's captions; None if a cache of version 0.1 has none."""
+        rows = _read_rows(self.shards.folder, self.manifest)
+        kept = np.sort(np.concatenate(list(self.buckets.values())))
+        found = [rows[index].get(FINGERPRINTS) for index in kept]
+        return None if None in found else found
+
     def _latents(self, read: Mapping[int, mds.Row], indices: Sequence[int], column: str) -> Tensor:
         import torch
 
@@ -225,7 +234,7 @@ def _caption_bytes(raw: bytes, number: int, of: int) -> bytes:
 
 
 def _read_rows(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """Return {"bucket", "meta"} of each example."""
+    """Return {"bucket", "meta", "captions"} of each example; version 0.1 wrote no captions."""
     lines = (line for part in range(manifest.parts) for line in (folder / partition_name(part) / ROWS).open("rb"))
     return [json.loads(line) for line in lines]
 

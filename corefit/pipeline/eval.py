@@ -51,8 +51,10 @@ class Eval:
     """`[eval]`: how the base model and the result of every stage are evaluated."""
 
     prompts: Path | tuple[str, ...] = field(validator=_check_some)
-    """The held-out prompts themselves, as a list, or a file of them: a .txt with one prompt per line, or .jsonl as the
-    source `jsonl` reads it. In .jsonl, prompts with a `category` also have a column of that name in the results."""
+    """The held-out prompts themselves, as a list, or a file of them: a .txt with one prompt per line, .jsonl as the
+    source `jsonl` reads it, a table .csv or .tsv with a header, or a .json list. GenEval, DrawBench, PartiPrompts and
+    HPSv2 are published in these forms. Prompts with a `category` (GenEval's `tag`) also have a column of that name in
+    the results."""
     reward: tuple[Weighted[Reward], ...] = ()
     """The rewards that score the generated samples; each has its own table in the results. Without any, the samples
     are drawn and compared, and nothing is scored."""

@@ -19,7 +19,7 @@ from corefit.pipeline.eval import Eval
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
 from corefit.plugins.host import Host
 from corefit.system import public
-from corefit.types import Backbone
+from corefit.types import Backbone, Observer
 from corefit.types.objective import further_media, reads_media
 from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
 
@@ -54,6 +54,8 @@ class Pipeline:
     """Whether weights, gradients and optimizer state are split over the processes (FSDP2), or each has a copy (DDP)."""
     eval: Eval | None = None
     """How the base model and every stage are evaluated; without this table nothing is evaluated."""
+    observer: tuple[Observer, ...] = ()
+    """The observers, each told what happens in the run: trackers, notes at its end. No result depends on them."""
     plugins: tuple[str, ...] = ()
     """Python files with plugins of your own, which are loaded beside the installed plugins."""
     out: Path | None = None
@@ -146,6 +148,7 @@ class Pipeline:
         yield from self._data_problems()
         if self.eval:
             yield from self._eval_problems(self.eval)
+        yield from self._observer_problems()
         for stage in self.stage if not self.eval else ():
             if stage.sample_every is not None:
                 yield (
@@ -185,10 +188,19 @@ class Pipeline:
     def _reward_problems(self) -> Iterator[str]:
         """Let each reward look for what it lacks, such as a file or a package."""
         places = {f"stage.{stage.name}.reward": stage.reward for stage in self.stage}
-        for where, entries in {**places, "eval.reward": self.eval.reward if self.eval else ()}.items():
+        places |= {"data.score": self.data.score, "eval.reward": self.eval.reward if self.eval else ()}
+        for where, entries in places.items():
             for entry in entries:
                 if check := getattr(entry.value, "check", None):  # a reward of version 0.1 has none
                     yield from _error_of(f"{where}.{entry.name}", check)
+
+    def _observer_problems(self) -> Iterator[str]:
+        """Let each observer look for what it lacks, such as a package."""
+        names = [self.host.name_of("observers", each) for each in self.observer]
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"observer: {name!r} is listed twice; remove one"
+        for name, each in zip(names, self.observer, strict=True):
+            yield from _error_of(f"observer.{name}", each.check)
 
     def _data_problems(self) -> Iterator[str]:
         counted: list[int | None] = []

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 if TYPE_CHECKING:
-    from corefit.types import Backbone, NoiseWeighting, Reward, Sampler, Source, TrainState
+    from corefit.types import (
+        Backbone,
+        NoiseWeighting,
+        Observer,
+        PipelineView,
+        Reward,
+        Sampler,
+        Scored,
+        Source,
+        TrainState,
+    )
     from corefit.types.objective import Objective
     from corefit.types.stage import Stage
 
@@ -59,6 +69,16 @@ def corefit_sources() -> Offers[Source]:  # pyright: ignore[reportReturnType]
 
 
 @hookspec
+def corefit_observers() -> Offers[Observer]:  # pyright: ignore[reportReturnType]
+    """Offer observers, which a pipeline names in `[[observer]]` and which are told what happens in a run."""
+
+
+@hookspec
+def corefit_run_started(pipeline: PipelineView, folder: Path) -> None:
+    """Observe that a run starts, or continues, in `folder`."""
+
+
+@hookspec
 def corefit_stage_started(stage: Stage, state: TrainState) -> None:
     """Observe that a stage is about to train; called again when it resumes."""
 
@@ -81,3 +101,13 @@ def corefit_checkpoint_saved(stage: Stage, state: TrainState, path: Path) -> Non
 @hookspec
 def corefit_stage_finished(stage: Stage, state: TrainState) -> None:
     """Observe that a stage's weights are final and saved in `state.folder / "model"`."""
+
+
+@hookspec
+def corefit_scored(scored: Scored) -> None:
+    """Observe that the base model, or what a stage left, was evaluated."""
+
+
+@hookspec
+def corefit_run_finished(pipeline: PipelineView, folder: Path, error: BaseException | None) -> None:
+    """Observe that a run ends; `error` is why it ends early, a KeyboardInterrupt where a signal stopped it."""

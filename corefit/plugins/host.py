@@ -143,6 +143,11 @@ class Host:
                 result[name], owners[name] = float(value), self._owners[plugin]
         return result
 
+    def trace_call(self, what: str, arguments: Mapping[str, Any]) -> None:
+        """Trace a call of an observer that a pipeline names."""
+        if self._trace:
+            self._trace(f"{what}({_summary(arguments)})")
+
     def _traced(self, outcome: Any, hook: str, implementations: Sequence[Any], arguments: Mapping[str, Any]) -> None:
         """Trace one call of a hook, with its plugins in order of registration (pluggy calls the newest first)."""
         names = ", ".join(self._with_owner(each.plugin_name) for each in reversed(implementations)) or "nobody"
@@ -207,7 +212,12 @@ def _check_offer(name: Any, cls: Any, kind: str, where: str, found: Found) -> No
 
 def _summary(arguments: Mapping[str, Any]) -> str:
     """Return the arguments of an observer's hook as a short text: a stage by its name, a state by its step."""
-    words = {"stage": lambda stage: stage.name, "state": lambda state: f"step {state.step}"}
+    words: Mapping[str, Callable[[Any], str]] = {
+        "stage": lambda stage: stage.name,
+        "state": lambda state: f"step {state.step}",
+        "pipeline": lambda pipeline: pipeline.name,
+        "scored": lambda scored: scored.name,
+    }
     return ", ".join(f"{name}={words.get(name, str)(value)}" for name, value in arguments.items())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from attrs import frozen
 
 from corefit.types.objective import Objective
+from corefit.types.observer import Observer
 from corefit.types.protocols import Backbone, NoiseWeighting, Reward, Sampler, Source
 
 
@@ -76,6 +77,14 @@ KINDS: Mapping[str, Kind] = {
             word="source",
             protocol=Source,
             check="check_source({cls}({keys}))",
+            reads=True,
+        ),
+        Kind(
+            key="observers",
+            name="observer",
+            word="observer",
+            protocol=Observer,
+            check="check_observer({cls}({keys}))",
             reads=True,
         ),
     )

@@ -18,7 +18,7 @@ MODULES = re.compile(r"(?<!['\w.])(\w+\.)+(?=\w)")
 
 def listing(host: Host) -> str:
     """Return the whole list as text."""
-    return "\n".join([*(line for kind in KINDS for line in _kind(host, kind)), *_observers(host)])
+    return "\n".join([*(line for kind in KINDS for line in _kind(host, kind)), *_hooks(host)])
 
 
 def _kind(host: Host, kind: str) -> Iterator[str]:
@@ -28,8 +28,8 @@ def _kind(host: Host, kind: str) -> Iterator[str]:
     yield ""
 
 
-def _observers(host: Host) -> Iterator[str]:
-    yield "observers"
+def _hooks(host: Host) -> Iterator[str]:
+    yield "hooks that observe"
     for hook in HOOKS:
         if hook.removeprefix("corefit_") not in KINDS:
             names = sorted(each.plugin_name for each in getattr(host.hook, hook).get_hookimpls())

@@ -26,8 +26,10 @@ SIDE, FRAMES = 16, 4
 
 def spread(prompts: Sequence[str], count: int) -> list[int]:
     """Return the rows of `count` distinct prompts, or of all if there are fewer, evenly spread over the list."""
-    rows = list({prompt: row for row, prompt in reversed(list(enumerate(prompts)))}.values())[::-1]
-    count = min(count, len(rows))
+    first: dict[str, int] = {}
+    for row, prompt in enumerate(prompts):
+        first.setdefault(prompt, row)
+    rows, count = list(first.values()), min(count, len(first))
     return [rows[number * len(rows) // count] for number in range(count)]
 
 

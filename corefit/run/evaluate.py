@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,12 @@ import numpy as np
 from attrs import frozen
 
 from corefit.data.dataset import Dataset
+from corefit.data.sources import category
 from corefit.pipeline.eval import Eval
 from corefit.rng import Rng
 from corefit.rollout.loop import generate
 from corefit.run import diversity, drift, report
+from corefit.run.partial import PartialScores, RowScores
 from corefit.system import files, memory
 from corefit.system.ranks import Ranks
 from corefit.types import Backbone, Batch, Condition, rewards
@@ -22,7 +24,9 @@ from corefit.types import Backbone, Batch, Condition, rewards
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAMPLES = "last.safetensors"
+SAMPLES, LAST = "last.safetensors", "last.png"
+Media = tuple[Sequence[str], "Tensor"]
+"""Prompts, and the media [n, 3, H, W] or [n, 3, T, H, W] that were generated for them, on the CPU."""
 Progress = Callable[[int, int], None]
 """Is told how many of how many are done."""
 
@@ -69,35 +73,68 @@ class Evaluator:
             x0 = generate(backbone, noise, batch.cond.to(device), steps=self.eval.steps, guidance=self.eval.guidance)
             return backbone.decode(x0)
 
-    def score(self, backbone: Backbone, progress: Progress = _silent) -> dict[str, Any]:
-        """Return {"values": metric -> [n], "categories": [n], "prompts": [n]}; every rank scores its share.
+    def score(
+        self, backbone: Backbone, progress: Progress = _silent, partial: PartialScores | None = None
+    ) -> tuple[dict[str, Any], Media | None]:
+        """Score all prompts; every rank scores its share. Without a reward only the samples are generated.
 
-        Without a reward nothing is generated, and there are no values.
+        Return {"values": metric -> [n], "categories": [n], "prompts": [n]}, and on rank 0 the samples: the media of the
+        first prompts. With `partial`, the scores that a killed evaluation has left are used, and new ones are written.
         """
+        world, first = self.ranks.world, self.num_samples
+        before = self.ranks.from_main(partial.read) if partial else {}
+        found = {row: each for row, each in before.items() if row >= first}  # the samples themselves are not kept
+        rows = range(self.count if self.eval.reward else first)
+        size = min(self.eval.batch, -(-len(rows) // world))  # the same batches after a kill give the same bytes
+        whole = [rows[start : start + size] for start in range(0, len(rows), size)]
+        left = [batch for each in whole if (batch := [row for row in each if row not in found])]
+        mine, scored, kept = left[self.ranks.rank :: world], dict[int, RowScores](), dict[int, Any]()
+        for number, batch in enumerate(mine, 1):
+            new, media = self._scores(backbone, batch)
+            if partial:
+                partial.add(new)
+            scored |= new
+            kept |= {row: medium.cpu() for row, medium in zip(batch, media, strict=True) if row < first}
+            progress(min(len(rows), size * (len(whole) - len(left) + number * world)), len(rows))
+        self._join_forwards(backbone, len(mine), -(-len(left) // world))
+        for share, samples in self.ranks.all_gather_object((scored, kept)):
+            found, kept = found | share, kept | samples
+        return self._joined(found), self._first(kept) if self.ranks.main else None
+
+    def _joined(self, found: Mapping[int, RowScores]) -> dict[str, Any]:
+        """Return the scores of all rows, in their order."""
         if not self.eval.reward:
             return {"values": {}, **self.texts()}
-        world, rank = self.ranks.world, self.ranks.rank
-        rows = range(self.count * rank // world, self.count * (rank + 1) // world)
-        values: dict[str, list[float]] = {entry.name: [] for entry in self.eval.reward}
-        categories, prompts = list[str](), list[str]()
-        for start in range(0, len(rows), self.eval.batch):
-            chunk = rows[start : start + self.eval.batch]
-            with memory.explain_exhaustion(f"evaluation, prompts {chunk[0] + 1} to {chunk[-1] + 1}", self._remedies()):
-                batch, media = self.prompts.batch(chunk, chunk), self.media(backbone, chunk)
-                scores = {e.name: rewards.score(e, media, batch.prompts, batch.meta) for e in self.eval.reward}
-            rewards.refuse_non_finite(scores, batch.prompts)
-            for name, scored in scores.items():
-                values[name] += scored.tolist()
-            categories += [str(m.get("category", "")) for m in batch.meta]
-            prompts += batch.prompts
-            progress(len(categories), len(rows))
-        self._join_forwards(backbone, len(rows), -(-self.count // self.ranks.world))
-        gathered = self.ranks.all_gather_object((values, categories, prompts))
+        ordered = [found[row] for row in range(self.count)]
         return {
-            "values": {name: [v for found, _, _ in gathered for v in found[name]] for name in values},
-            "categories": [c for _, found, _ in gathered for c in found],
-            "prompts": [p for _, _, found in gathered for p in found],
+            "values": {e.name: [each["values"][e.name] for each in ordered] for e in self.eval.reward},
+            "categories": [each["category"] for each in ordered],
+            "prompts": [each["prompt"] for each in ordered],
         }
+
+    @property
+    def num_samples(self) -> int:
+        """The number of prompts whose samples are shown."""
+        return min(self.eval.samples, self.count)
+
+    def _first(self, kept: Mapping[int, Tensor]) -> Media:
+        """Return the samples, given the media of the first rows."""
+        import torch
+
+        rows = range(self.num_samples)
+        return self.prompts.batch(rows, rows).prompts, torch.stack([kept[row] for row in rows])
+
+    def _scores(self, backbone: Backbone, rows: Sequence[int]) -> tuple[dict[int, RowScores], Tensor]:
+        """Generate media for some prompts and score them; return the scores of each row, and the media."""
+        with memory.explain_exhaustion(f"evaluation, prompts {rows[0] + 1} to {rows[-1] + 1}", self._remedies()):
+            batch, media = self.prompts.batch(rows, rows), self.media(backbone, rows)
+            scores = {e.name: rewards.score(e, media, batch.prompts, batch.meta) for e in self.eval.reward}
+        rewards.refuse_non_finite(scores, batch.prompts)
+        found: dict[int, RowScores] = {}
+        for index, (row, prompt, meta) in enumerate(zip(rows, batch.prompts, batch.meta, strict=True)):
+            values = {name: float(scored[index]) for name, scored in scores.items()}
+            found[row] = {"values": values, "category": category(meta), "prompt": prompt}
+        return found, media
 
     def texts(self) -> dict[str, list[str]]:
         """Return {"categories": [n], "prompts": [n]} of the prompts that are used."""
@@ -105,7 +142,7 @@ class Evaluator:
         for start in range(0, self.count, self.eval.batch):
             chunk = range(self.count)[start : start + self.eval.batch]
             batch = self.prompts.batch(chunk, chunk)
-            categories += [str(m.get("category", "")) for m in batch.meta]
+            categories += [category(meta) for meta in batch.meta]
             prompts += batch.prompts
         return {"categories": categories, "prompts": prompts}
 
@@ -122,7 +159,9 @@ class Evaluator:
             with memory.explain_exhaustion("evaluation, diversity", self._remedies()):
                 features += [*diversity.features(self.media(backbone, chunk, draws), self.eval.featured)]
             progress(len(features), len(pairs))
-        self._join_forwards(backbone, len(pairs), -(-len(rows) // world) * settings.samples)
+        size = self.eval.batch
+        most = -(-len(rows) // world) * settings.samples
+        self._join_forwards(backbone, -(-len(pairs) // size), -(-most // size))
         starts = range(0, len(pairs), settings.samples)
         found = [diversity.measure(np.stack(features[start : start + settings.samples])) for start in starts]
         measured = [each for share in self.ranks.all_gather_object(found) for each in share]
@@ -170,31 +209,31 @@ class Evaluator:
         return grid[1:].tolist(), found.double().cpu().tolist()
 
     def _join_forwards(self, backbone: Backbone, done: int, most: int) -> None:
-        """Generate as often as the rank with `most` rows, since every forward of sharded weights needs all ranks."""
+        """Generate until this rank has generated `most` batches; every forward of sharded weights needs all ranks."""
         if self.ranks.sharded:
-            for _ in range(-(-most // self.eval.batch) - -(-done // self.eval.batch)):
+            for _ in range(most - done):
                 self.media(backbone, range(1))
 
     def _remedies(self) -> list[str]:
         return [f"eval.batch = {self.eval.batch // 2} (now {self.eval.batch})"] if self.eval.batch > 1 else []
 
-    def samples(self, backbone: Backbone) -> tuple[Sequence[str], Tensor]:
+    def samples(self, backbone: Backbone) -> Media:
         """Return the first prompts, and the media that the backbone generates for them, on the CPU."""
         import torch
 
-        rows = range(min(self.eval.samples, self.count))
+        rows = range(self.num_samples)
         starts = rows[:: self.eval.batch]
         media = [self.media(backbone, rows[start : start + self.eval.batch]).cpu() for start in starts]
         return self.prompts.batch(rows, rows).prompts, torch.cat(media)
 
-    def keep_samples(self, samples: tuple[Sequence[str], Tensor], folder: Path) -> None:
+    def keep_samples(self, samples: Media, folder: Path) -> None:
         """Write last.png, for clips also last.webp, and the media of last.png as last.safetensors, for `compare`."""
         from safetensors.torch import save
 
         prompts, media = samples
         data = save({"media": (report.visible_frames(media) * 255).round().byte().contiguous()})
         files.write_whole(folder / SAMPLES, data)  # save_file would make a file that only its owner can read
-        report.grid(media, prompts, folder / "last.png")
+        report.grid(media, prompts, folder / LAST)
         if media.ndim == 5:
             report.animation(media, prompts, folder / "last.webp")
 

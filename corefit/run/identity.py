@@ -16,7 +16,7 @@ import corefit
 from corefit.pipeline.pipeline import CHOICES, Pipeline
 from corefit.pipeline.reader import Reader
 from corefit.system.files import json_digest, portable, source
-from corefit.types import ROUNDING, Weighted, key_of
+from corefit.types import ROUNDING, KeyedReward, Reward, Weighted, key_of
 from corefit.types.stage import Stage
 
 OUTPUT_KEYS = ("log_every", "checkpoint_every", "keep", "sample_every")
@@ -26,6 +26,7 @@ CHANGED: Mapping[str, str] = {
     "dataset": "its data changed",
     "model": "its weights changed",
     "prompts": "the prompts changed",
+    "drift": "the data of drift changed",
 }
 """What messages say when a part that is itself a hash has changed."""
 NAMED = 3
@@ -104,6 +105,7 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
             "stage": tables,
             "train": _tables(pipeline, pipeline.mode(stage))[0],
             "code": _code(pipeline, stage),
+            **_scores_keys(stage.reward),
         },
         {**rounding, **_tables(pipeline, pipeline.backbone, "backbone")[1]},
         {"before": _origin(before, before.former), "stage": former},
@@ -125,12 +127,13 @@ def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str, da
         {
             "model": weights.hash,
             "prompts": prompts,
-            **({"dataset": dataset} if eval.drift else {}),
+            **({"drift": dataset} if eval.drift else {}),
             "corefit": corefit.__version__,
             "seed": eval.seed,
             **({"weights held in": held} if held else {}),
             "eval": tables,
             "code": _code(pipeline, eval),
+            **_scores_keys(eval.reward),
         },
         rounding,
         {"model": json_digest(weights.former), "eval": former},
@@ -210,6 +213,12 @@ def _code(pipeline: Pipeline, value: Any) -> dict[str, str]:
     return found
 
 
+def _scores_keys(entries: Sequence[Weighted[Reward]]) -> dict[str, Any]:
+    """Return {"rewards": name -> what else determines its scores}, of rewards that tell it; {} if none does."""
+    found = {entry.name: entry.value.scores_key() for entry in entries if isinstance(entry.value, KeyedReward)}
+    return {"rewards": found} if found else {}
+
+
 def _named(pipeline: Pipeline, module: str, file: Path) -> str:
     """Return the package, or a local plugin file relative to the pipeline, since a project may move as a whole."""
     local = file.resolve() in pipeline.host.files
@@ -237,6 +246,9 @@ def _part_changes(name: str, old: Any, new: Any) -> Iterator[str]:
         # if a module was added or removed, a key has changed, too, and that is named
         both = sorted((old or {}).keys() & (new or {}).keys())
         yield from (f"code of {module} changed" for module in both if old[module] != new[module])
+    elif name == "rewards":
+        both = sorted((old or {}).keys() & new.keys())
+        yield from (f"what scores as {reward} changed" for reward in both if old[reward] != new[reward])
     else:
         yield from _changes("" if name == "stage" else name, old, new)
 

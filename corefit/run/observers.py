@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from corefit.plugins.hookspecs import hookimpl
 from corefit.run.report import MetricsLog, curves, grid
@@ -20,13 +19,14 @@ def corefit_stage_started(stage: Stage, state: TrainState) -> None:
 @hookimpl
 def corefit_step_finished(stage: Stage, state: TrainState, metrics: Mapping[str, float]) -> None:
     _log(state).append(state.step, metrics)
-    if stage.samples(state.step):
-        _samples(state)
+    if state.grid and state.sample:
+        prompts, media = state.sample()
+        grid(media, prompts, state.grid)
 
 
 @hookimpl
 def corefit_stage_finished(stage: Stage, state: TrainState) -> None:
-    _samples(state)
+    """Draw the curves. The last sample grid is drawn by the evaluation, which generates the samples anyway."""
     log = state.folder / "metrics.jsonl"
     if log.exists():
         curves(log, state.folder / "metrics.png")
@@ -34,13 +34,3 @@ def corefit_stage_finished(stage: Stage, state: TrainState) -> None:
 
 def _log(state: TrainState) -> MetricsLog:
     return MetricsLog(state.folder / "metrics.jsonl")
-
-
-def _samples(state: TrainState) -> None:
-    if state.sample is not None:
-        prompts, media = state.sample()
-        grid(media, prompts, _png(state))
-
-
-def _png(state: TrainState) -> Path:
-    return state.folder / "samples" / f"step-{state.step:06d}.png"

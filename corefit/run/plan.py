@@ -271,16 +271,16 @@ def _evaluation_line(target: Target, prompts: int, *, superseded: bool = False) 
 
 
 def _training_line(stage: Stage, folder: Path, decision: Decision) -> str:
-    steps = counted(stage.steps, "step")
+    steps, start = counted(stage.steps, "step"), f" from {stage.from_}" if stage.from_ else ""
     if decision.reuse:
         return f"use as it is: finished, {steps}{f'; {decision.problem}, its copy is not' if decision.problem else ''}"
     if decision.supersede:
-        return f"train {steps}: {decision.reason} (the former one goes to {SUPERSEDED}/)"
+        return f"train {steps}{start}: {decision.reason} (the former one goes to {SUPERSEDED}/)"
     newest, damaged = checkpoint.latest(folder / "checkpoints")
     details = f", {decision.rounding}" if decision.rounding else ""
     details += f"; {counted(len(damaged), 'newer checkpoint')} damaged" if damaged else ""
     if newest is None:
-        return f"train {steps}: {decision.reason}{details}"
+        return f"train {steps}{start}: {decision.reason}{details}"
     return f"go on from step {newest.step} of {stage.steps}: {decision.reason}{details}"
 
 

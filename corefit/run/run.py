@@ -12,19 +12,22 @@ import attrs
 from attrs import define, field, frozen
 
 from corefit.data.dataset import Dataset
-from corefit.errors import ConfigError
+from corefit.data.duplicates import duplicates
+from corefit.errors import ConfigError, counted
 from corefit.pipeline.pipeline import Lora, Pipeline, Stage
 from corefit.run import agreement, drift, plan, report
-from corefit.run.evaluate import SAMPLES, Evaluator
+from corefit.run.evaluate import LAST, SAMPLES, Evaluator, Media
+from corefit.run.events import Events, StageEvents, grid_of
+from corefit.run.partial import PARTIAL, PartialScores
 from corefit.run.plan import DRIFT, MODEL, SCORES, Rerun, Target
 from corefit.run.prepare import encode, precision, preview, text_dtype
 from corefit.system import files, memory
-from corefit.system.display import Advance, Display
+from corefit.system.display import Display
 from corefit.system.ranks import Ranks, join
 from corefit.system.signals import ECHO, Signals
 from corefit.train import estimate, loop, weights
-from corefit.train.job import Cost, Job, Listener, Metrics
-from corefit.types import Backbone, Samples, TrainState, blame
+from corefit.train.job import Cost, Job
+from corefit.types import Backbone, Scored, blame
 
 T = TypeVar("T")
 
@@ -38,17 +41,18 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
     display = display or Display.on(ranks.main)
     signals = Signals(display.print, ECHO if ranks.world > 1 else 0.0)
-    folder = pipeline.run_folder
+    folder, events = pipeline.run_folder, Events(pipeline, ranks, display)
     with signals.handled():
         agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
         with (
             _locked(folder, ranks),
             display,
+            events.ending(),
             ranks.share_failures(folder),
             blame.no_exit(),
             files.explain_write_errors(folder),
         ):
-            Run(pipeline, ranks, display, signals, Rerun.load(pipeline, again)).execute()
+            Run(pipeline, ranks, display, signals, events, Rerun.load(pipeline, again)).execute()
     return pipeline.run_folder
 
 
@@ -81,9 +85,12 @@ class Run:
     ranks: Ranks
     display: Display
     signals: Signals
+    events: Events
     rerun: Rerun
     dataset: Dataset = field(init=False)
     evaluator: Evaluator | None = field(init=False, default=None)
+    duplicates: int | None = field(init=False, default=None)
+    """On the main process, how many of the held-out prompts are also training prompts; None if that is not known."""
     scores: list[report.Scores] = field(init=False, factory=list[report.Scores])
     drifts: dict[str, drift.Drifts] = field(init=False, factory=dict[str, drift.Drifts])
 
@@ -99,6 +106,7 @@ class Run:
         """Run the whole pipeline."""
         if self.main:
             self._write_pipeline()
+        self.events.run_started()
         self._refuse_too_large()
         self._encode()
         prompts = self.evaluator and self.evaluator.prompts.manifest.key
@@ -131,6 +139,14 @@ class Run:
         self.dataset, prompts = encode(self.pipeline, self.ranks, self.display)
         if prompts and self.pipeline.eval:
             self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks, self.dataset)
+            if self.main:
+                self._count_duplicates(self.evaluator)
+
+    def _count_duplicates(self, evaluator: Evaluator) -> None:
+        self.duplicates = duplicates(self.dataset, evaluator.prompts, evaluator.count)
+        if self.duplicates:
+            share = f"{self.duplicates} of {counted(evaluator.count, 'held-out prompt')}"
+            self.display.print(f"eval: {share} {'is' if self.duplicates == 1 else 'are'} also in the training data")
 
     def _run_stage(self, stage: Stage, target: Target, before: Weights) -> Weights:
         """Train a stage unless it is finished, evaluate it, and return the weights that it leaves."""
@@ -148,7 +164,7 @@ class Run:
                 hashes = plan.hashes(target.folder / MODEL)
                 plan.write_done(target, {"finished": True, "cost": attrs.asdict(cost), "model": hashes})
         after = self._weights_after(stage, target.folder / MODEL, before)
-        self._evaluate(target, after, cost)
+        self._evaluate(target, after, cost, stage.steps)
         return after
 
     def _half(self, stage: Stage) -> bool:
@@ -191,7 +207,7 @@ class Run:
         memory.reset_peak(self.ranks.device)
         backbone = before.backbone
         with self.display.task(stage.name) as progress, self.signals.training():
-            listener = _Observers(self, stage, folder, backbone, progress)
+            listener = StageEvents(self.events, self.signals, stage, folder, backbone, self.evaluator, progress)
             job = Job(
                 stage=stage,
                 mode=self.pipeline.mode(stage),
@@ -207,8 +223,7 @@ class Run:
             )
             cost = loop.train(job, self.ranks)
             survived = self._save(stage, folder, backbone)
-        if self.main:
-            listener.call(self.pipeline.host.hook.corefit_stage_finished, stage.steps)
+        listener.finished()
         backbone.transformer = None
         self.ranks.barrier()
         return attrs.evolve(cost, survived=survived)
@@ -225,14 +240,20 @@ class Run:
             files.publish(partial, folder / MODEL)
         return survived
 
-    def _evaluate(self, target: Target, saved: Weights, cost: Cost) -> None:
-        """Evaluate weights as they were saved, unless their scores are in the folder already."""
+    def _evaluate(self, target: Target, saved: Weights, cost: Cost, step: int = 0) -> None:
+        """Evaluate weights as they were saved, unless their scores are in the folder already.
+
+        step  how many steps they were trained
+        """
         if self.evaluator is None:
             return
         decision = self.ranks.from_main(lambda: plan.decide_evaluation(target))
         if decision.problem:
             self.display.print(f"{target.folder.name}: {decision.problem}; it is evaluated again")
-        scored = decision.record if decision.reuse else self._score(self.evaluator, target, saved)
+        if decision.reuse:
+            scored, samples = decision.record, None
+        else:
+            scored, samples = self._score(self.evaluator, target, saved, step)
         saved.backbone.release()
         saved.backbone.transformer = None
         self.scores.append(self._scores(target, scored, cost))
@@ -241,6 +262,8 @@ class Run:
             if self.main:
                 curve = drift.curve(self.drifts[target.name], self.drifts.get(target.start))
                 files.write_json(target.folder / DRIFT, curve)
+        if self.main:
+            self._tell_scored(target, samples, step, earlier=decision.reuse)
 
     def _scores(self, target: Target, scored: Mapping[str, Any], cost: Cost) -> report.Scores:
         """Return the content of scores.json for the table."""
@@ -258,30 +281,54 @@ class Run:
             **attrs.asdict(cost),
         )
 
-    def _score(self, evaluator: Evaluator, target: Target, saved: Weights) -> dict[str, Any]:
-        """Score the held-out prompts with weights read from their files, and write scores.json and the samples."""
+    def _tell_scored(self, target: Target, samples: Media | None, step: int, *, earlier: bool) -> None:
+        """Tell observers of the scores of the base or of a stage, which are the last of `scores`."""
+        scored = Scored(
+            name=target.name,
+            folder=target.folder,
+            step=step,
+            values=self.scores[-1].values,
+            categories=self.scores[-1].categories,
+            rows=[row for row in report.results(self.scores) if row["stage"] == target.name],
+            samples=samples,
+            grid=target.folder / "samples" / LAST,
+            earlier=earlier,
+        )
+        self.events.tell("scored", scored=scored)
+
+    def _score(
+        self, evaluator: Evaluator, target: Target, saved: Weights, step: int
+    ) -> tuple[dict[str, Any], Media | None]:
+        """Score the held-out prompts with weights read from their files, and write scores.json and the samples.
+
+        Return the scores, and on the main process the samples.
+        """
+        assert target.scores is not None
         backbone, prepare = saved.backbone, self.ranks.accelerator.prepare_model
+        partial = PartialScores(target.folder / PARTIAL, target.scores.hash)
         weights.load(backbone, self.ranks, frozen_in_bf16=saved.half, adapter=saved.adapter)
         backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # as in training
         with self.display.task(f"{target.name}: {evaluator.count} held-out prompts") as progress:
-            scored = evaluator.score(backbone, progress)
+            scored, samples = evaluator.score(backbone, progress, partial)
         if evaluator.eval.diversity:
             with self.display.task(f"{target.name}: diversity") as progress:
                 scored["diversity"] = evaluator.diversity(backbone, scored["prompts"], progress)
         if evaluator.eval.drift:
             with self.display.task(f"{target.name}: drift") as progress:
                 scored["drift"] = evaluator.drift(backbone, progress)
-        samples = evaluator.samples(backbone) if self.main or weights.is_sharded(backbone.transformer) else None
         self.ranks.accelerator.free_memory()
         if self.main and samples:
-            assert target.scores is not None
             for former in (SCORES, DRIFT):  # they do not belong to the new samples
                 (target.folder / former).unlink(missing_ok=True)
             evaluator.keep_samples(samples, target.folder / "samples")
+            if step:  # the last of the stage's own grids is that of the weights as they were saved
+                last = (target.folder / "samples" / LAST).read_bytes()
+                files.write_whole(grid_of(target.folder, step), last)
             content = {**scored, "samples": files.sha256(target.folder / "samples" / SAMPLES)}
             identity = {"parts": target.scores.parts, "rounding": target.scores.rounding}
             files.write_json(target.folder / SCORES, {**content, "identity": target.scores.hash, **identity})
-        return scored
+            partial.remove()
+        return scored, samples
 
     def _report(self, targets: Sequence[Target]) -> None:
         """Write results.json, comparison.png and report.html, and print the table; without [eval] only report.html."""
@@ -295,54 +342,6 @@ class Run:
             comparison.unlink(missing_ok=True)
         report.page(self.folder)
         report.print_table(self.scores, rows, self.display.console)
-
-
-@frozen(eq=False)
-class _Observers(Listener):
-    """Passes the events of training on: to the progress bar, and on the main process to the observers' hooks."""
-
-    run: Run
-    stage: Stage
-    folder: Path
-    backbone: Backbone
-    progress: Advance
-
-    def stop_requested(self) -> bool:
-        return self.run.signals.stop_requested
-
-    def stepped(self, step: int, metrics: Metrics) -> None:
-        self.progress(step, self.stage.steps, metrics)
-
-    def started(self, step: int) -> None:
-        self.call(self.run.pipeline.host.hook.corefit_stage_started, step)
-
-    def saved(self, step: int, path: Path) -> None:
-        self.call(self.run.pipeline.host.hook.corefit_checkpoint_saved, step, path=path)
-
-    def logged(self, step: int, metrics: Metrics) -> None:
-        """Pass on metrics. With sharded weights all ranks first generate the samples that are due: one alone cannot."""
-        evaluator, sample = self.run.evaluator, self._samples()
-        if evaluator and not sample and self.stage.samples(step):
-            sample = _constant(evaluator.samples(self.backbone))
-        if self.run.main:
-            host, state = self.run.pipeline.host, TrainState(step, self.folder, self.backbone, sample)
-            metrics = host.step_metrics(self.stage, state, metrics)
-            host.hook.corefit_step_finished(stage=self.stage, state=state, metrics=metrics)
-
-    def call(self, hook: Any, step: int, **rest: Any) -> None:
-        """Call a hook of the observers, on the main process."""
-        if self.run.main:
-            hook(stage=self.stage, state=TrainState(step, self.folder, self.backbone, self._samples()), **rest)
-
-    def _samples(self) -> Samples | None:
-        evaluator = self.run.evaluator
-        if evaluator is None or weights.is_sharded(self.backbone.transformer):
-            return None
-        return lambda: evaluator.samples(self.backbone)
-
-
-def _constant(samples: Any) -> Samples:
-    return lambda: samples
 
 
 def _dry_run_lines(pipeline: Pipeline, ranks: Ranks, rerun: Rerun) -> Iterator[tuple[str, str]]:

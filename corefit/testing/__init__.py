@@ -7,6 +7,7 @@ change. All checks refuse a key that nothing reads. `pytest --corefit PLUGIN` ch
 from corefit.testing.backbones import check_backbone
 from corefit.testing.checkpoints import tiny_chroma, tiny_flux, tiny_sd3, tiny_wan
 from corefit.testing.objectives import check_objective
+from corefit.testing.observers import check_observer
 from corefit.testing.offers import check_noise, check_reward, check_source
 from corefit.testing.samplers import check_sampler
 from corefit.testing.toy import ToyBackbone, ToyReward, toy_batch, toy_context
@@ -17,6 +18,7 @@ __all__ = [
     "check_backbone",
     "check_noise",
     "check_objective",
+    "check_observer",
     "check_reward",
     "check_sampler",
     "check_source",

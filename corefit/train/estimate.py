@@ -15,6 +15,7 @@ from corefit.system import cuda, memory
 from corefit.system.memory import size
 from corefit.system.ranks import is_half
 from corefit.train import fake, weights
+from corefit.train.frozen import Frozen, bytes_of
 from corefit.types import Sized
 from corefit.types.objective import moving_copies, weighted_objectives
 from corefit.types.stage import Full, Stage
@@ -69,6 +70,8 @@ class Estimate:
     exchanged                      bytes of DDP's buckets, a second copy of the gradients for the exchange
     copies                         bytes of the average (ema), of the reference policy and of moving copies
     gathered                       bytes of the largest weight, which is gathered from its shards to be saved
+    decoder                        bytes of the decoder of latents, for a stage that decodes
+    rewards                        bytes of the networks of rewards, as far as they say (corefit.types.SizedReward)
     activations                    bytes that a step holds at most besides these; None where that is not known
     """
 
@@ -82,21 +85,24 @@ class Estimate:
     copies: float
     gathered: float
     activations: int | None
+    decoder: float = 0.0
+    rewards: float = 0.0
 
     @property
     def read(self) -> float:
-        """Bytes while the weights are read: no more than the weights themselves."""
-        return self.weights
+        """Bytes while the weights are read: no more than the weights themselves, and what stays from before."""
+        return self.weights + self.rewards
 
     @property
     def saved(self) -> float:
         """Bytes while the last checkpoint and the model are saved; gradients are gone by then."""
-        return self.weights + self.optimizer + self.copies + self.gathered
+        return self.weights + self.optimizer + self.copies + self.gathered + self.decoder + self.rewards
 
     @property
     def certain(self) -> float:
         """Bytes that are taken from the first step to the last, whatever the batch."""
-        return self.weights + self.gradients + self.optimizer + self.exchanged + self.copies
+        trained = self.weights + self.gradients + self.optimizer + self.exchanged + self.copies
+        return trained + self.decoder + self.rewards
 
     @property
     def total(self) -> float:
@@ -126,6 +132,8 @@ def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world:
                 "optimizer": e.optimizer,
                 "gradients being exchanged": e.exchanged,
                 "copies": e.copies,
+                "the decoder": e.decoder,
+                "rewards": e.rewards,
                 "the largest weight while it is saved": e.gathered if e.saved > e.certain else 0.0,
             }
             named = ", ".join(f"{name} {size(int(part))}" for name, part in parts.items() if part)
@@ -169,6 +177,8 @@ def _table(found: Sequence[Estimate], device: Device) -> Table:
         "optimizer": [size(int(e.optimizer)) for e in found],
         "exchanged gradients": [size(int(e.exchanged)) for e in found],
         "average, reference, copies": [size(int(e.copies)) for e in found],
+        "decoder": [size(int(e.decoder)) for e in found],
+        "rewards": [size(int(e.rewards)) for e in found],
         "activations, about": ["not known" if e.activations is None else size(int(e.activations)) for e in found],
         "while read": [size(int(e.read)) for e in found],
         "while trained": [size(int(e.total)) for e in found],
@@ -191,6 +201,7 @@ def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, grap
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     share = world if pipeline.shard else 1
     copies = (stage.ema is not None) + ("reference" in stage.objective.uses) + len(moving_copies(stage.objective))
+    beside = Frozen.of(pipeline, stage, backbone)
     held = 1 + (len(weighted_objectives(stage.objective)) > 1)  # a sum's so far, while the next part makes its own
     return Estimate(
         stage=stage.name,
@@ -202,7 +213,9 @@ def _estimate(pipeline: Pipeline, stage: Stage, device: Device, world: int, grap
         exchanged=trainable * MASTER if world > share else 0.0,
         copies=copies * trainable * MASTER / share,
         gathered=max(p.numel() for p in parameters) * MASTER if share > 1 else 0.0,
-        activations=_activations(pipeline, stage, backbone, device, world) if graphs else None,
+        decoder=bytes_of(beside.decoder) if beside.decoder else 0.0,
+        rewards=sum(map(bytes_of, beside.rewards)),
+        activations=_activations(pipeline, stage, backbone, beside, device, world) if graphs else None,
     )
 
 
@@ -218,7 +231,9 @@ def _blank(pipeline: Pipeline, stage: Stage, device: Device) -> Any:
     return backbone
 
 
-def _activations(pipeline: Pipeline, stage: Stage, backbone: Any, device: Device, world: int) -> int | None:
+def _activations(
+    pipeline: Pipeline, stage: Stage, backbone: Any, beside: Frozen, device: Device, world: int
+) -> int | None:
     """Estimate the bytes of the largest forward and backward; a compiled network keeps less, for it recomputes some."""
     if not backbone.condition_shapes():
         return None
@@ -228,7 +243,7 @@ def _activations(pipeline: Pipeline, stage: Stage, backbone: Any, device: Device
     shape = max((backbone.latent_shape(each) for each in sizes), key=math.prod)
     graph = (rows * stage.objective.rows_per_graph, *shape)
     decoded = (rows, *shape) if "reward_gradient" in stage.objective.uses else None
-    return fake.peak(backbone, graph, decoded, half=half, gpu=device.gpu)
+    return fake.peak(backbone, graph, decoded, beside, half=half, gpu=device.gpu)
 
 
 def _helps(pipeline: Pipeline, stage: Stage, e: Estimate, device: Device, world: int) -> Iterator[str]:
@@ -239,8 +254,12 @@ def _helps(pipeline: Pipeline, stage: Stage, e: Estimate, device: Device, world:
         yield 'precision = "bf16"'
     if stage.ema is not None:
         yield f"{stage.name}.ema left out"
-    whole = (e.certain - e.exchanged) * (world if pipeline.shard else 1)
-    yield f"shard = true on {math.ceil(whole / (device.memory * FILLED))} devices or more"
+    if e.rewards:
+        yield 'device = "cpu" for a reward'
+    each = e.decoder + e.rewards  # which are not sharded
+    whole, room = (e.certain - e.exchanged - each) * (world if pipeline.shard else 1), device.memory * FILLED - each
+    if room > 0:
+        yield f"shard = true on {math.ceil(whole / room)} devices or more"
 
 
 def _count(number: int) -> str:

@@ -25,6 +25,7 @@ from attrs import field, frozen
 from corefit.pipeline.pipeline import Pipeline
 from corefit.system import files
 from corefit.train.estimate import Device, Estimate
+from corefit.train.frozen import sized_rewards
 from corefit.types import Configured
 from corefit.types.blame import GROUP, LOCAL
 
@@ -44,14 +45,15 @@ LIBRARIES = ("TORCH", "PYTORCH", "DIFFUSERS", "TRANSFORMERS", "PEFT", "ACCELERAT
 class Kept:
     """The file for the estimates of one pipeline on one device; None where what determines them is not known.
 
-    config  what `config_key` gave
-    path    sys.path before they are made, which is that of the next process; torch adds a temporary folder to it
-    begun   when it was asked for, in seconds since the epoch
+    configured  the backbone and the rewards whose networks are counted
+    config      what their `config_key` gave
+    path        sys.path before they are made, which is that of the next process; torch adds a temporary folder to it
+    begun       when it was asked for, in seconds since the epoch
     """
 
     file: Path | None
-    backbone: Any = None
-    config: str = ""
+    configured: Sequence[Configured] = ()
+    config: Sequence[str] = ()
     path: tuple[str, ...] = field(init=False, factory=lambda: tuple(sys.path))
     begun: float = field(init=False, factory=time.time)
 
@@ -61,10 +63,11 @@ class Kept:
 
         The code is in the file, since only who has made an estimate knows what that took.
         """
-        backbone = pipeline.backbone
-        if not isinstance(backbone, Configured):
+        found: list[Any] = [pipeline.backbone, *sized_rewards(pipeline)]
+        configured = [each for each in found if isinstance(each, Configured)]
+        if len(configured) < len(found):
             return Kept(None)
-        config = backbone.config_key()
+        config = [each.config_key() for each in configured]
         parts = {
             "pipeline": pipeline.tables(),
             "config": config,
@@ -82,7 +85,7 @@ class Kept:
             "installed": sorted(_installed()),
         }
         digest = files.json_digest(json.loads(json.dumps(parts, default=str)))
-        return Kept(pipeline.folder / FOLDER / f"{digest[:32]}.json", backbone, config)
+        return Kept(pipeline.folder / FOLDER / f"{digest[:32]}.json", configured, config)
 
     def read(self) -> list[Estimate] | None:
         """The estimates; None where there are none, the file is damaged, or the code is not what made them."""
@@ -104,7 +107,7 @@ class Kept:
             return
         loose = {name: _files(name) for name in _loose(self.path)}
         changed = max(f.stat().st_mtime for each in loose.values() for file in each for f in files.sources(file))
-        if changed > self.begun - SETTLED or self.backbone.config_key() != self.config:
+        if changed > self.begun - SETTLED or [each.config_key() for each in self.configured] != self.config:
             return
         content = {"code": {name: _source(name) for name in loose}, "estimates": [attrs.asdict(each) for each in found]}
         with suppress(OSError):

@@ -6,20 +6,28 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from corefit.system import memory
-from corefit.types import Condition, Sized, SizedDecoder
+from corefit.types import Condition, Sized
 from corefit.types.rewards import decode_with_graph
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from corefit.train.frozen import Frozen
+
 
 def peak(
-    backbone: Sized, shape: tuple[int, ...], decoded: tuple[int, ...] | None = None, *, half: bool, gpu: bool
+    backbone: Sized,
+    shape: tuple[int, ...],
+    decoded: tuple[int, ...] | None = None,
+    beside: Frozen | None = None,
+    *,
+    half: bool,
+    gpu: bool,
 ) -> int | None:
     """Return the most bytes that velocity and its backward hold for latents of `shape` [B, ...].
 
-    Weights and gradients are not counted, nor what a reward holds. None is returned where the computation depends on
-    values, which fake tensors do not have.
+    Weights and gradients are not counted, nor what scoring without a graph holds. None is returned where the
+    computation depends on values, which fake tensors do not have.
 
     backbone  has a blank network, which gets fake tensors for weights. Where it routes rows to several networks, one
               row goes through each of them and all others through the first: what backward needs of a network's
@@ -27,6 +35,7 @@ def peak(
     decoded   the shape of latents that are decoded with a graph, for a reward's gradient; None if there are none. The
               decoder's backward comes first, while all that velocity keeps is there. It is counted if the backbone is
               a SizedDecoder
+    beside    the frozen networks of the stage, with the rewards whose graphs are counted besides the decoder's
     half      whether it runs under autocast to bfloat16, on a GPU or the CPU
     gpu       whether it is to be as on a GPU
     """
@@ -39,7 +48,7 @@ def peak(
         try:
             kept = sum(_step(backbone, network, (1, *one), half, gpu).kept for network in others)
             held = _step(backbone, first, (rows - len(others), *one), half, gpu)
-            return kept + max(held.peak, held.kept + (_decoding(backbone, decoded) if decoded else 0))
+            return kept + max(held.peak, held.kept + (_decoding(backbone, decoded, beside) if decoded else 0))
         except (
             fake_tensor.DynamicOutputShapeException,
             fake_tensor.DataDependentOutputException,
@@ -70,20 +79,25 @@ def _step(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: 
     return held
 
 
-def _decoding(backbone: Any, shape: tuple[int, ...]) -> int:
-    """Return the most bytes that decoding [B, ...] and its backward hold; B rows hold what two tell by one and two."""
+def _decoding(backbone: Any, shape: tuple[int, ...], beside: Frozen | None) -> int:
+    """Return the most bytes that decoding and scoring [B, ...] and the backward hold.
+
+    B rows hold what two tell by one and two.
+    """
     import torch
 
-    whole = backbone  # which is more than the SizedDecoder that it is found to be
-    if not isinstance(backbone, SizedDecoder):
+    if beside is None or beside.decoder is None:
         return 0
-    _materialise(backbone.load_blank_decoder())
+    for network in (beside.decoder, *(network for _, network in beside.graphs)):
+        _materialise(network)
     rows, *one = shape
     peaks: list[int] = []
     for number in (1, 2)[:rows]:
         x0 = torch.empty(number, *one, requires_grad=True)
         with memory.track_live_bytes() as held:
-            decode_with_graph(whole, x0).mean().backward()
+            media = decode_with_graph(backbone, x0)
+            scores = [reward.score_blank(network, media).sum() for reward, network in beside.graphs]
+            sum(scores, start=media.new_zeros(()) if scores else media.mean()).backward()
         peaks.append(held.peak)
     return peaks[0] + (rows - 1) * (peaks[-1] - peaks[0])
 

@@ -200,7 +200,7 @@ class Sized(Protocol):
 
 @runtime_checkable
 class Configured(Protocol):
-    """What a Sized Backbone may offer besides, so that its need of memory is computed once and not by every check."""
+    """What a Sized Backbone, or a SizedReward, may offer besides, so that its memory is not computed by every check."""
 
     def config_key(self) -> str:
         """Hash of all files that `load_blank`, `condition_shapes` and `latent_shape` read."""
@@ -323,11 +323,57 @@ class Reward(Protocol):
 
 @runtime_checkable
 class SizedReward(Protocol):
-    """What a Reward with a network may implement as well, so that `corefit check` counts its memory."""
+    """What a Reward with a network may implement as well, so that `corefit check` counts its memory.
+
+    A reward that is `Configured` too, and says which files that depends on, does not make every check compute it.
+    """
 
     @abstractmethod
     def load_blank(self) -> Any:
-        """Return the network on the meta device, in the dtypes that it is held in, or None if no GPU will hold it."""
+        """Return the network on the meta device, in the dtypes that it is held in, or None if no GPU will hold it.
+
+        Rewards that share a network return the same object. Raises CorefitError for what `score` would refuse.
+        """
+        ...
+
+
+@runtime_checkable
+class SizedScore(Protocol):
+    """What a differentiable SizedReward may offer besides, so that the memory of its score's graph is known as well."""
+
+    @abstractmethod
+    def score_blank(self, network: Any, media: Tensor) -> Tensor:
+        """Return what `score` returns for media, computed with the network that `load_blank` gave, for any prompts.
+
+        The network's tensors and the media are fake by then: they have shapes and no values.
+        """
+        ...
+
+
+@runtime_checkable
+class KeyedReward(Protocol):
+    """What a Reward may implement as well if its scores depend on more than its keys and its code."""
+
+    @abstractmethod
+    def scores_key(self) -> str:
+        """Return a hash of what else determines the scores: files of weights, or what a service says that it serves.
+
+        When it changes, stages that learn from the reward are trained again, and what it scored is scored again.
+        Raises CorefitError if it cannot be told.
+        """
+        ...
+
+
+@runtime_checkable
+class Featured(Protocol):
+    """What a Reward with an image encoder may implement as well, so that diversity is measured by its features."""
+
+    @abstractmethod
+    def features(self, media: Tensor) -> Tensor:
+        """Return features [B, D] of media [B, 3, H, W], or clips [B, 3, T, H, W], in [0, 1].
+
+        Their cosine similarities must tell how alike two media are; their lengths do not matter.
+        """
         ...
 
 

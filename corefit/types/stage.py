@@ -193,11 +193,14 @@ class TrainState:
     folder    the stage's folder, such as runs/<name>/01-soar; it has `model/` once the stage is finished
     backbone  the backbone with the weights that the stage would save now: their average if the stage has `ema`
     sample    generates samples of the first [eval] prompts, always from the same noise, and returns (prompts, media
-              [n, 3, H, W] or clips, in [0, 1]). None without [eval]; with sharded weights also None, except at
-              steps where the stage's own sample grid is due
+              [n, 3, H, W] or clips, in [0, 1]). They are generated once, however many observers ask. None without
+              [eval]; with sharded weights also None, except at steps where the stage's own sample grid is due
+    grid      the PNG of the stage's own sample grid, at steps where it is due; corefit draws it before any
+              `[[observer]]` is told, and `sample` then costs nothing more
     """
 
     step: int
     folder: Path
     backbone: Backbone
     sample: Samples | None = None
+    grid: Path | None = None

@@ -254,6 +254,8 @@ def write_held_out(path: Path) -> None:
 class Evaluator:
     """Whether a picture shows what its prompt asks for: digits, colours, count and places."""
 
+    unit: ClassVar[str] = "share"
+
     strict: bool = True
     """True: 1 for a picture that is wholly right, else 0. False: the share of the facts that hold."""
 

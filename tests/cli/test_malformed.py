@@ -366,8 +366,7 @@ DATA = [
     swap(
         "no eval prompts", '"heldout.jsonl"', '"held.jsonl"', "eval.prompts: ", "held.jsonl does not exist", "must name"
     ),
-    swap("no eval rewards", '[{ use = "bright" }]', "[]", "eval.reward: name at least one", "remove [eval]"),
-    swap("eval reward left out", 'reward = [{ use = "bright" }]\n', "", "eval.reward is missing", "needs it"),
+    swap("no eval prompts left", '"heldout.jsonl"', "[]", "eval.prompts: must name at least one prompt"),
 ]
 DEEP = "[" * 5000 + "]" * 5000
 LONG = "a" * 5000

@@ -43,7 +43,7 @@ def write(form: str, name: str, folder: Path) -> None:
 
 @frozen
 class Written:
-    """All six kinds, and all forms of an objective: their folders, and where they are installed."""
+    """All kinds, and all forms of an objective: their folders, and where they are installed."""
 
     folder: Path
     site: Path
@@ -90,7 +90,7 @@ def test_their_own_tests_and_the_kit_pass(written: Written):
     assert status == 0, said
     for kind in KINDS_OF:
         assert re.search(rf"PASSED \S*test_my_own_{kind}.py::test_it_is_an?_", said), said
-    for kind in (*FORMS, "objective", "sampler", "noise", "reward"):
+    for kind in (*FORMS, "objective", "sampler", "noise", "reward", "observer"):
         assert f"{BY_WORD[KINDS_OF[kind]].key}.my_own_{kind}" in said, "the kit's own check of it"
 
 
@@ -113,6 +113,7 @@ def test_they_run_in_a_pipeline(written: Written, project: Project):
         ('sampler = { use = "flow_sde", noise = 0.7 }', 'sampler = { use = "my_own_sampler", eta = 0.5 }'),
         ('reward = [{ use = "bright", weight = 1.0 }]', 'reward = [{ use = "my_own_reward" }]'),
         ('reward = [{ use = "bright" }]', 'reward = [{ use = "my_own_reward" }]'),
+        ("[eval]", '[[observer]]\nuse = "my_own_observer"\n\n[eval]'),
     )
     ended = project.command("run", "pipeline.toml", **written.environment)
     assert ended.status == 0, ended.err
@@ -120,6 +121,7 @@ def test_they_run_in_a_pipeline(written: Written, project: Project):
     assert '"large"' in (runs / "01-soar/metrics.jsonl").read_text()
     assert '"reward"' in (runs / "02-grpo/metrics.jsonl").read_text()
     assert "my_own_reward" in (runs / "results.json").read_text()
+    assert "  tiny is finished\n" in (runs / "diary.txt").read_text()
     assert list((runs / "02-grpo/model").glob("*.safetensors")), "a LoRA that its backbone saved"
 
 

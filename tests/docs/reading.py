@@ -14,7 +14,7 @@ KINDS_OF_PAGES = sorted((DOCS / "plugins").glob("*.md"))
 FENCED = re.compile(
     r"(?:^<!-- (?P<note>file|not run): (?P<what>.+?) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```", re.M | re.S
 )
-GENERATED = re.compile(r"<!-- generated: (\w+) ?([\w.]*) -->\n.*?<!-- end -->", re.S)
+GENERATED = re.compile(r"<!-- generated: (\w+) ?([\w.-]*) -->\n.*?<!-- end -->", re.S)
 
 
 @frozen

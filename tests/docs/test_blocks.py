@@ -24,7 +24,7 @@ from corefit.cli import cli
 
 TUTORIAL = DOCS / "tutorial.md"
 OTHERS = [page for page in PAGES if page != TUTORIAL]
-KNOWN_KINDS = {"python", "toml", "sh", "text", "mermaid"}
+KNOWN_KINDS = {"python", "toml", "sh", "text", "mermaid", "json"}
 
 
 @pytest.mark.parametrize("page", [p for p in OTHERS if blocks(p, "python")], ids=name)

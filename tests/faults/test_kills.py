@@ -36,6 +36,32 @@ SETTINGS: Mapping[str, object] = {
     "eval.batch": 2,
 }
 """Two micro-batches a step, two checkpoints a stage and steps after the last; metrics that a checkpoint cuts in two."""
+BRANCHES = """\
+[[stage]]
+name = "sft"
+from = "base"
+steps = 2
+batch = 4
+train = { use = "full" }
+objective = { use = "sft" }
+
+[[stage]]
+name = "late"
+from = "soar"
+steps = 2
+batch = 4
+objective = { use = "sft" }
+
+[eval]
+"""
+"""base -> {soar -> {grpo, late}, sft}; all but soar and sft train a LoRA on what they start from."""
+BRANCH_POINTS = (
+    Point("before a branch", "corefit.run.run:Run._train", call=3),
+    Point("a branch from the base trained, not declared finished", "corefit.run.run:Run._train", after=True),
+    Point("a branch from the base finished, not evaluated", "corefit.run.run:Run._evaluate", call=4),
+    Point("second branch, between micro-batches", "corefit.train.loop:Loop._backward", call=2),
+    Point("before the report", "corefit.run.run:Run._report"),
+)
 RENAME = "pathlib:Path.replace"
 """What was written under another name is about to get its own."""
 POINTS = (
@@ -120,6 +146,20 @@ def killed(project) -> Forks:
 def test_a_run_killed_where_it_hurts(whole, killed):
     assert whole.start().wait() == 0, whole.log.read_text()
     missed = [point.where for point in POINTS if killed.killed_at(point) != -signal.SIGKILL]
+    assert not missed, killed.log.read_text()
+    assert killed.start().wait() == 0, killed.log.read_text()
+    wrong = differences(killed.outcome(), whole.outcome())
+    assert not wrong, "\n".join(wrong)
+
+
+def test_branches_killed_where_weights_are_handed_on(project):
+    """Each start that goes on finds the weights of an earlier stage in its files, not those of the stage before."""
+    project.swap(("[eval]\n", BRANCHES))
+    settings = {key: value for key, value in SETTINGS.items() if "every" not in key}
+    settings |= {"stage.soar.steps": 2, "stage.grpo.steps": 1}
+    whole, killed = (attrs.evolve(copied(project, name), settings=settings) for name in ("whole", "killed"))
+    assert whole.start().wait() == 0, whole.log.read_text()
+    missed = [point.where for point in BRANCH_POINTS if killed.killed_at(point) != -signal.SIGKILL]
     assert not missed, killed.log.read_text()
     assert killed.start().wait() == 0, killed.log.read_text()
     wrong = differences(killed.outcome(), whole.outcome())

@@ -171,6 +171,122 @@ def test_all_contradictions_are_told_at_once(project):
     ]
 
 
+# branches
+
+
+LATE = """
+[[stage]]
+name = "late"
+from = "base"
+steps = 1
+batch = 4
+objective = { use = "sft" }
+
+[eval]
+"""
+
+
+def test_a_stage_starts_from_the_one_before_or_from_what_it_names(project):
+    project.swap(("\n[eval]\n", LATE))
+    pipeline = read(project.file)
+    soar, grpo, late = pipeline.stage
+    assert (pipeline.parent(soar), pipeline.parent(grpo), pipeline.parent(late)) == (None, soar, None)
+    assert (pipeline.lineage(grpo), pipeline.lineage(late)) == ((soar, grpo), (late,))
+    pipeline = read(project.file, ["stage.late.from=soar", "stage.grpo.from=base"])
+    soar, grpo, late = pipeline.stage
+    assert (pipeline.parent(grpo), pipeline.parent(late)) == (None, soar)
+    written = pipeline.tables()["stage"]
+    assert [table.get("from") for table in written] == [None, "base", "soar"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "stage.late.from=sora",
+            "stage.late.from: there is no stage 'sora' (did you mean 'soar'?); there are: base, soar, grpo",
+        ),
+        (
+            "stage.soar.from=grpo",
+            "stage.soar.from: 'grpo' comes later in the file, and a stage starts from the base or from an earlier one; "
+            "there are: base",
+        ),
+        (
+            "stage.late.from=late",
+            "stage.late.from: 'late' is this stage, and a stage starts from the base or from an earlier one; "
+            "there are: base, soar, grpo",
+        ),
+        ("stage.late.from=3", "stage.late.from: must be text in quotes, not 3"),
+        ("stage.late.form=base", "stage.late.form is not a key (did you mean 'from'?)"),
+    ],
+)
+def test_a_start_that_is_none_is_refused(project, setting, said):
+    project.swap(("\n[eval]\n", LATE))
+    assert refusal(project, settings=[setting]).partition("; known here")[0] == said
+
+
+def test_a_lora_is_not_dropped_along_a_branch_and_is_left_by_another(project):
+    """All train a LoRA by default: full training from the base drops none, and from a LoRA it would."""
+    project.swap(("\n[eval]\n", LATE))
+    read(project.file, ["stage.late.train={use='full'}"])
+    said = refusal(project, settings=["stage.late.train={use='full'}", "stage.late.from=soar"])
+    assert said.startswith("stage.late.train: full training would drop the LoRA of stage soar")
+
+
+def test_weights_are_held_in_half_unless_their_own_lineage_was_trained(project):
+    project.swap(("\n[eval]\n", LATE))
+    pipeline = read(project.file, ["stage.soar.train={use='full'}"])
+    assert [pipeline.freezes_in_half(stage) for stage in pipeline.stage] == [False, False, True]
+
+
+# evaluation
+
+
+def test_drift_needs_media(project):
+    """Prompts alone, as GRPO reads them, say nothing of what the ideal trajectory ends in."""
+    assert read(project.file, ["eval.drift={}"]).eval.drift is not None
+    only = [
+        "eval.drift={}",
+        "stage.soar.objective={use='flow_grpo', group=4, steps=4}",
+        "stage.soar.reward=[{use='bright'}]",
+    ]
+    with pytest.raises(ConfigError, match=r"eval\.drift: it is measured on media of the data, and no stage trains on"):
+        read(project.file, [*only, "stage.soar.sampler={use='flow_sde'}"])
+
+
+def test_prompts_may_be_in_the_pipeline_file(project):
+    project.swap(('"heldout.jsonl"', '["a red sky", "a blue sea"]'), ('reward = [{ use = "bright" }]\n', ""))
+    eval = read(project.file).eval
+    assert eval is not None
+    examples = [*eval.data((16, 16)).raw_source.examples()]
+    assert [example.prompts for example in examples] == [("a red sky",), ("a blue sea",)]
+    assert eval.reward == ()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ("[]", "eval.prompts: must name at least one prompt, or a file of them"),
+        ('["a", 3]', "eval.prompts.1: must be text in quotes, not 3"),
+        ("3", "eval.prompts: must be text in quotes, not 3"),
+    ],
+)
+def test_prompts_of_another_kind_are_refused(project, prompts, said):
+    assert refusal(project, ('"heldout.jsonl"', prompts)) == said
+
+
+def test_grids_need_prompts(project):
+    project.write(project.text.partition("[eval]")[0])
+    said = refusal(project, settings=["stage.soar.sample_every=1"])
+    assert said == (
+        "stage.soar.sample_every: sample grids are drawn from the prompts of [eval], and there is none; "
+        'add [eval] with prompts = ["...", ...], or remove the key'
+    )
+
+
+# samplers and rewards
+
+
 def test_a_sampler_is_read_where_the_objective_says_so(project):
     said = refusal(project, ("points = 2", "points = 2, paths = 2"))
     assert (

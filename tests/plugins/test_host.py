@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from importlib.metadata import version
@@ -14,9 +15,9 @@ import pytest
 from attrs import frozen
 
 import corefit
-from corefit import Sampler, hookimpl
+from corefit import Observer, Sampler, hookimpl
 from corefit.errors import PluginError, near
-from corefit.plugins import KINDS, Host
+from corefit.plugins import KINDS, Host, hookspecs
 from corefit.plugins.host import HOOKS
 from corefit.plugins.listing import listing
 from corefit.rollout.samplers import FlowSde, Ode
@@ -440,8 +441,13 @@ def test_metrics_that_cannot_be_added_are_refused(plugins, problem):
 
 def test_every_hook_is_known_and_offers_have_a_kind():
     offers = {f"corefit_{kind}" for kind in KINDS}
-    observers = {"stage_started", "step_metrics", "step_finished", "checkpoint_saved", "stage_finished"}
-    assert set(HOOKS) == offers | {f"corefit_{name}" for name in observers}
+    stage = {"stage_started", "step_metrics", "step_finished", "checkpoint_saved", "stage_finished"}
+    assert set(HOOKS) == offers | {f"corefit_{name}" for name in {*stage, "run_started", "scored", "run_finished"}}
+    told = {name for name in vars(Observer) if not name.startswith("_")} - {"optional", "check"}
+    assert {f"corefit_{name}" for name in {*told, "step_metrics"}} == set(HOOKS) - offers
+    for name in told:
+        arguments = [*inspect.signature(getattr(Observer, name)).parameters][1:]
+        assert arguments == [*inspect.signature(getattr(hookspecs, f"corefit_{name}")).parameters]
 
 
 # the list of all offers
@@ -531,6 +537,10 @@ def test_public_names_do_not_go():
         "corefit_step_finished",
         "corefit_checkpoint_saved",
         "corefit_stage_finished",
+        "corefit_observers",
+        "corefit_run_started",
+        "corefit_scored",
+        "corefit_run_finished",
     }
 
 

@@ -6,6 +6,7 @@ started from; its steps and the evaluator's rewards note what they were given.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +103,44 @@ batch = 4
 samples = 1
 """
 LORA = ("backbone.train={use='lora', rank=4, alpha=10}", "stage.one.optimizer.lr=0.2", "stage.two.optimizer.lr=0.3")
+BRANCHES = """\
+[[stage]]
+name = "three"
+from = "one"
+steps = 1
+batch = 4
+objective = { use = "down" }
+optimizer = { lr = 0.05, weight_decay = 0 }
+
+[[stage]]
+name = "four"
+from = "base"
+steps = 1
+batch = 4
+train = { use = "lora", rank = 4, alpha = 10 }
+objective = { use = "down" }
+optimizer = { lr = 0.2, weight_decay = 0 }
+
+[[stage]]
+name = "five"
+from = "two"
+steps = 1
+batch = 4
+train = { use = "lora", rank = 4, alpha = 10 }
+objective = { use = "down" }
+optimizer = { lr = 0.3, weight_decay = 0 }
+
+[[stage]]
+name = "six"
+steps = 1
+batch = 4
+train = { use = "lora", rank = 4, alpha = 10 }
+objective = { use = "down" }
+optimizer = { lr = 0.4, weight_decay = 0 }
+
+[eval]
+"""
+"""base -> one -> three; base -> two -> five (a LoRA) -> six; base -> four (a LoRA). `two` says that it is from base."""
 POSITIONS = "pos_embed.pos_embed"
 """A table in the transformer's file that is no weight."""
 Weights = Mapping[str, torch.Tensor]
@@ -129,12 +168,12 @@ def fall(before: Weights, after: Weights) -> float:
     return float(falls.mean())
 
 
-def brightness(pipeline: Pipeline, model: Path | None, *, lora: bool) -> torch.Tensor:
-    """Return the scores of the reward `bright` per held-out prompt, with the weights that a stage saved; None: base."""
-    backbone = pipeline.backbone.from_saved(model) if model and not lora else pipeline.backbone
+def brightness(pipeline: Pipeline, model: Path | None, adapter: Path | None = None) -> torch.Tensor:
+    """Return the scores of the reward `bright` per held-out prompt, with weights that stages saved; None: the base."""
+    backbone = pipeline.backbone.from_saved(model) if model else pipeline.backbone
     backbone.load(torch.device("cpu"), torch.float32)
-    if model and lora:
-        backbone.load_lora(model)
+    if adapter:
+        backbone.load_lora(adapter)
     caches = [Dataset.open(done.parent) for done in pipeline.folder.glob(".corefit/cache/*/done.json")]
     (prompts,) = (cache for cache in caches if not cache.has_media)
     assert pipeline.eval is not None
@@ -162,6 +201,42 @@ def test_what_is_handed_on(chain, settings, first, second):
     assert fall(one, left(folder / "02-two")) == pytest.approx(2 * second, rel=1e-3)
 
 
+def test_what_is_handed_on_to_branches(chain):
+    chain.write(PIPELINE.replace("[eval]\n", BRANCHES))
+    pipeline = read(chain.file, ["stage.two.from=base"])
+    folder = run(pipeline)
+    names = ("one", "two", "three", "four", "five", "six")
+    models = {name: folder / f"{number:02d}-{name}" for number, name in enumerate(names, 1)}
+    weights = {name: left(path) for name, path in models.items()}
+    base = start(chain, weights["one"])
+    assert fall(base, weights["one"]) == pytest.approx(0.02, rel=1e-3)
+    assert fall(base, weights["two"]) == pytest.approx(0.03, rel=1e-3), "not from one"
+    assert fall(weights["one"], weights["three"]) == pytest.approx(0.05, rel=1e-3), "not from two"
+    # a LoRA of the base is not that of another branch, and one that follows a LoRA goes on with it
+    zeros = start(chain, weights["four"])
+    assert fall(zeros, weights["four"]) == pytest.approx(0.2, rel=1e-3)
+    assert fall(zeros, weights["five"]) == pytest.approx(0.3, rel=1e-3)
+    assert fall(weights["five"], weights["six"]) == pytest.approx(0.4, rel=1e-3)
+    full = {name: path / "model" for name, path in models.items()}
+    on = {"base": None, "one": full["one"], "two": full["two"], "three": full["three"], "four": None}
+    scores = {name: brightness(pipeline, model) for name, model in on.items() if name != "four"}
+    scores["four"] = brightness(pipeline, None, full["four"])
+    scores["five"], scores["six"] = (brightness(pipeline, full["two"], full[name]) for name in ("five", "six"))
+    starts = {"one": "base", "two": "base", "three": "one", "four": "base", "five": "two", "six": "five"}
+    found = rows(folder, "bright")
+    for name, values in scores.items():
+        row = found[name, "all"]
+        assert row["value"] == pytest.approx(float(values.mean()), abs=1e-5)
+        assert row.get("start") == starts.get(name)
+        for key, before in (("gain", starts.get(name)), ("base_gain", "base")) if name in starts else ():
+            assert row[key] == pytest.approx(float((values - scores[before]).mean()), abs=1e-5)
+    values = [float(v.mean()) for v in scores.values()]
+    assert min(abs(a - b) for a, b in itertools.combinations(values, 2)) > 1e-4, "or this would show nothing"
+    # a finished stage is handed on as one that was just trained
+    run(read(chain.file, ["stage.two.from=base", "stage.three.steps=2"]))
+    assert fall(weights["one"], left(models["three"])) == pytest.approx(0.1, rel=1e-3)
+
+
 def start(chain: Project, left: Weights) -> Weights:
     """Return what the tensors that the first stage saved were before it: the base, or a new LoRA's zeros."""
     (file,) = (chain.folder / "base" / "transformer").glob("*.safetensors")
@@ -173,7 +248,9 @@ def start(chain: Project, left: Weights) -> Weights:
 def evaluated_is_what_was_saved(pipeline: Pipeline, folder: Path, *, lora: bool) -> None:
     """results.json has each stage's own weights, prompts in their order, and gains over the stage before."""
     models = {"base": None, "one": folder / "01-one" / "model", "two": folder / "02-two" / "model"}
-    means = {name: brightness(pipeline, model, lora=lora) for name, model in models.items()}
+    means = {
+        name: brightness(pipeline, None if lora else model, model if lora else None) for name, model in models.items()
+    }
     found, before = rows(folder, "bright"), None
     for name, now in means.items():
         # held out: three of a sky, then three of a sea

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from corefit.rng import Rng
 from corefit.rollout import generate
 from corefit.run.evaluate import Eval, Evaluator
+from corefit.run.partial import PartialScores
 from corefit.system import ranks
 from corefit.testing import ToyBackbone
 from corefit.testing.toy import loaded
@@ -67,18 +69,80 @@ class Told(Reward):
 def test_scores_and_categories_are_of_their_own_prompts(monkeypatch, tmp_path, limit, world):
     """In the prompts' order, whatever number of ranks shares them."""
     reward = (Weighted("told", Told()),)
-    of, _ = evaluator(monkeypatch, tmp_path, (3, 4, 4), reward=reward, batch=2, limit=limit)
-    parts: list[Any] = []
+    of, _ = evaluator(monkeypatch, tmp_path, (3, 4, 4), reward=reward, batch=2, limit=limit, samples=4)
+    sent: list[Any] = []
+    """What each rank gives to the others."""
 
-    def collected(part: Any) -> list[Any]:
-        parts.append(part)
-        return parts
+    def scored(rank: int, gather: Any) -> Any:
+        ranks: Any = SimpleNamespace(world=world, rank=rank, main=rank == 0, sharded=False, all_gather_object=gather)
+        return attrs.evolve(of, ranks=ranks).score(None)
 
-    for rank in range(world):
-        ranks: Any = SimpleNamespace(world=world, rank=rank, sharded=False, all_gather_object=collected)
-        made = attrs.evolve(of, ranks=ranks).score(None)
+    def gather(part: Any) -> list[Any]:
+        sent.append(part)
+        return sent
+
+    for rank in range(1, world):
+        with suppress(KeyError):  # this rank would wait for those that have not scored yet
+            scored(rank, gather)
+    made, samples = scored(0, gather)
     numbers = range(limit or 7)
-    assert made == {"values": {"told": [*numbers]}, "categories": ["ab"[n % 2] for n in numbers]}
+    assert made == {
+        "values": {"told": [*numbers]},
+        "categories": ["ab"[n % 2] for n in numbers],
+        "prompts": [f"prompt {n}" for n in numbers],
+    }
+    assert of.texts() == {name: made[name] for name in ("categories", "prompts")}
+    prompts, media = samples
+    assert prompts == [f"prompt {n}" for n in range(4)]
+    assert torch.allclose(media[:, 0, 0, 0], torch.arange(4) / 10), "those that were scored, of whichever rank"
+
+
+class Dies(Told):
+    """Ends the process, so to speak, once it has scored some rows."""
+
+    def __init__(self, rows: int) -> None:
+        self.left = rows
+
+    def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
+        self.left -= len(prompts)
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().score(media, prompts, meta)
+
+
+def single() -> Any:
+    return SimpleNamespace(
+        world=1, rank=0, main=True, sharded=False, all_gather_object=lambda part: [part], from_main=lambda ask: ask()
+    )
+
+
+def test_an_evaluation_that_was_killed_goes_on_where_it_was(monkeypatch, tmp_path):
+    of, asked = evaluator(monkeypatch, tmp_path, (3, 4, 4), reward=(Weighted("told", Told()),), batch=2, samples=1)
+    of = attrs.evolve(of, ranks=single())
+    whole, _ = of.score(None)
+    partial = PartialScores(tmp_path / "scores.partial", "abc")
+    dies = attrs.evolve(of, eval=attrs.evolve(of.eval, reward=(Weighted("told", Dies(5)),)))
+    with pytest.raises(KeyboardInterrupt):
+        dies.score(None, partial=partial)
+    assert sorted(partial.read()) == [0, 1, 2, 3], "whole batches are kept"
+    asked.clear()
+    assert of.score(None, partial=partial)[0] == whole
+    assert asked == [1, 2, 1], "only the sample and what was left is generated"
+    assert of.score(None, partial=PartialScores(partial.folder, "other"))[0] == whole
+    assert asked == [1, 2, 1, 2, 2, 2, 1], "scores of anything else are not used"
+    partial.remove()
+    assert not partial.folder.exists()
+
+
+def test_a_damaged_file_of_partial_scores_is_scored_again(tmp_path):
+    partial = PartialScores(tmp_path, "abc")
+    each = {"values": {"told": 0.1 + 0.2}, "category": "", "prompt": "p"}
+    partial.add({0: each, 1: each})
+    partial.add({2: each})
+    assert partial.read() == {0: each, 1: each, 2: each}
+    file = tmp_path / "rows-0000000.json"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert partial.read() == {2: each}
 
 
 def test_media_are_of_their_own_prompt_and_noise(tmp_path):

@@ -21,7 +21,7 @@ def identities(file, *settings, dataset="d", precision="fp32") -> dict[str, Iden
     found = {"base": identity.of_base(pipeline)}
     for stage in pipeline.stage:
         found[stage.name] = identity.of_stage(pipeline, stage, list(found.values())[-1], dataset, precision)
-    return {**found, "scores": identity.of_scores(pipeline, found["grpo"], "p", "")}
+    return {**found, "scores": identity.of_scores(pipeline, found["grpo"], "p", "", dataset)}
 
 
 def changes(old, new) -> dict[str, str]:
@@ -87,14 +87,31 @@ def test_of_scores_alone(project):
     assert changes(was, identities(project.file, "eval.guidance=2")) == {"scores": "eval.guidance 4.5 -> 2.0"}
     assert changes(was, identities(project.file, "eval.seed=3")) == {"scores": "eval.seed 0 -> 3"}
     assert changes(was, identities(project.file, "eval.limit=3")) == {"scores": "eval.limit 4 -> 3"}
+    diversity, drift = (identities(project.file, f"eval.{name}={{}}") for name in ("diversity", "drift"))
+    assert changes(was, diversity)["scores"].startswith("eval.diversity none -> {")
+    assert changes(was, drift)["scores"].startswith("the data of drift changed, eval.drift none -> {")
+    more = identities(project.file, "eval.diversity={samples=9}")
+    assert changes(diversity, more) == {"scores": "eval.diversity.samples 8 -> 9"}
+    assert changes(drift, identities(project.file, "eval.drift={start=0.5}")) == {
+        "scores": "eval.drift.start 1.0 -> 0.5"
+    }
     assert changes(was, identities(project.file, "eval.reward.bright.gain=2")) == {
         "scores": "eval.reward.bright.gain 1.0 -> 2.0"
     }
     pipeline = read(project.file)
-    prompts = identity.of_scores(pipeline, was["grpo"], "other", "")
+    prompts = identity.of_scores(pipeline, was["grpo"], "other", "", "d")
     assert prompts.changes_since(was["scores"].parts) == "the prompts changed"
-    half, exact = (identity.of_scores(pipeline, was["grpo"], "p", held) for held in ("bfloat16", "float32"))
+    half, exact = (identity.of_scores(pipeline, was["grpo"], "p", held, "d") for held in ("bfloat16", "float32"))
     assert half.changes_since(exact.parts) == "weights held in float32 -> bfloat16"
+
+
+def test_drift_alone_depends_on_the_data(project):
+    """All of it is measured anew where the training data change, and nothing else of the evaluation is."""
+    for settings, equal in (((), True), (("eval.diversity={}",), True), (("eval.drift={}",), False)):
+        pipeline = read(project.file, settings)
+        base = identity.of_base(pipeline)
+        one, other = (identity.of_scores(pipeline, base, "p", "", data) for data in ("one", "other"))
+        assert (one.hash == other.hash) is equal
 
 
 @pytest.mark.parametrize(

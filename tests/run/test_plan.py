@@ -112,7 +112,8 @@ def toy(project, monkeypatch, capsys) -> Toy:
     monkeypatch.setattr(gc, "collect", lambda *args: 0)  # a third of a second each time that memory is freed
     monkeypatch.setattr(os, "fsync", lambda *args: None)
     monkeypatch.setattr(run.Run, "_refuse_too_large", lambda *args: None)
-    monkeypatch.setattr(Evaluator, "media", lambda judge, backbone, rows: torch.full((len(rows), 3, 16, 16), 0.5))
+    monkeypatch.setattr(Evaluator, "media", lambda judge, net, rows, _=0: torch.full((len(rows), 3, 16, 16), 0.5))
+    monkeypatch.setattr(Evaluator, "_drift_of", lambda judge, net, batch, _: ([0.0], [[row / 7] for row in batch.rows]))
     monkeypatch.setattr(Diffusers, "save_tensors", save)
     monkeypatch.setattr(Sd3, "load", lambda backbone, *args: setattr(backbone, "transformer", torch.nn.Identity()))
     monkeypatch.setattr(Sd3, "load_lora", lambda *args: None)
@@ -161,7 +162,7 @@ def foreseen(toy: Toy, *settings: str, again: str = "") -> dict[str, str]:
 
 def begin(what: str) -> int:
     """Where a line of the listing says that training begins."""
-    match = re.match(r"go on from step (\d+) of|train \d steps?: ", what)
+    match = re.match(r"go on from step (\d+) of|train \d steps?( from \w+)?: ", what)
     assert match, what
     return int(match[1] or 0)
 
@@ -437,7 +438,7 @@ def test_what_a_version_without_digests_left_is_used(toy):
             if (file := target.folder / name).exists():
                 content = json.loads(file.read_text())
                 del content["digest"], content["rounding"]
-                content.pop("samples", None)
+                content.pop("samples", None), content.pop("prompts", None)
                 content |= {"identity": files.json_digest(of.former), "parts": of.former}
                 file.write_text(json.dumps(content))
     for manifest in toy.folder.glob("*/checkpoints/*/manifest.json"):
@@ -496,6 +497,91 @@ def test_scores_are_not_kept_beside_the_samples_of_others(toy, monkeypatch):
         with pytest.raises(Killed):
             toy.run("eval.steps=3")
     assert foreseen(toy) == {"evaluate base": NEW}
+
+
+# branches
+
+LATE = """
+[[stage]]
+name = "late"
+from = "soar"
+steps = 1
+batch = 4
+objective = { use = "sft" }
+
+[eval]
+"""
+
+
+@pytest.fixture
+def branches(toy) -> Toy:
+    """base -> {soar -> late, grpo}, finished."""
+    toy.project.swap(('name = "grpo"', 'name = "grpo"\nfrom = "base"'), ("\n[eval]\n", LATE))
+    toy.run()
+    return toy
+
+
+def test_branches_are_trained_from_what_they_name(toy):
+    toy.project.swap(('name = "grpo"', 'name = "grpo"\nfrom = "base"'), ("\n[eval]\n", LATE))
+    lines = toy.foreseen()
+    assert lines["02-grpo"] == "train 2 steps from base: not trained yet"
+    assert lines["03-late"] == "train 1 step from soar: not trained yet"
+    toy.run()
+    assert toy.trained == [("soar", 0), ("grpo", 0), ("late", 0)]
+
+
+def redone(toy: Toy, *settings: str, again: str = "") -> dict[str, str]:
+    """What a run does beside using what is finished: by name, without the former folders' new place."""
+    lines = toy.foreseen(*settings, again=again)
+    toy.run(*settings, again=again)
+    assert [name for name, _ in toy.trained] == [n[3:] for n, what in lines.items() if what.startswith("train")]
+    assert all(re.search("^use as|before$|cached$", what) for what in toy.foreseen(*settings).values())
+    return {name: what.removesuffix(ASIDE) for name, what in lines.items() if what.startswith("train")}
+
+
+def test_a_change_reaches_what_descends_from_it(branches):
+    changed = "stage soar, which it starts from, changed"
+    assert redone(branches, "stage.soar.optimizer.lr=5e-4") == {
+        "01-soar": "train 3 steps: optimizer.lr 0.001 -> 0.0005",
+        "03-late": f"train 1 step from soar: {changed}",
+    }
+    # from.json of an older run is no part of this: names are looked up in the pipeline of now
+    branches.run()
+    assert redone(branches, "stage.grpo.optimizer.lr=5e-4") == {
+        "02-grpo": "train 2 steps from base: optimizer.lr 2e-05 -> 0.0005"
+    }
+
+
+def test_another_start_is_said(branches):
+    assert redone(branches, "stage.late.from=base")["03-late"] == (
+        "train 1 step from base: it starts from the base, not stage soar"
+    )
+    assert redone(branches, "stage.late.from=grpo")["03-late"] == (
+        "train 1 step from grpo: it starts from stage grpo, not the base"
+    )
+    assert redone(branches, "stage.late.from=soar")["03-late"] == (
+        "train 1 step from soar: it starts from stage soar, not grpo"
+    )
+
+
+def test_a_chain_is_the_same_with_and_without_from(toy):
+    toy.run()
+    assert foreseen(toy, "stage.soar.from=base", "stage.grpo.from=soar") == {}
+
+
+def test_from_runs_a_stage_and_what_descends_from_it_again(branches):
+    assert redone(branches, again="soar") == {
+        "01-soar": "train 3 steps: --from soar",
+        "03-late": "train 1 step from soar: --from soar",
+    }
+    assert [*redone(branches, again="grpo")] == ["02-grpo"]
+    assert [*redone(branches, again="late")] == ["03-late"]
+
+
+def test_from_joins_what_an_interrupted_one_has_left(branches):
+    branches.interrupted("soar", 1, again="soar")
+    branches.again(branches.pipeline(), "grpo")
+    assert branches.trained == [("soar", 1), ("grpo", 0), ("late", 0)]
 
 
 # --from
@@ -600,8 +686,10 @@ def contents(folder: Path) -> Mapping[str, bytes]:
         (["stage.soar.optimizer.lr=5e-4"], ""),
         ([], "grpo"),
         (["stage.grpo.optimizer.lr=5e-4"], "soar"),
+        (["stage.grpo.from=base"], "soar"),
+        (["eval.diversity={prompts=2, samples=2}", "eval.drift={samples=3}"], ""),
     ],
-    ids=["new", "changed", "from", "changed and from"],
+    ids=["new", "changed", "from", "changed and from", "branches", "measured"],
 )
 def test_a_run_that_is_killed_anywhere_ends_the_same(toy, settings, again):
     """Also where a plain run goes on with `--from`; only one that had not yet begun with that is asked again."""

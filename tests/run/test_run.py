@@ -24,6 +24,7 @@ from corefit.pipeline import Pipeline, read
 from corefit.plugins import Host
 from corefit.rng import Rng
 from corefit.run import observers
+from corefit.run.evaluate import Evaluator
 from corefit.run.report import curves
 from corefit.run.run import run
 from corefit.system import files, ranks, signals
@@ -187,7 +188,6 @@ def test_what_a_run_leaves_and_that_diffusers_makes_the_same(spec, checkpoint, m
 def run_media(pipeline: Pipeline, model: Path, *, lora: bool) -> torch.Tensor:
     """The same by corefit, from the saved files."""
     from corefit.data.dataset import Dataset
-    from corefit.run.evaluate import Evaluator
 
     backbone = pipeline.backbone if lora else pipeline.backbone.from_saved(model)
     backbone.load(torch.device("cpu"), torch.float32)
@@ -253,6 +253,43 @@ def test_sample_grids_show_the_average_and_leave_training_as_it_is(spec, mode):
     grids = [(folder / "samples" / "step-000002.png").read_bytes() for folder in (sampled, short)]
     assert grids == [(short / "samples" / "last.png").read_bytes()] * 2  # that of the model as it was saved
     assert (sampled / "samples" / "last.png").read_bytes() != grids[0]
+
+
+METERS = ["eval.diversity={prompts=4, samples=2}", "eval.drift={samples=4, start=0.9}"]
+
+
+def test_diversity_and_drift_are_in_the_run_and_are_measured_once(spec, monkeypatch):
+    path = spec(LORA)
+    settings = [*METERS, "stage.soar.steps=1", "stage.grpo.steps=1", "stage.soar.optimizer.lr=1e-2"]
+    folder = run(read(path, settings))
+    rows = [row for row in json.loads((folder / "results.json").read_text()) if row["metric"] in ("vendi", "distance")]
+    assert {(row["stage"], row["metric"], row["category"], row["n"]) for row in rows} == {
+        (stage, metric, category, n)
+        for stage in ("base", "soar", "grpo")
+        for metric in ("vendi", "distance")
+        for category, n in (("all", 4), ("a", 2), ("b", 2))
+    }
+    assert all(1 <= row["value"] <= 2 for row in rows if row["metric"] == "vendi")
+    written = {name: folder / name / "drift.json" for name in ("00-base", "01-soar", "02-grpo")}
+    base, soar, grpo = (files.read_json(path) for path in written.values())
+    assert 0 < base["drift"][0] < base["drift"][-1]
+    assert base["sigmas"] == soar["sigmas"]
+    assert base["sigmas"][0] < 0.9
+    assert soar["change"] == pytest.approx(np.array(soar["drift"]) - base["drift"])
+    assert grpo["change"] == pytest.approx(np.array(grpo["drift"]) - soar["drift"])
+    assert max(map(abs, soar["change"])) > 1e-6
+    before = {name: path.read_bytes() for name, path in written.items()}
+    results = (folder / "results.json").read_bytes()
+    written["01-soar"].unlink()
+
+    def again(*args: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Evaluator, "media", again)
+    monkeypatch.setattr(Evaluator, "drift", again)
+    run(read(path, settings))
+    assert {name: path.read_bytes() for name, path in written.items()} == before
+    assert (folder / "results.json").read_bytes() == results
 
 
 def test_finished_stages_are_used_as_they_are(spec, monkeypatch):

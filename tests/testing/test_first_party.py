@@ -71,12 +71,13 @@ IMPROVES = {
 
 
 def offered() -> list[Offer]:
-    """Every offer there is: installed, and in the examples."""
+    """Every offer there is, installed and in the examples, but rewards that tests/plugins/rewards checks."""
     host = Host()
     host.add_file(EXAMPLES / "plugin" / "corefit_reflexflow.py")
     if importlib.util.find_spec("sklearn"):
         host.add_file(EXAMPLES / "digits" / "digits.py")
-    return [offer for offers in host.offers.values() for offer in offers.values()]
+    found = [offer for offers in host.offers.values() for offer in offers.values()]
+    return [offer for offer in found if not offer.cls.__module__.startswith("corefit_rewards.")]
 
 
 def backbone(offer: Offer, pictures: Path, folder: Path) -> None:

@@ -313,11 +313,14 @@ def test_how_many_devices_would_help_does_not_depend_on_how_many_there_are(proje
     one, eight = (project.main("check", "pipeline.toml", *FULL, "--ranks", n).err for n in ("1", "8"))
     assert "shard = true on 3 devices" in one
     assert "shard = true on 3 devices" in eight
-    assert project.main("check", "pipeline.toml", *FULL, "--ranks", "3", "--set", "shard=true").status == 0
+    shared = ("--set", "shard=true", "--ranks")
+    assert "error: stage.grpo: " in (three := project.main("check", "pipeline.toml", *FULL, *shared, "3")).err
+    assert "shard = true on 6 devices" in three.err, "each has the whole decoder, which the first stage does not need"
+    assert project.main("check", "pipeline.toml", *FULL, *shared, "6").status == 0
 
 
 def test_activations_alone_are_a_warning(project: Project) -> None:
-    ended = project.main("check", "pipeline.toml", "--memory", "0.3MiB", "--set", "data.size=[32,32]")
+    ended = project.main("check", "pipeline.toml", "--memory", "0.4MiB", "--set", "data.size=[32,32]")
     assert ended.status == 0, ended.err
     assert "soar: with its activations it may not fit; a smaller micro_batch would help" in ended.out
 

@@ -4,8 +4,9 @@ from corefit.data.sources.folder import ImageFolder
 from corefit.data.sources.jsonl import Jsonl
 from corefit.data.sources.media import View, dimensions, view
 from corefit.data.sources.messages import listed
+from corefit.data.sources.prompts import category, prompt_source
 from corefit.data.sources.saved import HfDataset
-from corefit.data.sources.text import Listed, Text, prompt_source
+from corefit.data.sources.text import Listed, Text
 from corefit.data.sources.webdataset import WebDataset
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Text",
     "View",
     "WebDataset",
+    "category",
     "dimensions",
     "listed",
     "prompt_source",

@@ -1,4 +1,4 @@
-"""Source: prompts in a text file; and the choice of a source for any file of prompts."""
+"""Source: prompts in a text file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from attrs import frozen
 
-from corefit.data.sources.jsonl import Jsonl
 from corefit.errors import DataError
 from corefit.types import Example, Source
 
@@ -46,8 +45,3 @@ class Listed(Source):
 def nonblank_lines(text: str) -> list[str]:
     """Return the lines that are not blank; only a newline ends a line, and no other of Unicode's separators."""
     return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def prompt_source(path: Path) -> Source:
-    """Return the source that reads a file of prompts: `Text` for .txt, `Jsonl` for anything else."""
-    return Text(path) if path.suffix.lower() == ".txt" else Jsonl(path)

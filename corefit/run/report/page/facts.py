@@ -107,18 +107,27 @@ def provenance(run: RunFolder) -> list[tuple[str, str]]:
     about = run.about
     found = [
         ("started", _time(about.get("started"))),
+        ("continued", _time(about.get("continued"))),
         ("last changed", _time(about.get("changed"))),
         ("commit of the project", _text(about.get("commit"))),
         ("versions", _text(about.get("versions"))),
         ("devices", _text(about.get("devices"))),
         ("processes", _text(about.get("processes"))),
         ("precision", _text(about.get("precision") or run.pipeline.get("precision"))),
-        ("base model", _text(about.get("base") or _within(run.pipeline, "backbone", "path"))),
+        ("base model", _model(about.get("base")) or _text(_within(run.pipeline, "backbone", "path"))),
         ("seed", _text(_either(about, run.pipeline, "seed"))),
         ("data", _data(about.get("data")) or _text(_within(run.pipeline, "data", "source", "use"))),
         ("stages", "; ".join(_described(run))),
     ]
     return [(name, readable(text)) for name, text in found if text]
+
+
+def _model(base: Any) -> str:
+    """Return the name of a model and the beginning of its weights' hash."""
+    if not isinstance(base, dict):
+        return _text(base)
+    found = cast(Mapping[str, Any], base)
+    return ", ".join(text for text in (_text(found.get("name")), _text(found.get("hash"))[:12]) if text)
 
 
 def _data(counts: Any) -> str:

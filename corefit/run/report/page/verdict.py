@@ -121,7 +121,7 @@ def _closing(metric: str, rows: Sequence[Row], numbers: Numbers, starts: Mapping
     ends = Markup("{} on {} held-out prompts: {}").format(metric, rows[0]["n"], values)
     last = rows[-1]
     whole = gain_of(last, numbers, "base_gain")
-    if whole and starts.get(starts.get(last["stage"], "")):
+    if whole and whole.direction and starts.get(starts.get(last["stage"], "")):
         side = "under" if whole.text.startswith("-") else "over"
         ends += Markup("; {} is {}{} {} {}").format(last["stage"], whole.size, whole.unit, side, rows[0]["stage"])
     return ends + "."
