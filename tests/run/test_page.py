@@ -218,6 +218,20 @@ def test_clips_are_strips_and_move(tmp_path):
     assert "data:image/webp" not in read_page(tmp_path)[0]
 
 
+def test_the_best_and_worst_of_all_prompts_are_among_the_pictures(run):
+    assert "Of the first 12 held-out prompts" in read_page(run)[1].text
+    file = run / "03-grpo" / "samples" / "extremes.safetensors"
+    save_file({"media": pictures(2, 48, 1.0)}, file, metadata={"rows": "[100, 200]"})
+    html, reader = read_page(run)
+    assert "Of all 240 held-out prompts" in reader.text
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])
+    assert {"100", "200"} < data["pictures"]["/03-grpo"].keys()
+    scores = json.loads((run / "03-grpo" / "scores.json").read_text())
+    assert data["prompts"]["200"] == scores["prompts"][200]
+    assert data["scores"]["pickscore"]["/03-grpo"]["200"] == scores["values"]["pickscore"][200]
+    assert html.count('class="tile"') == 12, "the comparison has the prompts that all stages have"
+
+
 def test_large_pictures_are_embedded_smaller(tmp_path):
     samples = tmp_path / "01-soar" / "samples"
     media = pictures(2, 900, 0.5)

@@ -156,7 +156,8 @@ def _pictures(stages: Sequence[StageFiles]) -> dict[str, Any]:
     urls = {stage.key: pictures.sources(stage, side, max(1, most // len(shown)), MEMO) for stage in shown}
     prompts = pictures.prompts_of(shown, MEMO)
     left, right = (shown[0], shown[-1]) if shown else (None, None)
-    rows = [row for row in urls[shown[0].key] if all(row in each for each in urls.values())] if shown else []
+    first = min((media.first for media in kept.values()), default=0)
+    rows = [row for row in range(first) if all(row in each for each in urls.values())]
     sheets = {stage.key: found for stage in stages if (found := pictures.sheets(stage, MEMO))}
     scores = pictures.scores_of(shown, sorted(prompts))
     return {
@@ -172,7 +173,7 @@ def _pictures(stages: Sequence[StageFiles]) -> dict[str, Any]:
         "prompts": prompts,
         "pixels": pictures.is_small(shown, MEMO),
         "extremes": list(scores),
-        "extremes_note": f"Of the {len(prompts)} held-out prompts whose pictures were kept.",
+        "extremes_note": _extremes_note(stages, first),
         "scores": scores,
         "checkpoints": [
             {"key": stage.key, "label": stage.label, "sheets": sheets[stage.key]}
@@ -183,6 +184,13 @@ def _pictures(stages: Sequence[StageFiles]) -> dict[str, Any]:
             {"label": stage.label, "source": source} for stage in stages if (source := pictures.moving(stage, MEMO))
         ],
     }
+
+
+def _extremes_note(stages: Sequence[StageFiles], first: int) -> str:
+    counts = [len(prompts) for stage in stages if isinstance(prompts := stage.scores.get("prompts"), list)]
+    if any((stage.folder / "samples" / "extremes.safetensors").is_file() for stage in stages):
+        return f"Of all {max(counts, default=0)} held-out prompts; of equal scores, those of the first prompts."
+    return f"Of the first {first} held-out prompts, whose samples were kept."
 
 
 def _curves_note(curves: Mapping[str, Any] | None) -> str:

@@ -32,36 +32,47 @@ Pixels = NDArray[np.uint8]
 
 @frozen(eq=False)
 class Kept:
-    """The samples that were kept of one stage."""
+    """The samples that were kept of one stage: of the first prompts, then of those that scored best and worst."""
 
     rows: Sequence[int]
     """The numbers of their prompts."""
-    prompts: Sequence[str]
-    """Their prompts, or nothing where the file does not tell them."""
-    media: Pixels
-    """[n, 3, H, W], or frames of clips [n, 3, T, H, W]."""
+    media: Sequence[Pixels]
+    """[3, H, W] each, or frames of a clip [3, T, H, W]."""
+    first: int
+    """How many are of the first prompts."""
 
 
 def kept(stage: StageFiles, memo: Memo) -> Kept | None:
-    """Read the samples of a stage's last evaluation."""
-    file = stage.folder / "samples" / "last.safetensors"
-    return memo.of("media", [file], lambda: _read(file))
+    """Read the samples of a stage's last evaluation; None if there are none."""
+    return memo.of("media", _files(stage), lambda: _kept(*_files(stage)))
 
 
-def _read(file: Path) -> Kept | None:
+def _files(stage: StageFiles) -> tuple[Path, Path]:
+    return stage.folder / "samples" / "last.safetensors", stage.folder / "samples" / "extremes.safetensors"
+
+
+def _kept(first: Path, more: Path) -> Kept | None:
+    shown, extremes = _read(first), _read(more)
+    if not shown:
+        return None
+    further = {row: media for row, media in extremes.items() if row not in shown}
+    return Kept([*shown, *further], [*shown.values(), *further.values()], len(shown))
+
+
+def _read(file: Path) -> dict[int, Pixels]:
+    """Return row -> its media; nothing of a file that is missing, damaged or of another kind."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as opened:
             media = cast(Pixels, opened.get_tensor("media"))
             metadata = cast(Mapping[str, str], opened.metadata() or {})
-        prompts = [str(prompt) for prompt in json.loads(metadata.get("prompts", "[]"))]
-        rows = [int(row) for row in json.loads(metadata.get("rows", "[]"))]
-    except (OSError, ValueError, SafetensorError):
-        return None
-    if media.dtype != np.uint8 or media.ndim not in (4, 5) or media.shape[1] != 3:
-        return None
-    return Kept(rows if len(rows) == len(media) else range(len(media)), prompts, media)
+        rows = json.loads(metadata.get("rows", "null")) or range(len(media))
+        if media.dtype != np.uint8 or media.ndim not in (4, 5) or media.shape[1] != 3 or not media.size:
+            return {}
+        return {int(row): each for row, each in zip(rows, media, strict=True)}
+    except (OSError, TypeError, ValueError, SafetensorError):
+        return {}
 
 
 def side_for(count: int) -> tuple[int, int]:
@@ -74,14 +85,13 @@ def side_for(count: int) -> tuple[int, int]:
 
 def sources(stage: StageFiles, side: int, most: int, memo: Memo) -> dict[int, str]:
     """Return row -> the data URL of its picture, for at most `most` of a stage's kept samples."""
-    file = stage.folder / "samples" / "last.safetensors"
-    return memo.of(("pictures", side, most), [file], lambda: _sources(kept(stage, memo), side, most))
+    return memo.of(("pictures", side, most), _files(stage), lambda: _sources(kept(stage, memo), side, most))
 
 
 def _sources(found: Kept | None, side: int, most: int) -> dict[int, str]:
     if found is None:
         return {}
-    return {row: _encoded(_still(one), side) for row, one in zip(found.rows[:most], found.media, strict=False)}
+    return {row: _encoded(_still(one), side) for row, one in [*zip(found.rows, found.media, strict=True)][:most]}
 
 
 def _still(media: Pixels) -> Pixels:
@@ -149,15 +159,11 @@ def _url(data: bytes, kind: str) -> str:
 
 
 def prompts_of(stages: Sequence[StageFiles], memo: Memo) -> dict[int, str]:
-    """Return row -> prompt: of scores.json, or of the kept samples, or else the prompt's number."""
-    found: dict[int, str] = {}
-    for stage in stages:
-        media, scored = kept(stage, memo), stage.scores.get("prompts")
-        every = cast(list[Any], scored) if isinstance(scored, list) else []
-        for i, row in enumerate(media.rows if media else ()):
-            known = every[row] if row < len(every) else media.prompts[i] if media and i < len(media.prompts) else None
-            found.setdefault(row, f"prompt {row + 1}" if known is None else str(known))
-    return found
+    """Return row -> prompt of all kept samples, or the prompt's number where scores.json does not tell it."""
+    rows = {row for stage in stages if (media := kept(stage, memo)) for row in media.rows}
+    lists = [scored for stage in stages if isinstance(scored := stage.scores.get("prompts"), list)]
+    every = cast(list[Any], max(lists, key=len, default=[]))
+    return {row: str(every[row]) if row < len(every) else f"prompt {row + 1}" for row in sorted(rows)}
 
 
 def scores_of(stages: Sequence[StageFiles], rows: Sequence[int]) -> dict[str, dict[str, dict[int, float]]]:
@@ -175,5 +181,5 @@ def scores_of(stages: Sequence[StageFiles], rows: Sequence[int]) -> dict[str, di
 
 def is_small(stages: Sequence[StageFiles], memo: Memo) -> bool:
     """Return whether the pictures are so small that the page shows their pixels."""
-    shapes = [media.media.shape[-2:] for stage in stages if (media := kept(stage, memo))]
+    shapes = [media.media[0].shape[-2:] for stage in stages if (media := kept(stage, memo))]
     return bool(shapes) and max(map(max, shapes)) <= SMALL

@@ -99,7 +99,7 @@
   };
 
   // Best and worst
-  const MOST = 6;
+  const MOST = 4;
   const extremes = () => {
     const [metric, stage] = [byId("metric"), byId("ranked")];
     if (!metric) return;
@@ -112,10 +112,11 @@
     }));
     const refresh = () => {
       const known = Object.entries((data.scores[metric.value] || {})[stage.value] || {});
-      const rows = known.filter(([row]) => picture(stage.value, row)).sort((a, b) => b[1] - a[1]).map(([row]) => row);
+      const rows = known.filter(([row]) => picture(stage.value, row)).sort((a, b) => b[1] - a[1] || a[0] - b[0]).map(([row]) => row);
       const half = Math.min(MOST, Math.ceil(rows.length / 2));
+      const worst = [...known].filter(([row]) => picture(stage.value, row)).sort((a, b) => a[1] - b[1] || a[0] - b[0]);
       fill(byId("best"), rows.slice(0, half));
-      fill(byId("worst"), rows.slice(half).slice(-half).reverse());
+      fill(byId("worst"), worst.map(([row]) => row).filter((row) => !rows.slice(0, half).includes(row)).slice(0, half));
     };
     for (const select of [metric, stage]) select.addEventListener("change", refresh);
     refresh();
