@@ -16,6 +16,7 @@ from run_folders import BASE, GRPO, SOAR, Stage, pictures, write_run
 from safetensors.numpy import save_file
 
 from corefit.run.report import MetricsLog, Row, Scores, animation, comparison_page, grid, page, results, write_results
+from corefit.run.report.page.pictures import size_for
 from corefit.run.report.page.verdict import starts_of, verdict
 from corefit.run.report.table import Numbers
 
@@ -230,6 +231,14 @@ def test_the_best_and_worst_of_all_prompts_are_among_the_pictures(run):
     assert data["prompts"]["200"] == scores["prompts"][200]
     assert data["scores"]["pickscore"]["/03-grpo"]["200"] == scores["values"]["pickscore"][200]
     assert html.count('class="tile"') == 12, "the comparison has the prompts that all stages have"
+
+
+def test_many_pictures_are_smaller_and_then_fewer():
+    assert size_for([16, 16, 16]) == (640, 16)
+    assert size_for([16, 24, 24]) == (448, 24)
+    assert size_for([]) == (640, 0)
+    side, most = size_for([200, 200, 200, 200])
+    assert (side, most) == (320, 100)
 
 
 def test_large_pictures_are_embedded_smaller(tmp_path):

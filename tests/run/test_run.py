@@ -271,9 +271,9 @@ def test_diversity_and_drift_are_in_the_run_and_are_measured_once(spec, monkeypa
         for category, n in (("all", 4), ("a", 2), ("b", 2))
     }
     assert all(1 <= row["value"] <= 2 for row in rows if row["metric"] == "vendi")
-    for name in ("00-base", "01-soar", "02-grpo"):  # of four prompts, the best and worst beside the first
+    for name in ("00-base", "01-soar", "02-grpo"):  # of six prompts, the best and worst beside the first
         with safe_open(folder / name / "samples" / "extremes.safetensors", "numpy") as kept:
-            assert (kept.metadata(), len(kept.get_tensor("media"))) == ({"rows": "[1, 2, 3]"}, 3)
+            assert (kept.metadata(), len(kept.get_tensor("media"))) == ({"rows": "[1, 2, 3, 4, 5]"}, 5)
     written = {name: folder / name / "drift.json" for name in ("00-base", "01-soar", "02-grpo")}
     base, soar, grpo = (files.read_json(path) for path in written.values())
     assert 0 < base["drift"][0] < base["drift"][-1]

@@ -152,8 +152,8 @@ def _pictures(stages: Sequence[StageFiles]) -> dict[str, Any]:
     """Return the kept samples, the grids of the checkpoints and the animations."""
     kept = {stage.key: media for stage in stages if (media := pictures.kept(stage, MEMO))}
     shown = [stage for stage in stages if stage.key in kept]
-    side, most = pictures.side_for(sum(len(media.media) for media in kept.values()))
-    urls = {stage.key: pictures.sources(stage, side, max(1, most // len(shown)), MEMO) for stage in shown}
+    side, most = pictures.size_for([len(media.media) for media in kept.values()])
+    urls = {stage.key: pictures.sources(stage, side, most, MEMO) for stage in shown}
     prompts = pictures.prompts_of(shown, MEMO)
     left, right = (shown[0], shown[-1]) if shown else (None, None)
     first = min((media.first for media in kept.values()), default=0)

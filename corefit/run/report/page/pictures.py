@@ -75,12 +75,13 @@ def _read(file: Path) -> dict[int, Pixels]:
         return {}
 
 
-def side_for(count: int) -> tuple[int, int]:
-    """Return the pixels a side of `count` pictures, and how many of them a page may have."""
+def size_for(counts: Sequence[int]) -> tuple[int, int]:
+    """Return the pixels a side of the pictures of stages that have so many, and how many a stage may have."""
     for most, side in SIDES:
-        if count <= most:
-            return side, count
-    return SIDES[-1][1], SIDES[-1][0]
+        if sum(counts) <= most:
+            return side, max(counts, default=0)
+    most, side = SIDES[-1]
+    return side, max(1, most // len(counts))
 
 
 def sources(stage: StageFiles, side: int, most: int, memo: Memo) -> dict[int, str]:
