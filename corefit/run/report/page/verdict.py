@@ -61,6 +61,7 @@ class Sentence:
     """What is said of one metric."""
 
     metric: str
+    """What is spoken of, as "digits_judge", or "diversity (vendi)"."""
     main: Markup
     """The gains, as "soar gains 7.3 points over base, 95 % interval 5.8 to 8.7"."""
     more: Markup
@@ -75,15 +76,21 @@ def verdict(rows: Sequence[Row], starts: Mapping[str, str]) -> list[Sentence]:
     return [_of_metric(metric, [row for row in every if row["metric"] == metric], starts) for metric in ordered]
 
 
+def _named(metric: str) -> str:
+    return f"diversity ({metric})" if metric in DIVERSITY else metric
+
+
 def _of_metric(metric: str, rows: Sequence[Row], starts: Mapping[str, str]) -> Sentence:
     numbers = Numbers.of(rows)
     parts = list(_parts(rows, numbers, starts))
     if parts:
-        return Sentence(metric, Markup("; ").join(parts) + ".", _closing(metric, rows, numbers, starts))
+        return Sentence(_named(metric), Markup("; ").join(parts) + ".", _closing(metric, rows, numbers, starts))
     value, interval = numbers.value(rows[0])
     text = Markup("{} scores {}, {}; no stage has been evaluated yet.")
     more = Markup("{} on {} held-out prompts.").format(metric, rows[0]["n"])
-    return Sentence(metric, text.format(_strong(rows[0]["stage"]), value, _interval(interval, first=True)), more)
+    return Sentence(
+        _named(metric), text.format(_strong(rows[0]["stage"]), value, _interval(interval, first=True)), more
+    )
 
 
 def _parts(rows: Sequence[Row], numbers: Numbers, starts: Mapping[str, str]) -> Iterator[Markup]:
