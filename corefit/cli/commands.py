@@ -157,10 +157,10 @@ def show(pipeline: Path, settings: tuple[str, ...], out: Path | None, count: int
 @click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port to serve on [any that is free].")
 @click.option("--browser/--no-browser", default=True, help="Open a browser [yes].")
 def watch(folder: Path, port: int, browser: bool) -> None:
-    """Show the page of RUN, a folder such as runs/NAME, and follow it while the run goes on.
+    """Show the page of RUN and follow it while the run goes on.
 
-    It is served on this machine alone (127.0.0.1) until Ctrl-C; nothing is written. A run that has ended, or was
-    killed, has a page, too.
+    RUN is a folder such as runs/NAME; a run that has ended, or was killed, has a page, too. The page is served on this
+    machine alone (127.0.0.1) until Ctrl-C, and nothing is written.
     """
     from corefit.run.watch import watch as watching
 

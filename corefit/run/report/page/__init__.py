@@ -98,7 +98,7 @@ def _content(runs: Sequence[RunFolder], rows: Sequence[Row], title: str) -> dict
 
     stages = [stage for run in runs for stage in run.stages]
     starts, colors = starts_of(rows), {stage.label: stage.color for stage in stages}
-    curves, drift = charts.curves(runs), charts.drift(stages)
+    curves, drift = charts.curves(runs, MEMO), charts.drift(stages)
     content = {
         **_about(runs, stages),
         **_pictures(stages),

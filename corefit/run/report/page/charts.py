@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from corefit.run.report.page.folder import RunFolder, StageFiles
+from corefit.run.report.page.memo import Memo
 
 MOST = 800
 """Points of a curve; longer ones are averaged down."""
@@ -18,7 +19,7 @@ IMPORTANT = (r"reward", r"reward/.*", r"held_out/.*", r"loss", r"grad_norm")
 CLOCK = ("step", "seconds")
 
 
-def curves(runs: Sequence[RunFolder]) -> dict[str, Any] | None:
+def curves(runs: Sequence[RunFolder], memo: Memo) -> dict[str, Any] | None:
     """Return the metrics of all stages; x is the training time added up along the stages that led to each.
 
     Where an older version of corefit wrote no seconds, x is the number of steps. None if no step was logged.
@@ -29,17 +30,17 @@ def curves(runs: Sequence[RunFolder]) -> dict[str, Any] | None:
     timed = all(type(line.get("seconds")) in (int, float) for stage in stages for line in stage.metrics)
     clock = "seconds" if timed else "step"
     found = {
-        stage.key: _curve(stage, clock, before)
+        stage.key: memo.of(("curve", clock, before), [stage.log], lambda s=stage, b=before: _curve(s, clock, b))
         for run in runs
         for stage, before in _with_offsets(run.stages, clock)
         if stage.metrics
     }
     every = list(dict.fromkeys(name for of in found.values() for name in of["y"]))
     first = [name for pattern in IMPORTANT for name in every if re.fullmatch(pattern, name)]
-    alarms = [[at, stage.label] for stage in stages for at in found[stage.key].pop("alarms")]
+    alarms = [[at, stage.label] for stage in stages for at in found[stage.key]["alarms"]]
     return {
         "unit": "time" if timed else "step",
-        "stages": found,
+        "stages": {key: {"x": of["x"], "y": of["y"]} for key, of in found.items()},
         "first": first,
         "rest": [name for name in every if name not in first],
         "alarms": alarms,

@@ -45,6 +45,10 @@ class StageFiles:
     """The lines of metrics.jsonl."""
 
     @property
+    def log(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
     def sheets(self) -> list[Path]:
         """The sample grids, in the order of their steps."""
         return sorted(self.folder.glob("samples/step-*.png"), key=lambda path: (len(path.name), path.name))
