@@ -153,6 +153,28 @@ def show(pipeline: Path, settings: tuple[str, ...], out: Path | None, count: int
 
 
 @cli.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port to serve on [any that is free].")
+@click.option("--browser/--no-browser", default=True, help="Open a browser [yes].")
+def watch(folder: Path, port: int, browser: bool) -> None:
+    """Show the page of RUN and follow it while the run goes on.
+
+    RUN is a folder such as runs/NAME; a run that has ended, or was killed, has a page, too. The page is served on this
+    machine alone (127.0.0.1) until Ctrl-C, and nothing is written.
+    """
+    from corefit.run.watch import watch as watching
+
+    def opened(address: str) -> None:
+        click.echo(f"{address} shows {plain(str(folder))}; Ctrl-C ends this")
+        if browser:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    watching(folder, port, opened)
+
+
+@cli.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @TRACE
 def plugins(files: tuple[Path, ...], trace: bool) -> None:

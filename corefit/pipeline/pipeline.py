@@ -5,7 +5,7 @@ The same classes serve in Python: Pipeline(name=..., backbone=Sd3(path=...), dat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from corefit.errors import ConfigError, CorefitError, near
 from corefit.pipeline.eval import Eval
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
 from corefit.plugins.host import Host
+from corefit.system import public
 from corefit.types import Backbone, Observer
 from corefit.types.objective import further_media, reads_media
 from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
@@ -114,11 +115,19 @@ class Pipeline:
         if problems:
             raise ConfigError("\n".join(problems))
 
-    def tables(self) -> Table:
-        """Return the pipeline as tables, with defaults and absolute paths: `pipeline.toml` of the run's folder."""
-        tables = Reader(self.host, self.folder, CHOICES).tables(self)
-        files = [str(self.folder / file) for file in self.plugins]
-        return {**tables, "plugins": files, "out": str(self.run_folder.parent)}
+    def tables(self, name_path: Callable[[str], str] = str) -> Table:
+        """Return the pipeline as tables, with defaults and absolute paths, or as `name_path` names them."""
+        tables = Reader(self.host, self.folder, CHOICES).tables(self, name_path)
+        files = [name_path(str(self.folder / file)) for file in self.plugins]
+        return {**tables, "plugins": files, "out": name_path(str(self.run_folder.parent))}
+
+    def record(self) -> Table:
+        """Return `pipeline.toml` of the run's folder: every default, paths as seen from there, and no secrets.
+
+        Whoever gets the folder learns neither secrets nor where the machine keeps things; read where it lies, it is
+        the same pipeline.
+        """
+        return public.without_secrets(self.tables(lambda path: public.seen_from(self.run_folder, path)))
 
     def _problems(self) -> Iterator[str]:
         names = [stage.name for stage in self.stage]

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, repeat
 from pathlib import Path
 from types import NoneType, UnionType
@@ -146,23 +146,27 @@ class Reader:
             problems = list(dict.fromkeys(self._problems(error, "", table)))
             raise ConfigError("\n".join(problems)) from error
 
-    def tables(self, value: Any) -> Any:
-        """Return `value` as plain tables with every default written out, the inverse of `read`."""
+    def tables(self, value: Any, name_path: Callable[[str], str] = str) -> Any:
+        """Return `value` as plain tables with every default written out, the inverse of `read`.
+
+        name_path  returns how the tables name a path, which is absolute
+        """
         if isinstance(value, Weighted):
             normalize = {} if value.normalize == "none" else {"normalize": value.normalize}
-            tables = self.tables(value.value)
+            tables = self.tables(value.value, name_path)
             name = {} if tables.get("use", value.name) == value.name else {"name": value.name}
             return {**tables, **name, "weight": value.weight, **normalize}
         if attrs.has(type(value)):
             fields = [f for f in attrs.fields(type(value)) if f.init]
             known = [f for f in fields if getattr(value, f.name) is not None]
-            rest = {key_of(f.name): self.tables(getattr(value, f.name)) for f in known}
+            rest = {key_of(f.name): self.tables(getattr(value, f.name), name_path) for f in known}
+            rest |= {key: name_path(rest[key]) for key in map(key_of, _model_paths(type(value))) if key in rest}
             for f in fields_of_other_tables(type(value)):
                 rest[f.metadata[TABLE]][f.name] = rest.pop(f.name)
             return {**self._use_of(value), **rest}
         if isinstance(value, (list, tuple)):
-            return [self.tables(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
+            return [self.tables(v, name_path) for v in value]
+        return name_path(str(value)) if isinstance(value, Path) else value
 
     def _use_of(self, value: Any) -> Table:
         for kind, offers in self.host.offers.items():
@@ -297,6 +301,12 @@ class Reader:
 def fields_of_other_tables(cls: type) -> list[attrs.Attribute[Any]]:
     """Return the fields whose keys the file has in another field's table."""
     return [f for f in attrs.fields(cls) if TABLE in f.metadata]
+
+
+def _model_paths(cls: type) -> list[str]:
+    """Return the names of the fields that hold a path or the address of a model."""
+    attrs.resolve_types(cls)
+    return [f.name for f in attrs.fields(cls) if ModelPath in (f.type, *get_args(f.type))]
 
 
 def _with_keys_moved(table: Table, cls: type) -> Table:

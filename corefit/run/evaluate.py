@@ -15,7 +15,7 @@ from corefit.data.sources import category
 from corefit.pipeline.eval import Eval
 from corefit.rng import Rng
 from corefit.rollout.loop import generate
-from corefit.run import diversity, drift, report
+from corefit.run import diversity, drift, extremes, report
 from corefit.run.partial import PartialScores, RowScores
 from corefit.system import files, memory
 from corefit.system.ranks import Ranks
@@ -225,6 +225,20 @@ class Evaluator:
         starts = rows[:: self.eval.batch]
         media = [self.media(backbone, rows[start : start + self.eval.batch]).cpu() for start in starts]
         return self.prompts.batch(rows, rows).prompts, torch.cat(media)
+
+    def extremes(self, backbone: Backbone, values: Mapping[str, Sequence[float]]) -> tuple[list[int], Tensor | None]:
+        """Return the rows of the best and worst scores, and on the main process their media, generated once more.
+
+        The first rows are left out, for `samples` has them.
+        """
+        import torch
+
+        rows = extremes.choose(values, self.eval.samples)
+        if not rows or not (self.ranks.main or self.ranks.sharded):  # forwards of sharded weights need all ranks
+            return rows, None
+        starts = range(0, len(rows), self.eval.batch)
+        media = [self.media(backbone, rows[start : start + self.eval.batch]).cpu() for start in starts]
+        return rows, report.visible_frames(torch.cat(media))
 
     def keep_samples(self, samples: Media, folder: Path) -> None:
         """Write last.png, for clips also last.webp, and the media of last.png as last.safetensors, for `compare`."""

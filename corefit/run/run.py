@@ -15,7 +15,7 @@ from corefit.data.dataset import Dataset
 from corefit.data.duplicates import duplicates
 from corefit.errors import ConfigError, counted
 from corefit.pipeline.pipeline import Lora, Pipeline, Stage
-from corefit.run import agreement, drift, plan, report
+from corefit.run import agreement, drift, extremes, plan, report
 from corefit.run.evaluate import LAST, SAMPLES, Evaluator, Media
 from corefit.run.events import Events, StageEvents, grid_of
 from corefit.run.partial import PARTIAL, PartialScores
@@ -135,7 +135,7 @@ class Run:
         import tomli_w
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = tomli_w.dumps(_for_toml(self.pipeline.tables()))
+        text = tomli_w.dumps(_for_toml(self.pipeline.record()))
         files.write_whole(self.folder / "pipeline.toml", text.encode())
 
     def _note_data(self, base: Target) -> None:
@@ -339,11 +339,13 @@ class Run:
         if evaluator.eval.drift:
             with self.display.task(f"{target.name}: drift") as progress:
                 scored["drift"] = evaluator.drift(backbone, progress)
+        best_and_worst = evaluator.extremes(backbone, scored["values"])
         self.ranks.accelerator.free_memory()
         if self.main and samples:
             for former in (SCORES, DRIFT):  # they do not belong to the new samples
                 (target.folder / former).unlink(missing_ok=True)
             evaluator.keep_samples(samples, target.folder / "samples")
+            extremes.write(target.folder / "samples", *best_and_worst)
             if step:  # the last of the stage's own grids is that of the weights as they were saved
                 last = (target.folder / "samples" / LAST).read_bytes()
                 files.write_whole(grid_of(target.folder, step), last)

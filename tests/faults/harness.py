@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -162,18 +161,17 @@ def fingerprint(folder: Path) -> dict[str, str]:
     checkpoints/*/*.safetensors  all but the tensors: torch and safetensors order the header's metadata as it comes
     metrics.png                  all of it: it draws the two curves of the clock
     media.json                   the file: it remembers pictures by path and time stamps, if they are older than seconds
-    report.html                  the metrics.png that it embeds
-    pipeline.toml, report.html   the place of the project, which differs from copy to copy
+    report.html                  all but verdict, results and pictures: it shows the clock's curves, costs and times
     """
     found: dict[str, str] = {}
     for path in sorted(path for path in folder.rglob("*") if path.name != STAMPS):
-        lasting = b"" if path.is_dir() else _lasting(path, str(folder.parents[1]).encode())
+        lasting = b"" if path.is_dir() else _lasting(path)
         found[path.relative_to(folder).as_posix()] = "folder" if path.is_dir() else hashlib.sha256(lasting).hexdigest()
     return found
 
 
-def _lasting(path: Path, place: bytes) -> bytes:
-    """A file's bytes without what may differ, and without `place`."""
+def _lasting(path: Path) -> bytes:
+    """A file's bytes without what may differ."""
     data = path.read_bytes()
     if path.name == CURVES:
         return b""
@@ -183,8 +181,8 @@ def _lasting(path: Path, place: bytes) -> bytes:
         values = [json.loads(line) for line in (data.splitlines() if path.name == METRICS else [data])]
         return json.dumps(_without(values, PASSING[path.name])).encode()
     if path.name == REPORT:
-        data = re.sub(rb'alt="[^"]*/metrics\.png" src="[^"]*"', b"", data)
-    return data.replace(place, b".") if path.name in (PIPELINE, REPORT) else data
+        return data.partition(b"<main>")[2].partition(b'<section id="curves">')[0]
+    return data
 
 
 def _tensors(data: bytes) -> list[tuple[str, dict[str, Any], str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -477,3 +478,35 @@ def test_kinds_of_errors(project):
         read(project.file, ["plugins=['none.py']"])
     with pytest.raises(ConfigError, match=r"backbone: .*no such folder"):
         read(project.file, ["backbone.path=nowhere"])
+
+
+def test_the_record_of_a_run_names_nothing_of_the_machine_and_reads_back_the_same(project):
+    pipeline = read(project.file, ["plugins=['bright.py']"])
+    record = tomli_w.dumps(pipeline.record())
+    assert str(project.folder) not in record
+    assert not re.search(r'"/', record)
+    pipeline.run_folder.mkdir(parents=True)
+    copy = pipeline.run_folder / "pipeline.toml"
+    copy.write_text(record)
+    again = read(copy)
+    assert again.run_folder.resolve() == pipeline.run_folder
+    assert again.data.source.path.samefile(pipeline.data.source.path)
+    assert Path(again.backbone.path).samefile(pipeline.backbone.path)
+    assert again.eval.prompts.samefile(pipeline.eval.prompts)
+    assert again.tables()["stage"] == pipeline.tables()["stage"]
+    assert again.record() == pipeline.record()
+
+
+def test_the_record_of_a_run_has_no_secrets(project):
+    file = project.folder / "bright.py"
+    file.write_text(
+        file.read_text().replace(
+            "gain: float = 1.0", 'gain: float = 1.0\n    api_key: str = ""\n    token_env: str = ""'
+        )
+    )
+    project.swap(('{ use = "bright", weight = 1.0 }', '{ use = "bright", api_key = "hunter2", token_env = "TOKEN" }'))
+    pipeline = read(project.file)
+    assert "hunter2" in tomli_w.dumps(pipeline.tables())
+    record = tomli_w.dumps(pipeline.record())
+    assert "hunter2" not in record
+    assert 'token_env = "TOKEN"' in record

@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
@@ -26,7 +25,6 @@ from corefit.run.report import (
     comparison,
     curves,
     grid,
-    page,
     print_table,
     read_metrics,
     read_results,
@@ -524,90 +522,6 @@ def test_the_comparison_puts_stages_below_each_other(tmp_path):
     levels = [int(v) for v in column[:, 0] if v in (0, 51, 102)]
     assert levels == [0] * 96 + [51] * 96 + [102] * 96
     assert sheet.shape[0] > 6 * 96
-
-
-# The page
-
-
-class Reader(HTMLParser):
-    """Fails on a tag that is closed out of order; keeps the text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.text = ""
-        self.tags: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def read_page(folder) -> tuple[str, Reader]:
-    page(folder)
-    html = (folder / "report.html").read_text(encoding="utf-8")
-    reader = Reader()
-    reader.feed(html)
-    assert not reader.open
-    return html, reader
-
-
-def test_the_page_of_an_empty_folder_says_so(tmp_path):
-    assert "Nothing has been written" in read_page(tmp_path)[1].text
-
-
-def test_the_page_shows_all_there_is(tmp_path, stages: list[Scores]):
-    write_results(tmp_path / "results.json", results(stages))
-    prompt = 'prompts = ["<script>alert(1)</script> & a red 3"]'
-    (tmp_path / "pipeline.toml").write_text(prompt)
-    media = np.zeros((1, 3, 96, 96))
-    for stage in ("01-soar", "02-grpo"):
-        MetricsLog(tmp_path / stage / "metrics.jsonl").append(1, {"loss": 1.0})
-        curves(tmp_path / stage / "metrics.jsonl", tmp_path / stage / "metrics.png")
-        for step in (999_999, 1_000_000):
-            grid(media, ["p"], tmp_path / stage / "samples" / f"step-{step:06}.png")
-    comparison([("base", media)], ["p"], tmp_path / "comparison.png")
-    html, reader = read_page(tmp_path)
-    assert prompt in reader.text
-    assert "script" not in reader.tags
-    assert html.count("data:image/png;base64,") == html.count("<img") == 5
-    assert "step-1000000" in reader.text
-    assert "step-999999" not in reader.text
-    for row in results(stages):
-        assert all(part in reader.text for part in (*Numbers(True).value(row), Numbers(True).gain(row)[1]))
-    assert 'src="http' not in html
-    assert 'class="up"' in html
-
-
-def test_the_page_moves_where_that_is_light(tmp_path):
-    samples = tmp_path / "01-soar" / "samples"
-    samples.mkdir(parents=True)
-    animation(np.random.default_rng(0).random((1, 3, 3, 96, 96)), ["p"], samples / "last.webp")
-    assert read_page(tmp_path)[0].count("data:image/webp;base64,") == 1
-    (samples / "last.webp").write_bytes((samples / "last.webp").read_bytes() + bytes(4 << 20))
-    assert "data:image/webp" not in read_page(tmp_path)[0]
-
-
-def test_names_on_the_page_are_escaped(tmp_path):
-    write_results(tmp_path / "results.json", results([Scores("<i>", {"<u>": [0.0, 1.0]}, ["<s>", "&lt;"])]))
-    _, reader = read_page(tmp_path)
-    assert not {"i", "u", "s"} & set(reader.tags)
-    assert all(name in reader.text for name in ("<i>", "<u>", "<s>", "&lt;"))
-
-
-def test_images_too_large_for_a_page_are_embedded_smaller(tmp_path):
-    noise = draws(7).random((1, 3, 1200, 3000))
-    grid(noise, ["p"], tmp_path / "comparison.png")
-    html, _ = read_page(tmp_path)
-    assert "data:image/jpeg;base64," in html
-    assert len(html) < (tmp_path / "comparison.png").stat().st_size / 2
 
 
 def test_nothing_heavy_is_imported_to_import_the_report():

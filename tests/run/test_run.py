@@ -17,6 +17,7 @@ import pytest
 import quick
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from corefit.cli import main
@@ -260,7 +261,7 @@ METERS = ["eval.diversity={prompts=4, samples=2}", "eval.drift={samples=4, start
 
 def test_diversity_and_drift_are_in_the_run_and_are_measured_once(spec, monkeypatch):
     path = spec(LORA)
-    settings = [*METERS, "stage.soar.steps=1", "stage.grpo.steps=1", "stage.soar.optimizer.lr=1e-2"]
+    settings = [*METERS, "eval.samples=1", "stage.soar.steps=1", "stage.grpo.steps=1", "stage.soar.optimizer.lr=1e-2"]
     folder = run(read(path, settings))
     rows = [row for row in json.loads((folder / "results.json").read_text()) if row["metric"] in ("vendi", "distance")]
     assert {(row["stage"], row["metric"], row["category"], row["n"]) for row in rows} == {
@@ -270,6 +271,9 @@ def test_diversity_and_drift_are_in_the_run_and_are_measured_once(spec, monkeypa
         for category, n in (("all", 4), ("a", 2), ("b", 2))
     }
     assert all(1 <= row["value"] <= 2 for row in rows if row["metric"] == "vendi")
+    for name in ("00-base", "01-soar", "02-grpo"):  # of six prompts, the best and worst beside the first
+        with safe_open(folder / name / "samples" / "extremes.safetensors", "numpy") as kept:
+            assert (kept.metadata(), len(kept.get_tensor("media"))) == ({"rows": "[1, 2, 3, 4, 5]"}, 5)
     written = {name: folder / name / "drift.json" for name in ("00-base", "01-soar", "02-grpo")}
     base, soar, grpo = (files.read_json(path) for path in written.values())
     assert 0 < base["drift"][0] < base["drift"][-1]

@@ -2,7 +2,7 @@
 
 from corefit.run.report.curves import curves
 from corefit.run.report.metrics import MetricsLog, read_metrics
-from corefit.run.report.page import page
+from corefit.run.report.page import comparison_page, page
 from corefit.run.report.results import Row, Scores, read_results, results, write_results
 from corefit.run.report.sheets import animation, comparison, grid, visible_frames
 from corefit.run.report.table import print_table
@@ -13,6 +13,7 @@ __all__ = [
     "Scores",
     "animation",
     "comparison",
+    "comparison_page",
     "curves",
     "grid",
     "page",

@@ -1,0 +1,62 @@
+"""What may be written for others to read: no secrets, and no absolute paths, which tell of a machine and its users."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, cast
+
+SECRET = re.compile(r"(^|[_-])(token|secret|password|passwd|credential|auth)s?$|api_?key|access_?key", re.IGNORECASE)
+"""Names of keys whose text is for the user alone. `token_env` names a variable, and may be read."""
+USER = re.compile(r"(?<=://)[^/@\s]+@")
+"""User and password in an address."""
+PLACE = re.compile(r"(?<![\w.:/\\…])(?:/[\w.+@~-]+){2,}/?|\b[A-Za-z]:\\[\w.\\ -]+")
+"""An absolute path within a text."""
+SENTENCE = re.compile(r"[:;,] |\n")
+"""What no path has: a text that begins with one goes on after it."""
+SLASH = re.compile(r"[/\\]")
+
+
+def is_secret(key: str) -> bool:
+    """Return whether the text under a key is a secret, as the key's name tells."""
+    return bool(SECRET.search(key))
+
+
+def without_secrets(value: Any, instead: str | None = None) -> Any:
+    """Return nested tables without secrets, or with `instead` in their places."""
+    if isinstance(value, dict):
+        table = cast(Mapping[str, Any], value)
+        hidden = {key for key, inner in table.items() if isinstance(inner, (str, list)) and is_secret(key)}
+        kept = {key: without_secrets(inner, instead) for key, inner in table.items() if key not in hidden}
+        return kept if instead is None else {key: kept.get(key, instead) for key in table}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(inner, instead) for inner in cast(list[Any], value)]
+    return USER.sub("", value) if isinstance(value, str) else value
+
+
+def without_places(value: Any) -> Any:
+    """Return a text, or nested tables, in which "…/name" stands for every absolute path."""
+    if isinstance(value, dict):
+        return {key: without_places(inner) for key, inner in cast(Mapping[str, Any], value).items()}
+    if isinstance(value, (list, tuple)):
+        return [without_places(inner) for inner in cast(list[Any], value)]
+    return _without_places(value) if isinstance(value, str) else value
+
+
+def _without_places(text: str) -> str:
+    whole = next((kind(text) for kind in (PurePosixPath, PureWindowsPath) if kind(text).is_absolute()), None)
+    if whole is not None and len(whole.parts) > 1 and not SENTENCE.search(text):
+        return f"…/{whole.name}"
+    return PLACE.sub(lambda found: f"…/{SLASH.split(found[0].rstrip('/'))[-1]}", text)
+
+
+def seen_from(folder: Path, path: str) -> str:
+    """Return an absolute path as a file in `folder` names it. A relative one, or one on another drive, stays."""
+    if not Path(path).is_absolute():
+        return path
+    try:
+        return os.path.relpath(path, os.path.realpath(folder))
+    except ValueError:  # on another drive
+        return path
