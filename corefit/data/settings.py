@@ -18,7 +18,8 @@ MAX_LENGTH = 1 << 16
 """The largest height or width in pixels, and the largest number of frames; no image format allows more."""
 
 
-def _check_size(_: object, attribute: attrs.Attribute[Any], value: Sequence[int]) -> None:
+def check_size(_: object, attribute: attrs.Attribute[Any], value: Sequence[int]) -> None:
+    """Raise ValueError unless `value` is a size of pictures or clips."""
     if len(value) not in (2, 3) or min(value) < 1 or max(value) > MAX_LENGTH:
         raise ValueError(
             f"{attribute.name} is {list(value)}, expected [height, width] in pixels, "
@@ -47,7 +48,7 @@ class Data:
     """The source that prompts and media are read from."""
     encoded: ModelPath | None = None
     """A cache that was encoded before, instead of `source`: a folder, or a URL such as s3://bucket/cache/0123456789abcdef."""
-    size: tuple[int, ...] = field(default=(512, 512), validator=_check_size)
+    size: tuple[int, ...] = field(default=(512, 512), validator=check_size)
     """[height, width] in pixels, or [frames, height, width] for clips; media are resized and center-cropped to it."""
     aspects: tuple[str, ...] = field(default=(), validator=_parses(Aspect.parse))
     """Aspect ratios, width:height, such as ["1:1", "4:3"]: buckets of the area of `size`; media go to the nearest."""

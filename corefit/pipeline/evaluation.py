@@ -9,17 +9,16 @@ from typing import Any, Literal
 
 from attrs import define, field, frozen, validators
 
-from corefit.data import cache
-from corefit.data.settings import Size
+from corefit.data.settings import check_size
 from corefit.errors import ConfigError
 from corefit.pipeline.eval import Eval
-from corefit.pipeline.pipeline import CHOICES, error_of, plugin_files, repeated
+from corefit.pipeline.pipeline import BASE, CHOICES, plugin_files
+from corefit.pipeline.problems import error_of, eval_problems, repeated, reward_problems
 from corefit.pipeline.reader import Reader, Table, load, override
 from corefit.plugins.host import Host
 from corefit.types import Backbone, ModelPath
 
 NAME: Any = validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-BASE = "base"
 INDEX = "model_index.json"
 """The file that a whole model in diffusers' layout has, and a LoRA has not."""
 
@@ -74,7 +73,7 @@ class Evaluation:
     """The evaluation's name; its folder is evals/<name>."""
     backbone: Backbone
     """The model: its family, and the path of the base weights."""
-    size: Size
+    size: tuple[int, ...] = field(validator=check_size)
     """Size of the media that are generated: [height, width], or [frames, height, width]."""
     model: tuple[Model, ...] = field(converter=tuple)
     """The models, a row of the results for each. Gains are over the first one."""
@@ -120,9 +119,11 @@ class Evaluation:
         for model in self.model:
             yield from error_of(f"model.{model.name}", lambda model=model: model.resolved(self.backbone)[0].check())
         for benchmark in self.benchmark:
-            yield from benchmark.problems(f"benchmark.{benchmark.name}")
-            data = benchmark.data(self.size)
-            yield from error_of(f"benchmark.{benchmark.name}.prompts", lambda data=data: cache.check(data, media=False))
+            where = f"benchmark.{benchmark.name}"
+            yield from eval_problems(where, benchmark, self.size)
+            yield from reward_problems({f"{where}.reward": benchmark.reward})
+            if benchmark.drift:
+                yield f"{where}.drift: it needs the media of a pipeline's [data]; remove the key"
 
 
 def read_evaluation(path: str | Path, settings: Sequence[str] = (), host: Host | None = None) -> Evaluation:

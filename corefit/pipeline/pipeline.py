@@ -14,8 +14,9 @@ from attrs import define, field, validators
 from corefit.data import buckets, cache
 from corefit.data.order import check_batch
 from corefit.data.settings import Data
-from corefit.errors import ConfigError, CorefitError, near
+from corefit.errors import ConfigError, near
 from corefit.pipeline.eval import Eval
+from corefit.pipeline.problems import error_of, eval_problems, repeated, reward_problems
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
 from corefit.plugins.host import Host
 from corefit.system import public
@@ -133,7 +134,7 @@ class Pipeline:
         names = [stage.name for stage in self.stage]
         if not names:
             yield "stage: there is none; add [[stage]] with name, steps and objective"
-        for name in sorted({n for n in names if names.count(n) > 1}):
+        for name in repeated(names):
             yield f"stage.{name}: two stages have this name; rename one"
         if BASE in names:
             yield "stage.base: the base model's results have this name; rename the stage"
@@ -142,12 +143,17 @@ class Pipeline:
         starts = [*self._start_problems(names)]
         yield from starts or self._mode_problems()
         yield from self._reward_problems()
-        found = [*_error_of("backbone", self.backbone.check)]
-        found = found or [*_error_of("backbone", lambda: self.backbone.latent_shape(self.data.size))]
-        yield from found or _error_of("data", lambda: buckets.sizes(self.data.size, self.data.aspects, self.backbone))
+        found = [*error_of("backbone", self.backbone.check)]
+        found = found or [*error_of("backbone", lambda: self.backbone.latent_shape(self.data.size))]
+        yield from found or error_of("data", lambda: buckets.sizes(self.data.size, self.data.aspects, self.backbone))
         yield from self._data_problems()
         if self.eval:
-            yield from self._eval_problems(self.eval)
+            yield from eval_problems("eval", self.eval, self.data.size)
+            if self.eval.drift and not self.needs_media:
+                yield (
+                    "eval.drift: it is measured on media of the data, and no stage trains on media; remove it, or "
+                    "train on media, as soar and sft do"
+                )
         yield from self._observer_problems()
         for stage in self.stage if not self.eval else ():
             if stage.sample_every is not None:
@@ -194,41 +200,27 @@ class Pipeline:
             for entry in entries:
                 if entry.normalize != "none":
                     yield f"{where}.{entry.name}.normalize: scores are used as they are here; remove the key"
-        for where, entries in {**places, **reported}.items():
-            for entry in entries:
-                if check := getattr(entry.value, "check", None):  # a reward of version 0.1 has none
-                    yield from _error_of(f"{where}.{entry.name}", check)
+        yield from reward_problems({**places, **reported})
 
     def _observer_problems(self) -> Iterator[str]:
         """Let each observer look for what it lacks, such as a package."""
         names = [self.host.name_of("observers", each) for each in self.observer]
-        for name in sorted({n for n in names if names.count(n) > 1}):
+        for name in repeated(names):
             yield f"observer: {name!r} is listed twice; remove one"
         for name, each in zip(names, self.observer, strict=True):
-            yield from _error_of(f"observer.{name}", each.check)
+            yield from error_of(f"observer.{name}", each.check)
 
     def _data_problems(self) -> Iterator[str]:
         counted: list[int | None] = []
         media, extra = self.needs_media, self.further_media
-        yield from _error_of("data", lambda: counted.append(cache.check(self.data, media=media, extra=extra)))
+        yield from error_of("data", lambda: counted.append(cache.check(self.data, media=media, extra=extra)))
         for stage in self.stage if counted and counted[0] else ():
             rows, group = stage.rows, stage.objective.group_size
             if rows % group == 0:
-                yield from _error_of(
+                yield from error_of(
                     f"stage.{stage.name}",
                     lambda rows=rows, group=group: check_batch(counted[0] or 0, rows, group, 1, self.data.order),
                 )
-
-    def _eval_problems(self, eval: Eval) -> Iterator[str]:
-        if eval.drift and not self.needs_media:
-            yield (
-                "eval.drift: it is measured on media of the data, and no stage trains on media; remove it, or train "
-                "on media, as soar and sft do"
-            )
-        yield from _error_of("eval.prompts", lambda: cache.check(eval.data(self.data.size), media=False))
-        names = [entry.name for entry in eval.reward]
-        for name in sorted({n for n in names if names.count(n) > 1}):
-            yield f"eval.reward: {name!r} is listed twice; remove one, or give each a `name` of its own"
 
 
 def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = None) -> Pipeline:
@@ -240,7 +232,7 @@ def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = Non
     tables = load(path)
     override(tables, settings)
     folder, host = path.resolve().parent, host or Host()
-    for file in _plugin_files(tables):
+    for file in plugin_files(tables):
         host.add_file(folder / file)
     pipeline = Reader(host, folder, CHOICES).read(tables, Pipeline)
     pipeline.host, pipeline.folder = host, folder
@@ -248,7 +240,7 @@ def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = Non
     return pipeline
 
 
-def _plugin_files(tables: Table) -> Sequence[str]:
+def plugin_files(tables: Table) -> Sequence[str]:
     files = tables.get("plugins", [])
     if not isinstance(files, list) or not all(isinstance(f, str) for f in files):
         raise ConfigError(f'plugins: must be a list of files, such as ["my_objective.py"], not {files!r}')
@@ -256,11 +248,3 @@ def _plugin_files(tables: Table) -> Sequence[str]:
         return [checked_path(file) for file in files]
     except ConfigError as error:
         raise ConfigError(f"plugins: {error}") from error
-
-
-def _error_of(where: str, attempt: Any) -> Iterator[str]:
-    """Yield the message of the error that `attempt` raises, if it raises one, after the key `where`."""
-    try:
-        attempt()
-    except CorefitError as error:
-        yield f"{where}: {error}"

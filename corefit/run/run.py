@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
-from attrs import define, field, frozen
+from attrs import define, field
 
 from corefit.data.dataset import Dataset
 from corefit.data.duplicates import duplicates
 from corefit.errors import ConfigError, counted
 from corefit.pipeline.pipeline import Lora, Pipeline, Stage
-from corefit.run import agreement, drift, extremes, plan, report
-from corefit.run.evaluate import LAST, SAMPLES, Evaluator, Media
-from corefit.run.events import Events, StageEvents, grid_of
-from corefit.run.partial import PARTIAL, PartialScores
-from corefit.run.plan import DRIFT, MODEL, SCORES, Rerun, Target
+from corefit.run import agreement, drift, plan, report, scoring
+from corefit.run.evaluate import LAST, Evaluator, Media
+from corefit.run.events import Events, StageEvents
+from corefit.run.plan import DRIFT, MODEL, Rerun, Target
 from corefit.run.prepare import encode, precision, preview, text_dtype
+from corefit.run.scoring import Weights
 from corefit.system import files, memory
 from corefit.system.display import Display
 from corefit.system.ranks import Ranks, join
@@ -66,16 +66,6 @@ def dry_run(pipeline: Pipeline, display: Display | None = None, *, again: str = 
     width = max(len(name) for name, _ in lines)
     for name, what in lines:
         display.print(f"{name:{width}}  {what}")
-
-
-@frozen
-class Weights:
-    """The weights that a stage starts from, or leaves: those of a backbone, and perhaps a LoRA on top of them."""
-
-    backbone: Backbone
-    adapter: Path | None
-    half: bool
-    """Whether the backbone's weights are held in bfloat16, in training and therefore in evaluation."""
 
 
 @define(eq=False)
@@ -268,41 +258,17 @@ class Run:
         """
         if self.evaluator is None:
             return
-        decision = self.ranks.from_main(lambda: plan.decide_evaluation(target))
-        if decision.problem:
-            self.display.print(f"{target.folder.name}: {decision.problem}; it is evaluated again")
-        if decision.reuse:
-            scored, samples = decision.record, None
-        else:
-            scored, samples = self._score(self.evaluator, target, saved, step)
-        saved.backbone.release()
-        saved.backbone.transformer = None
-        self.scores.append(self._scores(target, scored, cost))
+        scored, samples = scoring.score(target, saved, self.evaluator, self.display, step)
+        self.scores.append(scoring.scores_of(target, scored, self.evaluator, cost))
         if "drift" in scored:
             self.drifts[target.name] = drift.Drifts(**scored["drift"])
             if self.main:
                 curve = drift.curve(self.drifts[target.name], self.drifts.get(target.start))
                 files.write_json(target.folder / DRIFT, curve)
         if self.main:
-            self._tell_scored(target, samples, step, earlier=decision.reuse)
+            self._tell_scored(target, samples, step)
 
-    def _scores(self, target: Target, scored: Mapping[str, Any], cost: Cost) -> report.Scores:
-        """Return the content of scores.json for the table."""
-        assert self.evaluator is not None
-        diversity = scored.get("diversity", {"rows": (), "values": {}})
-        return report.Scores(
-            target.name,
-            scored["values"],
-            scored["categories"],
-            prompts=scored.get("prompts") or self.evaluator.texts()["prompts"],  # version 0.1 wrote none
-            units={entry.name: getattr(entry.value, "unit", "") for entry in self.evaluator.eval.reward},
-            rows=diversity["rows"],
-            diversity=diversity["values"],
-            start=target.start,
-            **attrs.asdict(cost),
-        )
-
-    def _tell_scored(self, target: Target, samples: Media | None, step: int, *, earlier: bool) -> None:
+    def _tell_scored(self, target: Target, samples: Media | None, step: int) -> None:
         """Write results.json as far as it goes, and tell observers of its rows of the last of `scores`."""
         self.rows = report.results(self.scores)
         report.write_results(self.folder / RESULTS, self.rows)
@@ -315,45 +281,9 @@ class Run:
             rows=[row for row in self.rows if row["stage"] == target.name],
             samples=samples,
             grid=target.folder / "samples" / LAST,
-            earlier=earlier,
+            earlier=samples is None,
         )
         self.events.tell("scored", scored=scored)
-
-    def _score(
-        self, evaluator: Evaluator, target: Target, saved: Weights, step: int
-    ) -> tuple[dict[str, Any], Media | None]:
-        """Score the held-out prompts with weights read from their files, and write scores.json and the samples.
-
-        Return the scores, and on the main process the samples.
-        """
-        assert target.scores is not None
-        backbone, prepare = saved.backbone, self.ranks.accelerator.prepare_model
-        partial = PartialScores(target.folder / PARTIAL, target.scores.hash)
-        weights.load(backbone, self.ranks, frozen_in_bf16=saved.half, adapter=saved.adapter)
-        backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # as in training
-        with self.display.task(f"{target.name}: {evaluator.count} held-out prompts") as progress:
-            scored, samples = evaluator.score(backbone, progress, partial)
-        if evaluator.eval.diversity:
-            with self.display.task(f"{target.name}: diversity") as progress:
-                scored["diversity"] = evaluator.diversity(backbone, scored["prompts"], progress)
-        if evaluator.eval.drift:
-            with self.display.task(f"{target.name}: drift") as progress:
-                scored["drift"] = evaluator.drift(backbone, progress)
-        best_and_worst = evaluator.extremes(backbone, scored["values"])
-        self.ranks.accelerator.free_memory()
-        if self.main and samples:
-            for former in (SCORES, DRIFT):  # they do not belong to the new samples
-                (target.folder / former).unlink(missing_ok=True)
-            evaluator.keep_samples(samples, target.folder / "samples")
-            extremes.write(target.folder / "samples", *best_and_worst)
-            if step:  # the last of the stage's own grids is that of the weights as they were saved
-                last = (target.folder / "samples" / LAST).read_bytes()
-                files.write_whole(grid_of(target.folder, step), last)
-            content = {**scored, "samples": files.sha256(target.folder / "samples" / SAMPLES)}
-            identity = {"parts": target.scores.parts, "rounding": target.scores.rounding}
-            files.write_json(target.folder / SCORES, {**content, "identity": target.scores.hash, **identity})
-            partial.remove()
-        return scored, samples
 
     def _report(self, targets: Sequence[Target]) -> None:
         """Draw comparison.png and print the table; without [eval] remove what an earlier run with it has left."""
