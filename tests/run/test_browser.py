@@ -123,6 +123,8 @@ def test_pictures_enlarge_with_prompt_and_score(opened, pages, width):
     assert zoom.locator("tbody tr").nth(1).locator("td").first.inner_text() == f"{scores[1]:g}"
     tab.keyboard.press("ArrowRight")
     assert zoom.locator(".prompt").inner_text() == "one blue cat"
+    zoom.locator("input").fill("10")
+    assert "90%" in zoom.locator(".left").evaluate("(image) => getComputedStyle(image).clipPath")
     tab.keyboard.press("Escape")
     assert not zoom.is_visible()
 

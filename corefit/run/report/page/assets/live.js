@@ -1,4 +1,4 @@
-// Added by `corefit watch`: asks whether the page has changed, and loads it anew where it was.
+// Added by `corefit watch`: asks whether the page has changed, and loads it anew with what was chosen; the browser keeps the place.
 "use strict";
 (() => {
   const KEY = `corefit ${location.host}`;
@@ -14,10 +14,8 @@
       field.dispatchEvent(new Event(field.type === "range" ? "input" : "change"));
     }
     for (const details of document.querySelectorAll("details[id]")) details.open = kept.open.includes(details.id);
-    scrollTo({ top: kept.top, behavior: "instant" });
   }
   const keep = () => sessionStorage.setItem(KEY, JSON.stringify({
-    top: scrollY,
     values: Object.fromEntries(fields().filter((field) => field.id !== "scrub" || field.value !== field.max).map((field) => [field.id, field.type === "checkbox" ? field.checked : field.value])),
     open: [...document.querySelectorAll("details[id][open]")].map((details) => details.id),
   }));
