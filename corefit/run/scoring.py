@@ -1,4 +1,4 @@
-"""Scores weights on held-out prompts, as they were saved, and keeps the scores and samples in the folder of the stage."""
+"""Scores weights on held-out prompts, as they were saved, and keeps scores and samples in the stage's folder."""
 
 from __future__ import annotations
 
@@ -43,10 +43,7 @@ def score(
     decision = evaluator.ranks.from_main(lambda: plan.decide_evaluation(target))
     if decision.problem:
         display.print(f"{target.folder.name}: {decision.problem}; it is evaluated again")
-    if decision.reuse:
-        found = decision.record, None
-    else:
-        found = _score(target, saved, evaluator, display, step)
+    found = (decision.record, None) if decision.reuse else _score(target, saved, evaluator, display, step)
     saved.backbone.release()
     saved.backbone.transformer = None
     return found
