@@ -122,7 +122,8 @@ def _signature(node: ast.FunctionDef, indent: int = 0) -> list[str]:
 
 
 def _python(*lines: str) -> str:
-    return "\n".join(["```python", *lines, "```"])
+    quoted = (line.replace("'", '"') for line in lines)  # as ruff formats them
+    return "\n".join(["```python", *quoted, "```"])
 
 
 def _tree(module: str) -> ast.Module:
@@ -178,9 +179,9 @@ def _configuration(_: str) -> str:
         *("## Noise weightings", *_sections("noise_weightings")),
         *(
             "## Rewards",
-            "Beside a reward's own keys: `weight`, a number, 1.0 by default; `name`, under which it is logged, by default "
-            "that of `use`, so that several entries of one reward are told apart; and in a stage `normalize`: none (the "
-            "default) or batch.",
+            "Beside a reward's own keys: `weight`, a number, 1.0 by default; `name`, under which it is logged, by "
+            "default that of `use`, so that several entries of one reward are told apart; and in a stage `normalize`: "
+            "none (the default) or batch.",
             *_sections("rewards"),
         ),
         *(f"## {HEADINGS['Eval']}", _table(Eval)),
