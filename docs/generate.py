@@ -122,7 +122,8 @@ def _signature(node: ast.FunctionDef, indent: int = 0) -> list[str]:
 
 
 def _python(*lines: str) -> str:
-    return "\n".join(["```python", *lines, "```"])
+    quoted = (line.replace("'", '"') for line in lines)  # as ruff formats them
+    return "\n".join(["```python", *quoted, "```"])
 
 
 def _tree(module: str) -> ast.Module:
