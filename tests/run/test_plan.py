@@ -673,9 +673,13 @@ class Kill:
 
 
 def contents(folder: Path) -> Mapping[str, bytes]:
-    """Every file and folder of a run; what is in checkpoints is not the same twice, for torch writes their headers."""
+    """Every file and folder of a run; what is in checkpoints is not the same twice, for torch writes their headers.
+
+    Nor is what run.json and the page say of times.
+    """
     found = {path.relative_to(folder): path for path in folder.rglob("*")}
-    compared = {name: path.is_file() and "checkpoints" not in name.parts for name, path in found.items()}
+    passing = {"checkpoints", "run.json", "report.html"}
+    compared = {name: path.is_file() and not passing & {*name.parts} for name, path in found.items()}
     return {str(name): path.read_bytes() if compared[name] else b"" for name, path in found.items()}
 
 
