@@ -156,6 +156,7 @@ def _about(folder: Path, stages: Sequence[Stage], status: str) -> None:
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "pipeline.toml").write_text(
         f'name = "{folder.name}"\nseed = 0\nplugins = ["/home/somebody/project/mine.py"]\n[backbone]\nuse = "sd3"\n'
-        'path = "/home/somebody/models/sd3"\n[[stage]]\nname = "soar"\nsteps = 200\nbatch = 4\n[[observer]]\n'
-        'use = "wandb"\napi_key = "0123456789abcdef"\nproject = "trees"\n'
+        'path = "/home/somebody/models/sd3"\n'
+        + "".join(f'[[stage]]\nname = "{stage.name}"\nsteps = {stage.steps}\nbatch = 4\n' for stage in stages[1:])
+        + '[[observer]]\nuse = "wandb"\napi_key = "0123456789abcdef"\nproject = "trees"\n'
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from corefit import __version__
-from corefit.cli import completion, serving
+from corefit.cli import completion, evaluating, serving
 from corefit.errors import CorefitError, Stopped, plain
 
 if TYPE_CHECKING:
@@ -234,6 +234,7 @@ def completing(shell: str) -> None:
     click.echo(completion.script(cli, shell))
 
 
+cli.add_command(evaluating.compare)
 cli.add_command(serving.serve_reward)
 
 

@@ -119,6 +119,8 @@ def _fitting(stages: Sequence[Scores], rows: Sequence[Row], console: Console) ->
     first = [_table(stages, rows, [every], gains=True, costs=True)]
     if _width(console, first[0]) > console.width:
         first = [_table(stages, rows, [every], gains=True), _table(stages, rows, [], costs=True)]
+    if _width(console, first[0]) > console.width:
+        first[:1] = [_table(stages, rows, [every]), _table(stages, rows, [], gains=True)]
     if not others:
         return first
     alone = _width(console, _table(stages, rows, []))
