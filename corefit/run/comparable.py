@@ -39,6 +39,15 @@ class Evaluated:
     diversity: Mapping[str, Sequence[float]] = field(factory=dict[str, Sequence[float]])
 
     @property
+    def run(self) -> Path:
+        return self.files.folder.parent
+
+    @property
+    def place(self) -> Path:
+        """The folder as messages show it."""
+        return shown(self.files.folder)
+
+    @property
     def eval(self) -> Mapping[str, Any]:
         return self.parts.get("eval", {})
 
@@ -65,6 +74,12 @@ class Metrics:
     left_out: Sequence[str]
 
 
+def shown(path: Path) -> Path:
+    """Return a path as messages show it: relative where it is below the current folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def read(stage: StageFiles) -> Evaluated | None:
     """Read scores.json; None if there is none. Raises DataError if it is damaged."""
     file = stage.folder / plan.SCORES
@@ -75,7 +90,7 @@ def read(stage: StageFiles) -> Evaluated | None:
     lengths = {len(values) for values in content.get("values", {}).values()} | {len(content.get("categories", ()))}
     if problem or len(lengths) > 1:
         problem = problem or f"its {file.name} has values of different numbers of prompts"
-        raise DataError(f"{stage.folder}: {problem}; run its pipeline again, which evaluates it anew")
+        raise DataError(f"{shown(stage.folder)}: {problem}; run its pipeline again, which evaluates it anew")
     return Evaluated(
         stage,
         content["values"],
@@ -91,7 +106,7 @@ def read(stage: StageFiles) -> Evaluated | None:
 def refuse_unlike(first: Evaluated, others: Sequence[Evaluated]) -> None:
     """Raise ConfigError unless all have the same prompts, in the same order, and the same noise."""
     for other in others:
-        one, two = first.files.folder, other.files.folder
+        one, two = first.place, other.place
         counts = [len(each.categories) for each in (first, other)]
         seeds = [each.parts.get("seed") for each in (first, other)]
         sizes = [_size(each) for each in (first, other)]
@@ -120,15 +135,16 @@ def refuse_unlike(first: Evaluated, others: Sequence[Evaluated]) -> None:
 
 
 def differences(first: Evaluated, others: Sequence[Evaluated]) -> list[str]:
-    """Return what else the evaluations differ in, a sentence for each folder that does."""
-    found: list[str] = []
+    """Return what else the evaluations differ in, a sentence for each run that does."""
+    found: dict[tuple[Path, str], str] = {}
     for other in others:
         changes = identity.differences(first.settings, other.settings)
         if first.parts.get("prompts") != other.parts.get("prompts"):
             changes.append("the prompts were encoded otherwise, and noise is the same only for latents of one shape")
         if changes:
-            found.append(f"{other.files.folder} was not evaluated as {first.files.folder} was: {', '.join(changes)}")
-    return found
+            text = ", ".join(changes)
+            found.setdefault((other.run, text), f"{other.place} was not evaluated as {first.place} was: {text}")
+    return [*found.values()]
 
 
 def metrics(every: Sequence[Evaluated]) -> Metrics:
@@ -140,9 +156,9 @@ def metrics(every: Sequence[Evaluated]) -> Metrics:
         lacking = [each for each, has_it in zip(every, has, strict=True) if name not in has_it]
         unlike = [each for each in every if each.measure(name) != every[0].measure(name)] if not lacking else []
         if lacking:
-            left_out.append(f"metric {name} is left out: {lacking[0].files.folder} was not scored by it")
+            left_out.append(f"metric {name} is left out: {lacking[0].place} was not scored by it")
         elif unlike:
-            where = f"{unlike[0].files.folder} and {every[0].files.folder}"
+            where = f"{unlike[0].place} and {every[0].place}"
             left_out.append(f"metric {name} is left out: its keys differ between {where}")
         else:
             common.append(name)
@@ -151,7 +167,7 @@ def metrics(every: Sequence[Evaluated]) -> Metrics:
 
 def base_difference(first: Evaluated, other: Evaluated, metrics: Sequence[str]) -> str:
     """Return why two bases are not the same, or ""."""
-    one, two = first.files.folder.parent, other.files.folder.parent
+    one, two = shown(first.run), shown(other.run)
     if first.parts.get("model") != other.parts.get("model"):
         return f"{two} started from another base than {one}"
     if first.settings != other.settings:
@@ -173,7 +189,7 @@ def draw(stages: Mapping[str, Evaluated], png: Path, display: Display) -> None:
         if file.is_file() and stage.samples in ("", files.sha256(file)):
             media[name] = load_file(file)["media"].astype(np.float32) / 255
         else:
-            display.print(f"{name} has no picture: {file} is missing or damaged")
+            display.print(f"{name} has no picture: {shown(file)} is missing or damaged")
     if not media:
         png.unlink(missing_ok=True)
         return

@@ -112,11 +112,11 @@ def _evaluated(run: RunFolder, named: Sequence[str], display: Display) -> Iterat
             there.add(stage.name)
             yield evaluated
         elif stage.name == BASE or stage.folder.name in named:
-            raise ConfigError(f"{stage.folder} has no scores; let its run finish, with [eval], and compare it then")
+            raise ConfigError(f"{comparable.shown(stage.folder)} has no scores; compare it after a run with [eval]")
         else:
             display.print(f"{qualified(run.label, stage.name)} has no scores yet, and is left out")
     if not there:
-        raise ConfigError(f"{run.folder} has no scores; let the run finish, with [eval], and compare it then")
+        raise ConfigError(f"{comparable.shown(run.folder)} has no scores; compare it after a run with [eval]")
 
 
 def _lineage(stages: Sequence[StageFiles], named: Sequence[str]) -> set[str]:

@@ -145,12 +145,13 @@ def _table(
 
     numbers, lines = Numbers.of(rows), {(row["stage"], row["category"]): row for row in rows}
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-    table.add_column("stage", no_wrap=True)
+    table.add_column("stage", overflow="fold")
     branched, rounded = branches(stages), any(stage.survived is not None for stage in stages)
     gain_heads = ["starts\nfrom", "gain\nover it", "gain\nover base"] if branched else ["paired\ngain"]
     cost_heads = ["time", "samples\n/ s", "peak\nmemory", *(["update kept\nin bf16"] if rounded else [])]
     for head in (*map(plain, columns), *(gain_heads if gains else []), *(cost_heads if costs else [])):
-        table.add_column(Text(head), justify="right", no_wrap=True)
+        named = head.startswith("starts")  # long names are broken, numbers never
+        table.add_column(Text(head), justify="right", no_wrap=not named, overflow="fold" if named else "ellipsis")
     for stage in stages:
         cells = [_cell(*numbers.value(lines[stage.stage, c])) for c in columns]
         over = _gains(lines[stage.stage, "all"], numbers, *(("gain", "base_gain") if branched else ("gain",)))

@@ -125,7 +125,7 @@ def _content(runs: Sequence[RunFolder], rows: Sequence[Row], title: str) -> dict
         "tables": tables([row for row in rows if row["metric"] not in DIVERSITY], starts, colors),
         "diversity": tables([row for row in rows if row["metric"] in DIVERSITY], starts, colors),
         "verdict": verdict(rows, starts),
-        "over_base": any("base_gain" in row and row.get("start") != rows[0]["stage"] for row in rows),
+        "over_base": any("base_gain" in row and starts.get(starts.get(row["stage"], "")) for row in rows),
         "curves": curves,
         "curves_note": _curves_note(curves),
         "trained": [stage for stage in stages if stage.metrics],

@@ -176,7 +176,7 @@ def _newest_rows(file: Path, stages: Sequence[StageFiles]) -> Sequence[Row]:
     units = {row["metric"]: row["unit"] for row in written if "unit" in row}
     try:
         rows = results([_scores(stage, stage.scores.get("units", units)) for stage in scored])
-    except (CorefitError, AssertionError, AttributeError, KeyError, TypeError, ValueError):
+    except (CorefitError, AssertionError, AttributeError, LookupError, TypeError, ValueError):
         return written  # scores of another version, or of different prompts: the run itself says what is wrong
     known = bool(units) or all("units" in stage.scores for stage in scored)
     return rows if known else [_without_units(row) for row in rows]
