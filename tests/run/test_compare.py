@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -120,9 +121,17 @@ def test_bases_that_differ_have_each_their_own_gains(runs, typed):
     found = {row["stage"]: row for row in rows if (row["metric"], row["category"]) == ("ocr", "all")}
     for name in ("b: sft", "b: soar"):
         assert found[name]["base_gain"] == pytest.approx(found[name]["value"] - found["b: base"]["value"])
-    html = (runs.parent / "compare" / "a-b" / "report.html").read_text()
-    assert "over a: base, " in html, "grpo started from soar, and its page tells the gain over its base too"
-    assert "over b: base, " not in html
+
+
+def test_the_page_names_the_base_of_each_run(runs):
+    """The last stage is of the second run, and starts from another stage."""
+    change(runs / "a" / "00-base", model="other")
+    html = (compare([runs / "b", runs / "a"], None, Display.on(visible=False)) / "report.html").read_text()
+    assert re.search(r"; a: grpo is [\d.]+ points over a: base\.", html)
+    assert "over base, " in html
+    (runs / "a" / "00-base" / "scores.json").write_bytes((runs / "b" / "00-base" / "scores.json").read_bytes())
+    html = (compare([runs / "b", runs / "a"], None, Display.on(visible=False)) / "report.html").read_text()
+    assert re.search(r"; a: grpo is [\d.]+ points over base\.", html)
 
 
 def test_a_base_that_was_scored_in_another_rounding_stays_with_its_run(runs, typed):

@@ -51,7 +51,8 @@ def _gains(row: Row, numbers: Numbers, starts: Mapping[str, str]) -> Iterator[di
         yield _shown(gain, "")
     whole = gain_of(row, numbers, "base_gain")
     if whole and starts.get(starts.get(row["stage"], "")):
-        yield _shown(whole, f"over {base_of(row['stage'], starts)}, ")
+        base = base_of(row["stage"], starts).rpartition(": ")[2]  # without the run, which the line names
+        yield _shown(whole, f"over {base}, ")
 
 
 def _shown(gain: Gain, over: str) -> dict[str, str]:
