@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from run_folders import BASE, GRPO, SFT, SOAR, Stage, write_run
 
-from corefit.run.compare import compare
+from corefit.run.evaluation.compare import compare
 from corefit.run.report import MetricsLog, comparison_page, page
 from corefit.run.watch import serve
 from corefit.system.display import Display

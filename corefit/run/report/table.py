@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -87,9 +87,18 @@ def direction(row: Row, numbers: Numbers, over: Literal["gain", "base_gain"] = "
     return "up" if low > 0 else "down" if high < 0 else ""
 
 
-def branches(stages: Sequence[Scores]) -> bool:
-    """Return whether a stage starts from another one than that in the row above it, which tables then say."""
-    return any(now.start not in ("", before.stage) for before, now in pairwise(stages))
+def gain_columns(starts: Mapping[str, str]) -> list[str]:
+    """Return the heads of a table's columns of gains, given stage -> what it starts from, in the order of the rows.
+
+    Where each stage starts from that in the row above, or all from the base, one column holds its one gain; else there
+    are three, the first of which names what it starts from.
+    """
+    base, *others = starts
+    if len(others) > 1 and all(starts[stage] == base for stage in others):
+        return [f"gain\nover {plain(base)}"]
+    if any(starts[now] not in ("", before) for before, now in pairwise(starts)):
+        return ["starts\nfrom", "gain\nover it", "gain\nover base"]
+    return ["paired\ngain"]
 
 
 def names(rows: Sequence[Row], key: Literal["stage", "metric", "category"]) -> list[str]:
@@ -97,13 +106,16 @@ def names(rows: Sequence[Row], key: Literal["stage", "metric", "category"]) -> l
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-def print_table(stages: Sequence[Scores], rows: Sequence[Row], console: Console) -> None:
-    """Print a table per metric, one row per stage; categories that are too many for the console get tables below."""
+def print_table(stages: Sequence[Scores], rows: Sequence[Row], console: Console, benchmark: str = "") -> None:
+    """Print a table per metric, one row per stage; categories that are too many for the console get tables below.
+
+    benchmark  the name of what was evaluated on, for the titles
+    """
     from rich.text import Text
 
     for metric in names(rows, "metric"):
         of_metric = [row for row in rows if row["metric"] == metric]
-        title = f"{metric}, {of_metric[0]['n']} held-out prompts, 95 % intervals"
+        title = f"{f'{benchmark}: ' if benchmark else ''}{metric}, {of_metric[0]['n']} held-out prompts, 95 % intervals"
         console.print(Text(plain(f"\n{title}\n"), "bold"))
         for table in _fitting(stages, of_metric, console):
             console.print(table)
@@ -146,8 +158,10 @@ def _table(
     numbers, lines = Numbers.of(rows), {(row["stage"], row["category"]): row for row in rows}
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     table.add_column("stage", overflow="fold")
-    branched, rounded = branches(stages), any(stage.survived is not None for stage in stages)
-    gain_heads = ["starts\nfrom", "gain\nover it", "gain\nover base"] if branched else ["paired\ngain"]
+    rounded = any(stage.survived is not None for stage in stages)
+    gain_heads = gain_columns({stage.stage: stage.start for stage in stages})
+    branched = len(gain_heads) > 1
+    costs = costs and any(stage.seconds for stage in stages)
     cost_heads = ["time", "samples\n/ s", "peak\nmemory", *(["update kept\nin bf16"] if rounded else [])]
     for head in (*map(plain, columns), *(gain_heads if gains else []), *(cost_heads if costs else [])):
         named = head.startswith("starts")  # long names are broken, numbers never

@@ -13,8 +13,9 @@ from typing import Any
 from attrs import evolve, field, frozen
 
 from corefit.errors import ConfigError
-from corefit.run import comparable, report
-from corefit.run.comparable import Evaluated
+from corefit.run import report
+from corefit.run.evaluation import comparable
+from corefit.run.evaluation.comparable import Evaluated
 from corefit.run.report.page import is_run, qualified
 from corefit.run.report.page.folder import BASE, STAGE, RunFolder, StageFiles, read_run
 from corefit.run.report.page.memo import Memo

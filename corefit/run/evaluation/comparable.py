@@ -10,7 +10,7 @@ from attrs import field, frozen
 
 from corefit.errors import ConfigError, DataError
 from corefit.run import identity, plan, report
-from corefit.run.evaluate import SAMPLES
+from corefit.run.evaluation.evaluator import SAMPLES
 from corefit.run.report.page.folder import StageFiles
 from corefit.system import files
 from corefit.system.display import Display

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from corefit.cli import main
 from corefit.errors import ConfigError, DataError
-from corefit.run.compare import compare
+from corefit.run.evaluation.compare import compare
 from corefit.run.report import read_results
 from corefit.system import files
 from corefit.system.display import Display
