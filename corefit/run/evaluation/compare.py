@@ -139,7 +139,7 @@ def _output(out: Path | None, runs: Sequence[Compared], chosen: Mapping[Path, Se
             raise ConfigError("so many runs are compared that their names make no folder's; name one with --out")
         out = runs[0].files.folder.parent.parent / "compare" / name
     run = out.parent if STAGE.fullmatch(out.resolve().name) else out
-    if any((run / name).exists() for name in ("pipeline.toml", "run.json", "00-base")):
+    if any((run / name).exists() for name in ("pipeline.toml", "evaluation.toml", "run.json", "00-base")):
         raise ConfigError(f"{out} is the folder of a run, which a comparison would overwrite; name another with --out")
     return out
 
