@@ -86,6 +86,7 @@ def test_two_runs_from_one_base(runs, typed):
     assert status == 0, said
     assert said.endswith(f"all of it is in {folder}\n")
     assert "ocr, 240 held-out prompts, 95 % intervals" in said
+    assert re.search(r"a: soar +1m 40s +90\.0 +3\.0 GiB", said), "what stages took is said, too"
     names = ["comparison.png", "report.html", "results.csv", "results.json", "results.md"]
     assert sorted(file.name for file in folder.iterdir()) == names
     rows = read_results(folder / "results.json")
