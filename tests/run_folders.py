@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from corefit.run.report import MetricsLog, grid
 from corefit.run.report.results import Scores, results, write_results
+from corefit.system import files
 
 CATEGORIES = ("single", "two", "counting")
 PROMPTS = [
@@ -21,6 +22,12 @@ PROMPTS = [
     for color in ("red", "blue")
     for thing in ("cat", "<b>dog</b>")
 ]
+EVAL = {
+    "reward": [{"use": "ocr", "weight": 1.0}, {"use": "pickscore", "weight": 1.0}],
+    "guidance": 4.5,
+    "steps": 40,
+    "diversity": {"prompts": 12, "samples": 8, "features": "pixels"},
+}
 EACH = 20
 """Times that every prompt is scored."""
 
@@ -86,11 +93,18 @@ def _scores(stage: Stage) -> Scores:
 
 def _evaluate(place: Path, stage: Stage, size: int) -> None:
     scores = _scores(stage)
-    written = {"values": scores.values, "categories": scores.categories, "prompts": scores.prompts}
-    (place / "scores.json").write_text(json.dumps(written))
     media = pictures(len(PROMPTS), size, stage.share)
     (place / "samples").mkdir(exist_ok=True)
     save_file({"media": media}, place / "samples" / "last.safetensors")
+    written = {
+        "values": scores.values,
+        "categories": scores.categories,
+        "prompts": scores.prompts,
+        "diversity": {"rows": list(scores.rows), "values": scores.diversity},
+        "samples": files.sha256(place / "samples" / "last.safetensors"),
+    }
+    parts = {"model": files.json_digest({"stage": stage.name}), "prompts": "p", "seed": 0, "eval": EVAL, "code": {}}
+    files.write_json(place / "scores.json", {**written, "identity": "", "parts": parts, "rounding": {}})
     sigmas = np.linspace(0.05, 1, 12)
     drift = (1 - stage.share) * (1 - sigmas)
     curve = {"sigmas": sigmas, "drift": drift, "low": 0.9 * drift, "high": 1.1 * drift}
@@ -156,6 +170,7 @@ def _about(folder: Path, stages: Sequence[Stage], status: str) -> None:
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "pipeline.toml").write_text(
         f'name = "{folder.name}"\nseed = 0\nplugins = ["/home/somebody/project/mine.py"]\n[backbone]\nuse = "sd3"\n'
-        'path = "/home/somebody/models/sd3"\n[[stage]]\nname = "soar"\nsteps = 200\nbatch = 4\n[[observer]]\n'
-        'use = "wandb"\napi_key = "0123456789abcdef"\nproject = "trees"\n'
+        'path = "/home/somebody/models/sd3"\n'
+        + "".join(f'[[stage]]\nname = "{stage.name}"\nsteps = {stage.steps}\nbatch = 4\n' for stage in stages[1:])
+        + '[[observer]]\nuse = "wandb"\napi_key = "0123456789abcdef"\nproject = "trees"\n'
     )

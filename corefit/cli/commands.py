@@ -234,6 +234,7 @@ def completing(shell: str) -> None:
     click.echo(completion.script(cli, shell))
 
 
+cli.add_command(evaluating.compare)
 cli.add_command(serving.serve_reward)
 cli.add_command(evaluating.evaluate)
 

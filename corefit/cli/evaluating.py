@@ -1,4 +1,4 @@
-"""`corefit eval`."""
+"""`corefit eval` and `corefit compare`."""
 
 from __future__ import annotations
 
@@ -41,3 +41,23 @@ def evaluate(evaluation: Path, settings: tuple[str, ...], out: Path | None, only
     where = evaluating(checked)
     if os.environ.get("RANK", "0") == "0":
         click.echo(plain(f"all of it is in {where}"))
+
+
+@click.command()
+@click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Folder to write [compare/NAME-NAME beside the folder of the runs].",
+)
+def compare(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Compare RUNs in one table, one picture and one page.
+
+    RUN is the folder of a run, such as runs/NAME, or of one of its stages, such as runs/NAME/01-soar. All must have
+    been evaluated on the same prompts and the same noise. Nothing is generated again.
+    """
+    from corefit.run.evaluation.compare import compare as comparing
+    from corefit.system.display import Display
+
+    click.echo(plain(f"all of it is in {comparing(runs, out, Display.on())}"))

@@ -53,6 +53,7 @@ def seconds(run):
         (["completion", "zsh"], 0),
         (["check", "none.toml"], 2),
         (["run", "none.toml"], 2),
+        (["compare", "none", "other"], 2),
     ],
 )
 def test_imports_nothing_heavy(args, status, tmp_path):

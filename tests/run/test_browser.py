@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from run_folders import BASE, GRPO, SFT, SOAR, Stage, write_run
 
+from corefit.run.evaluation.compare import compare
 from corefit.run.report import MetricsLog, comparison_page, page
 from corefit.run.watch import serve
+from corefit.system.display import Display
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
@@ -32,14 +34,20 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
-    """A finished run with branches, one in its middle, and both compared."""
+    """A finished run with branches, one in its middle, both on one page, and stages of both compared."""
     folder = tmp_path_factory.mktemp("runs")
     done = write_run(folder / "done", [BASE, SFT, SOAR, GRPO])
     middle = write_run(folder / "middle", [BASE, SOAR, Stage("grpo", 0.7, 20, "soar", 120, 64)], "running")
     for run in (done, middle):
         page(run)
     comparison_page([("first", done), ("second", middle)], folder / "both.html")
-    return {"done": done / "report.html", "middle": middle / "report.html", "both": folder / "both.html"}
+    compared = compare([done / "03-grpo", middle], folder / "compared", Display.on(visible=False))
+    return {
+        "done": done / "report.html",
+        "middle": middle / "report.html",
+        "both": folder / "both.html",
+        "compared": compared / "report.html",
+    }
 
 
 @pytest.fixture
@@ -78,7 +86,7 @@ def inked(tab, selector: str) -> int:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["done", "middle", "both"])
+@pytest.mark.parametrize("name", ["done", "middle", "both", "compared"])
 def test_pages_fit_and_draw_their_curves(opened, pages, name, width):
     tab = opened(pages[name].as_uri(), width)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width

@@ -6,10 +6,9 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 from corefit.run.report.results import Row
-from corefit.run.report.table import Numbers, names
+from corefit.run.report.table import Numbers, gain_columns, names
 
 MARKUP = re.compile(r"([\\`*<|\[])")
 """Characters by which Markdown would take a name for something else."""
@@ -33,8 +32,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def _table(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the title and the lines of the table of one metric."""
     numbers, categories = Numbers.of(rows), names(rows, "category")
-    branched = _branches(rows)
-    gains = ["starts from", "gain over it", "gain over base"] if branched else ["paired gain"]
+    gains = gain_columns({row["stage"]: row.get("start", "") for row in rows})
     yield f"**{_text(rows[0]['metric'])}**, {rows[0]['n']} held-out prompts, 95 % intervals\n"
     yield _line(["stage", *categories, *gains])
     yield f"|---|{'---:|' * (len(categories) + len(gains))}"
@@ -43,15 +41,9 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
         values = [_cell(*numbers.value(found[each])) if each in found else "" for each in categories]
         row = next(iter(found.values()))
         over = [_cell(*numbers.gain(row))]
-        if branched:
+        if len(gains) > 1:
             over = [row.get("start", "-"), *over, _cell(*numbers.gain(row, "base_gain"))]
         yield _line([stage, *values, *over])
-
-
-def _branches(rows: Sequence[Row]) -> bool:
-    """Return whether a stage starts from another one than that in the line above it."""
-    starts = {row["stage"]: row.get("start", "") for row in rows}
-    return any(starts[now] not in ("", before) for before, now in pairwise(starts))
 
 
 def _cell(main: str, interval: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -87,9 +87,18 @@ def direction(row: Row, numbers: Numbers, over: Literal["gain", "base_gain"] = "
     return "up" if low > 0 else "down" if high < 0 else ""
 
 
-def branches(stages: Sequence[Scores]) -> bool:
-    """Return whether a stage starts from another one than that in the row above it, which tables then say."""
-    return any(now.start not in ("", before.stage) for before, now in pairwise(stages))
+def gain_columns(starts: Mapping[str, str]) -> list[str]:
+    """Return the heads of a table's columns of gains, given stage -> what it starts from, in the order of the rows.
+
+    Where each stage starts from that in the row above, or all from the base, one column holds its one gain; else there
+    are three, the first of which names what it starts from.
+    """
+    base, *others = starts
+    if len(others) > 1 and all(starts[stage] == base for stage in others):
+        return [f"gain\nover {plain(base)}"]
+    if any(starts[now] not in ("", before) for before, now in pairwise(starts)):
+        return ["starts\nfrom", "gain\nover it", "gain\nover base"]
+    return ["paired\ngain"]
 
 
 def names(rows: Sequence[Row], key: Literal["stage", "metric", "category"]) -> list[str]:
@@ -122,6 +131,8 @@ def _fitting(stages: Sequence[Scores], rows: Sequence[Row], console: Console) ->
     first = [_table(stages, rows, [every], gains=True, costs=True)]
     if _width(console, first[0]) > console.width:
         first = [_table(stages, rows, [every], gains=True), _table(stages, rows, [], costs=True)]
+    if _width(console, first[0]) > console.width:
+        first[:1] = [_table(stages, rows, [every]), _table(stages, rows, [], gains=True)]
     if not others:
         return first
     alone = _width(console, _table(stages, rows, []))
@@ -146,16 +157,15 @@ def _table(
 
     numbers, lines = Numbers.of(rows), {(row["stage"], row["category"]): row for row in rows}
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-    table.add_column("stage", no_wrap=True)
-    base, rounded = stages[0].stage, any(stage.survived is not None for stage in stages)
-    star = len(stages) > 2 and all(stage.start == base for stage in stages[1:])
-    branched = branches(stages) and not star  # otherwise each row has one gain
-    gain_head = f"gain\nover {plain(base)}" if star else "paired\ngain"
-    gain_heads = ["starts\nfrom", "gain\nover it", "gain\nover base"] if branched else [gain_head]
+    table.add_column("stage", overflow="fold")
+    rounded = any(stage.survived is not None for stage in stages)
+    gain_heads = gain_columns({stage.stage: stage.start for stage in stages})
+    branched = len(gain_heads) > 1
     costs = costs and any(stage.seconds for stage in stages)
     cost_heads = ["time", "samples\n/ s", "peak\nmemory", *(["update kept\nin bf16"] if rounded else [])]
     for head in (*map(plain, columns), *(gain_heads if gains else []), *(cost_heads if costs else [])):
-        table.add_column(Text(head), justify="right", no_wrap=True)
+        named = head.startswith("starts")  # long names are broken, numbers never
+        table.add_column(Text(head), justify="right", no_wrap=not named, overflow="fold" if named else "ellipsis")
     for stage in stages:
         cells = [_cell(*numbers.value(lines[stage.stage, c])) for c in columns]
         over = _gains(lines[stage.stage, "all"], numbers, *(("gain", "base_gain") if branched else ("gain",)))

@@ -81,6 +81,14 @@ def evaluation(project: Project) -> Project:
 
 def test_models_score_as_in_the_run_that_made_them(evaluation, monkeypatch):
     assert evaluation.main("run", "pipeline.toml").status == 0
+    ended = evaluation.main("compare", "runs/tiny/01-sft", "runs/tiny/02-lora")
+    assert ended.status == 0, ended.err
+    both = evaluation.folder / "compare" / "tiny-01-sft-02-lora"
+    assert ended.out.splitlines()[-1] == f"all of it is in {both}"
+    own = evaluation.folder / "runs" / "tiny" / "results.json"
+    assert json.loads((both / "results.json").read_text()) == json.loads(own.read_text())
+    with Image.open(both / "comparison.png") as drawn, Image.open(own.with_name("comparison.png")) as the_same:
+        assert drawn.size == the_same.size
     ended = evaluation.main("eval", "eval.toml")
     assert ended.status == 0, ended.err
     run, folder = evaluation.folder / "runs" / "tiny", evaluation.folder / "evals" / "all"

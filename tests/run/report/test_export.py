@@ -21,12 +21,13 @@ def scores(stage: str, values: list[float], start: str = "") -> Scores:
 
 
 CHAIN = results([scores("base", HALF), scores("soar", MOST, "base")])
-BRANCHES = results([scores("base", HALF), scores("soar", MOST, "base"), scores("sft", HALF, "base")])
+STAR = [scores("base", HALF), scores("soar", MOST, "base"), scores("sft", HALF, "base")]
+BRANCHES = results([*STAR, scores("grpo", MOST, "soar")])
 
 
 def test_csv_has_every_key_of_every_row_to_the_last_digit():
     read = list(csv.DictReader(io.StringIO(csv_text(BRANCHES))))
-    assert len(read) == len(BRANCHES) == 3 * 2 * 3
+    assert len(read) == len(BRANCHES) == 4 * 2 * 3
     for line, row in zip(read, BRANCHES, strict=True):
         assert {key: text for key, text in line.items() if text} == {k: str(v) for k, v in row.items() if v != ""}
 
@@ -54,9 +55,15 @@ def test_markdown_has_a_table_for_each_metric():
 
 
 def test_markdown_of_branches_names_the_starts():
-    head, _, base, soar, sft = markdown(BRANCHES).split("\n\n")[1].splitlines()
+    head, _, *lines = markdown(BRANCHES).split("\n\n")[1].splitlines()
     assert head.endswith("| starts from | gain over it | gain over base |")
-    assert [line.split(" | ")[-3] for line in (base, soar, sft)] == ["-", "base", "base"]
+    assert [line.split(" | ")[-3] for line in lines] == ["-", "base", "base", "soar"]
+
+
+def test_markdown_of_stages_from_one_base_has_one_gain():
+    head, *_, sft = markdown(results(STAR)).split("\n\n")[1].splitlines()
+    assert head == r"| stage | all | one | a\|b | gain over base |"
+    assert "| 0.0 pp (" in sft
 
 
 @pytest.mark.parametrize("name", ["a|b", "<b>x</b>", "[x](y)", "*x*", "`x`", "two\nlines"])

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
+
 from corefit.run.report.page import charts, facts, pictures
 from corefit.run.report.page.folder import RunFolder, StageFiles, is_run, qualified, read_run
 from corefit.run.report.page.memo import Memo, stamp
@@ -35,23 +37,35 @@ def page(folder: Path) -> None:
     write_whole(folder / "report.html", render([("", folder)], folder.resolve().name))
 
 
-def comparison_page(runs: Sequence[tuple[str, Path]], html: Path, rows: Sequence[Row] = ()) -> None:
+def comparison_page(
+    runs: Sequence[tuple[str, Path]], html: Path, rows: Sequence[Row] = (), names: Mapping[Path, str] | None = None
+) -> None:
     """Write a page of several runs, given as (label, folder).
 
-    rows  the results of all runs together, in which `qualified(label, stage)` names a stage; by default the results of
-          each run for itself
+    rows   the results of all runs together, in which `qualified(label, stage)` names a stage; by default the results of
+           each run for itself
+    names  folder of a stage -> its name in `rows`, for the stages that are shown; by default all are
     """
-    write_whole(html, render(runs, " and ".join(label for label, _ in runs), rows))
+    title = " and ".join(label or folder.name for label, folder in runs)
+    write_whole(html, render(runs, title, rows, names=names))
 
 
-def render(runs: Sequence[tuple[str, Path]], title: str, rows: Sequence[Row] = (), live: str = "") -> bytes:
+def render(
+    runs: Sequence[tuple[str, Path]],
+    title: str,
+    rows: Sequence[Row] = (),
+    live: str = "",
+    names: Mapping[Path, str] | None = None,
+) -> bytes:
     """Return the page of one run, whose label is "", or of several.
 
-    live  the version of the page, for a browser that asks `corefit watch` whether there is another
+    live   the version of the page, for a browser that asks `corefit watch` whether there is another
+    names  see `comparison_page`
     """
     found: list[RunFolder] = []
     for label, folder in runs:
-        found.append(read_run(label, folder, MEMO, sum(len(run.stages) for run in found)))
+        run = read_run(label, folder, MEMO, sum(len(run.stages) for run in found))
+        found.append(run if names is None else _named(run, names))
     more = {"live": live, "live_script": _asset("live.js") if live else ""}
     html = _template().render(_content(found, rows or _rows(found), title) | more)
     MEMO.forget()
@@ -63,6 +77,12 @@ def fingerprint(folder: Path) -> str:
     names = ("*.json", "*.toml", "*/*.json", "*/*.jsonl", "*/samples/*")
     stamps = [stamp(file) for name in names for file in sorted(folder.glob(name))]
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+
+
+def _named(run: RunFolder, names: Mapping[Path, str]) -> RunFolder:
+    """Return the run with the stages that have names, under these."""
+    shown = [evolve(stage, label=names[stage.folder]) for stage in run.stages if stage.folder in names]
+    return evolve(run, stages=shown)
 
 
 def _rows(runs: Sequence[RunFolder]) -> list[Row]:
@@ -105,7 +125,7 @@ def _content(runs: Sequence[RunFolder], rows: Sequence[Row], title: str) -> dict
         "tables": tables([row for row in rows if row["metric"] not in DIVERSITY], starts, colors),
         "diversity": tables([row for row in rows if row["metric"] in DIVERSITY], starts, colors),
         "verdict": verdict(rows, starts),
-        "over_base": any("base_gain" in row and row.get("start") != rows[0]["stage"] for row in rows),
+        "over_base": any("base_gain" in row and starts.get(starts.get(row["stage"], "")) for row in rows),
         "curves": curves,
         "curves_note": _curves_note(curves),
         "trained": [stage for stage in stages if stage.metrics],

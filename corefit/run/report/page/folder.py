@@ -73,7 +73,7 @@ def read_run(label: str, folder: Path, memo: Memo, first_color: int = 0) -> RunF
     """Read what is in the folder; a missing or damaged file is as if it held nothing."""
     about, pipeline = _json(folder / "run.json", memo), _toml(folder / "pipeline.toml", memo)
     stages: list[StageFiles] = []
-    for place in _stage_folders(folder):
+    for place in _stage_folders(folder, pipeline):
         name = place.name.partition("-")[2]
         entry = next((e for e in _entries(about, "stages") if name in (e.get("name"), e.get("folder"))), {})
         before = stages[-1].name if stages else ""
@@ -111,10 +111,14 @@ def _color(number: int, base: bool) -> int:
     return 0 if base else 1 + (number - 1) % 7
 
 
-def _stage_folders(folder: Path) -> list[Path]:
+def _stage_folders(folder: Path, pipeline: Mapping[str, Any] | None = None) -> list[Path]:
+    """Return the folders of the base and of the stages, without those that the pipeline has no longer."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and STAGE.fullmatch(path.name))
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and STAGE.fullmatch(path.name))
+    names = [BASE, *(str(entry.get("name")) for entry in _entries(pipeline or {}, "stage"))]
+    current = [f"{number:02}-{name}" for number, name in enumerate(names)]
+    return [path for path in found if path.name in current] if len(names) > 1 else found
 
 
 def _with_costs(entry: Mapping[str, Any], place: Path, memo: Memo) -> Mapping[str, Any]:
@@ -172,7 +176,7 @@ def _newest_rows(file: Path, stages: Sequence[StageFiles]) -> Sequence[Row]:
     units = {row["metric"]: row["unit"] for row in written if "unit" in row}
     try:
         rows = results([_scores(stage, stage.scores.get("units", units)) for stage in scored])
-    except (CorefitError, AssertionError, AttributeError, KeyError, TypeError, ValueError):
+    except (CorefitError, AssertionError, AttributeError, LookupError, TypeError, ValueError):
         return written  # scores of another version, or of different prompts: the run itself says what is wrong
     known = bool(units) or all("units" in stage.scores for stage in scored)
     return rows if known else [_without_units(row) for row in rows]

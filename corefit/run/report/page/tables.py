@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from corefit.run.report.page.verdict import Gain, gain_of
+from corefit.run.report.page.verdict import Gain, base_of, gain_of
 from corefit.run.report.results import Row
 from corefit.run.report.table import Numbers, names
 
@@ -30,27 +30,28 @@ def _table(metric: str, rows: Sequence[Row], starts: Mapping[str, str], colors: 
             "stage": stage,
             "start": starts.get(stage, ""),
             "color": colors.get(stage, 0),
-            "cells": [_cell(cells.get((stage, category)), numbers, starts, stages[0]) for category in counts],
+            "cells": [_cell(cells.get((stage, category)), numbers, starts) for category in counts],
         }
         for stage in stages
     ]
     return {"title": metric, "columns": list(counts.items()), "lines": lines, "bars": _bars(rows, numbers, colors)}
 
 
-def _cell(row: Row | None, numbers: Numbers, starts: Mapping[str, str], base: str) -> dict[str, Any] | None:
+def _cell(row: Row | None, numbers: Numbers, starts: Mapping[str, str]) -> dict[str, Any] | None:
     if row is None:
         return None
     value, interval = numbers.value(row)
-    return {"value": value, "interval": interval, "gains": list(_gains(row, numbers, starts, base))}
+    return {"value": value, "interval": interval, "gains": list(_gains(row, numbers, starts))}
 
 
-def _gains(row: Row, numbers: Numbers, starts: Mapping[str, str], base: str) -> Iterator[dict[str, str]]:
+def _gains(row: Row, numbers: Numbers, starts: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Yield the gain over what the stage starts from and, where that has a start of its own, the gain over the base."""
     gain = gain_of(row, numbers)
     if gain:
         yield _shown(gain, "")
     whole = gain_of(row, numbers, "base_gain")
     if whole and starts.get(starts.get(row["stage"], "")):
+        base = base_of(row["stage"], starts).rpartition(": ")[2]  # without the run, which the line names
         yield _shown(whole, f"over {base}, ")
 
 

@@ -56,6 +56,14 @@ def starts_of(rows: Sequence[Row]) -> dict[str, str]:
     return found
 
 
+def base_of(stage: str, starts: Mapping[str, str]) -> str:
+    """Return the base that a stage comes from, by way of other stages or not; several runs may have one each."""
+    seen = {stage}
+    while (start := starts.get(stage, "")) and start not in seen:
+        seen.add(stage := start)
+    return stage
+
+
 @frozen
 class Sentence:
     """What is said of one metric."""
@@ -130,7 +138,8 @@ def _closing(metric: str, rows: Sequence[Row], numbers: Numbers, starts: Mapping
     whole = gain_of(last, numbers, "base_gain")
     if whole and whole.direction and starts.get(starts.get(last["stage"], "")):
         side = "under" if whole.text.startswith("-") else "over"
-        ends += Markup("; {} is {}{} {} {}").format(last["stage"], whole.size, whole.unit, side, rows[0]["stage"])
+        base = base_of(last["stage"], starts)
+        ends += Markup("; {} is {}{} {} {}").format(last["stage"], whole.size, whole.unit, side, base)
     return ends + "."
 
 
