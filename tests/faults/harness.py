@@ -43,7 +43,7 @@ REDUCED: Mapping[str, object] = {
 }
 """What makes the digits example a matter of half a minute on one thread, with several checkpoints in each stage."""
 # names in a project's folder that are read here; all else is compared as it is
-RUNS, CACHE, PIPELINE, REPORT = "runs", ".corefit/cache", "pipeline.toml", "report.html"
+RUNS, CACHE, PIPELINE, REPORT, RECORD = "runs", ".corefit/cache", "pipeline.toml", "report.html", "run.json"
 BASE, STAGES, SCORES, SAMPLES = "00-base", "[0-9][0-9]-*", "scores.json", "samples/last.*"
 DONE, COPY = "done.json", "done.copy.json"
 METRICS, CURVES, STAMPS, MODEL, PARTIAL_MODEL = "metrics.jsonl", "metrics.png", "media.json", "model", ".partial-model"
@@ -54,10 +54,11 @@ PASSING: Mapping[str, Sequence[str]] = {
     MANIFEST: ("seconds", "since", "sha256", "digest"),
     DONE: ("cost", "digest"),
     COPY: ("cost", "digest"),
+    RECORD: ("started", "continued", "changed", "seconds", "samples_per_second", "peak_memory", "energy_joules"),
 }
 """File -> keys in which two uninterrupted runs differ. Of the clock: `seconds`, `samples_per_second`, `since`, of which
-they are made, and `cost`, with peak memory. `identity` hashes, among others, the place of the project. `sha256` is of
-files of which the tensors alone are compared, and `digest` is of all of a file.
+they are made, and `cost`, with peak memory; what run.json says of times. `identity` hashes, among others, the place of
+the project. `sha256` is of files of which the tensors alone are compared, and `digest` is of all of a file.
 """
 CACHES = 2
 """Complete folders in CACHE once all is encoded: data and prompts."""

@@ -17,6 +17,8 @@ from conftest import WORDS
 from corefit import testing
 from corefit.flow import interpolate, per_sample
 from corefit.plugins import Host, Offer
+from corefit.plugins.kinds import KINDS
+from corefit.testing.keys import check_keys
 from corefit.types import Weighted
 from corefit_sft import Sft
 from corefit_soar import Soar
@@ -160,7 +162,13 @@ def saved(folder: Path, rows: list[Mapping[str, Any]]) -> Path:
     return folder / "saved"
 
 
+def observer(offer: Offer, pictures: Path, tmp_path: Path) -> None:
+    """Its keys alone: what trackers send is in tests/plugins/test_trackers.py."""
+    check_keys(offer.cls, KINDS["observers"].protocol)
+
+
 CHECKS = {
+    "observers": observer,
     "backbones": backbone,
     "objectives": objective,
     "samplers": sampler,

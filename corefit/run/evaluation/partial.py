@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +44,3 @@ class PartialScores:
         """Write the scores of a batch of rows; they are on the disk when this returns."""
         content = {"identity": self.identity, "rows": [*scores], "scores": [*scores.values()]}
         files.write_json(self.folder / f"rows-{min(scores):07d}.json", content)
-
-    def remove(self) -> None:
-        """Remove the files, once the scores of all prompts are where they belong."""
-        shutil.rmtree(self.folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def score(
     if decision.problem:
         display.print(f"{target.folder.name}: {decision.problem}; it is evaluated again")
     found = (decision.record, None) if decision.reuse else _score(target, saved, evaluator, display, step)
+    if evaluator.ranks.main:
+        shutil.rmtree(target.folder / PARTIAL, ignore_errors=True)
     saved.backbone.release()
     saved.backbone.transformer = None
     return found
@@ -96,5 +99,4 @@ def _score(
         content = {**scored, "samples": files.sha256(target.folder / "samples" / SAMPLES)}
         identity = {"parts": target.scores.parts, "rounding": target.scores.rounding}
         files.write_json(target.folder / SCORES, {**content, "identity": target.scores.hash, **identity})
-        partial.remove()
     return scored, samples

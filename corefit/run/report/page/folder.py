@@ -91,7 +91,8 @@ def read_run(label: str, folder: Path, memo: Memo, first_color: int = 0) -> RunF
                 metrics=memo.of("metrics", [place / "metrics.jsonl"], lambda place=place: _metrics(place)),
             )
         )
-    rows = _rows(folder, stages, memo)
+    unscored = bool(pipeline) and "eval" not in pipeline and "benchmark" not in pipeline
+    rows = () if unscored else _rows(folder, stages, memo)  # scores that are left are of a former pipeline
     return RunFolder(label, folder, about, pipeline, stages, rows)
 
 
