@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from corefit.pipeline.pipeline import BASE, CHOICES, plugin_files
 from corefit.pipeline.problems import error_of, eval_problems, repeated, reward_problems
 from corefit.pipeline.reader import Reader, Table, load, override
 from corefit.plugins.host import Host
+from corefit.system import public
 from corefit.types import Backbone, ModelPath
 
 NAME: Any = validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -80,7 +81,8 @@ class Evaluation:
     benchmark: tuple[Benchmark, ...] = field(converter=tuple)
     """The benchmarks."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the computation; `auto` is bf16 on a GPU that supports it, otherwise fp32."""
+    """Precision of the computation; `auto` is bf16 on a GPU that supports it, otherwise fp32. Under bf16 the networks
+    of all models are held in bfloat16."""
     shard: bool = False
     """Whether weights are split over the processes (FSDP2), or each has a copy."""
     plugins: tuple[str, ...] = ()
@@ -102,11 +104,15 @@ class Evaluation:
         if problems:
             raise ConfigError("\n".join(problems))
 
-    def tables(self) -> Table:
-        """Return the evaluation as tables, with defaults and absolute paths."""
-        tables = Reader(self.host, self.folder, CHOICES).tables(self)
-        files = [str(self.folder / file) for file in self.plugins]
-        return {**tables, "plugins": files, "out": str(self.run_folder.parent)}
+    def tables(self, name_path: Callable[[str], str] = str) -> Table:
+        """Return the evaluation as tables, with defaults and absolute paths, or as `name_path` names them."""
+        tables = Reader(self.host, self.folder, CHOICES).tables(self, name_path)
+        files = [name_path(str(self.folder / file)) for file in self.plugins]
+        return {**tables, "plugins": files, "out": name_path(str(self.run_folder.parent))}
+
+    def record(self) -> Table:
+        """Return `evaluation.toml` of the folder: every default, paths as seen from there, and no secrets."""
+        return public.without_secrets(self.tables(lambda path: public.seen_from(self.run_folder, path)))
 
     def _problems(self) -> Iterator[str]:
         for key, entries in (("model", self.model), ("benchmark", self.benchmark)):

@@ -21,6 +21,7 @@ from corefit.system.files import portable
 from corefit.system.ranks import Ranks
 
 if TYPE_CHECKING:
+    from corefit.pipeline.evaluation import Evaluation
     from corefit.pipeline.pipeline import Pipeline
 
 Facts = Mapping[str, str]
@@ -32,7 +33,7 @@ NAMED = 3
 """How many differences a message names; the rest is counted."""
 
 
-def check(ranks: Ranks, pipeline: Pipeline, command: str) -> None:
+def check(ranks: Ranks, pipeline: Pipeline | Evaluation, command: str) -> None:
     """Raise ConfigError on all ranks if the pipeline, command, code, versions or launch of one differ from rank 0's."""
     mine = ranks.all_or_none(lambda: dict(_facts(ranks, pipeline, command))) if ranks.world > 1 else {}
     refuse_differences(ranks, mine)
@@ -60,7 +61,7 @@ def _difference(rank: int, key: str, facts: Facts, rank_0: Facts) -> str:
     return f"rank {rank} has {key} = {facts.get(key, 'nothing')}, rank 0 has {rank_0.get(key, 'nothing')}"
 
 
-def _facts(ranks: Ranks, pipeline: Pipeline, command: str) -> Iterator[tuple[str, str]]:
+def _facts(ranks: Ranks, pipeline: Pipeline | Evaluation, command: str) -> Iterator[tuple[str, str]]:
     yield "command", command
     yield from _keys("", portable(pipeline.tables(), pipeline.folder))
     yield "processes", str(ranks.world)
@@ -89,7 +90,7 @@ def _keys(path: str, value: Any) -> Iterator[tuple[str, str]]:
         yield path, str(value)
 
 
-def _code(pipeline: Pipeline) -> Iterator[tuple[str, str]]:
+def _code(pipeline: Pipeline | Evaluation) -> Iterator[tuple[str, str]]:
     """Yield ("code of NAME", hash) for corefit itself and for every plugin."""
     host = pipeline.host
     yield "code of corefit", _hash(Path(corefit.__file__))

@@ -14,10 +14,12 @@ import attrs
 from attrs import field, fields, frozen, has
 
 import corefit
+from corefit.pipeline.eval import Eval
+from corefit.pipeline.evaluation import Evaluation
 from corefit.pipeline.pipeline import CHOICES, Pipeline
 from corefit.pipeline.reader import Reader
 from corefit.system.files import json_digest, portable, source
-from corefit.types import ROUNDING, KeyedReward, Reward, Weighted, key_of
+from corefit.types import ROUNDING, Backbone, KeyedReward, Reward, Weighted, key_of
 from corefit.types.stage import Stage
 
 OUTPUT_KEYS = ("log_every", "checkpoint_every", "keep", "sample_every")
@@ -122,10 +124,23 @@ def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str, da
     prompts  cache key of the encoded prompts
     held     dtype of the weights that do not train, "" where nothing is computed in bfloat16
     """
-    eval = pipeline.eval
-    assert eval is not None, "without [eval] nothing is evaluated"
+    assert pipeline.eval is not None, "without [eval] nothing is evaluated"
+    return of_benchmark(pipeline, pipeline.eval, weights, prompts, held, dataset)
+
+
+def of_model(evaluation: Evaluation, backbone: Backbone, lora: Mapping[str, str]) -> Identity:
+    """Return what determines the weights of a model that is evaluated; `lora` maps the files of its LoRA to hashes."""
+    tables, rounding, _ = _tables(evaluation, backbone, "backbone", ("path",))
+    parts = {"weights": backbone.weights_key(), "lora": lora, "backbone": tables, "code": _code(evaluation, backbone)}
+    return Identity.of(parts, rounding, {})
+
+
+def of_benchmark(
+    pipeline: Pipeline | Evaluation, eval: Eval, weights: Identity, prompts: str, held: str, dataset: str = ""
+) -> Identity:
+    """Return what determines the scores of weights by the settings of `eval`; the others are as in `of_scores`."""
     drawn = ("samples",) if eval.reward else ()  # without a reward the samples are all that is made
-    tables, rounding, former = _tables(pipeline, eval, "eval", ("prompts", "seed", *drawn))
+    tables, rounding, former = _tables(pipeline, eval, "eval", ("name", "prompts", "seed", *drawn))
     return Identity.of(
         {
             "model": weights.hash,
@@ -176,7 +191,7 @@ def _origin(before: Identity, parts: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _tables(
-    pipeline: Pipeline, value: Any, path: str = "", without: Sequence[str] = ()
+    pipeline: Pipeline | Evaluation, value: Any, path: str = "", without: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return the table of a value at `path`: keys that determine results, keys that change rounding alone, and all.
 
@@ -206,7 +221,7 @@ def _rounding(value: Any, table: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _rounding(getattr(value, each.name), table[key], f"{path}.{key}")
 
 
-def _code(pipeline: Pipeline, value: Any) -> dict[str, str]:
+def _code(pipeline: Pipeline | Evaluation, value: Any) -> dict[str, str]:
     """Return package or file -> hash of its source, for `value` and what it holds, except corefit's own classes."""
     found: dict[str, str] = {}
     if isinstance(value, (list, tuple)):
@@ -229,7 +244,7 @@ def _scores_keys(entries: Sequence[Weighted[Reward]]) -> dict[str, Any]:
     return {"rewards": found} if found else {}
 
 
-def _named(pipeline: Pipeline, module: str, file: Path) -> str:
+def _named(pipeline: Pipeline | Evaluation, module: str, file: Path) -> str:
     """Return the package, or a local plugin file relative to the pipeline, since a project may move as a whole."""
     local = file.resolve() in pipeline.host.files
     return os.path.relpath(file.resolve(), pipeline.folder) if local else module

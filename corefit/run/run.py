@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +12,13 @@ from attrs import define, field
 
 from corefit.data.dataset import Dataset
 from corefit.data.duplicates import duplicates
-from corefit.errors import ConfigError, counted
+from corefit.errors import counted
 from corefit.pipeline.pipeline import Lora, Pipeline, Stage
 from corefit.run import agreement, drift, plan, report, scoring
 from corefit.run.evaluate import LAST, Evaluator, Media
 from corefit.run.events import Events, StageEvents
-from corefit.run.plan import DRIFT, MODEL, Rerun, Target
+from corefit.run.folder import locked, write_toml
+from corefit.run.plan import DRIFT, MODEL, RESULTS, Rerun, Target
 from corefit.run.prepare import encode, precision, preview, text_dtype
 from corefit.run.scoring import Weights
 from corefit.system import files, memory
@@ -30,7 +30,6 @@ from corefit.train.job import Cost, Job
 from corefit.types import Backbone, Scored, blame
 
 T = TypeVar("T")
-RESULTS = "results.json"
 
 
 def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") -> Path:
@@ -46,7 +45,7 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     with signals.handled():
         agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
         with (
-            _locked(folder, ranks),
+            locked(folder, ranks),
             display,
             events.ending(),
             ranks.share_failures(folder),
@@ -122,11 +121,7 @@ class Run:
         estimate.refuse(self.pipeline, found, device, world)
 
     def _write_pipeline(self) -> None:
-        import tomli_w
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = tomli_w.dumps(_for_toml(self.pipeline.record()))
-        files.write_whole(self.folder / "pipeline.toml", text.encode())
+        write_toml(self.folder / "pipeline.toml", self.pipeline.record())
 
     def _note_data(self, base: Target) -> None:
         """Note in run.json what is known once the data are encoded and the base model's files are hashed."""
@@ -308,34 +303,3 @@ def _dry_run_lines(pipeline: Pipeline, ranks: Ranks, rerun: Rerun) -> Iterator[t
         num_prompts = eval.count(count)
     targets = plan.targets(pipeline, dataset, prompts, precision(ranks))
     yield from plan.listing(pipeline, targets, rerun, num_prompts)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, ranks: Ranks) -> Generator[None]:
-    """Lock the run's folder against a second run; the lock ends with the process, however that ends."""
-    with contextlib.ExitStack() as held:
-
-        def lock() -> bool:
-            if not ranks.main:
-                return True
-            try:
-                with files.explain_write_errors(folder):
-                    folder.mkdir(parents=True, exist_ok=True)
-            except FileNotFoundError as error:  # on a file system such as /proc
-                raise ConfigError(
-                    f"{folder} cannot be made ({error.strerror}); name another place with --out"
-                ) from error
-            return held.enter_context(files.locked(folder / ".lock", wait=False))
-
-        if not ranks.broadcast_object(ranks.all_or_none(lock)):
-            raise ConfigError(
-                f"another process is running in {folder}; wait for it, or give this run another name or --out"
-            )
-        yield
-
-
-def _for_toml(value: Any) -> Any:
-    """Return tables without None, which TOML lacks, and without empty lists."""
-    if isinstance(value, dict):
-        return {k: _for_toml(v) for k, v in value.items() if v is not None and v != []}
-    return [_for_toml(v) for v in value] if isinstance(value, list) else value

@@ -1,6 +1,7 @@
 """What a run writes for people to read: metrics, held-out results with intervals, figures, and one page."""
 
 from corefit.run.report.curves import curves
+from corefit.run.report.export import csv_text, markdown
 from corefit.run.report.metrics import MetricsLog, read_metrics
 from corefit.run.report.page import comparison_page, page
 from corefit.run.report.results import Row, Scores, read_results, results, write_results
@@ -14,8 +15,10 @@ __all__ = [
     "animation",
     "comparison",
     "comparison_page",
+    "csv_text",
     "curves",
     "grid",
+    "markdown",
     "page",
     "print_table",
     "read_metrics",
