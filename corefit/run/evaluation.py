@@ -76,7 +76,7 @@ class Judging:
             targets.append(target)
             if self.ranks.main:
                 self._report(scores, targets, evaluator)
-        report.print_table(scores, report.results(scores), self.display.console, title=self.benchmark.name)
+        report.print_table(scores, report.results(scores), self.display.console, self.benchmark.name)
 
     def _encoded(self, backbone: Backbone) -> Dataset:
         """Return the prompts as this model encodes them; models with equal text encoders share the cache."""

@@ -110,7 +110,7 @@ def of_stage(pipeline: Pipeline, stage: Stage, before: Identity, dataset: str, p
             "train": _tables(pipeline, pipeline.mode(stage))[0],
             "code": _code(pipeline, stage if stage.ends_on_alarm else trained),
             **({"alarm": _alarm(pipeline, stage)} if stage.ends_on_alarm else {}),
-            **_scores_keys([*stage.reward, *(stage.held_out if stage.ends_on_alarm else ())]),
+            **_scores_keys(stage.reward),
         },
         {**rounding, **_tables(pipeline, pipeline.backbone, "backbone")[1]},
         {"before": _origin(before, before.former), "stage": former},
@@ -181,7 +181,7 @@ def _alarm(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
     """Return what determines the step in which an alarm ends a stage: also which steps are logged."""
     tables = _tables(pipeline, stage)[0]
     logged = {key: tables[key] for key in ("log_every", "sample_every") if key in tables}
-    return {"held_out": tables["held_out"], **tables["alarm"], **logged}
+    return {"held_out": tables["held_out"], **tables["alarm"], **logged, **_scores_keys(stage.held_out)}
 
 
 def _origin(before: Identity, parts: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -151,7 +151,7 @@ def test_an_alarm_ends_the_stage_and_the_pipeline_goes_on(exploited):
 
 KILLS = (
     {"where": "before the step that sounds", "target": "corefit.train.checkpoint:save", "after": True},
-    {"where": "as the alarm is logged", "target": "corefit.run.run:_Observers.alarmed"},
+    {"where": "as the alarm is logged", "target": "corefit.run.events:StageEvents.alarmed"},
     {"where": "as the ended stage is saved", "target": "corefit.train.weights:save"},
     {"where": "before done.json says so", "target": "corefit.run.plan:write_done", "call": 2},
 )

@@ -386,3 +386,17 @@ def test_keys_that_are_new_leave_the_parts_of_a_stage_as_they_were(project):
         *("name", "steps", "objective", "batch", "sampler", "reward", "optimizer", "max_grad_norm", "save_dtype"),
         "on_nan",
     }
+
+
+def test_what_determines_a_held_out_reward_is_not_taken_for_that_of_a_trained_one(project):
+    """Both may have the same name; each tells what determines its scores."""
+    project.swap(('reward = [{ use = "bright", weight = 1.0 }]', 'reward = [{ use = "bright", gain = 3.0 }]'))
+    keys = ("stage.grpo.held_out=[{use='bright', gain=2.0}]", "stage.grpo.steps=40", "stage.grpo.log_every=1")
+    told = '    def scores_key(self):\n        return f"version of {self.gain}"\n\n    def score('
+    (project.folder / "bright.py").write_text(
+        (project.folder / "bright.py").read_text().replace("    def score(", told)
+    )
+    parts = identities(project.file, *keys, "stage.grpo.alarm={stop=true}")["grpo"].parts
+    assert parts["rewards"] == {"bright": "version of 3.0"}
+    assert parts["alarm"]["rewards"] == {"bright": "version of 2.0"}
+    assert "alarm" not in identities(project.file, *keys)["grpo"].parts

@@ -97,13 +97,16 @@ def names(rows: Sequence[Row], key: Literal["stage", "metric", "category"]) -> l
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-def print_table(stages: Sequence[Scores], rows: Sequence[Row], console: Console) -> None:
-    """Print a table per metric, one row per stage; categories that are too many for the console get tables below."""
+def print_table(stages: Sequence[Scores], rows: Sequence[Row], console: Console, benchmark: str = "") -> None:
+    """Print a table per metric, one row per stage; categories that are too many for the console get tables below.
+
+    benchmark  the name of what was evaluated on, for the titles
+    """
     from rich.text import Text
 
     for metric in names(rows, "metric"):
         of_metric = [row for row in rows if row["metric"] == metric]
-        title = f"{metric}, {of_metric[0]['n']} held-out prompts, 95 % intervals"
+        title = f"{f'{benchmark}: ' if benchmark else ''}{metric}, {of_metric[0]['n']} held-out prompts, 95 % intervals"
         console.print(Text(plain(f"\n{title}\n"), "bold"))
         for table in _fitting(stages, of_metric, console):
             console.print(table)
@@ -144,8 +147,12 @@ def _table(
     numbers, lines = Numbers.of(rows), {(row["stage"], row["category"]): row for row in rows}
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     table.add_column("stage", no_wrap=True)
-    branched, rounded = branches(stages), any(stage.survived is not None for stage in stages)
-    gain_heads = ["starts\nfrom", "gain\nover it", "gain\nover base"] if branched else ["paired\ngain"]
+    base, rounded = stages[0].stage, any(stage.survived is not None for stage in stages)
+    star = len(stages) > 2 and all(stage.start == base for stage in stages[1:])
+    branched = branches(stages) and not star  # otherwise each row has one gain
+    gain_head = f"gain\nover {plain(base)}" if star else "paired\ngain"
+    gain_heads = ["starts\nfrom", "gain\nover it", "gain\nover base"] if branched else [gain_head]
+    costs = costs and any(stage.seconds for stage in stages)
     cost_heads = ["time", "samples\n/ s", "peak\nmemory", *(["update kept\nin bf16"] if rounded else [])]
     for head in (*map(plain, columns), *(gain_heads if gains else []), *(cost_heads if costs else [])):
         table.add_column(Text(head), justify="right", no_wrap=True)
