@@ -15,7 +15,7 @@ import click
 from attrs import define, field
 
 from corefit.pipeline import read
-from corefit.run import evaluate
+from corefit.run.evaluation import evaluator as evaluate
 from corefit.run.run import run
 from corefit.system import memory
 from corefit.train import loop as train

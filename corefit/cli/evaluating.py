@@ -36,7 +36,7 @@ def evaluate(evaluation: Path, settings: tuple[str, ...], out: Path | None, only
         models, benchmarks = (", ".join(each.name for each in found) for found in (checked.model, checked.benchmark))
         click.echo(plain(f"{evaluation}: ok: {models} on {benchmarks}; results go to {checked.run_folder}"))
         return
-    from corefit.run.evaluation import evaluate as evaluating
+    from corefit.run.evaluation.models import evaluate as evaluating
 
     where = evaluating(checked)
     if os.environ.get("RANK", "0") == "0":

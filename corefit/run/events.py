@@ -15,7 +15,7 @@ from attrs import define, field, frozen
 from corefit.pipeline.pipeline import Pipeline, Stage
 from corefit.plugins.observing import Observers
 from corefit.run import report
-from corefit.run.evaluate import Evaluator
+from corefit.run.evaluation.evaluator import Evaluator
 from corefit.run.record import Record
 from corefit.system import energy, memory
 from corefit.system.display import Advance, Display

@@ -13,7 +13,7 @@ from attrs import define, field, frozen
 from corefit.errors import ConfigError, DataError, counted, near
 from corefit.pipeline.pipeline import BASE, Pipeline, Stage
 from corefit.run import identity
-from corefit.run.evaluate import SAMPLES
+from corefit.run.evaluation.evaluator import SAMPLES
 from corefit.run.identity import Identity
 from corefit.system import files
 from corefit.train import checkpoint

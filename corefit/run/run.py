@@ -14,13 +14,14 @@ from corefit.data.dataset import Dataset
 from corefit.data.duplicates import duplicates
 from corefit.errors import counted
 from corefit.pipeline.pipeline import Lora, Pipeline, Stage
-from corefit.run import agreement, drift, plan, report, scoring
-from corefit.run.evaluate import LAST, Evaluator, Media
+from corefit.run import agreement, plan, report
+from corefit.run.evaluation import drift, scoring
+from corefit.run.evaluation.evaluator import LAST, Evaluator, Media
+from corefit.run.evaluation.scoring import Weights
 from corefit.run.events import Events, StageEvents
 from corefit.run.folder import locked, write_toml
 from corefit.run.plan import DRIFT, MODEL, RESULTS, Rerun, Target
 from corefit.run.prepare import encode, precision, preview, text_dtype
-from corefit.run.scoring import Weights
 from corefit.system import files, memory
 from corefit.system.display import Display
 from corefit.system.ranks import Ranks, join

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from corefit.data.dataset import Dataset
 from corefit.pipeline import Pipeline, read
-from corefit.run.evaluate import Evaluator
+from corefit.run.evaluation.evaluator import Evaluator
 from corefit.run.run import run
 from corefit.system import ranks
 

@@ -152,7 +152,7 @@ def test_it_is_told_of_a_run_and_of_one_that_has_nothing_left_to_do(told: Projec
 
 def test_samples_are_generated_once_for_all_that_show_them(told: Project, monkeypatch: pytest.MonkeyPatch):
     """Twice for two evaluations of the 4 prompts, and once for the one grid within training."""
-    from corefit.run.evaluate import Evaluator
+    from corefit.run.evaluation.evaluator import Evaluator
 
     generated: list[int] = []
     media = Evaluator.media

@@ -23,7 +23,7 @@ from corefit import Condition
 from corefit.errors import ConfigError, DataError, Stopped
 from corefit.pipeline import Pipeline, read
 from corefit.run import observers, plan, report, run
-from corefit.run.evaluate import Evaluator
+from corefit.run.evaluation.evaluator import Evaluator
 from corefit.system import files
 from corefit.train import checkpoint as state
 from corefit.train import loop as train

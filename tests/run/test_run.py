@@ -25,7 +25,7 @@ from corefit.pipeline import Pipeline, read
 from corefit.plugins import Host
 from corefit.rng import Rng
 from corefit.run import observers
-from corefit.run.evaluate import Evaluator
+from corefit.run.evaluation.evaluator import Evaluator
 from corefit.run.report import curves
 from corefit.run.run import run
 from corefit.system import files, ranks, signals

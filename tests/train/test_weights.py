@@ -12,7 +12,7 @@ import torch
 from conftest import Project
 from safetensors.torch import load_file
 
-from corefit.run import evaluate
+from corefit.run.evaluation import evaluator as evaluate
 from corefit.run.report.table import MISSING
 from corefit.train import loop as train
 

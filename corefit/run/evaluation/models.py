@@ -10,12 +10,13 @@ from attrs import frozen
 from corefit.data import cache
 from corefit.data.dataset import Dataset
 from corefit.pipeline.evaluation import Benchmark, Evaluation, Model
-from corefit.run import agreement, identity, plan, report, scoring
-from corefit.run.evaluate import Evaluator
+from corefit.run import agreement, identity, plan, report
+from corefit.run.evaluation import scoring
+from corefit.run.evaluation.evaluator import Evaluator
+from corefit.run.evaluation.scoring import Weights
 from corefit.run.folder import locked, write_toml
 from corefit.run.plan import RESULTS, Target
 from corefit.run.prepare import precision, text_dtype
-from corefit.run.scoring import Weights
 from corefit.system import files
 from corefit.system.display import Display
 from corefit.system.ranks import Ranks, join

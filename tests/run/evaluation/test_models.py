@@ -11,8 +11,8 @@ from PIL import Image
 
 from corefit.errors import ConfigError
 from corefit.pipeline.evaluation import Model, read_evaluation
-from corefit.run.evaluate import Evaluator
-from corefit.run.evaluation import evaluate
+from corefit.run.evaluation.evaluator import Evaluator
+from corefit.run.evaluation.models import evaluate
 
 RUN = """
 [[stage]]

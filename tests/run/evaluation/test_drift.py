@@ -12,8 +12,8 @@ from attrs import evolve
 from torch import Tensor
 
 from corefit.pipeline.eval import Drift, Eval
-from corefit.run.drift import Drifts, curve, examples, levels, measure
-from corefit.run.evaluate import Evaluator
+from corefit.run.evaluation.drift import Drifts, curve, examples, levels, measure
+from corefit.run.evaluation.evaluator import Evaluator
 from corefit.testing import ToyBackbone
 from corefit.testing.toy import loaded
 from corefit.types import Batch, Condition

@@ -15,8 +15,9 @@ from corefit.data.sources import category
 from corefit.pipeline.eval import Eval
 from corefit.rng import Rng
 from corefit.rollout.loop import generate
-from corefit.run import diversity, drift, extremes, report
-from corefit.run.partial import PartialScores, RowScores
+from corefit.run import report
+from corefit.run.evaluation import diversity, drift, extremes
+from corefit.run.evaluation.partial import PartialScores, RowScores
 from corefit.system import files, memory
 from corefit.system.ranks import Ranks
 from corefit.types import Backbone, Batch, Condition, rewards

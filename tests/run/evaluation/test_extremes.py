@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from corefit.run import extremes
+from corefit.run.evaluation import extremes
 
 
 def test_the_best_and_worst_of_each_reward_are_chosen_beside_those_shown():

@@ -9,10 +9,11 @@ from typing import Any
 import attrs
 from attrs import frozen
 
-from corefit.run import extremes, plan, report
-from corefit.run.evaluate import LAST, SAMPLES, Evaluator, Media
+from corefit.run import plan, report
+from corefit.run.evaluation import extremes
+from corefit.run.evaluation.evaluator import LAST, SAMPLES, Evaluator, Media
+from corefit.run.evaluation.partial import PARTIAL, PartialScores
 from corefit.run.events import grid_of
-from corefit.run.partial import PARTIAL, PartialScores
 from corefit.run.plan import DRIFT, SCORES, Target
 from corefit.system import files
 from corefit.system.display import Display

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from corefit.rng import Rng
 from corefit.rollout import generate
-from corefit.run.evaluate import Eval, Evaluator
-from corefit.run.partial import PartialScores
+from corefit.run.evaluation.evaluator import Eval, Evaluator
+from corefit.run.evaluation.partial import PartialScores
 from corefit.system import ranks
 from corefit.testing import ToyBackbone
 from corefit.testing.toy import loaded

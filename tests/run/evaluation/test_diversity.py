@@ -15,9 +15,9 @@ from corefit.errors import PluginError
 from corefit.pipeline.eval import Diversity, Eval
 from corefit.rng import Rng
 from corefit.rollout import generate
-from corefit.run import diversity
-from corefit.run.diversity import distance, features, measure, spread, vendi
-from corefit.run.evaluate import Evaluator
+from corefit.run.evaluation import diversity
+from corefit.run.evaluation.diversity import distance, features, measure, spread, vendi
+from corefit.run.evaluation.evaluator import Evaluator
 from corefit.testing import ToyBackbone
 from corefit.testing.toy import loaded
 from corefit.types import Batch, Reward, Weighted
