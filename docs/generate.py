@@ -179,9 +179,9 @@ def _configuration(_: str) -> str:
         *("## Noise weightings", *_sections("noise_weightings")),
         *(
             "## Rewards",
-            "Beside a reward's own keys, an entry may have a `name`, under which it is logged, by default that of `use`;\n"
-            "a `weight`, 1.0 by default; and in a stage `normalize`, none (the default) or batch. Several entries of one\n"
-            "reward need a name each ([entries](plugins/reward.md#the-entries-of-a-list)).",
+            "Beside a reward's own keys, an entry may have a `name`, under which it is logged, by default that of\n"
+            "`use`; a `weight`, 1.0 by default; and in a stage `normalize`, none (the default) or batch. Several\n"
+            "entries of one reward need a name each ([entries](plugins/reward.md#the-entries-of-a-list)).",
             *_sections("rewards"),
         ),
         *(f"## {HEADINGS['Eval']}", _table(Eval)),
