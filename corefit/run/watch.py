@@ -6,6 +6,7 @@ killed. Nothing is written, and nothing but the page is served.
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -59,6 +60,8 @@ def watch(folder: Path, port: int, opened: Callable[[str], None]) -> None:
     Raises ConfigError if the folder is not that of a run, DataError if the port is taken.
     """
     server = serve(folder, port)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a script's shell lets what it starts with & ignore SIGINT
+        signal.signal(number, signal.default_int_handler)
     try:
         opened(f"http://{HOST}:{server.server_address[1]}/")
         server.serve_forever()
