@@ -22,6 +22,8 @@ from corefit.cli import cli
 from corefit.data.settings import Data
 from corefit.data.sources.saved import Pair
 from corefit.pipeline import Eval, Optimizer, Pipeline, Stage
+from corefit.pipeline.eval import Diversity, Drift
+from corefit.pipeline.evaluation import Benchmark, Evaluation, Model
 from corefit.pipeline.pipeline import MODES
 from corefit.pipeline.schema import Schema, Writer
 from corefit.plugins import KINDS, Host, Offer
@@ -47,11 +49,20 @@ HEADINGS: Mapping[str, str] = {
     "Optimizer": "[stage.optimizer]",
     "Alarm": "[stage.alarm]",
     "Eval": "[eval]",
+    "Diversity": "[eval.diversity]",
+    "Drift": "[eval.drift]",
     "Pair": "[data.source.pair]",
+    "Model": "[[model]]",
+    "Benchmark": "[[benchmark]]",
 }
 """The heading under which the reference describes the table of a class."""
 PAGES: Mapping[str, str] = {kind.name: kind.word for kind in KINDS.values()}
 """The page of each kind of plugin, in plugins/."""
+
+EVALUATIONS = (
+    "`corefit eval` reads a file of its own ([evaluating without training](evaluation.md#evaluating-without-training))."
+)
+BENCHMARKS = "A benchmark has a name and the keys of [[eval]](#eval) but `drift`, which needs the data of a pipeline."
 
 
 def pages() -> list[Path]:
@@ -179,13 +190,16 @@ def _configuration(_: str) -> str:
         *("## Noise weightings", *_sections("noise_weightings")),
         *(
             "## Rewards",
-            "Beside a reward's own keys: `weight`, a number, 1.0 by default; `name`, under which it is logged, by "
-            "default that of `use`, so that several entries of one reward are told apart; and in a stage `normalize`: "
-            "none (the default) or batch.",
+            "Beside a reward's own keys, an entry may have a `name`, under which it is logged, by default that of\n"
+            "`use`; a `weight`, 1.0 by default; and in a stage `normalize`, none (the default) or batch. Several\n"
+            "entries of one reward need a name each ([entries](plugins/reward.md#the-entries-of-a-list)).",
             *_sections("rewards"),
         ),
         *(f"## {HEADINGS['Eval']}", _table(Eval)),
+        *(f"### {HEADINGS['Diversity']}", _table(Diversity), f"### {HEADINGS['Drift']}", _table(Drift)),
         *("## [[observer]]", "Observers are named in any number, each once.", *_sections("observers")),
+        *("## The file of corefit eval", EVALUATIONS, _table(Evaluation)),
+        *(f"## {HEADINGS['Model']}", _table(Model), f"## {HEADINGS['Benchmark']}", BENCHMARKS, _table(Benchmark, Eval)),
     ]
     return "\n\n".join(parts)
 
@@ -197,13 +211,14 @@ def _sections(kind: str) -> Iterator[str]:
         yield _table(offer.cls)
 
 
-def _table(cls: type) -> str:
-    """A row for each key that the table of `cls` may set."""
-    schema = Writer(Host()).table(cls)
+def _table(cls: type, base: type | None = None) -> str:
+    """A row for each key that the table of `cls` may set; those of `base` are left out."""
+    schema, known = Writer(Host()).table(cls), Writer(Host()).table(base)["properties"] if base else {}
     rows = [
         f"| `{name}` | {_type(key)} | {_default(key, name in schema.get('required', ()))} "
         f"| {_cell(key.get('description', ''))} |"
         for name, key in schema["properties"].items()
+        if name not in known
     ]
     return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) if rows else "It has no keys."
 

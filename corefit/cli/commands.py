@@ -212,8 +212,8 @@ def schema(files: tuple[Path, ...]) -> None:
 def new(kind: str, name: str, folder: Path | None, **forms: bool) -> None:
     """Write a plugin of KIND called NAME: a distribution that works as it is, with tests and CI.
 
-    KIND is objective, backbone, sampler, noise, reward or source; or pipeline, for a commented pipeline file and the
-    schema by which editors complete it.
+    KIND is objective, backbone, sampler, noise, reward, source or observer; or pipeline, for a commented pipeline file
+    and the schema by which editors complete it.
     """
     from corefit.cli.new import new as writing
 

@@ -63,7 +63,7 @@ class Benchmark(Eval):
     """One `[[benchmark]]`: held-out prompts, and how media that are generated for them are scored."""
 
     name: str = field(validator=NAME)
-    """The benchmark's name; it is put before the names of its rewards where there are several benchmarks."""
+    """The benchmark's name; its results are in a folder of that name."""
 
 
 @define(kw_only=True, eq=False)
