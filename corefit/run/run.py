@@ -45,15 +45,12 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     folder, events = pipeline.run_folder, Events(pipeline, ranks, display)
     with signals.handled():
         agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
-        with (
-            locked(folder, ranks),
-            display,
-            events.ending(),
-            ranks.share_failures(folder),
-            blame.no_exit(),
-            files.explain_write_errors(folder),
-        ):
-            Run(pipeline, ranks, display, signals, events, Rerun.load(pipeline, again)).execute()
+        with locked(folder, ranks), display, files.explain_write_errors(folder):
+            with events.ending(), ranks.share_failures(folder), blame.no_exit(), files.explain_write_errors(folder):
+                rerun = Rerun.load(pipeline, again)
+                Run(pipeline, ranks, display, signals, events, rerun).execute()
+            if ranks.main:  # last of all: after a kill before it, the same command goes on and does not begin again
+                rerun.finish()
     return pipeline.run_folder
 
 
@@ -114,7 +111,6 @@ class Run:
             left[stage.name] = self._run_stage(stage, target, left[target.start])
         if self.main:
             self._report([base, *targets])
-            self.rerun.finish()
 
     def _refuse_too_large(self) -> None:
         device, world = estimate.Device.here(), self.ranks.world

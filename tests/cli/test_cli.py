@@ -129,7 +129,8 @@ def test_help_names_every_command(project):
         assert ended.status == 0
         assert "Post-train flow-matching image and video models" in ended.out
         assert all(f"\n  {name} " in ended.out for name in cli.cli.commands)
-    assert set(cli.cli.commands) == {"run", "check", "prepare", "show", "plugins", "schema", "new", "completion"}
+    first = {"run", "check", "prepare", "show", "plugins", "schema", "new", "completion"}
+    assert set(cli.cli.commands) == first | {"compare", "eval", "serve-reward", "watch"}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,12 @@ def test_help_names_every_command(project):
         ("check", ["PIPELINE", "--set KEY=VALUE", "--out PATH", "whether it fits"]),
         (
             "new",
-            ["KIND NAME", "objective, backbone, sampler, noise, reward or source", "--folder PATH", "corefit-NAME"],
+            [
+                "KIND NAME",
+                "objective, backbone, sampler, noise, reward, source or observer",
+                "--folder PATH",
+                "corefit-NAME",
+            ],
         ),
         ("completion", ["SHELL (bash, zsh or fish)", "~/.bashrc"]),
         ("plugins", ["[FILES]...", "List all plugins with their keys and owners"]),

@@ -174,7 +174,7 @@ CONTRADICTIONS = [
         REWARD,
         'reward = [{ use = "bright" }, { use = "bright" }]',
         "stage.grpo.reward: 'bright' is listed twice",
-        "one entry",
+        "listed twice; give each a `name` of its own",
     ),
     swap("no whole groups", BATCH, BATCH.replace("4", "5"), "stage.grpo.batch: 5 rollouts", "such as 4"),
     swap(

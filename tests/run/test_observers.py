@@ -151,7 +151,7 @@ def test_it_is_told_of_a_run_and_of_one_that_has_nothing_left_to_do(told: Projec
 
 
 def test_samples_are_generated_once_for_all_that_show_them(told: Project, monkeypatch: pytest.MonkeyPatch):
-    """Twice for two evaluations of the 4 prompts, and once for the one grid within training."""
+    """Twice for two evaluations of the 4 prompts, and once for the one grid within training; no other is shown."""
     from corefit.run.evaluation.evaluator import Evaluator
 
     generated: list[int] = []
@@ -162,8 +162,8 @@ def test_samples_are_generated_once_for_all_that_show_them(told: Project, monkey
         return media(self, backbone, rows, *rest)
 
     monkeypatch.setattr(Evaluator, "media", counted)
-    run(told, "eval.samples=3")
-    assert generated == [4, 3, 4]
+    run(told, "eval.samples=4")
+    assert generated == [4, 4, 4]
 
 
 @pytest.mark.parametrize("at", ["step soar 2 step-000002.png True", "run tiny True True", "end tiny NoneType None"])
@@ -221,7 +221,7 @@ def test_run_json_says_what_a_run_is(told: Project):
     run(told)
     said = run_json(told)
     assert (said["name"], said["status"], said["precision"], said["seed"]) == ("tiny", "finished", "fp32", 0)
-    assert said["data"] == {"examples": 8, "prompts": 4}
+    assert said["data"] == {"examples": 8, "prompts": 4, "duplicates": 0}
     assert said["base"]["name"] == "base"
     assert len(said["base"]["hash"]) == 16
     assert {"corefit", "python", "torch", "diffusers"} <= said["versions"].keys()

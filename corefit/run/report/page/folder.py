@@ -91,7 +91,8 @@ def read_run(label: str, folder: Path, memo: Memo, first_color: int = 0) -> RunF
                 metrics=memo.of("metrics", [place / "metrics.jsonl"], lambda place=place: _metrics(place)),
             )
         )
-    unscored = bool(pipeline) and "eval" not in pipeline and "benchmark" not in pipeline
+    data = about.get("data")
+    unscored = "eval" not in pipeline and isinstance(data, Mapping) and "examples" in data and "prompts" not in data
     rows = () if unscored else _rows(folder, stages, memo)  # scores that are left are of a former pipeline
     return RunFolder(label, folder, about, pipeline, stages, rows)
 
