@@ -40,13 +40,17 @@ def place(cls: type) -> str:
         return f"{cls.__module__}.{cls.__name__}"
 
 
+EXITING = ("click", "rich")
+"""Packages that may end the process: click after shell completion, rich where nobody reads its output any more."""
+
+
 @contextmanager
 def no_exit() -> Generator[None]:
     """Turn a SystemExit inside the block into a PluginError, because it would end a run as if it were done."""
     try:
         yield
     except SystemExit as error:
-        if _package(list(_frames(error.__traceback__))[-1][0]) == "click":  # it exits after shell completion
+        if _package(list(_frames(error.__traceback__))[-1][0]) in EXITING:
             raise
         raise PluginError(
             f"{_place(error.__traceback__)} called sys.exit({'' if error.code is None else repr(error.code)}), which "
@@ -56,7 +60,8 @@ def no_exit() -> Generator[None]:
 
 def _place(traceback: TracebackType | None) -> str:
     """Return the innermost line that is a plugin's, as "plugin 'sharp' (sharp.py:12)"; without one, the last line."""
-    frames = list(_frames(traceback))
+    every = list(_frames(traceback))
+    frames = [each for each in every if each[0].f_code.co_name != "exit"] or every  # wandb puts its own for sys.exit
     names = {point.module.partition(".")[0]: point.name for point in entry_points(group=GROUP)}
     names.pop("corefit", None)
     for frame, line in reversed(frames):

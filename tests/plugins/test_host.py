@@ -463,7 +463,7 @@ def test_listing_shows_owner_keys_types_and_defaults():
     assert "      density: Literal['gaussian', 'published'] = 'gaussian'\n" in text
     assert "      path: ModelPath, required\n" in text
     assert "      batch_size" not in text
-    assert "rewards: none is installed\n" in text
+    assert "  sharpness  (corefit " in text
 
 
 def test_listing_of_computed_and_made_defaults():

@@ -687,7 +687,7 @@ def contents(folder: Path) -> Mapping[str, bytes]:
     ("settings", "again"),
     [
         ([], ""),
-        (["stage.soar.optimizer.lr=5e-4"], ""),
+        pytest.param(["stage.soar.optimizer.lr=5e-4"], "", marks=pytest.mark.slow),
         ([], "grpo"),
         (["stage.grpo.optimizer.lr=5e-4"], "soar"),
         (["stage.grpo.from=base"], "soar"),

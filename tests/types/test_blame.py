@@ -43,6 +43,17 @@ def test_an_exit_of_anything_else_names_its_line():
         sys.exit(0)
 
 
+def test_who_wraps_sys_exit_is_not_who_exits(monkeypatch):
+    """As wandb does, once it is imported."""
+
+    def exit(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(sys, "exit", exit)
+    with pytest.raises(PluginError, match=rf"test_blame.py:{exit.__code__.co_firstlineno + 5} called"), no_exit():
+        sys.exit(0)
+
+
 def test_other_endings_are_left_as_they_are():
     with pytest.raises(KeyboardInterrupt), no_exit():
         raise KeyboardInterrupt
