@@ -12,9 +12,9 @@ from attrs import define, field, frozen, validators
 from corefit.data.settings import check_size
 from corefit.errors import ConfigError
 from corefit.pipeline.eval import Eval
-from corefit.pipeline.pipeline import BASE, CHOICES, plugin_files
+from corefit.pipeline.pipeline import BASE, CHOICES, read_as
 from corefit.pipeline.problems import error_of, eval_problems, repeated, reward_problems
-from corefit.pipeline.reader import Reader, Table, load, override
+from corefit.pipeline.reader import Reader, Table
 from corefit.plugins.host import Host
 from corefit.system import public
 from corefit.types import Backbone, ModelPath
@@ -137,16 +137,7 @@ def read_evaluation(path: str | Path, settings: Sequence[str] = (), host: Host |
 
     Raises ConfigError, DataError, ModelError or PluginError; the message says what is wrong, where, and what to do.
     """
-    path = Path(path)
-    tables = load(path)
-    override(tables, settings)
-    folder, host = path.resolve().parent, host or Host()
-    for file in plugin_files(tables):
-        host.add_file(folder / file)
-    evaluation = Reader(host, folder, CHOICES).read(tables, Evaluation)
-    evaluation.host, evaluation.folder = host, folder
-    evaluation.check()
-    return evaluation
+    return read_as(Evaluation, Path(path), settings, host)
 
 
 def _weights_of_stage(folder: Path) -> tuple[Path | None, Path | None]:

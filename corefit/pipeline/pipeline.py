@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from attrs import define, field, validators
 
@@ -26,6 +26,7 @@ from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
 
 __all__ = ["Data", "Eval", "Full", "Lora", "Optimizer", "Pipeline", "Stage", "read"]
 
+T = TypeVar("T")
 BASE = "base"
 """The name of the model that the first stage starts from: in `from`, and in the results."""
 MODES: Mapping[str, type] = {"full": Full, "lora": Lora}
@@ -228,16 +229,20 @@ def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = Non
 
     Raises ConfigError, DataError, ModelError or PluginError; the message says what is wrong, where, and what to do.
     """
-    path = Path(path)
+    return read_as(Pipeline, Path(path), settings, host)
+
+
+def read_as(cls: type[T], path: Path, settings: Sequence[str], host: Host | None) -> T:
+    """Read a `cls`, which has a host, a folder and a check as a pipeline has, from a TOML file, and check it."""
     tables = load(path)
     override(tables, settings)
     folder, host = path.resolve().parent, host or Host()
     for file in plugin_files(tables):
         host.add_file(folder / file)
-    pipeline = Reader(host, folder, CHOICES).read(tables, Pipeline)
-    pipeline.host, pipeline.folder = host, folder
-    pipeline.check()
-    return pipeline
+    found: Any = Reader(host, folder, CHOICES).read(tables, cls)
+    found.host, found.folder = host, folder
+    found.check()
+    return found
 
 
 def plugin_files(tables: Table) -> Sequence[str]:
