@@ -276,7 +276,7 @@ def _cell(text: str) -> str:
 
 def _help(name: str) -> str:
     arguments = [name, "--help"] if name else ["--help"]
-    done = CliRunner().invoke(cli, arguments, prog_name="corefit", terminal_width=100)
+    done = CliRunner().invoke(cli, arguments, prog_name="corefit", terminal_width=80)
     assert done.exit_code == 0, done.output
     return f"```text\n{done.output.strip()}\n```"
 
