@@ -267,8 +267,8 @@ def _default(schema: Schema, required: bool) -> str:
 
 
 def _cell(text: str) -> str:
-    """The text with those characters escaped that a table's cell may not hold."""
-    return re.sub(r"(?<!`)([<*])", r"\\\1", text.replace("|", r"\|"))
+    """The text with those characters escaped that a table's cell may not hold, on GitHub and on the site."""
+    return re.sub(r"(?<!`)<", "&lt;", re.sub(r"(?<!`)\*", r"\*", text.replace("|", r"\|")))
 
 
 # the command line

@@ -18,9 +18,10 @@ import pytest
 import tomli_w
 from conftest import Project
 from PIL import Image
-from reading import DOCS, PAGES, ROOT, Block, blocks, name, prose
+from reading import DOCS, PAGES, Block, blocks, name, prose
 
 from corefit.cli import cli
+from corefit.cli.new import new
 
 TUTORIAL = DOCS / "tutorial.md"
 OTHERS = [page for page in PAGES if page != TUTORIAL]
@@ -105,12 +106,10 @@ def test_blocks_are_of_kinds_that_are_tested(page: Path) -> None:
 
 @pytest.fixture
 def workshop(tmp_path: Path) -> Path:
-    """A folder beside the digits example."""
-    examples = tmp_path / "examples"
-    (examples / "huber").mkdir(parents=True)
-    (examples / "digits").symlink_to(ROOT / "examples" / "digits")
-
-    return examples / "huber"
+    """A folder beside a copy of the digits example."""
+    new("example", "digits", tmp_path / "digits")
+    (tmp_path / "huber").mkdir()
+    return tmp_path / "huber"
 
 
 def test_the_tutorial_runs(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
