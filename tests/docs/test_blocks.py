@@ -166,7 +166,7 @@ def test_what_the_tutorial_says_of_a_misspelling(workshop: Path, monkeypatch: py
 
 def test_the_tutorials_package_has_the_files_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    block: Any = next(b for b in blocks(TUTORIAL, "sh") if "corefit new" in b.text)
+    block: Any = next(b for b in blocks(TUTORIAL, "sh") if "corefit new objective" in b.text)
     made, entered, *_ = block.text.splitlines()
     cli(shlex.split(made)[1:], standalone_mode=False)
     folder = tmp_path / shlex.split(entered)[1]
