@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 from attrs import frozen
+from reading import ROOT, blocks
 
 import corefit
 from corefit.cli.examples import EXAMPLES, example
 from corefit.cli.new import TEMPLATES, UNWANTED
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 REPOSITORY = PROJECT["project"]["urls"]["Repository"]
 LINK = re.compile(r"\]\(([^)]*)\)")
@@ -121,19 +121,20 @@ def test_what_the_index_page_links_to_is_in_the_repository(built: Built) -> None
 class Wheel:
     """The wheel, installed into a folder of its own, and used from an empty one."""
 
-    site: Path
-    empty: Path
+    folder: Path
 
-    def run(self, *command: str, folder: str = ".") -> str:
+    @property
+    def empty(self) -> Path:
+        return self.folder / "empty"
+
+    def type(self, line: str, folder: str = ".") -> str:
+        """Run what is typed in a shell, and return what it prints."""
+        paths = os.pathsep.join([str(self.folder / "bin"), os.environ.get("PATH", "")])
+        environment = {**os.environ, "PYTHONPATH": str(self.folder / "site"), "PATH": paths}
         done = subprocess.run(
-            [sys.executable, *command],
-            cwd=self.empty / folder,
-            env={**os.environ, "PYTHONPATH": str(self.site)},
-            capture_output=True,
-            text=True,
-            timeout=600,
+            line, shell=True, cwd=self.empty / folder, env=environment, capture_output=True, text=True, timeout=600
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
         return done.stdout
 
 
@@ -142,23 +143,43 @@ def wheel(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Wheel:
     folder = tmp_path_factory.mktemp("wheel")
     with zipfile.ZipFile(built.wheel) as archive:
         archive.extractall(folder / "site")
-    (folder / "empty").mkdir()
-    return Wheel(folder / "site", folder / "empty")
+    for made in ("empty", "bin"):
+        (folder / made).mkdir()
+    for name in ("corefit", "pytest"):
+        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {name} "$@"\n')
+        (folder / "bin" / name).chmod(0o755)
+    return Wheel(folder)
 
 
 def test_the_wheel_alone_has_all_plugins_and_the_example(wheel: Wheel) -> None:
-    assert wheel.run("-c", "import corefit; print(corefit.__file__)").startswith(str(wheel.site))
-    assert "cd digits && corefit run" in wheel.run("-m", "corefit", "new", "example", "digits")
-    assert wheel.run("-m", "corefit", "plugins").count(f"(corefit {corefit.__version__})") > 30
+    listed = wheel.type("corefit plugins --trace")
+    assert listed.count(f"(corefit {corefit.__version__})") > 30
+    assert str(ROOT) not in listed
+    assert "cd digits && corefit run" in wheel.type("corefit new example digits")
+    assert (wheel.empty / "digits/base/vae/diffusion_pytorch_model.safetensors").is_file()
 
 
 @pytest.mark.slow
 def test_the_wheel_alone_runs_the_example(wheel: Wheel) -> None:
-    """A short run of the main job, and the tests of the example plugin."""
-    wheel.run("-m", "corefit", "new", "example", "digits", "--folder", "short")
+    """A short run of the main job."""
+    wheel.type("corefit new example digits --folder short")
     few = ("data.source.count=256", "eval.limit=64", *(f"stage.{stage}.steps=5" for stage in ("soar", "grpo")))
-    said = wheel.run("-m", "corefit", "run", *(arg for one in few for arg in ("--set", one)), folder="short")
+    said = wheel.type(f"corefit run {' '.join(f'--set {one}' for one in few)}", "short")
     assert "all of it is in" in said
     assert (wheel.empty / "short/runs/digits/report.html").is_file()
-    wheel.run("-m", "corefit", "new", "example", "plugin")
-    assert "passed" in wheel.run("-m", "pytest", "-q", "-p", "no:cacheprovider", folder="plugin")
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_is_enough_for_the_tutorial_and_the_example_plugin(wheel: Wheel) -> None:
+    wheel.type("mkdir -p workshop/huber")
+    wheel.type("corefit new example digits", "workshop")
+    folder = wheel.empty / "workshop/huber"
+    for block in blocks(ROOT / "docs/tutorial.md", "python", "toml", "sh"):
+        if block.file:
+            (folder / block.file).write_text(block.text)
+        elif block.kind == "sh" and not block.skipped:
+            for line in block.text.splitlines():
+                wheel.type(line, "workshop/huber")
+    assert (folder / "runs/huber/report.html").is_file()
+    wheel.type("corefit new example plugin")
+    assert "passed" in wheel.type("pytest -q -p no:cacheprovider", "plugin")
