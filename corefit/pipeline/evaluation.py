@@ -49,7 +49,7 @@ class Model:
         Raises ConfigError if a folder is missing, or is not what its key says.
         """
         if self.stage:
-            whole, lora = _weights_of_stage(self.stage)
+            whole, lora = weights_of_stage(self.stage)
             return backbone.from_saved(whole) if whole else backbone, lora
         if self.lora and not self.lora.is_dir():
             raise ConfigError(f"lora: there is no folder {self.lora}")
@@ -140,8 +140,11 @@ def read_evaluation(path: str | Path, settings: Sequence[str] = (), host: Host |
     return read_as(Evaluation, Path(path), settings, host)
 
 
-def _weights_of_stage(folder: Path) -> tuple[Path | None, Path | None]:
-    """Return the folder of the whole model, None for that of the base, and of the LoRA of a stage of a run."""
+def weights_of_stage(folder: Path) -> tuple[Path | None, Path | None]:
+    """Return the folder of the whole model that a stage of a run left or put its LoRA on, and the folder of that LoRA.
+
+    The first is None where it is the base, the second where the stage trained all weights.
+    """
     file = folder.parent / "pipeline.toml"
     if not (folder / "model").is_dir() or not file.is_file():
         raise ConfigError(f"stage: {folder} is no finished stage of a run; name a folder such as runs/digits/01-soar")

@@ -1,0 +1,1 @@
+"""What leaves a run: its models, with what others need to load them."""
