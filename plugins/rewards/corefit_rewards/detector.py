@@ -11,7 +11,7 @@ from attrs import field, frozen
 
 from corefit.errors import ModelError
 from corefit_rewards import files
-from corefit_rewards.clip import PROCESSOR, TOKENIZERS, blank_clip, check_config
+from corefit_rewards.clip import PROCESSOR, TOKENIZERS, blank_clip, check_config, picture_features, text_features
 from corefit_rewards.geneval_rules import COLORS, Found, class_name
 from corefit_rewards.models import read, tried
 
@@ -183,7 +183,7 @@ class ColorJudge:
         crops = [crop(picture, one) for one in found]
         inputs = _prepared(self.processor, crops, self.place)
         with torch.no_grad():
-            shown = self.network.get_image_features(pixel_values=inputs["pixel_values"])
+            shown = picture_features(self.network, inputs["pixel_values"])
         chosen = (shown.float() @ self._classifier(name).T).argmax(1)  # the length of `shown` changes no choice
         return [COLORS[number] for number in chosen.tolist()]
 
@@ -196,7 +196,7 @@ class ColorJudge:
             texts = [phrase.format(color=color, name=name) for color in COLORS for phrase in PHRASES]
             tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.place)
             with torch.no_grad():
-                features = normalize(self.network.get_text_features(**tokens).float(), dim=-1)
+                features = normalize(text_features(self.network, **tokens).float(), dim=-1)
             self._texts[name] = normalize(features.reshape(len(COLORS), len(PHRASES), -1).mean(1), dim=-1)
         return self._texts[name]
 

@@ -40,7 +40,7 @@ def read(kind: Any, config: Any, source: Path | Mapping[str, Tensor], **keys: An
             f"{folder or 'the file'}: its weights lack {', '.join(wrong[:3])}{more}, or have them in another shape "
             "than the config says; fetch the whole model again"
         )
-    return network
+    return network.float()  # transformers 4 has read it in float32, and 5 in the file's type
 
 
 def tried(make: Callable[[], Any], place: object) -> Any:
