@@ -1,4 +1,4 @@
-"""`corefit new`: writes a complete distribution for a plugin, or a pipeline file, from the templates."""
+"""`corefit new`: writes a complete distribution for a plugin, or a pipeline file, from the templates; or an example."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import keyword
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from corefit import __version__
+from corefit.cli import examples
 from corefit.errors import ConfigError, CorefitError, PluginError
 from corefit.pipeline.schema import schema
 from corefit.plugins.host import GROUP, Host
 from corefit.plugins.kinds import BY_WORD
 
 TEMPLATES = Path(__file__).parent / "templates"
-COMMON, PIPELINE = "common", "pipeline"
+COMMON, PIPELINE, EXAMPLE = "common", "pipeline", "example"
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 LONGEST = 30
 """Most characters of a name, so that no line of the written files is too long."""
@@ -35,11 +37,18 @@ UNWANTED = {"__pycache__", ".ruff_cache"}
 def new(kind: str, name: str, folder: Path | None = None, forms: Sequence[str] = ()) -> list[str]:
     """Write a plugin of `kind` (a key of BY_WORD), or a pipeline, called `name`; return the lines to print.
 
-    folder  new or empty; corefit-NAME by default, NAME for a pipeline
+    Of an EXAMPLE, `name` is the name that it has.
+
+    folder  new or empty; corefit-NAME by default, NAME for a pipeline or an example
     forms   at most one of FORMS, for an objective
     Raises CorefitError for a name that is invalid or taken. Then, or if writing fails, nothing is left behind.
     """
-    plain, template = _checked(name), _template(kind, forms)
+    template = _template(kind, forms)
+    if kind == EXAMPLE:
+        target = folder or Path(name)
+        _write(target, examples.example(name))
+        return _next(f"{target}: {examples.EXAMPLES[name]}", examples.steps(name, shlex.quote(str(target))))
+    plain = _checked(name)
     if kind == PIPELINE:
         target = folder or Path(name)
         _write(target, {"pipeline.toml": _filled("pipeline.toml", kind, plain), SCHEMA: _schema()})
@@ -161,8 +170,11 @@ def _schema() -> str:
     return json.dumps(schema(Host()), indent=1) + "\n"
 
 
-def _write(target: Path, files: Mapping[str, str]) -> None:
-    """Write all files or none: they are written beside `target` (inside it, if it exists) and then moved."""
+def _write(target: Path, files: Mapping[str, str] | Mapping[str, Path]) -> None:
+    """Write all files or none: they are written beside `target` (inside it, if it exists) and then moved.
+
+    files  the text of each, or the file to copy, by its path in `target`
+    """
     try:
         exists = target.is_dir()
         if target.exists() and not (exists and not any(target.iterdir())):
@@ -173,9 +185,12 @@ def _write(target: Path, files: Mapping[str, str]) -> None:
         with TemporaryDirectory(prefix=".corefit-new-", dir=target if exists else parent) as place:
             draft = Path(place) / "draft"
             draft.mkdir()
-            for path, text in files.items():
+            for path, content in files.items():
                 (draft / path).parent.mkdir(parents=True, exist_ok=True)
-                (draft / path).write_text(text, encoding="utf-8")
+                if isinstance(content, Path):
+                    shutil.copyfile(content, draft / path)
+                else:
+                    (draft / path).write_text(content, encoding="utf-8")
             for each in list(draft.iterdir()) if exists else [draft]:
                 os.replace(each, target / each.name if exists else target)
     except OSError as error:

@@ -47,7 +47,7 @@ def _encode(pipeline: Pipeline, data: Data, ranks: Ranks, display: Display, titl
     if data.encoded:
         with ranks.main_first():
             return cache.open_encoded(data, backbone, folder, media=media, extra=extra)
-    with display.task(title) as progress:
+    with display.task(title, idle="cached") as progress:
         folder = cache.prepare(data, backbone, folder, media=media, extra=extra, progress=progress, ranks=ranks)
     if data.left_out:
         display.print(f"data: {data.left_out}")

@@ -83,7 +83,7 @@ class Judging:
         """Return the prompts as this model encodes them; models with equal text encoders share the cache."""
         backbone.place(self.ranks.device, text_dtype(self.ranks))
         data, root = self.benchmark.data(self.evaluation.size), self.evaluation.folder / ".corefit" / "cache"
-        with self.display.task("encoding prompts") as progress:
+        with self.display.task("encoding prompts", idle="cached") as progress:
             folder = cache.prepare(data, backbone, root, media=False, progress=progress, ranks=self.ranks)
         backbone.release()
         return Dataset.open(folder, rebuildable=True)
