@@ -44,7 +44,7 @@ def _parses(parse: Callable[[str], object]) -> Any:
 def _check_trigger(_: object, attribute: attrs.Attribute[Any], value: str | None) -> None:
     if value is not None and value.split() != re.split(" ", value):
         raise ValueError(
-            f"{attribute.name!r} must be a word, or words with single spaces between them, such as \"ohwx\", not "
+            f'{attribute.name!r} must be a word, or words with single spaces between them, such as "ohwx", not '
             f"{value!r}"
         )
 
