@@ -62,8 +62,8 @@ class Data:
     encoded: ModelPath | None = None
     """A cache that was encoded before, instead of `source`: a folder, or a URL such as s3://bucket/cache/0123456789abcdef."""
     trigger: str | None = field(default=None, validator=_check_trigger)
-    """A word or a few, such as "ohwx", that stand for what is learned: they are put before each caption that lacks them,
-    and are the prompt of media without a caption. Prompts of [eval] are used as they are written."""
+    """A word, such as "ohwx", or a few that stand for what is learned: put before each caption that lacks them, and the
+    prompt of media without a caption. Prompts of [eval] are used as they are written."""
     size: tuple[int, ...] = field(default=(512, 512), validator=check_size)
     """[height, width] in pixels, or [frames, height, width] for clips; media are resized and center-cropped to it."""
     aspects: tuple[str, ...] = field(default=(), validator=_parses(Aspect.parse))

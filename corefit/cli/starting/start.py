@@ -235,16 +235,16 @@ def _memory(fitted: Fitted, device: Device, unknown: str) -> str:
     total = in_words(int(device.memory))
     if unknown:
         return (
-            f"The model's files are not at hand, so this is careful and not computed: `corefit check{_option(device)}` says "
-            "whether it fits, once they can be fetched."
+            "The model's files are not at hand, so this is careful and not computed: "
+            f"`corefit check{_option(device)}` says whether it fits, once they can be fetched."
         )
     if fitted.estimate is None or fitted.estimate.activations is None:
         return f"What a step takes of {total} is not known for this model, so this is careful: watch the first steps."
     e, how = fitted.estimate, "with" if fitted.choice.recompute else "without"
-    parts = f"{in_words(int(e.weights))} of weights, {in_words(e.activations)} of activations"
+    parts = f"{in_words(int(e.weights))} of weights, {in_words(e.activations or 0)} of activations"
     return (
-        f"A step takes about {in_words(int(e.total))} of {total} ({device.name}) {how} gradient checkpointing: {parts}. "
-        f"{1 - ROOM:.0%} or more is left free. Text encoders and the VAE are not there while it trains."
+        f"A step takes about {in_words(int(e.total))} of {total} ({device.name}) {how} gradient checkpointing: "
+        f"{parts}. {1 - ROOM:.0%} or more is left free. Text encoders and the VAE are not there while it trains."
     )
 
 
@@ -260,7 +260,7 @@ def _said(draft: Draft, choice: Choice, memory: str, unknown: str) -> list[str]:
     size = " x ".join(map(str, choice.size)) + (f" in {len(choice.aspects)} shapes" if choice.aspects else "")
     lines = [
         f"{counted(found.count, found.noun)}, {captioned} with captions: a LoRA of rank {choice.rank} for "
-        f"{family.name}, {draft.text(choice).split('path = ')[1].splitlines()[0]}",
+        f"{family.name} ({Path(family.found).name if family.local else family.found})",
         f"size {size}; {counted(choice.steps, 'step')} of {choice.batch}, so each {found.noun} is seen about "
         f"{choice.seen / found.count:.3g} times",
         *(f"note: {note}" for note in found.notes),

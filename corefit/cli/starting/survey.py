@@ -23,9 +23,7 @@ FILES = ("media", "file_name", "image", "file", "path", "filename", "video")
 """Keys under which the lines of a .jsonl file have their captions and media, the most likely first."""
 SUFFIXES = (".txt", ".caption")
 """Suffixes of the files beside pictures that hold captions."""
-OTHERS = frozenset(
-    {".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jfif", ".psd", ".dng", ".cr2", ".nef", ".svg"}
-)
+OTHERS = frozenset({".avif", ".cr2", ".dng", ".heic", ".heif", ".jfif", ".jxl", ".nef", ".psd", ".tif", ".tiff"})
 """Suffixes of pictures that corefit does not read."""
 
 
@@ -138,7 +136,7 @@ def _jsonl(path: Path) -> tuple[Mapping[str, Any], Source, Sequence[str]]:
             '{"media": "1.png", "prompt": "a red bus"}'
         )
     named = {"media": found[0], "prompt": found[1]}
-    keys = {key: name for key, name in named.items() if key != name}
+    keys: dict[str, Any] = {key: name for key, name in named.items() if key != name}
     return {"use": "jsonl", "path": path, **keys}, Jsonl(path, **keys), []
 
 

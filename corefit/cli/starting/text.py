@@ -59,9 +59,9 @@ class Written:
     def _head(self, found: Survey) -> Iterator[str]:
         yield "#:schema pipeline.schema.json"
         yield from comment(
-            f"A LoRA for {counted(found.count, found.noun)}, written by `corefit new pipeline --from-folder`. Every value "
-            "is a choice that you may change; the comments say where it comes from. The line above lets editors complete "
-            "and check this file."
+            f"A LoRA for {counted(found.count, found.noun)}, written by `corefit new pipeline --from-folder`. Every "
+            "value is a choice that you may change; the comments say where it comes from. The line above lets editors "
+            "complete and check this file."
         )
         yield from ("", f"name = {quoted(self.name)}", "seed = 0", "")
 
@@ -70,8 +70,9 @@ class Written:
         yield f"use = {quoted(self.family)}"
         yield f"path = {quoted(self.model)}"
         yield from comment(
-            f"A LoRA is a small file beside the model, and what fits beside the model on a small card. Rank {choice.rank} "
-            f"is usual for {counted(found.count, found.noun)}; a higher one holds more detail, and learns by heart sooner."
+            "A LoRA is a small file to be used with the model, and training one takes little memory besides the "
+            f"model's. Rank {choice.rank} is usual for so many {found.noun}s; a higher one holds more detail, and "
+            "learns by heart sooner."
         )
         yield f'train = {{ use = "lora", rank = {choice.rank} }}'
         yield from comment(self.memory)
@@ -94,9 +95,7 @@ class Written:
         yield from comment(self._size(found, choice))
         yield f"size = {list(choice.size)}"
         if choice.fps:
-            yield from comment(
-                f"All clips have more than {choice.fps} frames a second, the rate that video models make."
-            )
+            yield from comment(f"All clips have more than {choice.fps} frames a second, which is what Wan makes.")
             yield f"fps = {choice.fps}"
         if choice.aspects:
             named = ", ".join(f"{aspect} {count}" for aspect, count in spread(found, choice))
@@ -128,9 +127,7 @@ class Written:
             if number
             else ""
         )
-        enlarged = (
-            f"{smaller} of them are smaller and will be enlarged, which blurs." if smaller else "None is enlarged."
-        )
+        enlarged = f"{smaller} are smaller and will be enlarged, which blurs." if smaller else "None is enlarged."
         return (
             f"{frames}The {found.noun}s have from {low[1]} x {low[0]} to {high[1]} x {high[0]} pixels, in the middle "
             f"{middle[1]} x {middle[0]}. {enlarged} Half the size takes about a quarter of the time."
@@ -151,8 +148,8 @@ class Written:
         yield from comment("What a GPU computes at once, as much as fits; results do not depend on it.")
         yield f"micro_batch = {choice.micro}"
         yield from comment(
-            "SFT learns to make such pictures. SOAR also learns to return to them from its own mistakes, and a step takes "
-            "about 7 times as long; at equal time, SFT has gained as much or more (README, What comes out)."
+            "SFT learns to make such media. SOAR also learns to return to them from its own mistakes, and a step takes "
+            "about 7 times as long: at equal time, SFT has gained more so far (README, What comes out)."
         )
         yield f"objective = {objectives[self.objective]}"
         yield from (f"# objective = {text}" for name, text in objectives.items() if name != self.objective)
@@ -160,7 +157,7 @@ class Written:
             yield from comment(f"dropout: {self.dropout:.0%} of the captions are dropped, which guidance needs.")
         yield 'noise = { use = "logit_normal" }'
         yield from comment("1e-4 is usual for a LoRA; it falls to 0, so that the end is calm.")
-        yield f'optimizer = {{ lr = 1e-4, warmup = {max(1, choice.steps // 20)}, schedule = "cosine" }}'
+        yield 'optimizer = { lr = 1e-4, schedule = "cosine" }'
         yield from comment("Samples on the way, on the page of the run: `corefit watch` shows it.")
         yield f"sample_every = {max(1, choice.steps // 4)}"
         yield ""
