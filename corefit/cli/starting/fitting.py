@@ -42,15 +42,19 @@ class Fitting:
 
         Gradient checkpointing is used where a size does not fit without it. ConfigError where nothing fits.
         """
-        last: Estimate | None = None
+        least = self._estimate(sizes[-1], graphs=False)
+        if least is None:
+            return self._careful(sizes[0], None)
+        if not self._fits(least):
+            raise ConfigError(self._refusal(sizes[-1], least))
+        found = least
         for choice in self._tried(sizes):
-            last = self._estimate(choice)
-            if last is None or last.activations is None:
-                return Fitted(evolve(choice, recompute=self._can_recompute(choice)), last)
-            if self._fits(last):
-                return self._with_rows(choice, last)
-        assert last is not None, "there was a size"
-        raise ConfigError(self._refusal(sizes[-1], last))
+            found = self._estimate(choice) or least
+            if found.activations is None:
+                return self._careful(choice, found)
+            if self._fits(found):
+                return self._with_rows(choice, found)
+        raise ConfigError(self._refusal(sizes[-1], found))
 
     def _tried(self, sizes: Sequence[Choice]) -> Iterator[Choice]:
         for choice in sizes:
@@ -58,40 +62,35 @@ class Fitting:
             if self._can_recompute(choice):
                 yield evolve(choice, recompute=True)
 
+    def _careful(self, choice: Choice, found: Estimate | None) -> Fitted:
+        return Fitted(evolve(choice, recompute=self._can_recompute(choice)), found)
+
     def _can_recompute(self, choice: Choice) -> bool:
         return RECOMPUTE in {field.name for field in attrs.fields(type(self.pipeline_of(choice).backbone))}
 
-    def _estimate(self, choice: Choice) -> Estimate | None:
-        return next(iter(estimate.estimates(self.pipeline_of(choice), self.device)), None)
+    def _estimate(self, choice: Choice, *, graphs: bool = True) -> Estimate | None:
+        return next(iter(estimate.estimates(self.pipeline_of(choice), self.device, graphs=graphs)), None)
 
     def _fits(self, found: Estimate) -> bool:
         return max(found.total, found.saved, found.read) <= ROOM * self.device.memory
 
     def _with_rows(self, choice: Choice, one: Estimate) -> Fitted:
-        """Raise `micro` to the most rows that fit; they divide the batch. `one` is the estimate of a row."""
-        fitted = Fitted(choice, one)
-        rows = choice.batch
-        if rows > 1:
-            two = self._estimate(evolve(choice, micro=2))
-            if two is None or not self._fits(two):
-                return fitted
-            each = max(1, (two.activations or 0) - (one.activations or 0))
-            most = 1 + (ROOM * self.device.memory - one.total) / each
-            while rows > most:
-                rows //= 2
-        while rows > 1:
-            more = evolve(choice, micro=rows)
-            if (found := self._estimate(more)) is not None and self._fits(found):
-                return Fitted(more, found)
+        """Raise `micro`, which divides the batch, as far as it fits. `one` is the estimate of a row.
+
+        Rows hold at most as much as that times their number, so no further estimate is made: each takes seconds.
+        """
+        activations, rows = one.activations or 0, choice.batch
+        while rows > 1 and not self._fits(evolve(one, activations=rows * activations)):
             rows //= 2
-        return fitted
+        return Fitted(evolve(choice, micro=rows), evolve(one, activations=rows * activations))
 
     def _refusal(self, choice: Choice, found: Estimate) -> str:
-        side = " x ".join(map(str, choice.size))
+        size = " x ".join(map(str, choice.size))
+        parts = {"weights": found.weights, "activations": found.activations or 0}
+        parts["the rest"] = max(0, found.total - sum(parts.values()))
+        named = ", ".join(f"{name} {in_words(int(part))}" for name, part in parts.items() if part)
         return (
-            f"this model does not fit into {in_words(int(self.device.memory))}: with a LoRA, one sample of {side} at a "
-            f"time and gradient checkpointing, weights and what is trained take {in_words(int(found.certain))} and "
-            f"activations about {in_words(int(found.activations or 0))}, and {1 - ROOM:.0%} must stay free; name a "
-            "larger --gpu or a smaller --model, or split the weights over several GPUs (shard = true, in a file that "
-            "`corefit new pipeline NAME` writes)"
+            f"this model does not fit into {in_words(int(self.device.memory))} ({self.device.name}), of which "
+            f"{1 - ROOM:.0%} must stay free: a LoRA, one sample of {size} at a time, with gradient checkpointing, takes "
+            f"{in_words(int(found.total))} ({named}); name a larger --gpu, or a smaller --model"
         )

@@ -91,7 +91,9 @@ def start(wanted: Wanted, name: str, target: Path) -> Started:
     device = Device.here() if wanted.memory is None else Device.of(wanted.memory)
     backbone = host.get("backbones", family.name)(path=ModelPath(family.found))
     unknown = _why_unknown(family, backbone)
-    draft = Draft(wanted, name, target, found, host, family, DROPOUT if unknown or not backbone.distilled else 0.0)
+    dropout = DROPOUT if unknown or not backbone.distilled else 0.0
+    prompts = chosen.prompts(found, wanted.trigger, _captions(found, wanted.trigger))
+    draft = Draft(wanted, name, target, found, host, family, dropout, prompts)
     sizes = _sizes(found, family.suggested, None if unknown else backbone)
     fitted = _guessed(sizes) if unknown else Fitting(device, draft.pipeline).fit(sizes)
     memory = _memory(fitted, device, unknown)
@@ -107,6 +109,7 @@ class Draft:
 
     target   the folder that the file will be in
     dropout  share of captions that are dropped
+    prompts  prompts for samples, and what is said about them
     """
 
     wanted: Wanted
@@ -116,6 +119,7 @@ class Draft:
     host: Host
     family: Family
     dropout: float
+    prompts: tuple[Sequence[str], str]
 
     def pipeline(self, choice: Choice) -> Pipeline:
         """Return the pipeline that the file of a choice will be, as read from its text."""
@@ -138,15 +142,16 @@ class Draft:
             guidance=self.family.suggested.guidance,
             sampling=self.family.suggested.steps,
             dropout=self.dropout,
-            prompts=chosen.prompts(self.found, self.wanted.trigger, self._captions()),
+            prompts=self.prompts,
             memory=memory,
         ).text(self.found, choice)
 
-    def _captions(self) -> list[str]:
-        """Return the first caption of each picture as it is trained on, "" without one."""
-        data = Data(source=Listed(("",)), trigger=self.wanted.trigger)
-        firsts = [texts[0] if texts else "" for texts in self.found.captions]
-        return [data.triggered(Example(text)).prompts[0] if text else "" for text in firsts]
+
+def _captions(found: Survey, trigger: str | None) -> list[str]:
+    """Return the first caption of each picture as it is trained on, "" without one."""
+    data = Data(source=Listed(("",)), trigger=trigger)
+    firsts = [texts[0] if texts else "" for texts in found.captions]
+    return [data.triggered(Example(text)).prompts[0] if text else "" for text in firsts]
 
 
 # the model
