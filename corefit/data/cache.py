@@ -257,7 +257,8 @@ class CacheBuilder:
 
         done, assigned = 0, range(rank, -(-self.total // PARTITION), world)
         share = sum(min(PARTITION, self.total - number * PARTITION) for number in assigned)
-        for number, examples in enumerate(chunks(self.data.raw_source.examples(), PARTITION)):
+        captioned = map(self.data.triggered, self.data.raw_source.examples())
+        for number, examples in enumerate(chunks(captioned, PARTITION)):
             if number in assigned:
                 with torch.no_grad():
                     self._encode_partition(number, examples, lambda n, done=done: progress(done + n, share))

@@ -36,7 +36,7 @@ def scan(data: Data, media: bool, digest: Callable[[Any], str], extra: Sequence[
     total, number = hashlib.sha256(), 0
     without: dict[str, list[str]] = {name: [] for name in ("", *extra)}
     unreadable: list[str] = []
-    for number, example in enumerate(_checked_examples(data.raw_source), 1):
+    for number, example in enumerate(map(data.triggered, _checked_examples(data.raw_source)), 1):
         found = {"": example.media, **{name: example.extra.get(name) for name in extra}} if media else {}
         for name in (name for name, one in found.items() if one is None):
             without[name].append(f"example {number}: {example.prompts[0]!r}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import define
 
 from corefit import Condition
+from corefit.types import Suggested
 from corefit_backbones.packed import Packed
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ class Chroma(Packed):
     """Chroma with latents [B, 16, H/8, W/8] and conditions {"prompt_embeds": [B, L, D], "mask": [B, L]}."""
 
     pipeline_class: ClassVar[str] = "ChromaPipeline"
+    suggested: ClassVar[Suggested] = Suggested(
+        path="lodestones/Chroma1-HD", pipeline=pipeline_class, size=(1024, 1024), guidance=3.0, steps=40
+    )
     transformer_class: ClassVar[str] = "ChromaTransformer2DModel"
 
     def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from attrs import define, field, validators
 
 from corefit import Condition
 from corefit.errors import ModelError
+from corefit.types import Suggested
 from corefit_backbones import encoders
 from corefit_backbones.packed import Packed
 
@@ -25,6 +26,9 @@ class Flux(Packed):
     """
 
     pipeline_class: ClassVar[str] = "FluxPipeline"
+    suggested: ClassVar[Suggested] = Suggested(
+        path="black-forest-labs/FLUX.1-dev", pipeline=pipeline_class, size=(1024, 1024), guidance=3.5, steps=28
+    )
     transformer_class: ClassVar[str] = "FluxTransformer2DModel"
 
     max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(512)])

@@ -12,6 +12,7 @@ from attrs import define
 
 from corefit import Condition
 from corefit.errors import ModelError
+from corefit.types import Suggested
 from corefit_backbones import clips, names
 from corefit_backbones.backbone import Diffusers
 from corefit_backbones.folder import check_size
@@ -34,6 +35,9 @@ class Wan(Diffusers):
     """
 
     pipeline_class: ClassVar[str] = "WanPipeline"
+    suggested: ClassVar[Suggested] = Suggested(
+        path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", pipeline=pipeline_class, size=(81, 480, 832), guidance=5.0, steps=50
+    )
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     vae_class: ClassVar[str] = "AutoencoderKLWan"
     codec = clips
