@@ -30,6 +30,7 @@ from corefit.types.values import (
     Scores,
     Step,
     Term,
+    Url,
     Weighted,
     key_of,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "Streamed",
     "Term",
     "TrainState",
+    "Url",
     "Weighted",
     "key_of",
 ]
