@@ -31,6 +31,7 @@ from corefit.types.values import (
     Step,
     Suggested,
     Term,
+    Url,
     Weighted,
     key_of,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "Suggested",
     "Term",
     "TrainState",
+    "Url",
     "Weighted",
     "key_of",
 ]
