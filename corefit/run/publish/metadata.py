@@ -109,6 +109,11 @@ def read(file: Path) -> dict[str, str]:
         return _header(opened).get("__metadata__", {})
 
 
+def is_ours(key: str) -> bool:
+    """Return whether `of_lora` writes a key of metadata, or would if it were known."""
+    return key.startswith((SPEC, "ss_")) or key == "format"
+
+
 def stamp(folder: Path, metadata: Mapping[str, str]) -> None:
     """Add metadata to the safetensors files of a folder that nobody reads yet, and a hash of the tensors to each."""
     for file in sorted(folder.glob("*.safetensors")):
