@@ -202,10 +202,12 @@ class Facts:
         return found if found.get("license", "unknown") != "unknown" else {}
 
 
-def head_of(text: str) -> Mapping[str, Any]:
-    """Return the metadata of a card; nothing if it has none that can be read."""
+def head_of(text: str | None) -> Mapping[str, Any]:
+    """Return the metadata of a card; nothing if it has none that can be read, and where there is no card."""
     from huggingface_hub import ModelCard
 
+    if not text or not text.startswith("---"):
+        return {}
     try:
         return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # whatever somebody wrote there

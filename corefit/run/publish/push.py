@@ -1,13 +1,14 @@
 """`corefit push`: uploads the model of a stage to the hub.
 
 All files go up in one commit, so a repository never has half a model. What a killed push has uploaded stays with the
-hub, which knows files of weights by their hash, and is not sent again. (huggingface_hub's upload_large_folder resumes as
-well; it makes many commits, writes its own files beside the weights, and tries again for ever where a token or the
+hub, which knows files of weights by their hash, and is not sent again. (huggingface_hub's upload_large_folder resumes,
+too; it makes many commits, writes its own files beside the weights, and tries again for ever where a token or the
 network is missing.)
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -38,10 +39,11 @@ def push(run: Path, stage: str, repo: str, *, public: bool = False, branch: str 
     """
     output = Output.of(run, stage)
     with _explained(repo), tempfile.TemporaryDirectory() as scratch:
+        found = contents(output, _card(output), Path(scratch), say)  # refused before a repository is created
         hub = Hub.of(repo, public=public, branch=branch, say=say)
-        text = _card(output, hub)
-        found = contents(output, text, Path(scratch), say)
         stale = hub.stale(output, found)
+        text = _card(output, hub)
+        found[CARD] = text.encode()
         if hub.has_own_card(text):
             say(f"{CARD} was edited on the hub and stays as it is there")
             del found[CARD]
@@ -53,11 +55,13 @@ def push(run: Path, stage: str, repo: str, *, public: bool = False, branch: str 
     return hub.url
 
 
-def _card(output: Output, hub: Hub) -> str:
+def _card(output: Output, hub: Hub | None = None) -> str:
     """Return the card for the hub: one that somebody has edited as it is."""
     file = output.model / CARD
     own = file.read_text("utf-8") if file.is_file() else None
-    return own if own is not None and card.is_edited(own) else card.render(output, hub.repo, hub.branch)
+    if own is not None and card.is_edited(own):
+        return own
+    return card.render(output, hub.repo, hub.branch) if hub else card.render(output)
 
 
 def _missing(output: Output) -> list[str]:
@@ -110,7 +114,8 @@ class Hub:
         heads = {each.name: each.target_commit for each in api.list_repo_refs(name).branches}
         if branch and branch not in heads:
             api.create_branch(name, branch=branch)
-        return Hub(api, name, branch, is_new=bool(branch) and heads.get(branch or "") in (None, heads.get(MAIN)))
+        is_new = branch not in (None, MAIN) and heads.get(branch) in (None, heads.get(MAIN))
+        return Hub(api, name, branch, is_new)
 
     @property
     def url(self) -> str:
@@ -141,7 +146,7 @@ class Hub:
         there = set(self.api.list_repo_files(self.repo, revision=self.branch)) - {GIT}
         if self.is_new:  # a copy of the main branch
             return sorted(there - found.keys())
-        own, head = {"run": output.tables["name"], "stage": output.stage}, head_of(self.card() or "")
+        own, head = {"run": output.tables["name"], "stage": output.stage}, head_of(self.card())
         if there and head.get("corefit") != own:
             held = _held(head) or f"{counted(len(there), 'file')}, such as {min(there)}"
             other = self.branch or MAIN
@@ -192,9 +197,13 @@ def _explained(repo: str) -> Generator[None]:
         cause = error.__cause__ or error
         if isinstance(cause, HfHubHTTPError):
             raise _refused(repo, cause) from error
+        if UNREACHABLE.search(type(cause).__name__):
+            raise DataError(f"{repo}: the hub cannot be reached ({type(cause).__name__}); {AGAIN}") from error
         raise DataError(f"{repo}: the upload did not succeed ({_line(cause)}); {AGAIN}") from error
 
 
+UNREACHABLE = re.compile("Connect|Timeout|Offline|Proxy|SSL|Protocol")
+"""Found in the names of the errors of a network, which differ between the packages that send requests."""
 AGAIN = "the same command goes on where it was: files that arrived are not sent again"
 
 
