@@ -14,6 +14,7 @@ from corefit.types.protocols import (
     SizedReward,
     SizedScore,
     Source,
+    Specified,
     StoredTensors,
     Streamed,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "SizedReward",
     "SizedScore",
     "Source",
+    "Specified",
     "Step",
     "StoredTensors",
     "Streamed",

@@ -45,3 +45,10 @@ class Chroma(Packed):
         image = torch.ones(len(x), self.num_tokens(x.shape), device=x.device, dtype=self._dtype)
         mask = torch.cat([cond.tensors["mask"].to(self._dtype), image], dim=1)
         return self.predict_packed(x, sigma, cond, attention_mask=mask)
+
+    def model_spec(self) -> Mapping[str, str]:
+        return {
+            "modelspec.architecture": "chroma",
+            "modelspec.implementation": "diffusers",
+            "ss_base_model_version": "chroma",
+        }
