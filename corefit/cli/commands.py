@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from corefit import __version__
-from corefit.cli import completion, evaluating, serving
+from corefit.cli import completion, evaluating, publishing, serving
 from corefit.errors import CorefitError, Stopped, plain
 
 if TYPE_CHECKING:
@@ -237,6 +237,7 @@ def completing(shell: str) -> None:
 cli.add_command(evaluating.compare)
 cli.add_command(serving.serve_reward)
 cli.add_command(evaluating.evaluate)
+cli.add_command(publishing.export)
 
 
 def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:

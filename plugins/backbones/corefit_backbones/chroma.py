@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import define
 
 from corefit import Condition
+from corefit_backbones import original_names
 from corefit_backbones.packed import Packed
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class Chroma(Packed):
 
     pipeline_class: ClassVar[str] = "ChromaPipeline"
     transformer_class: ClassVar[str] = "ChromaTransformer2DModel"
+    original_rules = staticmethod(original_names.chroma)
 
     def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
         width = self.checkpoint.config("transformer")["joint_attention_dim"]
@@ -41,3 +43,9 @@ class Chroma(Packed):
         image = torch.ones(len(x), self.num_tokens(x.shape), device=x.device, dtype=self._dtype)
         mask = torch.cat([cond.tensors["mask"].to(self._dtype), image], dim=1)
         return self.predict_packed(x, sigma, cond, attention_mask=mask)
+
+    def original_lora(self, module: str) -> str:
+        """As for FLUX; the network that computes the modulations, which FLUX lacks, has its original names."""
+        if not module.startswith(original_names.APPROXIMATOR):
+            return super().original_lora(module)
+        return f"diffusion_model.{original_names.module_name(module, original_names.chroma(0))}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import define, field, validators
 
 from corefit import Condition
-from corefit_backbones import encoders, pictures
+from corefit_backbones import encoders, original_names, pictures
 from corefit_backbones.backbone import Diffusers
 from corefit_backbones.folder import LONGEST, check_size
 
@@ -23,6 +23,7 @@ class Sd3(Diffusers):
 
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
     transformer_class: ClassVar[str] = "SD3Transformer2DModel"
+    original_rules = staticmethod(original_names.sd3)
     vae_class: ClassVar[str] = "AutoencoderKL"
     codec = pictures
 
