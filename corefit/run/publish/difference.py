@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from attrs import frozen
 
 from corefit.errors import ConfigError
-from corefit.run.publish.whole import Whole, weights_of
+from corefit.run.publish.whole import Whole, modules_of
 from corefit.types import StoredTensors
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def difference(whole: Whole, base: StoredTensors, rank: int, advance: Callable[[
     _check_rank(rank, whole, matrices)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     spectrum = torch.zeros(max(min(whole.shape(name)) for name in matrices), dtype=torch.float64)
-    others, names = Counter[str](), whole.names
+    others, names = defaultdict[str, float](float), whole.names
     for done, name in enumerate(names, 1):
         changed = whole[name].to(device).float() - base[name][...].to(device).float()
         if name not in matrices:
@@ -60,7 +60,7 @@ def difference(whole: Whole, base: StoredTensors, rank: int, advance: Callable[[
             spectrum[: len(s)] += s.double().square().cpu()
             factors[name.removesuffix(".weight")] = _factors(u, s, v, rank)
         advance(done, len(names))
-    total = float(spectrum.sum()) + others.total()
+    total = float(spectrum.sum()) + sum(others.values())
     if not total:
         raise ConfigError("these weights are those of the base: there is no difference to export")
     held = spectrum.cumsum(0) / total
@@ -73,7 +73,7 @@ def _matrices(whole: Whole) -> set[str]:
     """Return the names of the weights of linear layers, which a LoRA can change."""
     from torch import nn
 
-    modules = weights_of(whole.backbone).items()
+    modules = modules_of(whole.backbone).items()
     return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,7 @@ from corefit.run.publish.whole import (
     adapted,
     adapted_layers,
     lora_names,
+    modules_of,
     of_base,
     read_empty,
     torch_dtype,
@@ -123,21 +125,36 @@ def _arranged(backbone: Backbone, out: Path) -> Files:
 
 def _write_original(out: Path, arranged: Files, whole: Whole, saved: weights.Saved) -> None:
     """Write each file of a model in the original names."""
-
-    def read(made: OriginalTensor) -> Tensor:
-        import torch
-
-        joined = torch.cat([saved.take(name, whole[name]) for name in made.parts])
-        return torch.cat(joined.chunk(2)[::-1]) if made.swapped else joined
-
     for file, tensors in _each(out, arranged):
         described = {name: _described(whole, made) for name, made in tensors.items()}
-        single_file.write(file, described, lambda name, tensors=tensors: read(tensors[name]), {})
+        single_file.write(file, described, _Reader(tensors, whole, saved), {})
+
+
+@frozen
+class _Reader:
+    """Reads a tensor of a file with the original names, in the dtype that it is exported in."""
+
+    tensors: Mapping[str, OriginalTensor]
+    whole: Whole
+    saved: weights.Saved
+
+    def __call__(self, name: str) -> Tensor:
+        return put_together(self.tensors[name], lambda part: self.saved.take(part, self.whole[part]))
+
+
+def put_together(made: OriginalTensor, part: Callable[[str], Tensor]) -> Tensor:
+    """Return an original tensor, made of those that `part(name)` reads."""
+    import torch
+
+    joined = torch.cat([part(name) for name in made.parts])
+    return torch.cat(joined.chunk(2)[::-1]) if made.swapped else joined
 
 
 def _described(whole: Whole, made: OriginalTensor) -> Described:
-    shapes = [whole.shape(name) for name in made.parts]
-    return Described(whole.dtype_of(made.parts[0]), (sum(shape[0] for shape in shapes), *shapes[0][1:]))
+    import torch
+
+    shapes, dtypes = zip(*((whole.shape(name), whole.dtype_of(name)) for name in made.parts), strict=True)
+    return Described(reduce(torch.promote_types, dtypes), (sum(shape[0] for shape in shapes), *shapes[0][1:]))
 
 
 def _each(out: Path, arranged: Files) -> Iterable[tuple[Path, Mapping[str, OriginalTensor]]]:
@@ -176,11 +193,17 @@ def _difference(output: Output, rank: int, display: Display) -> Difference:
 
 
 def _adapted_anew(output: Output, found: Difference, rank: int) -> Backbone:
-    """Return the base's backbone with a new LoRA on the modules that differ; its tensors are not set."""
+    """Return the base's backbone with a new LoRA on the modules that differ; its tensors are not set.
+
+    A network of several, such as Wan's two experts, gives each a LoRA on modules of the names that it has inside it.
+    """
     import torch
 
     backbone = read_empty(output.base(), torch.float32)
-    weights.make_trainable(backbone, Lora(rank=rank, targets=tuple(found.factors)))
+    modules = modules_of(backbone).items()
+    inner = tuple(f"{name}." for name, module in modules if name and hasattr(module, "add_adapter"))
+    targets = {name.removeprefix(next(filter(name.startswith, inner), "")) for name in found.factors}
+    weights.make_trainable(backbone, Lora(rank=rank, targets=tuple(sorted(targets))))
     return backbone
 
 
@@ -251,28 +274,40 @@ def _report(found: Difference, rank: int, display: Display) -> None:
 
 @contextmanager
 def _new_folder(out: Path) -> Generator[Path]:
-    """Yield an empty folder, which becomes `out` once the block has ended; a killed export leaves the other one."""
-    partial = _partial(out)
-    partial.mkdir()
-    yield partial
-    files.publish(partial, out)
+    """Yield an empty folder, which becomes `out` once the block has ended."""
+    with _partial(out) as partial:
+        partial.mkdir()
+        yield partial
+        files.publish(partial, out)
 
 
 @contextmanager
 def _new_file(out: Path) -> Generator[Path]:
     """Yield the name of a file, which becomes `out` once the block has ended."""
-    partial = _partial(out)
-    yield partial
-    partial.rename(out)
-    files.sync(out.parent)
+    with _partial(out) as partial:
+        yield partial
+        partial.rename(out)
+        files.sync(out.parent)
 
 
-def _partial(out: Path) -> Path:
-    partial = out.with_name(f".{out.name}.part")
+@contextmanager
+def _partial(out: Path) -> Generator[Path]:
+    """Yield a name beside `out`; what has it goes if the block fails, and at the next export if it was killed."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.part")
+    _remove(partial)
+    try:
+        yield partial
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(partial: Path) -> None:
     if partial.is_dir():
         shutil.rmtree(partial)
-    return partial
+    else:
+        partial.unlink(missing_ok=True)
 
 
 def _use(out: Path, wanted: Export, arranged: object) -> str:

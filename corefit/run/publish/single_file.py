@@ -85,7 +85,8 @@ def _header(order: list[str], described: Mapping[str, Described], metadata: Mapp
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor, as an array on its memory where it is in main memory already."""
     import torch
 
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

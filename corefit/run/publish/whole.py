@@ -47,12 +47,14 @@ class Whole:
     """The whole weights of a stage; `whole[name]` reads one tensor.
 
     backbone  its network, without a LoRA; a Streamed backbone's has no weights
+    empty     the tensors of that network
     before    the weights that the stage's LoRA goes on, or its own if it has none
     layers    the layers of the LoRA, by the name of the weight that each changes
     dtype     the dtype asked for, None for that of `before`
     """
 
     backbone: Backbone
+    empty: Mapping[str, Tensor]
     before: StoredTensors
     layers: Mapping[str, Any]
     dtype: torch.dtype | None
@@ -66,24 +68,24 @@ class Whole:
         backbone = read_empty(output.backbone(), dtype or torch.float32)
         layers = adapted_layers(adapted(output)) if output.lora else {}
         with stored(backbone) as before:
-            yield Whole(backbone, before, layers, dtype)
+            yield Whole(backbone, backbone.transformer.state_dict(), before, layers, dtype)
 
     @property
     def names(self) -> list[str]:
         """The tensors' names, in the order of `transformer.state_dict()`."""
-        return list(self.backbone.transformer.state_dict())
+        return list(self.empty)
 
     def __getitem__(self, name: str) -> Tensor:
         """Read a tensor; where the LoRA changes it, in float32."""
         tensor: Tensor = self.before[name][...]
         layer = self.layers.get(name)
-        return tensor if layer is None else tensor.float() + layer.get_delta_weight("default")
+        return tensor if layer is None else tensor.float() + layer.get_delta_weight("default").detach()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self[name]) for name in self.names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.backbone.transformer.state_dict()[name].shape)
+        return tuple(self.empty[name].shape)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor is exported in: as asked, unless the network wants it in float32 always."""
@@ -91,8 +93,7 @@ class Whole:
         own = (first[:1] if self.shape(name) else first[...]).dtype
         if self.dtype is None or not own.is_floating_point:
             return own
-        empty: Tensor = self.backbone.transformer.state_dict()[name]
-        return empty.dtype if isinstance(self.backbone, Streamed) else self.dtype
+        return self.empty[name].dtype if isinstance(self.backbone, Streamed) else self.dtype
 
     @property
     def rounds(self) -> bool:
@@ -122,11 +123,11 @@ def adapted(output: Output) -> Backbone:
 
 def adapted_layers(backbone: Backbone) -> dict[str, Any]:
     """Return the layers of a backbone's LoRA, by the name of the weight that each changes."""
-    modules = weights_of(backbone).items()
+    modules = modules_of(backbone).items()
     return {f"{name}.weight": module for name, module in modules if hasattr(module, "get_delta_weight")}
 
 
-def weights_of(backbone: Backbone) -> dict[str, Any]:
+def modules_of(backbone: Backbone) -> dict[str, Any]:
     """Return the network's modules by name."""
     return dict(backbone.transformer.named_modules())
 

@@ -169,9 +169,7 @@ def arranged(names: Iterable[str], rules: Rules, prefix: str = "") -> dict[str, 
         swapped |= {original} if is_swapped else set()
     for original, parts in found.items():
         if len(parts) != complete[original]:
-            raise ModelError(
-                f"{original} cannot be put together: the network has only {', '.join(parts.values())} of it"
-            )
+            raise ModelError(f"{original}: the network has only {', '.join(parts.values())} of its parts")
     return {
         original: OriginalTensor(tuple(prefix + name for _, name in sorted(parts.items())), original in swapped)
         for original, parts in found.items()
@@ -195,9 +193,7 @@ def _placed(name: str, places: list[_Place]) -> tuple[str, int, int, bool]:
         for each, suffix in ((name, ""), (module, dot + last)):
             if match := pattern.fullmatch(each):
                 return original.replace("#", "".join(match.groups())) + suffix, n, total, swapped
-    raise ModelError(
-        f"{name} has no name in this family's original code as corefit knows it, so ComfyUI cannot read it"
-    )
+    raise ModelError(f"{name} has no name in the original code of this family, so ComfyUI could not read it")
 
 
 def module_name(module: str, rules: Rules) -> str:
