@@ -236,6 +236,7 @@ def completing(shell: str) -> None:
 
 cli.add_command(evaluating.compare)
 cli.add_command(serving.serve_reward)
+cli.add_command(publishing.push)
 cli.add_command(evaluating.evaluate)
 cli.add_command(publishing.export)
 

@@ -22,6 +22,8 @@ from corefit.run.events import Events, StageEvents
 from corefit.run.folder import locked, write_toml
 from corefit.run.plan import DRIFT, MODEL, RESULTS, Rerun, Target
 from corefit.run.prepare import encode, precision, preview, text_dtype
+from corefit.run.publish import card, metadata
+from corefit.run.record import versions
 from corefit.system import files, memory
 from corefit.system.display import Display
 from corefit.system.ranks import Ranks, join
@@ -159,11 +161,13 @@ class Run:
             cost, ending = self._train(stage, target, before)
             if self.main:
                 status = {"finished": True, "cost": attrs.asdict(cost), "model": plan.hashes(target.folder / MODEL)}
-                plan.write_done(target, {**status, **ending})
+                plan.write_done(target, {**status, "versions": versions(), **ending})
         step = ending["alarm"]["step"] if "alarm" in ending else stage.steps
         self.events.stage_is(stage.name, "evaluating", cost, step)
         after = self._weights_after(stage, target.folder / MODEL, before)
         self._evaluate(target, after, cost, step)
+        if self.main:
+            card.keep(self.folder, stage.name, self.display.print)
         self.events.stage_is(stage.name, "done")
         return after
 
@@ -225,20 +229,27 @@ class Run:
                 listener=listener,
             )
             cost = loop.train(job, self.ranks)
-            survived = self._save(stage, folder, backbone)
+            survived = self._save(stage, folder, backbone, listener.last_step)
         listener.finished()
         backbone.transformer = None
         self.ranks.barrier()
         return attrs.evolve(cost, survived=survived), listener.ending
 
-    def _save(self, stage: Stage, folder: Path, backbone: Backbone) -> float | None:
-        """Save a stage's weights, all or none; return the share of its update that rounding has left, if it rounds."""
+    def _save(self, stage: Stage, folder: Path, backbone: Backbone, steps: int) -> float | None:
+        """Save a stage's weights, all or none; return the share of its update that rounding has left, if it rounds.
+
+        steps  number of steps that the stage has taken
+        """
         partial = folder / ".partial-model"
         if self.main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        half = stage.save_dtype == "bf16"
-        survived = weights.save(backbone, partial, self.ranks, self.pipeline.mode(stage), in_bf16=half)
+        half, mode = stage.save_dtype == "bf16", self.pipeline.mode(stage)
+        survived = weights.save(backbone, partial, self.ranks, mode, in_bf16=half)
+        if self.main and isinstance(mode, Lora):
+            tables, examples = self.pipeline.record(), len(self.dataset)
+            found = metadata.of_lora(tables, stage.name, backbone, steps=steps, examples=examples)
+            metadata.stamp(partial, found)
         if self.main:
             files.publish(partial, folder / MODEL)
         return survived

@@ -14,6 +14,10 @@ USER = re.compile(r"(?<=://)[^/@\s]+@")
 """User and password in an address."""
 PLACE = re.compile(r"(?<![\w.:/\\…])(?:/[\w.+@~-]+){2,}/?|\b[A-Za-z]:\\[\w.\\ -]+")
 """An absolute path within a text."""
+TOKEN = re.compile(r"\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-|AKIA)[\w-]{16,}")
+"""What tokens of the hub and of other services begin with."""
+SHORTEST = 8
+"""Characters that the value of a secret variable has at least; a shorter one may be any word."""
 SENTENCE = re.compile(r"[:;,] |\n")
 """What no path has: a text that begins with one goes on after it."""
 SLASH = re.compile(r"[/\\]")
@@ -60,3 +64,19 @@ def seen_from(folder: Path, path: str) -> str:
         return os.path.relpath(path, os.path.realpath(folder))
     except ValueError:  # on another drive
         return path
+
+
+def leaks(text: str) -> list[str]:
+    """Return what of a text is not for others to read: absolute paths as they are, secrets by their names."""
+    return [*dict.fromkeys(found[0] for found in PLACE.finditer(text)), *tokens(text)]
+
+
+def tokens(text: str) -> list[str]:
+    """Return what secrets a text has: tokens of known services, and values of this process's secret variables."""
+    names = [name for name, value in os.environ.items() if is_secret(name) and len(value) >= SHORTEST and value in text]
+    known = sorted({f"a token ({found[1]}...)" for found in TOKEN.finditer(text)})
+    return [
+        *known,
+        *(f"the value of {name}" for name in names),
+        *(["a user in an address"] if USER.search(text) else []),
+    ]

@@ -16,6 +16,7 @@ from corefit.types.protocols import (
     SizedReward,
     SizedScore,
     Source,
+    Specified,
     StoredTensors,
     Streamed,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "SizedReward",
     "SizedScore",
     "Source",
+    "Specified",
     "Step",
     "StoredTensors",
     "Streamed",

@@ -284,6 +284,23 @@ class Original(Protocol):
         ...
 
 
+@runtime_checkable
+class Specified(Protocol):
+    """What a Backbone may implement as well, so that the files of its LoRAs say which model they are for."""
+
+    @abstractmethod
+    def model_spec(self) -> Mapping[str, str]:
+        """Return what programs that list and load models call this one, by the keys that they read in a file's header.
+
+        "modelspec.architecture"    the model's identifier in Stability AI's ModelSpec, such as "Flux.1-dev"
+        "modelspec.implementation"  whose names of weights the file of a LoRA has, such as "diffusers"
+        "ss_base_model_version"     the model's name in kohya's tools, such as "flux1"
+
+        A key may be missing.
+        """
+        ...
+
+
 class Sampler(Protocol):
     """Takes one step of a rollout. It is an attrs class; its fields are the keys of a `sampler` table.
 

@@ -96,6 +96,13 @@ def comparison(
 
     Media are in the form that `grid` takes, from the same prompts and noise in every row.
     """
+    _save(compared(rows, prompts, columns, scale), png)
+
+
+def compared(
+    rows: Sequence[tuple[str, Media]], prompts: Sequence[str], columns: int = 8, scale: int | None = None
+) -> Image:
+    """Return the picture that `comparison` writes."""
     images = [(name, _enlarge(_pixels(media), scale)) for name, media in rows]
     assert {len(row) for _, row in images} == {len(prompts)}, "one prompt a column"
     width = max(row.shape[2] for _, row in images)
@@ -115,7 +122,7 @@ def comparison(
             _column(sheet, [row[i] for _, row in images], left, top + head)
         _labels(draw, text, [(name, row.shape[1]) for name, row in images], top + head)
         top += head + body + 2 * GAP
-    _save(sheet, png)
+    return sheet
 
 
 def _column(sheet: Image, images: Sequence[Pixels], left: int, top: int) -> None:

@@ -49,3 +49,10 @@ class Chroma(Packed):
         if not module.startswith(original_names.APPROXIMATOR):
             return super().original_lora(module)
         return f"diffusion_model.{original_names.module_name(module, original_names.chroma(0))}"
+
+    def model_spec(self) -> Mapping[str, str]:
+        return {
+            "modelspec.architecture": "chroma",
+            "modelspec.implementation": "diffusers",
+            "ss_base_model_version": "chroma",
+        }

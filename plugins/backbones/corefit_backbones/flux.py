@@ -76,3 +76,10 @@ class Flux(Packed):
         guidance = torch.full((len(x),), scale, device=x.device) if self.distilled else None
         pooled = cond.tensors["pooled"].to(self._dtype)
         return self.predict_packed(x, sigma, cond, guidance=guidance, pooled_projections=pooled)
+
+    def model_spec(self) -> Mapping[str, str]:
+        return {
+            "modelspec.architecture": "Flux.1-dev" if self.distilled else "Flux.1-schnell",
+            "modelspec.implementation": "diffusers",
+            "ss_base_model_version": "flux1",
+        }

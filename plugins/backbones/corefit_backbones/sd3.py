@@ -76,3 +76,15 @@ class Sd3(Diffusers):
     def num_tokens(self, shape: Sequence[int]) -> int:
         patch = self.geometry[2]
         return (shape[-2] // patch) * (shape[-1] // patch)
+
+    def model_spec(self) -> Mapping[str, str]:
+        """The medium model of 3.5 has a second attention in some blocks, the large one more blocks than both others."""
+        net = self.checkpoint.config("transformer")
+        large, medium = net["num_layers"] > 24, bool(net.get("dual_attention_layers", ()))
+        version = "3.5" if large or medium else "3"
+        size = "large" if large else "medium"
+        return {
+            "modelspec.architecture": f"stable-diffusion-v{version}-{size}",
+            "modelspec.implementation": "diffusers",
+            "ss_base_model_version": f"sd{version}_{size}",
+        }

@@ -106,3 +106,17 @@ class Wan(Diffusers):
         for name in self.networks:
             module = module.removeprefix(self._prefix(name))
         return f"diffusion_model.{original_names.module_name(module, original_names.wan(0))}"
+
+    def model_spec(self) -> Mapping[str, str]:
+        """The sizes have 30 and 40 blocks; two experts, or 48 channels of latents, are of Wan 2.2."""
+        net = self.checkpoint.config("transformer")
+        kind = f"2_1-text2video-{'14b' if net['num_layers'] >= 40 else '1_3b'}"
+        if self.geometry[0] == 48:
+            kind = "2_2-ti2v-5b"
+        elif self.boundary is not None:
+            kind = "2_2-text2video-14b"
+        return {
+            "modelspec.architecture": f"wan-{kind}",
+            "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1",
+            "ss_base_model_version": f"wan{kind[:3].replace('_', '.')}",
+        }
