@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from attrs import frozen
 
 from corefit.errors import ConfigError, CorefitError
-from corefit.run.publish import single_file
+from corefit.run.publish import labels, metadata, single_file
 from corefit.run.publish.difference import Difference, Factors, difference
 from corefit.run.publish.output import Output
 from corefit.run.publish.single_file import Described
@@ -92,7 +92,7 @@ def _model(output: Output, out: Path, wanted: Export, display: Display) -> None:
             with _new_folder(out) as partial:
                 weights.write(whole.backbone, partial, saved)
         else:
-            _write_original(out, arranged, whole, saved)
+            _write_original(out, arranged, whole, saved, labels.of_model(output, whole.backbone))
     merged = ", with the LoRA merged into them" if output.lora else ""
     display.print(f"{out}: the whole weights of {output.stage}{merged}, {_in(whole)}; {_use(out, wanted, arranged)}")
     if saved.survived is not None:
@@ -123,11 +123,11 @@ def _arranged(backbone: Backbone, out: Path) -> Files:
     return arranged
 
 
-def _write_original(out: Path, arranged: Files, whole: Whole, saved: weights.Saved) -> None:
+def _write_original(out: Path, arranged: Files, whole: Whole, saved: weights.Saved, label: Mapping[str, str]) -> None:
     """Write each file of a model in the original names."""
     for file, tensors in _each(out, arranged):
         described = {name: _described(whole, made) for name, made in tensors.items()}
-        single_file.write(file, described, _Reader(tensors, whole, saved), {})
+        single_file.write(file, described, _Reader(tensors, whole, saved), label)
 
 
 @frozen
@@ -175,11 +175,17 @@ def _lora(output: Output, out: Path, wanted: Export, display: Display) -> None:
     found = None if wanted.rank is None else _difference(output, wanted.rank, display)
     backbone = adapted(output) if found is None else _adapted_anew(output, found, wanted.rank or 0)
     arranged = _lora_files(output, out) if wanted.layout == "comfyui" else None
+    label = (
+        labels.of_lora(output, folded=arranged is not None)
+        if found is None
+        else labels.of_difference(output, backbone, wanted.rank or 0)
+    )
     if arranged is None:
         with _new_folder(out) as partial:
             weights.write(backbone, partial, _cast(_tensors(backbone, found), wanted))
+            metadata.stamp(partial, label)
     else:
-        _write_lora(out, arranged, _folded(backbone) if found is None else found.factors, wanted)
+        _write_lora(out, arranged, _folded(backbone) if found is None else found.factors, wanted, label)
     on = "the base" if found or output.whole is None else f"the weights in {output.whole}"
     what = f"the LoRA of {output.stage}" if found is None else f"the difference of {output.stage} from the base"
     display.print(f"{out}: {what}, to go on {on}; {_use(out, wanted, arranged)}")
@@ -245,7 +251,9 @@ def _lora_files(output: Output, out: Path) -> tuple[Backbone, Files]:
     return backbone, _arranged(backbone, out)
 
 
-def _write_lora(out: Path, arranged: tuple[Backbone, Files], factors: Factors, wanted: Export) -> None:
+def _write_lora(
+    out: Path, arranged: tuple[Backbone, Files], factors: Factors, wanted: Export, label: dict[str, str]
+) -> None:
     """Write the factors under the names by which ComfyUI finds them, each to the file of its network."""
     backbone, contents = arranged
     assert isinstance(backbone, Original)
@@ -258,6 +266,7 @@ def _write_lora(out: Path, arranged: tuple[Backbone, Files], factors: Factors, w
                     named[f"{backbone.original_lora(module)}.lora_{half}.weight"] = tensor
         described = {name: Described(t.dtype, tuple(t.shape)) for name, t in named.items()}
         single_file.write(file, described, named.__getitem__, {})
+        labels.stamp(file, label)
 
 
 def _report(found: Difference, rank: int, display: Display) -> None:
