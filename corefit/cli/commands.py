@@ -308,6 +308,7 @@ cli.add_command(evaluating.compare)
 cli.add_command(serving.serve_reward)
 cli.add_command(publishing.push)
 cli.add_command(evaluating.evaluate)
+cli.add_command(publishing.export)
 
 
 def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:

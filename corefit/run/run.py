@@ -168,12 +168,8 @@ class Run:
             cost, ending = self._train(stage, target, before)
             if self.main:
                 status = {"finished": True, "cost": attrs.asdict(cost), "model": plan.hashes(target.folder / MODEL)}
-<<<<<<< HEAD
-                plan.write_done(target, {**status, **ending})
-        self.homes.deliver(target.folder / MODEL)
-=======
                 plan.write_done(target, {**status, "versions": versions(), **ending})
->>>>>>> h13/card
+        self.homes.deliver(target.folder / MODEL)
         step = ending["alarm"]["step"] if "alarm" in ending else stage.steps
         self.events.stage_is(stage.name, "evaluating", cost, step)
         after = self._weights_after(stage, target.folder / MODEL, before)
@@ -240,20 +236,14 @@ class Run:
                 frozen_in_bf16=self._half(stage),
                 listener=listener,
             )
-<<<<<<< HEAD
             with self._checkpoint_everywhere(folder / "checkpoints"):
                 cost = loop.train(job, self.ranks)
-            survived = self._save(stage, folder, backbone)
-=======
-            cost = loop.train(job, self.ranks)
             survived = self._save(stage, folder, backbone, listener.last_step)
->>>>>>> h13/card
         listener.finished()
         backbone.transformer = None
         self.ranks.barrier()
         return attrs.evolve(cost, survived=survived), listener.ending
 
-<<<<<<< HEAD
     @contextmanager
     def _checkpoint_everywhere(self, folder: Path) -> Generator[None]:
         """Within, machines that do not share the run's folder have a copy of the checkpoint to go on from."""
@@ -265,15 +255,11 @@ class Run:
             if copied:
                 shutil.rmtree(folder / name, ignore_errors=True)
 
-    def _save(self, stage: Stage, folder: Path, backbone: Backbone) -> float | None:
-        """Save a stage's weights, all or none; return the share of its update that rounding has left, if it rounds."""
-=======
     def _save(self, stage: Stage, folder: Path, backbone: Backbone, steps: int) -> float | None:
         """Save a stage's weights, all or none; return the share of its update that rounding has left, if it rounds.
 
         steps  number of steps that the stage has taken
         """
->>>>>>> h13/card
         partial = folder / ".partial-model"
         if self.main:
             shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,7 @@ from attrs import define, field, validators
 
 from corefit import Condition
 from corefit.types import Suggested
-from corefit_backbones import encoders, pictures
+from corefit_backbones import encoders, original_names, pictures
 from corefit_backbones.backbone import Diffusers
 from corefit_backbones.folder import LONGEST, check_size
 
@@ -31,6 +31,7 @@ class Sd3(Diffusers):
         steps=40,
     )
     transformer_class: ClassVar[str] = "SD3Transformer2DModel"
+    original_rules = staticmethod(original_names.sd3)
     vae_class: ClassVar[str] = "AutoencoderKL"
     codec = pictures
 
