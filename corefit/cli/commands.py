@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from corefit import __version__
-from corefit.cli import completion, evaluating, serving
+from corefit.cli import completion, evaluating, sampling, serving
 from corefit.errors import CorefitError, Stopped, plain
 
 if TYPE_CHECKING:
@@ -235,6 +235,7 @@ def completing(shell: str) -> None:
 
 
 cli.add_command(evaluating.compare)
+cli.add_command(sampling.sample)
 cli.add_command(serving.serve_reward)
 cli.add_command(evaluating.evaluate)
 
