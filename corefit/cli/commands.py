@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from corefit import __version__
-from corefit.cli import completion, evaluating, publishing, serving
+from corefit.cli import completion, evaluating, publishing, sampling, serving
 from corefit.errors import ConfigError, CorefitError, Stopped, plain
 
 if TYPE_CHECKING:
@@ -305,6 +305,7 @@ def completing(shell: str) -> None:
 
 
 cli.add_command(evaluating.compare)
+cli.add_command(sampling.sample)
 cli.add_command(serving.serve_reward)
 cli.add_command(publishing.push)
 cli.add_command(evaluating.evaluate)

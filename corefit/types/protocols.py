@@ -218,6 +218,18 @@ class SizedDecoder(Protocol):
         ...
 
 
+@runtime_checkable
+class Preset(Protocol):
+    """What a Backbone may offer besides, so that `corefit sample` needs no pipeline for a published model."""
+
+    pipeline_class: ClassVar[str]
+    """The class of diffusers that the family's model_index.json names, by which the family is found."""
+
+    def usual(self) -> Mapping[str, Any]:
+        """Return the family's usual `size` of media, `guidance` and `steps`; those that are not known are left out."""
+        ...
+
+
 StoredTensors = Mapping[str, Any]
 """Maps names to tensors in files: `stored[name][rows]` reads only these rows, `stored[name][...]` the whole tensor."""
 

@@ -17,7 +17,7 @@ from attrs import define, evolve, field, validators
 from corefit import ROUNDING, Condition
 from corefit.errors import ModelError
 from corefit.types import ModelPath, OriginalTensor
-from corefit_backbones import encoders, network, original_names, schedule
+from corefit_backbones import encoders, network, original_names, schedule, usual
 from corefit_backbones.decoding import decode_recomputed
 from corefit_backbones.folder import LONGEST, Checkpoint, fingerprint, link
 
@@ -212,6 +212,10 @@ class Diffusers(ABC):
     def routes(self) -> Sequence[Any]:
         """The loaded networks; each sample passes through exactly one of them."""
         return [part for _, part in self._parts()]
+
+    def usual(self) -> Mapping[str, Any]:
+        """The defaults of the family's pipeline in diffusers, and the size that the checkpoint was made for."""
+        return usual.of(_class(self.pipeline_class), self.checkpoint)
 
     def config_key(self) -> str:
         """Hash of all config files: whatever is read before the weights is in them."""
