@@ -22,6 +22,7 @@ from corefit.cli import cli
 from corefit.data.settings import Data
 from corefit.data.sources.saved import Pair
 from corefit.pipeline import Eval, Optimizer, Pipeline, Stage
+from corefit.pipeline.card import Card
 from corefit.pipeline.eval import Diversity, Drift
 from corefit.pipeline.evaluation import Benchmark, Evaluation, Model
 from corefit.pipeline.pipeline import MODES
@@ -52,6 +53,7 @@ HEADINGS: Mapping[str, str] = {
     "Diversity": "[eval.diversity]",
     "Drift": "[eval.drift]",
     "Pair": "[data.source.pair]",
+    "Card": "[card]",
     "Model": "[[model]]",
     "Benchmark": "[[benchmark]]",
 }
@@ -197,6 +199,7 @@ def _configuration(_: str) -> str:
         ),
         *(f"## {HEADINGS['Eval']}", _table(Eval)),
         *(f"### {HEADINGS['Diversity']}", _table(Diversity), f"### {HEADINGS['Drift']}", _table(Drift)),
+        *(f"## {HEADINGS['Card']}", _table(Card)),
         *("## [[observer]]", "Observers are named in any number, each once.", *_sections("observers")),
         *("## The file of corefit eval", EVALUATIONS, _table(Evaluation)),
         *(f"## {HEADINGS['Model']}", _table(Model), f"## {HEADINGS['Benchmark']}", BENCHMARKS, _table(Benchmark, Eval)),

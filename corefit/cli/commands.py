@@ -8,18 +8,19 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from corefit import __version__
-from corefit.cli import completion, evaluating, serving
-from corefit.errors import CorefitError, Stopped, plain
+from corefit.cli import completion, evaluating, publishing, sampling, serving
+from corefit.errors import ConfigError, CorefitError, Stopped, plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from corefit.cli.starting import Wanted
     from corefit.pipeline.pipeline import Pipeline
     from corefit.plugins.host import Host
 
@@ -68,6 +69,16 @@ def memory_size(text: str) -> float:
     return float(found[1]) * unit
 
 
+GPU = click.option(
+    "--gpu",
+    "--memory",
+    "memory",
+    type=memory_size,
+    metavar="SIZE",
+    help="Memory of a GPU, such as 24GiB [this machine's].",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(__version__, prog_name="corefit")
 def cli() -> None:
@@ -111,12 +122,7 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
 @SET
 @OUT
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes that it will run on.")
-@click.option(
-    "--memory",
-    type=memory_size,
-    metavar="SIZE",
-    help="Memory of a GPU, such as 24GiB [this machine's].",
-)
+@GPU
 def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: int, memory: float | None) -> None:
     """Check PIPELINE, its data, and whether it fits into memory.
 
@@ -239,19 +245,48 @@ def schema(files: tuple[Path, ...]) -> None:
 )
 @click.option("--rollout", is_flag=True, help="An objective that learns from scored samples of its own, in groups.")
 @click.option("--pairs", is_flag=True, help="An objective that learns from pairs of a chosen and a rejected medium.")
-def new(kind: str, name: str, folder: Path | None, **forms: bool) -> None:
+@click.option(
+    "--from-folder",
+    metavar="PICTURES",
+    type=click.Path(path_type=Path),
+    help="A pipeline for this folder of pictures or clips: a LoRA, with every choice explained.",
+)
+@GPU
+@click.option("--backbone", metavar="FAMILY", help="sd3, flux, chroma, wan, ... [sd3; wan for clips].")
+@click.option("--model", metavar="PATH", help="Folder of the model, or its name on the hub [the family's own].")
+@click.option("--trigger", metavar="WORD", help="Word that stands for what is learned, such as ohwx.")
+@click.option("--objective", type=click.Choice(("sft", "soar")), help="What is learned [sft].")
+def new(kind: str, name: str, folder: Path | None, rollout: bool, pairs: bool, **wanted: Any) -> None:
     """Write a new plugin or pipeline, or copy an example.
 
     KIND is objective, backbone, sampler, noise, reward, source or observer, for a plugin called NAME: a distribution
     that works as it is, with tests and CI.
 
     KIND is pipeline, for a commented pipeline file and the schema by which editors complete it; or example, for a copy
-    of an example, where NAME is digits or plugin.
+    of an example, where NAME is digits or plugin. Options from
+    --from-folder on are for pipelines.
     """
     from corefit.cli.new import new as writing
 
-    for line in writing(kind, name, folder, [form for form, given in forms.items() if given]):
-        click.echo(line)
+    forms = [form for form, given in (("rollout", rollout), ("pairs", pairs)) if given]
+    for line in writing(kind, name, folder, forms, _wanted(kind, wanted)):
+        click.echo(plain(line))
+
+
+def _wanted(kind: str, given: dict[str, Any]) -> Wanted | None:
+    """Return what is asked for from a folder, None without one; ConfigError for options that nothing would read."""
+    named = {name: value for name, value in given.items() if value is not None}
+    pictures = named.pop("from_folder", None)
+    if named and pictures is None:
+        option = next(iter(named)).replace("memory", "gpu")
+        raise ConfigError(f"--{option} goes with --from-folder: corefit new pipeline NAME --from-folder PICTURES")
+    if pictures is None:
+        return None
+    if kind != "pipeline":
+        raise ConfigError("--from-folder is for pipelines: corefit new pipeline NAME --from-folder PICTURES")
+    from corefit.cli.starting import Wanted
+
+    return Wanted(folder=pictures, **named)
 
 
 @cli.command(name="completion")
@@ -270,8 +305,11 @@ def completing(shell: str) -> None:
 
 
 cli.add_command(evaluating.compare)
+cli.add_command(sampling.sample)
 cli.add_command(serving.serve_reward)
+cli.add_command(publishing.push)
 cli.add_command(evaluating.evaluate)
+cli.add_command(publishing.export)
 
 
 def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:

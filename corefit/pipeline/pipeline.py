@@ -15,6 +15,7 @@ from corefit.data import buckets, cache
 from corefit.data.order import check_batch
 from corefit.data.settings import Data
 from corefit.errors import ConfigError, near
+from corefit.pipeline.card import Card
 from corefit.pipeline.eval import Eval
 from corefit.pipeline.problems import error_of, eval_problems, repeated, reward_problems
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
@@ -56,6 +57,8 @@ class Pipeline:
     """Whether weights, gradients and optimizer state are split over the processes (FSDP2), or each has a copy (DDP)."""
     eval: Eval | None = None
     """How the base model and every stage are evaluated; without this table nothing is evaluated."""
+    card: Card = field(factory=Card)
+    """What the model cards say beside what the run knows; no weights depend on it."""
     observer: tuple[Observer, ...] = ()
     """The observers, each told what happens in the run: trackers, notes at its end. No result depends on them."""
     plugins: tuple[str, ...] = ()

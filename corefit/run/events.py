@@ -200,9 +200,14 @@ class StageEvents(Listener):
         self.events.page.record.trained(self.stage.name, step, costs(cost))
         self.events.page.refresh()
 
+    @property
+    def last_step(self) -> int:
+        """The step that the stage ends with."""
+        return self.ending["alarm"]["step"] if self.ending else self.stage.steps
+
     def finished(self) -> None:
         """Tell that the stage's weights are saved."""
-        self.tell("stage_finished", self.ending["alarm"]["step"] if self.ending else self.stage.steps)
+        self.tell("stage_finished", self.last_step)
 
     def alarmed(self, text: str) -> None:
         """Say that a held-out reward falls while the trained one rises."""

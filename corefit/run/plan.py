@@ -27,6 +27,8 @@ DRIFT = "drift.json"
 FROM = "from.json"
 MODEL = "model"
 SUPERSEDED = "superseded"
+CARD, PICTURE = "README.md", "samples.jpg"
+"""The model card and its picture, which lie beside the weights in `model/`."""
 FORMER = (
     {"identity", "parts", "finished"},
     {"identity", "parts", "finished", "cost", "model"},
@@ -310,9 +312,10 @@ def _is_former(content: Mapping[str, Any]) -> bool:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Return relative name -> sha256 for every file of a folder."""
+    """Return relative name -> sha256 for every file of a folder with weights, but not for their card."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): _hash(file) for file in files}
+    names = {file: file.relative_to(folder).as_posix() for file in files}
+    return {name: _hash(file) for file, name in names.items() if name not in (CARD, PICTURE)}
 
 
 def damage(folder: Path, expected: Mapping[str, str]) -> str:

@@ -59,7 +59,7 @@ class Record:
             "started": former.get("started", now),
             "continued": now if former else None,
             "changed": now,
-            "versions": _versions(),
+            "versions": versions(),
             "commit": _commit(pipeline.folder),
             "devices": [*devices],
             "processes": len(devices),
@@ -140,7 +140,8 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python, corefit and the packages that results depend on."""
     found = {"corefit": corefit.__version__, "python": platform.python_version()}
     return found | {name: metadata.version(name) for name in VERSIONS}
 

@@ -9,7 +9,8 @@ from attrs import define, field, validators
 
 from corefit import Condition
 from corefit.errors import ModelError
-from corefit_backbones import encoders
+from corefit.types import Suggested
+from corefit_backbones import encoders, original_names
 from corefit_backbones.packed import Packed
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ class Flux(Packed):
     """
 
     pipeline_class: ClassVar[str] = "FluxPipeline"
+    suggested: ClassVar[Suggested] = Suggested(
+        path="black-forest-labs/FLUX.1-dev", pipeline=pipeline_class, size=(1024, 1024), guidance=3.5, steps=28
+    )
     transformer_class: ClassVar[str] = "FluxTransformer2DModel"
+    original_rules = staticmethod(original_names.flux)
 
     max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(512)])
     """Number of T5 tokens that every prompt is padded or cut to; schnell was trained with 256."""
@@ -75,3 +80,10 @@ class Flux(Packed):
         guidance = torch.full((len(x),), scale, device=x.device) if self.distilled else None
         pooled = cond.tensors["pooled"].to(self._dtype)
         return self.predict_packed(x, sigma, cond, guidance=guidance, pooled_projections=pooled)
+
+    def model_spec(self) -> Mapping[str, str]:
+        return {
+            "modelspec.architecture": "Flux.1-dev" if self.distilled else "Flux.1-schnell",
+            "modelspec.implementation": "diffusers",
+            "ss_base_model_version": "flux1",
+        }

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import define, field, validators
 
 from corefit import Condition
-from corefit_backbones import encoders, pictures
+from corefit.types import Suggested
+from corefit_backbones import encoders, original_names, pictures
 from corefit_backbones.backbone import Diffusers
 from corefit_backbones.folder import LONGEST, check_size
 
@@ -22,7 +23,15 @@ class Sd3(Diffusers):
     """SD3 and SD3.5 with latents [B, C, H/8, W/8] and conditions {"prompt_embeds": [B, L, D], "pooled": [B, P]}."""
 
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
+    suggested: ClassVar[Suggested] = Suggested(
+        path="stabilityai/stable-diffusion-3.5-medium",
+        pipeline=pipeline_class,
+        size=(1024, 1024),
+        guidance=4.5,
+        steps=40,
+    )
     transformer_class: ClassVar[str] = "SD3Transformer2DModel"
+    original_rules = staticmethod(original_names.sd3)
     vae_class: ClassVar[str] = "AutoencoderKL"
     codec = pictures
 
@@ -75,3 +84,15 @@ class Sd3(Diffusers):
     def num_tokens(self, shape: Sequence[int]) -> int:
         patch = self.geometry[2]
         return (shape[-2] // patch) * (shape[-1] // patch)
+
+    def model_spec(self) -> Mapping[str, str]:
+        """The medium model of 3.5 has a second attention in some blocks, the large one more blocks than both others."""
+        net = self.checkpoint.config("transformer")
+        large, medium = net["num_layers"] > 24, bool(net.get("dual_attention_layers", ()))
+        version = "3.5" if large or medium else "3"
+        size = "large" if large else "medium"
+        return {
+            "modelspec.architecture": f"stable-diffusion-v{version}-{size}",
+            "modelspec.implementation": "diffusers",
+            "ss_base_model_version": f"sd{version}_{size}",
+        }
