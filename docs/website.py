@@ -5,6 +5,7 @@ Links to files outside docs/ lead to the repository there. Zensical builds the r
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -46,6 +47,8 @@ def build(folder: Path, docs: Path = DOCS) -> Path:
 
     Raises ValueError for a link out of docs/ that leads nowhere, and SystemExit if zensical has any warning.
     """
+    if importlib.util.find_spec("zensical") is None:
+        sys.exit("the site needs zensical: pip install 'corefit[docs]'")
     docs, address, pages = docs.resolve(), repository(), folder / "pages"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(docs, pages, ignore=shutil.ignore_patterns("*.py", "*.toml", "__pycache__"))

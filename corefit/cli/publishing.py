@@ -46,10 +46,10 @@ def export(
     dtype: str | None,
     rank: int | None,
 ) -> None:
-    """Write the model of STAGE of RUN to OUT, as diffusers or ComfyUI load it.
+    """Write the model of a stage, for diffusers or ComfyUI.
 
-    RUN is the folder of a run, such as runs/digits. OUT is a new folder, or for ComfyUI a new file that ends in
-    .safetensors; a model of two networks, such as Wan 2.2 A14B, is a folder with two files.
+    RUN is the folder of a run, such as runs/digits, and STAGE one of its stages. OUT is a new folder, or for ComfyUI a
+    new file that ends in .safetensors; a model of two networks, such as Wan 2.2 A14B, is a folder with two files.
     """
     from corefit.run.publish.export import Export
     from corefit.run.publish.export import export as exporting
@@ -65,10 +65,10 @@ def export(
 @click.option("--public", is_flag=True, help="Let everyone read a repository that is created [private].")
 @click.option("--branch", metavar="NAME", help="Branch of the repository, new or not [main].")
 def push(run: Path, stage: str, repo: str, public: bool, branch: str | None) -> None:
-    """Upload the model of STAGE of RUN to REPO on the Hugging Face hub.
+    """Upload the model of a stage to the Hugging Face hub.
 
-    RUN is a folder such as runs/NAME, REPO is NAME or ORGANIZATION/NAME. What goes up is the stage's model/ (weights,
-    model card, picture) and results.json. After a failure the same command goes on.
+    RUN is a folder such as runs/NAME, STAGE one of its stages, REPO is NAME or ORGANIZATION/NAME. What goes up is the
+    stage's model/ (weights, model card, picture) and results.json. After a failure the same command goes on.
     """
     from corefit.run.publish.push import push as pushing
 

@@ -76,3 +76,10 @@ def test_a_link_out_of_the_docs_that_leads_nowhere_fails(few: Callable[[str], Pa
 def test_a_link_in_the_docs_that_leads_nowhere_fails(few: Callable[[str], Path], link: str) -> None:
     with pytest.raises(SystemExit, match="the site was not built"):
         few(f"# One\n\n[page]({link})\n")
+
+
+def test_without_zensical_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(website.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install 'corefit\[docs\]'"):
+        website.build(tmp_path / "built")
+    assert not (tmp_path / "built").exists()
