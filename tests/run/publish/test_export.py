@@ -147,6 +147,10 @@ def test_a_merged_lora_gives_the_pictures_of_the_lora_on_what_it_was_trained_on(
     wanted, found = pictures(pipeline), pictures(loaded(tmp_path / "merged"))
     assert np.abs(wanted - without).max() > 1e-3, "the LoRA does nothing"
     assert np.abs(wanted - found).max() < 1e-4
+    good(export(run, "lora", "comfyui.safetensors", "--as", "lora", "--format", "comfyui"))
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(tmp_path / "comfyui.safetensors")  # without alpha: it is in the weights
+    assert np.abs(pictures(pipeline) - wanted).max() < 1e-4
 
 
 def test_a_file_for_comfyui_gives_every_weight_back_to_the_bit(
@@ -392,7 +396,9 @@ def test_headers_say_what_the_files_are(tmp_path: Path, export: Callable[..., En
     assert "lora_adapter_metadata" not in alone
     kept = metadata.read(tmp_path / "alone" / LORA)
     assert kept == metadata.read(run.lora / LORA)
-    assert load_file(tmp_path / "alone" / LORA).keys() == load_file(run.lora / LORA).keys()
+    own, saved = load_file(tmp_path / "alone" / LORA), load_file(run.lora / LORA)
+    assert own.keys() == saved.keys()
+    assert all(torch.equal(own[name], tensor) for name, tensor in saved.items())
 
 
 # a backbone of a third party
