@@ -181,7 +181,7 @@ def _held(head: Mapping[str, Any]) -> str:
 @contextmanager
 def _explained(repo: str) -> Generator[None]:
     """Turn errors of huggingface_hub and of the network into ConfigError and DataError, which say what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     try:
         yield
@@ -193,7 +193,12 @@ def _explained(repo: str) -> Generator[None]:
         ) from error
     except HfHubHTTPError as error:
         raise _refused(repo, error) from error
-    except (OSError, RuntimeError, ValueError, *_network_errors()) as error:
+    except (
+        HTTPError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         cause = error.__cause__ or error
         if isinstance(cause, HfHubHTTPError):
             raise _refused(repo, cause) from error
@@ -205,15 +210,6 @@ def _explained(repo: str) -> Generator[None]:
 UNREACHABLE = re.compile("Connect|Timeout|Offline|Proxy|SSL|Protocol")
 """Found in the names of the errors of a network, which differ between the packages that send requests."""
 AGAIN = "the same command goes on where it was: files that arrived are not sent again"
-
-
-def _network_errors() -> list[type[Exception]]:
-    """Return the errors of the package that huggingface_hub >= 1 sends requests with; before, they were OSErrors."""
-    try:
-        import httpx
-    except ImportError:
-        return []
-    return [httpx.HTTPError]
 
 
 def _refused(repo: str, error: Any) -> ConfigError | DataError:
