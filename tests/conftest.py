@@ -239,6 +239,24 @@ def project(
 
 
 @pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pictures: Path) -> Path:
+    """A project with a finished run, of the stages soar (all weights) and lora; not to be changed by tests."""
+    import finished
+
+    folder = tmp_path_factory.mktemp("finished")
+    finished.make(fill(folder, checkpoint, pictures))
+    return folder
+
+
+@pytest.fixture
+def finished_run(finished: Path, tmp_path: Path) -> Path:
+    """The folder of that run in a copy of the project, `runs/tiny`."""
+    from finished import copy
+
+    return copy(finished, tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """For each reward that is a published network, a folder of a small one; tests that spoil one copy it."""
     import published

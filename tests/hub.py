@@ -127,7 +127,8 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{asked['organization'] or USER}/{asked['name']}"
         known = name in self.hub.repos
         if not known:
-            self.hub.create(name, asked.get("private", False))
+            # huggingface_hub before 2 sends "private", later ones "visibility"
+            self.hub.create(name, asked.get("private", False) or asked.get("visibility") == "private")
         return _json({"url": f"{self.hub.url}/{name}", "error": "exists" if known else None}, 409 if known else 200)
 
     def _batch(self, asked: Any) -> tuple[int, dict[str, str], bytes]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from corefit.system.public import is_secret, seen_from, without_places, without_secrets
+from corefit.system.public import is_secret, leaks, seen_from, without_places, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,24 @@ def test_a_path_seen_from_a_folder_leads_there(tmp_path: Path):
         assert not os.path.isabs(named)
         assert (folder / named).samefile(target)
     assert seen_from(tmp_path, "a/b") == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("see /home/me/x and C:\\Users\\me", ["/home/me/x", "C:\\Users\\me"]),
+        ("https://huggingface.co/a/b, ../../base, and/or, 24/7/365, …/x.toml, </summary>", []),
+        ("hf_abcdefghijklmnopqrst", ["a token (hf_...)"]),
+        ("ghp_abcdefghijklmnopqrst", ["a token (ghp_...)"]),
+        ("at https://me:secret@host/", ["a user in an address"]),
+        ("ask-me-anything-about-this-task-force", []),
+    ],
+)
+def test_what_leaks(text, found):
+    assert leaks(text) == found
+
+
+def test_a_value_of_a_secret_variable_leaks_by_its_name(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "opensesame")
+    monkeypatch.setenv("OTHER_TOKEN", "short")
+    assert leaks("it is opensesame, short") == ["the value of MY_TOKEN"]

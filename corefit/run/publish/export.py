@@ -27,7 +27,7 @@ from corefit.run.publish.whole import (
     torch_dtype,
 )
 from corefit.system import files
-from corefit.system.display import Display
+from corefit.system.display import Advance, Display
 from corefit.train import weights
 from corefit.types import Backbone, Original, OriginalTensor, Streamed
 from corefit.types.stage import Lora
@@ -87,12 +87,13 @@ def _model(output: Output, out: Path, wanted: Export, display: Display) -> None:
                 start = stack.enter_context(of_base(output, whole))
             except CorefitError as error:
                 unknown = str(error)
-        saved = weights.Saved(whole, start, whole.rounded)
+        advance = stack.enter_context(stack.enter_context(display).task("export"))
+        saved = weights.Saved(_told(whole, advance), start, whole.rounded)
         if arranged is None:
             with _new_folder(out) as partial:
                 weights.write(whole.backbone, partial, saved)
         else:
-            _write_original(out, arranged, whole, saved, labels.of_model(output, whole.backbone))
+            _write_original(out, arranged, whole, saved, advance, labels.of_model(output, whole.backbone))
     merged = ", with the LoRA merged into them" if output.lora else ""
     display.print(f"{out}: the whole weights of {output.stage}{merged}, {_in(whole)}; {_use(out, wanted, arranged)}")
     if saved.survived is not None:
@@ -100,6 +101,13 @@ def _model(output: Output, out: Path, wanted: Export, display: Display) -> None:
         display.print(f"of the numbers that training has changed, {share} still differ from the base's, rounded alike")
     if unknown:
         display.print(f"how much of training the rounding has left is not known, as the base cannot be read: {unknown}")
+
+
+def _told(whole: Whole, advance: Advance) -> Iterable[tuple[str, Tensor]]:
+    """Yield all tensors, and tell the display how many have been taken."""
+    for done, each in enumerate(whole, 1):
+        yield each
+        advance(done, len(whole.names))
 
 
 def _in(whole: Whole) -> str:
@@ -123,23 +131,21 @@ def _arranged(backbone: Backbone, out: Path) -> Files:
     return arranged
 
 
-def _write_original(out: Path, arranged: Files, whole: Whole, saved: weights.Saved, label: Mapping[str, str]) -> None:
+def _write_original(
+    out: Path, arranged: Files, whole: Whole, saved: weights.Saved, advance: Advance, label: Mapping[str, str]
+) -> None:
     """Write each file of a model in the original names."""
+    done = 0
+
+    def part(name: str) -> Tensor:
+        nonlocal done
+        done += 1
+        advance(done, len(whole.names))
+        return saved.take(name, whole[name])
+
     for file, tensors in _each(out, arranged):
         described = {name: _described(whole, made) for name, made in tensors.items()}
-        single_file.write(file, described, _Reader(tensors, whole, saved), label)
-
-
-@frozen
-class _Reader:
-    """Reads a tensor of a file with the original names, in the dtype that it is exported in."""
-
-    tensors: Mapping[str, OriginalTensor]
-    whole: Whole
-    saved: weights.Saved
-
-    def __call__(self, name: str) -> Tensor:
-        return put_together(self.tensors[name], lambda part: self.saved.take(part, self.whole[part]))
+        single_file.write(file, described, lambda name, made=tensors: put_together(made[name], part), label)
 
 
 def put_together(made: OriginalTensor, part: Callable[[str], Tensor]) -> Tensor:

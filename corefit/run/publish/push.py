@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def _missing(output: Output) -> list[str]:
     return []
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)
 class Hub:
     """A repository of models on the hub, at one branch.
 
@@ -122,20 +123,23 @@ class Hub:
         """The address of its page."""
         return f"{self.api.endpoint}/{self.repo}{f'/tree/{self.branch}' if self.branch else ''}"
 
-    def card(self) -> str | None:
-        """Return the text of the card that is there."""
-        from huggingface_hub.errors import EntryNotFoundError
+    @cached_property
+    def files(self) -> set[str]:
+        """The names of the files that are there."""
+        return set(self.api.list_repo_files(self.repo, revision=self.branch)) - {GIT}
 
+    @cached_property
+    def card(self) -> str | None:
+        """The text of the card that is there."""
+        if CARD not in self.files:
+            return None
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                file = self.api.hf_hub_download(self.repo, CARD, revision=self.branch, cache_dir=folder)
-            except EntryNotFoundError:
-                return None
+            file = self.api.hf_hub_download(self.repo, CARD, revision=self.branch, cache_dir=folder)
             return Path(file).read_text("utf-8", "replace")
 
     def has_own_card(self, text: str) -> bool:
         """Return whether somebody has edited the card on the hub; `text` is the one that would replace it."""
-        there = None if self.is_new else self.card()
+        there = None if self.is_new else self.card
         return there is not None and there != text and card.is_edited(there) and not card.is_edited(text)
 
     def stale(self, output: Output, found: Contents) -> list[str]:
@@ -143,10 +147,10 @@ class Hub:
 
         Raises ConfigError if the repository has another model.
         """
-        there = set(self.api.list_repo_files(self.repo, revision=self.branch)) - {GIT}
+        there = self.files
         if self.is_new:  # a copy of the main branch
             return sorted(there - found.keys())
-        own, head = {"run": output.tables["name"], "stage": output.stage}, head_of(self.card())
+        own, head = {"run": output.tables["name"], "stage": output.stage}, head_of(self.card)
         if there and head.get("corefit") != own:
             held = _held(head) or f"{counted(len(there), 'file')}, such as {min(there)}"
             other = self.branch or MAIN
@@ -181,21 +185,23 @@ def _held(head: Mapping[str, Any]) -> str:
 @contextmanager
 def _explained(repo: str) -> Generator[None]:
     """Turn errors of huggingface_hub and of the network into ConfigError and DataError, which say what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import errors
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
+    xet = getattr(errors, "XetError", RuntimeError)  # gone since 2.0
     try:
         yield
     except CorefitError:
         raise
     except HFValidationError as error:
-        raise ConfigError(
-            f"{repo!r} is no name of a repository, which is NAME or ORGANIZATION/NAME: {error}"
-        ) from error
+        raise ConfigError(f"{repo!r} is no name of a repository; write NAME or ORGANIZATION/NAME ({error})") from error
     except HfHubHTTPError as error:
+        if getattr(error, "response", None) is None:  # without an answer
+            raise DataError(f"{repo}: the hub cannot be reached ({_line(error)}); {AGAIN}") from error
         raise _refused(repo, error) from error
-    except (OSError, RuntimeError, ValueError, *_network_errors()) as error:
+    except (HTTPError, xet, OSError, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, HfHubHTTPError):
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             raise _refused(repo, cause) from error
         if UNREACHABLE.search(type(cause).__name__):
             raise DataError(f"{repo}: the hub cannot be reached ({type(cause).__name__}); {AGAIN}") from error
@@ -205,15 +211,6 @@ def _explained(repo: str) -> Generator[None]:
 UNREACHABLE = re.compile("Connect|Timeout|Offline|Proxy|SSL|Protocol")
 """Found in the names of the errors of a network, which differ between the packages that send requests."""
 AGAIN = "the same command goes on where it was: files that arrived are not sent again"
-
-
-def _network_errors() -> list[type[Exception]]:
-    """Return the errors of the package that huggingface_hub >= 1 sends requests with; before, they were OSErrors."""
-    try:
-        import httpx
-    except ImportError:
-        return []
-    return [httpx.HTTPError]
 
 
 def _refused(repo: str, error: Any) -> ConfigError | DataError:

@@ -89,8 +89,7 @@ class Whole:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor is exported in: as asked, unless the network wants it in float32 always."""
-        first = self.before[name]
-        own = (first[:1] if self.shape(name) else first[...]).dtype
+        own = self.before[name][tuple(slice(1) for _ in self.shape(name)) or ...].dtype  # reads one number
         if self.dtype is None or not own.is_floating_point:
             return own
         return self.empty[name].dtype if isinstance(self.backbone, Streamed) else self.dtype

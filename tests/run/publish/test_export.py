@@ -16,6 +16,7 @@ from conftest import Ended
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from corefit.run.publish import metadata
 from corefit.testing import tiny_flux, tiny_sd3, tiny_wan
 from corefit_backbones.flux import Flux
 from corefit_backbones.sd3 import Sd3
@@ -88,6 +89,7 @@ def run_of(family: str, folder: Path, export: Callable[..., Ended]) -> Run:
     tables = {
         "name": "r",
         "backbone": {"use": family, "path": "../../base", "train": {"use": "full"}},
+        "data": {"size": [16, 16], "trigger": "ohwx"},
         "stage": [{"name": "full"}, {"name": "lora"}],
     }
     (folder / "runs/r/pipeline.toml").write_text(tomli_w.dumps(tables))
@@ -145,6 +147,10 @@ def test_a_merged_lora_gives_the_pictures_of_the_lora_on_what_it_was_trained_on(
     wanted, found = pictures(pipeline), pictures(loaded(tmp_path / "merged"))
     assert np.abs(wanted - without).max() > 1e-3, "the LoRA does nothing"
     assert np.abs(wanted - found).max() < 1e-4
+    good(export(run, "lora", "comfyui.safetensors", "--as", "lora", "--format", "comfyui"))
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(tmp_path / "comfyui.safetensors")  # without alpha: it is in the weights
+    assert np.abs(pictures(pipeline) - wanted).max() < 1e-4
 
 
 def test_a_file_for_comfyui_gives_every_weight_back_to_the_bit(
@@ -371,13 +377,28 @@ def test_what_a_killed_export_left_is_replaced_and_equal_exports_are_equal_bytes
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.safetensors", "b", "b.safetensors"]
 
 
-def test_a_header_says_that_torch_wrote_it(
-    runs: Mapping[str, Run], export: Callable[..., Ended], tmp_path: Path
-) -> None:
-    """transformers and diffusers refuse files that do not."""
-    good(export(runs["sd3"], "full", "a.safetensors", "--format", "comfyui"))
-    with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert file.metadata()["format"] == "pt"
+def test_headers_say_what_the_files_are(tmp_path: Path, export: Callable[..., Ended]) -> None:
+    """Without "format", transformers and diffusers refuse a file. With alpha in the weights, its scale is 1."""
+    run = run_of("flux", tmp_path, export)
+    spec = {"ss_network_dim": "2", "ss_network_alpha": "6.0", "modelspec.trigger_phrase": "ohwx"}
+    metadata.stamp(run.lora, {**spec, "modelspec.usage_hint": "Trigger word: ohwx; Set the strength to 3"})
+    comfyui = ("--format", "comfyui")
+    good(export(run, "lora", "model.safetensors", *comfyui))
+    good(export(run, "lora", "alone.safetensors", *comfyui, "--as", "lora"))
+    good(export(run, "lora", "alone", "--as", "lora"))
+    good(export(run, "lora", "difference.safetensors", *comfyui, "--as", "lora", "--rank", "3"))
+    model, alone, difference = (metadata.read(tmp_path / f"{n}.safetensors") for n in ("model", "alone", "difference"))
+    assert {each["format"] for each in (model, alone, difference)} == {"pt"}
+    assert model["modelspec.architecture"] == "Flux.1-dev"
+    assert difference["modelspec.architecture"] == "Flux.1-dev/lora"
+    assert {each["modelspec.trigger_phrase"] for each in (model, alone, difference)} == {"ohwx"}
+    assert (alone["ss_network_alpha"], alone["modelspec.usage_hint"]) == ("2.0", "Trigger word: ohwx")
+    assert "lora_adapter_metadata" not in alone
+    kept = metadata.read(tmp_path / "alone" / LORA)
+    assert kept == metadata.read(run.lora / LORA)
+    own, saved = load_file(tmp_path / "alone" / LORA), load_file(run.lora / LORA)
+    assert own.keys() == saved.keys()
+    assert all(torch.equal(own[name], tensor) for name, tensor in saved.items())
 
 
 # a backbone of a third party
