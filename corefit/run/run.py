@@ -25,7 +25,7 @@ from corefit.run.prepare import encode, precision, preview, text_dtype
 from corefit.system import files, memory
 from corefit.system.display import Display
 from corefit.system.ranks import Ranks, join
-from corefit.system.signals import ECHO, Signals
+from corefit.system.signals import Signals, echo
 from corefit.train import estimate, loop, weights
 from corefit.train.job import Cost, Job
 from corefit.types import Backbone, Scored, blame
@@ -41,7 +41,7 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     ranks = join(pipeline.precision, shard=pipeline.shard)
     ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
     display = display or Display.on(ranks.main)
-    signals = Signals(display.print, ECHO if ranks.world > 1 else 0.0)
+    signals = Signals(display.print, echo(ranks.world))
     folder, events = pipeline.run_folder, Events(pipeline, ranks, display)
     with signals.handled():
         agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
