@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -140,6 +141,58 @@ def test_the_signal_before_the_limit_stops_all_nodes(bin):
     out, _ = launched.communicate(timeout=60)
     assert launched.returncode == 130, out
     assert "scontrol requeue 7" in (bin.parent / "told").read_text()
+
+
+SLOWLY = """\
+import time
+
+from corefit import hookimpl
+
+
+@hookimpl
+def corefit_step_finished(stage, state, metrics):
+    time.sleep(0.5)
+"""
+KEYS = ("precision='fp32'", "plugins=['bright.py', 'slowly.py']", "stage.soar.steps=12", "stage.soar.log_every=1")
+
+
+@pytest.mark.slow
+def test_a_job_that_is_queued_again_ends_in_the_bytes_of_one_that_was_not(bin, project):
+    """Two nodes with a process each, started by torchrun; SLURM alone is a stand-in."""
+    (bin / "torchrun").unlink()
+    (project.folder / "slowly.py").write_text(SLOWLY)
+
+    def submitted(name: str) -> subprocess.Popen[str]:
+        settings = [word for key in (*KEYS, f"name='{name}'") for word in ("--set", key)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        return started(bin, str(SBATCH), "run", "pipeline.toml", *settings, **JOB, PROCESSES="1", PORT=port)
+
+    first = submitted("stopped")
+    metrics = project.folder / "runs/stopped/01-soar/metrics.jsonl"
+    until = time.monotonic() + 200
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert time.monotonic() < until, "training does not begin"
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.1)
+    first.send_signal(signal.SIGUSR1)
+    out, _ = first.communicate(timeout=200)
+    assert first.returncode == 130, out
+    assert out.count("stopped; the same command continues") == 2
+    assert "scontrol requeue 7" in (project.folder / "told").read_text()
+    (checkpoint,) = (project.folder / "runs/stopped/01-soar/checkpoints").iterdir()
+    assert 3 <= int(checkpoint.name.removeprefix("step-")) < 12
+    for name in ("stopped", "whole"):
+        again = submitted(name)
+        out, _ = again.communicate(timeout=400)
+        assert again.returncode == 0, out
+    assert (project.folder / "told").read_text().count("requeue") == 1
+    stopped, whole = (project.folder / "runs" / name for name in ("stopped", "whole"))
+    for stage in ("01-soar", "02-grpo"):
+        (file,) = (stopped / stage / "model").glob("*.safetensors")
+        assert file.read_bytes() == (whole / stage / "model" / file.name).read_bytes()
+    assert (stopped / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 
 def test_the_command_line_notes_its_status(project, monkeypatch, tmp_path):
