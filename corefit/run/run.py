@@ -18,6 +18,7 @@ from corefit.pipeline.pipeline import Lora, Pipeline, Stage
 from corefit.run import agreement, plan, report
 from corefit.run.evaluation import drift, scoring
 from corefit.run.evaluation.evaluator import LAST, Evaluator, Media
+from corefit.run.evaluation.partial import PARTIAL
 from corefit.run.evaluation.scoring import Weights
 from corefit.run.events import Events, StageEvents
 from corefit.run.folder import locked, refuse_homes, write_toml
@@ -271,6 +272,8 @@ class Run:
         if self.evaluator is None:
             return
         scored, samples = scoring.score(target, saved, self.evaluator, self.display, step)
+        if not self.homes.shared:  # where rank 0 does not see it, it has removed its own alone
+            shutil.rmtree(target.folder / PARTIAL, ignore_errors=True)
         self.scores.append(scoring.scores_of(target, scored, self.evaluator, cost))
         if "drift" in scored:
             self.drifts[target.name] = drift.Drifts(**scored["drift"])

@@ -33,6 +33,7 @@ def test_two_machines_train_as_two_processes_of_one_do(project, elsewhere):
     for stage in ("01-soar", "02-grpo"):
         assert worst(one / stage, two / stage) == 0
     assert not (elsewhere / "runs/two/results.json").exists()
+    assert not [*(elsewhere / "runs/two").rglob("scores.partial")]
 
 
 def test_what_a_machine_lacks_is_sent_to_it(project, elsewhere):
