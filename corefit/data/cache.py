@@ -27,7 +27,7 @@ from corefit.data import buckets, mds
 from corefit.data.dataset import COND, DONE, FINGERPRINTS, NULL, ROWS, X0, Dataset, Manifest, TensorSpec, partition_name
 from corefit.data.duplicates import fingerprint
 from corefit.data.encode import Encoder, chunks
-from corefit.data.scan import MediaHashes, check_readable, scan, too_many_unreadable
+from corefit.data.scan import MediaHashes, check_readable, find, scan, too_many_unreadable
 from corefit.data.settings import Data
 from corefit.errors import DataError
 from corefit.system import files, memory
@@ -62,7 +62,7 @@ def check(data: Data, *, media: bool, extra: Sequence[str] = ()) -> int | None:
     DataError for everything wrong with the data that shows without decoding media.
     """
     if data.encoded is None:
-        return scan(data, media, lambda _: "", extra)[0]
+        return scan(data, media, find, extra)[0]
     if _is_remote(data.encoded):
         return None
     manifest = Manifest.read(Path(data.encoded))

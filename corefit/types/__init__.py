@@ -31,6 +31,7 @@ from corefit.types.values import (
     Scores,
     Step,
     Term,
+    Url,
     Weighted,
     key_of,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "Streamed",
     "Term",
     "TrainState",
+    "Url",
     "Weighted",
     "key_of",
 ]

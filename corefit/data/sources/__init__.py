@@ -4,6 +4,7 @@ from corefit.data.sources.folder import ImageFolder
 from corefit.data.sources.jsonl import Jsonl
 from corefit.data.sources.media import View, dimensions, view
 from corefit.data.sources.messages import listed
+from corefit.data.sources.parquet import Parquet
 from corefit.data.sources.prompts import category, prompt_source
 from corefit.data.sources.saved import HfDataset
 from corefit.data.sources.text import Listed, Text
@@ -14,6 +15,7 @@ __all__ = [
     "ImageFolder",
     "Jsonl",
     "Listed",
+    "Parquet",
     "Text",
     "View",
     "WebDataset",
