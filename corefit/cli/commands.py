@@ -340,12 +340,20 @@ def _with_out(settings: tuple[str, ...], out: Path | None) -> list[str]:
 def main() -> None:
     """Run the command line. Exit status: 0 done, 2 an error the user can correct, 1 a bug, 130 stopped."""
     status = _status()
+    _note(status)
     if _is_distributed():  # a normal exit would wait for processes that are gone, and for work on the GPU
         for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed stream is None
             with suppress(BrokenPipeError):
                 stream.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _note(status: int) -> None:
+    """Write the exit status to a file in the folder COREFIT_STATUS, for scripts around a launcher that hides it."""
+    if folder := os.environ.get("COREFIT_STATUS"):
+        with suppress(OSError):  # the status itself still tells
+            Path(folder, os.environ.get("RANK", "0")).write_text(f"{status}\n")
 
 
 def _say(text: str) -> None:

@@ -28,16 +28,22 @@ def media_size(ctx: click.Context, param: click.Parameter, text: str | None) -> 
 @click.command()
 @click.argument("model")
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@click.option("--prompts", "file", type=click.Path(path_type=Path), metavar="FILE", help="A file of prompts: .txt, ...")
+@click.option(
+    "--prompts",
+    "file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Prompts in a .txt, .jsonl, .csv or .json file.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder, new or empty, or a .png [samples/MODEL].")
 @click.option("--base", is_flag=True, help="Sample the base, too, from the same noise, and draw both.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - MOST), help="Seed of the noise.")
-@click.option("--n", "each", default=1, type=click.IntRange(1, MOST), help="Pictures of each prompt [1].")
-@click.option("--guidance", type=click.FloatRange(0, min_open=True), help="Scale of guidance; 1 for none.")
-@click.option("--steps", type=click.IntRange(1, MOST), help="Sampling steps.")
+@click.option("--seed", type=click.IntRange(0), metavar="N", help="Seed of the noise.")
+@click.option("--n", "each", default=1, type=click.IntRange(1, MOST), metavar="N", help="Pictures of each prompt [1].")
+@click.option("--guidance", type=click.FloatRange(0, min_open=True), metavar="X", help="Scale of guidance; 1 for none.")
+@click.option("--steps", type=click.IntRange(1, MOST), metavar="N", help="Sampling steps.")
 @click.option("--size", callback=media_size, metavar="H,W", help="Height and width; frames first for clips.")
 @click.option("--negative", metavar="PROMPT", help="What guidance leads away from.")
-@click.option("--batch", type=click.IntRange(1, MOST), help="Pictures at once.")
+@click.option("--batch", type=click.IntRange(1, MOST), metavar="N", help="Pictures at once.")
 @click.option(
     "--pipeline",
     type=click.Path(path_type=Path),

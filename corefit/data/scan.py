@@ -67,7 +67,7 @@ def _refuse_lacking(name: str, lacking: Sequence[str], total: int) -> None:
     remedy = "give each of them one, or leave them out of the data"
     if len(lacking) == total:
         remedy = (
-            f'name it in the source: extra = {{ {name} = "KEY" }} for jsonl and hf_dataset (which also has `pair`), '
+            f'name it in the source: extra = {{ {name} = "KEY" }} for jsonl, parquet and hf_dataset (also `pair`), '
             f'extra = ["{name}"] for imagefolder and webdataset'
         )
     raise DataError(

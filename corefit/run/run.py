@@ -18,6 +18,7 @@ from corefit.pipeline.pipeline import Lora, Pipeline, Stage
 from corefit.run import agreement, plan, report
 from corefit.run.evaluation import drift, scoring
 from corefit.run.evaluation.evaluator import LAST, Evaluator, Media
+from corefit.run.evaluation.partial import PARTIAL
 from corefit.run.evaluation.scoring import Weights
 from corefit.run.events import Events, StageEvents
 from corefit.run.folder import locked, refuse_homes, write_toml
@@ -29,7 +30,7 @@ from corefit.system import files, memory
 from corefit.system.display import Display
 from corefit.system.homes import Homes
 from corefit.system.ranks import Ranks, join
-from corefit.system.signals import ECHO, Signals
+from corefit.system.signals import Signals, echo
 from corefit.train import checkpoint, estimate, loop, weights
 from corefit.train.job import Cost, Job
 from corefit.types import Backbone, Scored, blame
@@ -45,7 +46,7 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     ranks = join(pipeline.precision, shard=pipeline.shard)
     ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
     display = display or Display.on(ranks.main)
-    signals = Signals(display.print, ECHO if ranks.world > 1 else 0.0)
+    signals = Signals(display.print, echo(ranks.world))
     folder, events = pipeline.run_folder, Events(pipeline, ranks, display)
     with signals.handled():
         agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
@@ -282,6 +283,8 @@ class Run:
         if self.evaluator is None:
             return
         scored, samples = scoring.score(target, saved, self.evaluator, self.display, step)
+        if not self.homes.shared:  # where rank 0 does not see it, it has removed its own alone
+            shutil.rmtree(target.folder / PARTIAL, ignore_errors=True)
         self.scores.append(scoring.scores_of(target, scored, self.evaluator, cost))
         if "drift" in scored:
             self.drifts[target.name] = drift.Drifts(**scored["drift"])

@@ -19,13 +19,13 @@ from attrs import frozen
 
 from corefit.errors import DataError
 from corefit.system import files
-from corefit.system.ranks import Ranks
+from corefit.system.ranks import PATIENCE, Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 MARK = ".seen-by-"
-PATIENCE = 3.0
+APPEARS = 3.0
 """Seconds in which a file that one machine has written must show on another one that mounts the same folder."""
 CHUNK = 1 << 26
 """Bytes that are sent at once."""
@@ -61,10 +61,12 @@ class Homes:
             return Homes(ranks, ranks)
         import torch.distributed as dist
 
-        groups = {home: dist.new_group(list(home), backend="gloo") for home in homes}
-        keepers: Any = dist.new_group([home[0] for home in homes], backend="gloo")
+        members = [*homes, [home[0] for home in homes]]
+        *groups, keepers = [dist.new_group([*each], timeout=PATIENCE, backend="gloo") for each in members]
+        ranks.barrier()  # a group is not whole before all are in it, and one of them may go on to fail
         mine = tuple(seen)
-        local = Ranks(mine.index(ranks.rank), len(mine), host=groups[mine] if len(mine) > 1 else None)
+        host: Any = dict(zip(homes, groups, strict=True))[mine]
+        local = Ranks(mine.index(ranks.rank), len(mine), host=host if len(mine) > 1 else None)
         return Homes(ranks, local, len(homes), keepers if local.main else None)
 
     @property
@@ -133,7 +135,7 @@ def _look(folder: Path, ranks: Ranks) -> Sequence[int]:
     ranks.all_or_none(mark)
     try:
         several = len({*ranks.all_gather_object(socket.gethostname())}) > 1
-        until = time.monotonic() + PATIENCE * several
+        until = time.monotonic() + APPEARS * several
         while not (all_seen := all(mark.exists() for mark in marks)) and time.monotonic() < until:
             time.sleep(0.1)
         seen = range(ranks.world) if all_seen else [rank for rank, mark in enumerate(marks) if mark.exists()]

@@ -15,6 +15,7 @@ from attrs import field, frozen
 
 from corefit.data.sources.captions import parse_captions
 from corefit.data.sources.further import check_names
+from corefit.data.sources.indexes import remembered
 from corefit.data.sources.media import MEDIA
 from corefit.data.sources.remote import Store, check_address, found, is_remote, opened, read, shown
 from corefit.errors import DataError
@@ -51,6 +52,19 @@ class Shard:
 
     def __str__(self) -> str:
         return shown(self.place)
+
+    def samples(self) -> Mapping[str, Members]:
+        """Return the members by key and suffix; those of a tar in a store are read once on a machine."""
+        if not self.version:
+            return _samples(self)
+        found = remembered(f"tar {self.place} {self.version}", lambda: _for_json(_samples(self)))
+        return {
+            key: {
+                suffix: Member(name, offset, size, text.encode("latin-1"))
+                for suffix, (name, offset, size, text) in each
+            }
+            for key, each in found["samples"]
+        }
 
     def bytes(self, member: Member) -> bytes:
         """Return the bytes of a member; DataError where the tar ends before them."""
@@ -111,7 +125,7 @@ class WebDataset(Source):
         return shards
 
     def _read(self, shard: Shard) -> Iterator[Example]:
-        for key, members in _samples(shard).items():
+        for key, members in shard.samples().items():
             try:
                 prompt, meta = self._captions_and_meta(members)
                 suffixes = {
@@ -192,6 +206,16 @@ def _samples(shard: Shard) -> dict[str, dict[str, Member]]:
             ) from None
         _check_end(shard, file, end)
     return samples
+
+
+def _for_json(samples: Mapping[str, Members]) -> dict[str, Any]:
+    """Return samples as JSON can hold them, in their order, each byte of a text as a character."""
+    return {
+        "samples": [
+            (key, [(s, (m.name, m.offset, m.size, m.text.decode("latin-1"))) for s, m in members.items()])
+            for key, members in samples.items()
+        ]
+    }
 
 
 def _check_end(shard: Shard, file: IO[bytes], end: int) -> None:

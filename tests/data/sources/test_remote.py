@@ -15,7 +15,7 @@ from PIL import Image
 
 from corefit.data.scan import MediaHashes, find, scan
 from corefit.data.settings import Data
-from corefit.data.sources import Jsonl, Parquet, WebDataset, remote, view
+from corefit.data.sources import Jsonl, Parquet, WebDataset, indexes, remote, view
 from corefit.errors import DataError, Unreachable
 from corefit.types import ArchiveMember, Example, Source, Url
 
@@ -29,8 +29,9 @@ def png(value: int) -> bytes:
 
 
 @pytest.fixture
-def store() -> Iterator[Any]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A store in memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     found = fsspec.filesystem("memory")
     found.store.clear()
     yield found
@@ -163,6 +164,31 @@ def test_captions_of_a_tar_are_read_in_passing(store: Any, reads: list[str]) -> 
     store.pipe("/bucket/a-1.tar", tar({"7.png": png(7), "7.txt": b"seven"}))
     assert [one.prompt for one in source.examples()] == ["p0", "p1", "seven"]
     assert reads[-1] == "/bucket/a-1.tar"
+
+
+def test_a_tar_of_a_store_is_read_once_on_a_machine(
+    store: Any, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again only where it is another, the index is damaged, or the home cannot be written."""
+    source, again = put_tars(store), WebDataset(Url(f"{HOME}/a-{{0..1}}.tar"))
+    former = list(source.examples())
+    reads.clear()
+    found = list(again.examples())
+    assert reads == []
+    assert [(one.prompt, one.meta) for one in found] == [(one.prompt, one.meta) for one in former]
+    assert shades(found) == [0, 1, 2]
+    for file in indexes.folder().glob("*.json"):
+        file.write_bytes(file.read_bytes()[:-9])
+    reads.clear()
+    assert len(list(WebDataset(again.path).examples())) == 3
+    assert len(reads) == 2
+    monkeypatch.setattr(indexes, "LIMIT", 1)
+    store.pipe("/bucket/a-1.tar", tar({"7.png": png(7), "7.txt": b"\xc3\xa9"}))
+    assert [one.prompt for one in WebDataset(again.path).examples()] == ["p0", "p1", "é"]
+    assert len([*indexes.folder().iterdir()]) == 1
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(list(WebDataset(again.path).examples())) == 3
 
 
 def test_wildcards_of_a_store(store: Any) -> None:
