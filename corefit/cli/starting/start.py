@@ -16,7 +16,7 @@ from corefit.cli.starting import choice as chosen
 from corefit.cli.starting.choice import Choice
 from corefit.cli.starting.fitting import ROOM, Fitted, Fitting
 from corefit.cli.starting.survey import Survey, survey
-from corefit.cli.starting.text import Written
+from corefit.cli.starting.text import OBJECTIVES, Written
 from corefit.data.settings import Data
 from corefit.data.sources import Listed
 from corefit.errors import ConfigError, ModelError, counted
@@ -44,7 +44,7 @@ class Wanted:
     backbone   a family; None to choose by the model and the kind of media
     model      a folder, or a name on the hub; None for the family's own suggestion
     trigger    a word that stands for what is learned
-    objective  sft or soar
+    objective  a key of text.OBJECTIVES
     """
 
     folder: Path
@@ -71,11 +71,12 @@ class Family:
 
 @frozen
 class Started:
-    """The text of pipeline.toml, lines that say what was chosen, and the command that checks it."""
+    """The text of pipeline.toml, lines on what was chosen, the command that checks it, and a prompt for samples."""
 
     text: str
     said: Sequence[str]
     check: str
+    prompt: str
 
 
 def start(wanted: Wanted, name: str, target: Path) -> Started:
@@ -84,6 +85,9 @@ def start(wanted: Wanted, name: str, target: Path) -> Started:
     CorefitError for a folder, a model or a memory that it cannot be made for. What is returned passes `corefit check`,
     unless the model's files are on the hub and cannot be fetched now, which the file and the lines say.
     """
+    if wanted.objective not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        raise ConfigError(f"--objective {wanted.objective}: {known} learn from a folder; others are yours to write")
     try:
         Data(source=Listed(("",)), trigger=wanted.trigger)
     except ValueError as error:
@@ -103,7 +107,7 @@ def start(wanted: Wanted, name: str, target: Path) -> Started:
     if not unknown:
         draft.pipeline(fitted.choice).check()
     said = _said(draft, fitted.choice, memory, unknown)
-    return Started(draft.text(fitted.choice, memory), said, f"check{_option(device)}")
+    return Started(draft.text(fitted.choice, memory), said, f"check{_option(device)}", prompts[0][0])
 
 
 @frozen
