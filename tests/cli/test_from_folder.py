@@ -332,6 +332,14 @@ def test_the_length_of_a_clip_is_read(tmp_path: Path):
     for number in range(3):
         Image.new("RGB", (8, 4)).save(tmp_path / f"clip/{number}.png")
     assert video.clip_shape(tmp_path / "clip") == (4, 8, 3, 0.0)
+    frames = [Image.new("RGB", (8, 4), (shade, 0, 0)) for shade in range(0, 250, 50)]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
+    pytest.importorskip("av")
+    assert video.clip_shape(tmp_path / "clip.gif") == (4, 8, 5, 10.0)
+
+
+def test_clips_without_a_rate_are_not_sampled():
+    assert chosen.frames(of((480, 832), frames=[(20, 0.0)])) == ([17, 13, 9, 5], None)
 
 
 GIB = float(1 << 30)
