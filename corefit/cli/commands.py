@@ -255,7 +255,7 @@ def schema(files: tuple[Path, ...]) -> None:
 @click.option("--backbone", metavar="FAMILY", help="sd3, flux, chroma, wan, ... [sd3; wan for clips].")
 @click.option("--model", metavar="PATH", help="Folder of the model, or its name on the hub [the family's own].")
 @click.option("--trigger", metavar="WORD", help="Word that stands for what is learned, such as ohwx.")
-@click.option("--objective", type=click.Choice(("sft", "soar")), help="What is learned [sft].")
+@click.option("--objective", metavar="NAME", help="What is learned [sft].")
 def new(kind: str, name: str, folder: Path | None, rollout: bool, pairs: bool, **wanted: Any) -> None:
     """Write a new plugin or pipeline, or copy an example.
 

@@ -78,6 +78,8 @@ def _from_folder(plain: str, target: Path, wanted: Wanted) -> list[str]:
     made = start(wanted, plain, target)
     _write(target, {"pipeline.toml": made.text, SCHEMA: _schema()})
     steps = [f"corefit {command} {shlex.quote(str(target / 'pipeline.toml'))}" for command in (made.check, "run")]
+    stage = target / "runs" / plain / f"01-{wanted.objective}"
+    steps.append(f"corefit sample {shlex.quote(str(stage))} {shlex.quote(made.prompt)}")
     return [f"{target / 'pipeline.toml'} is written", *made.said, "next:", *(f"  {step}" for step in steps)]
 
 

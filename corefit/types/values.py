@@ -255,14 +255,12 @@ class Suggested:
     """What `corefit new pipeline --from-folder` suggests for a model family: a backbone class's `suggested`.
 
     path      a model of the family on the hub
-    pipeline  the class that model_index.json names in folders of the family
     size      [height, width] that the model makes, or [frames, height, width] of clips
     guidance  scale of classifier-free guidance for samples
     steps     number of sampling steps
     """
 
     path: str
-    pipeline: str
     size: tuple[int, ...]
     guidance: float
     steps: int

@@ -19,6 +19,8 @@ SIDES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
 """Sides of the squares that sizes are chosen from; buckets have the area of the square."""
 ENLARGED = 0.25
 """Share of the pictures that may be smaller than the size chosen: enlarged pictures teach blur."""
+SMALLEST = 4
+"""Sides smaller than a fourth of the largest one are not worth training on, to save memory."""
 ASPECTS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "2:1", "1:2")
 FEWEST = 0.05
 """Share of the pictures, at least, that an aspect ratio of its own is worth."""
@@ -93,7 +95,7 @@ def sides(found: Survey, most: int, backbone: Backbone | None) -> Sequence[int]:
             f"the {found.noun}s are too small: a quarter of them have at most {limit} pixels, as a square of "
             f"{math.isqrt(limit)} x {math.isqrt(limit)} has, and the model takes no size below that"
         )
-    return suited
+    return [side for side in suited if side * SMALLEST >= suited[0]]
 
 
 def _takes(backbone: Backbone | None, size: tuple[int, ...], found: Survey) -> bool:

@@ -89,8 +89,9 @@ class Fitting:
         parts = {"weights": found.weights, "activations": found.activations or 0}
         parts["the rest"] = max(0, found.total - sum(parts.values()))
         named = ", ".join(f"{name} {in_words(int(part))}" for name, part in parts.items() if part)
+        sample = f", for one sample of {size} at a time and with gradient checkpointing," if found.activations else ""
         return (
             f"this model does not fit into {in_words(int(self.device.memory))} ({self.device.name}), of which "
-            f"{1 - ROOM:.0%} must stay free: a LoRA, one sample of {size} at a time, with gradient checkpointing, takes "
-            f"{in_words(int(found.total))} ({named}); name a larger --gpu, or a smaller --model"
+            f"{1 - ROOM:.0%} must stay free: to train a LoRA{sample} takes {in_words(int(found.total))} ({named}); "
+            "name a larger --gpu, or a smaller --model"
         )

@@ -16,7 +16,7 @@ from corefit.cli.starting import choice as chosen
 from corefit.cli.starting.choice import Choice
 from corefit.cli.starting.fitting import ROOM, Fitted, Fitting
 from corefit.cli.starting.survey import Survey, survey
-from corefit.cli.starting.text import Written
+from corefit.cli.starting.text import OBJECTIVES, Written
 from corefit.data.settings import Data
 from corefit.data.sources import Listed
 from corefit.errors import ConfigError, ModelError, counted
@@ -44,7 +44,7 @@ class Wanted:
     backbone   a family; None to choose by the model and the kind of media
     model      a folder, or a name on the hub; None for the family's own suggestion
     trigger    a word that stands for what is learned
-    objective  sft or soar
+    objective  a key of text.OBJECTIVES
     """
 
     folder: Path
@@ -71,11 +71,12 @@ class Family:
 
 @frozen
 class Started:
-    """The text of pipeline.toml, lines that say what was chosen, and the command that checks it."""
+    """The text of pipeline.toml, lines on what was chosen, the command that checks it, and a prompt for samples."""
 
     text: str
     said: Sequence[str]
     check: str
+    prompt: str
 
 
 def start(wanted: Wanted, name: str, target: Path) -> Started:
@@ -84,7 +85,13 @@ def start(wanted: Wanted, name: str, target: Path) -> Started:
     CorefitError for a folder, a model or a memory that it cannot be made for. What is returned passes `corefit check`,
     unless the model's files are on the hub and cannot be fetched now, which the file and the lines say.
     """
-    Data(source=Listed(("",)), trigger=wanted.trigger)  # its own message for a word that cannot be one
+    if wanted.objective not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        raise ConfigError(f"--objective {wanted.objective}: {known} learn from a folder; others are yours to write")
+    try:
+        Data(source=Listed(("",)), trigger=wanted.trigger)
+    except ValueError as error:
+        raise ConfigError(f"--trigger: {error}") from None
     found = survey(wanted.folder, wanted.trigger)
     host = Host()
     family = _family(host, wanted, clips=bool(found.frames))
@@ -100,7 +107,7 @@ def start(wanted: Wanted, name: str, target: Path) -> Started:
     if not unknown:
         draft.pipeline(fitted.choice).check()
     said = _said(draft, fitted.choice, memory, unknown)
-    return Started(draft.text(fitted.choice, memory), said, f"check{_option(device)}")
+    return Started(draft.text(fitted.choice, memory), said, f"check{_option(device)}", prompts[0][0])
 
 
 @frozen
@@ -124,7 +131,7 @@ class Draft:
     def pipeline(self, choice: Choice) -> Pipeline:
         """Return the pipeline that the file of a choice will be, as read from its text."""
         tables = tomllib.loads(self.text(choice))
-        tables["data"]["source"]["path"] = str(Path(self.found.source["path"]).resolve())
+        tables["data"]["source"]["path"] = str(_whole(Path(self.found.source["path"])))
         tables["backbone"]["path"] = self.family.found
         made = Reader(self.host, self.target.absolute(), CHOICES).read(tables, Pipeline)
         made.host, made.folder = self.host, self.target.absolute()
@@ -161,7 +168,8 @@ def _family(host: Host, wanted: Wanted, *, clips: bool) -> Family:
     """Return the family that was asked for, that the model's folder is of, or that makes such media."""
     offered = {name: offer.cls for name, offer in host.offers["backbones"].items()}
     known = {name: found for name, cls in offered.items() if (found := getattr(cls, "suggested", None))}
-    name = wanted.backbone or _named_by(wanted.model, known)
+    pipelines = {name: getattr(cls, "pipeline_class", None) for name, cls in offered.items()}
+    name = wanted.backbone or _named_by(wanted.model, known, pipelines)
     name = name or next((each for each, found in known.items() if len(found.size) == 2 + clips), None)
     if name is None:
         raise ConfigError(f"no backbone that is installed says that it makes {'clips' if clips else 'pictures'}")
@@ -171,17 +179,20 @@ def _family(host: Host, wanted: Wanted, *, clips: bool) -> Family:
         raise ConfigError(f"--backbone {name} makes pictures, and {wanted.folder} has clips; there are: {others}")
     model = wanted.model or suggested.path
     local = Path(model).exists() or not HUB.fullmatch(model)
-    return Family(name, str(Path(model).resolve()) if local else model, local, suggested)
+    return Family(name, str(_whole(Path(model))) if local else model, local, suggested)
 
 
-def _named_by(model: str | None, known: Mapping[str, Suggested]) -> str | None:
-    """Return the family of a model: of a folder by its index, of a name on the hub if it is a suggested one."""
+def _named_by(model: str | None, known: Mapping[str, Suggested], pipelines: Mapping[str, str | None]) -> str | None:
+    """Return the family of a model: of a folder by its index, of a name on the hub if it is a suggested one.
+
+    pipelines  the class that model_index.json names in folders of a family, by the family
+    """
     if model is None:
         return None
     named = [name for name, found in known.items() if found.path == model]
     try:
         kind = json.loads((Path(model) / INDEX).read_text(encoding="utf-8"))["_class_name"]
-        named += [name for name, found in known.items() if found.pipeline == kind]
+        named += [name for name, pipeline in pipelines.items() if pipeline == kind]
     except (OSError, ValueError, LookupError, TypeError):  # the backbone says what is wrong with a folder
         if not named and not Path(model).exists() and HUB.fullmatch(model):
             raise ConfigError(
@@ -197,7 +208,7 @@ def _unsuggested(host: Host, name: str, model: str | None, clips: bool) -> Sugge
     if model is None:
         raise ConfigError(f"--backbone {name} suggests no model; name one: --model PATH_OR_NAME")
     side = chosen.SIDES[0]
-    return Suggested(path=model, pipeline="", size=(81, 480, 832) if clips else (side, side), guidance=4.5, steps=40)
+    return Suggested(path=model, size=(81, 480, 832) if clips else (side, side), guidance=4.5, steps=40)
 
 
 def _why_unknown(family: Family, backbone: Any) -> str:
@@ -275,5 +286,9 @@ def _said(draft: Draft, choice: Choice, memory: str, unknown: str) -> list[str]:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """Return a path as seen from the folder of the pipeline file."""
-    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    """Return a path as seen from the folder of the pipeline file; a link is named by its own name."""
+    return Path(os.path.relpath(_whole(path), folder.resolve())).as_posix()
+
+
+def _whole(path: Path) -> Path:
+    return path.absolute().parent.resolve() / path.absolute().name

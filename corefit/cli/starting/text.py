@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from corefit.errors import counted
 
 WIDTH = 100
 """Characters of a comment's line."""
-OBJECTIVES: Mapping[str, str] = {
-    "sft": '{{ use = "sft", dropout = {dropout} }}',
-    "soar": '{{ use = "soar", points = 6, guidance = {guidance}, steps = 40, dropout = {dropout} }}',
-}
+OBJECTIVES: Mapping[str, str] = tomllib.loads(
+    (Path(__file__).parents[1] / "templates/pipeline/objectives.toml").read_text(encoding="utf-8")
+)
+"""What is written for each objective that learns from such a folder, with DROPOUT and GUIDANCE for values."""
 
 
 @frozen(kw_only=True)
@@ -134,8 +136,10 @@ class Written:
         )
 
     def _stage(self, found: Survey, choice: Choice) -> Iterator[str]:
-        values = {"dropout": f"{self.dropout:g}", "guidance": f"{self.guidance:g}"}
-        objectives = {name: text.format(**values) for name, text in OBJECTIVES.items()}
+        values = {"DROPOUT": f"{self.dropout:g}", "GUIDANCE": f"{self.guidance:g}"}
+        objectives = {
+            name: re.sub("|".join(values), lambda found: values[found[0]], text) for name, text in OBJECTIVES.items()
+        }
         yield "[[stage]]"
         yield f"name = {quoted(self.objective)}"
         yield from comment(

@@ -21,9 +21,7 @@ class Chroma(Packed):
     """Chroma with latents [B, 16, H/8, W/8] and conditions {"prompt_embeds": [B, L, D], "mask": [B, L]}."""
 
     pipeline_class: ClassVar[str] = "ChromaPipeline"
-    suggested: ClassVar[Suggested] = Suggested(
-        path="lodestones/Chroma1-HD", pipeline=pipeline_class, size=(1024, 1024), guidance=3.0, steps=40
-    )
+    suggested: ClassVar[Suggested] = Suggested(path="lodestones/Chroma1-HD", size=(1024, 1024), guidance=3.0, steps=40)
     transformer_class: ClassVar[str] = "ChromaTransformer2DModel"
     original_rules = staticmethod(original_names.chroma)
 

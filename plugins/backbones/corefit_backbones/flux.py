@@ -27,7 +27,7 @@ class Flux(Packed):
 
     pipeline_class: ClassVar[str] = "FluxPipeline"
     suggested: ClassVar[Suggested] = Suggested(
-        path="black-forest-labs/FLUX.1-dev", pipeline=pipeline_class, size=(1024, 1024), guidance=3.5, steps=28
+        path="black-forest-labs/FLUX.1-dev", size=(1024, 1024), guidance=3.5, steps=28
     )
     transformer_class: ClassVar[str] = "FluxTransformer2DModel"
     original_rules = staticmethod(original_names.flux)

@@ -25,7 +25,6 @@ class Sd3(Diffusers):
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
     suggested: ClassVar[Suggested] = Suggested(
         path="stabilityai/stable-diffusion-3.5-medium",
-        pipeline=pipeline_class,
         size=(1024, 1024),
         guidance=4.5,
         steps=40,

@@ -36,7 +36,7 @@ class Wan(Diffusers):
 
     pipeline_class: ClassVar[str] = "WanPipeline"
     suggested: ClassVar[Suggested] = Suggested(
-        path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", pipeline=pipeline_class, size=(81, 480, 832), guidance=5.0, steps=50
+        path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", size=(81, 480, 832), guidance=5.0, steps=50
     )
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     original_rules = staticmethod(original_names.wan)
