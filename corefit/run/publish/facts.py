@@ -14,7 +14,7 @@ from attrs import frozen
 from corefit.pipeline.pipeline import BASE
 from corefit.run import plan
 from corefit.run.plan import CARD, DONE, PICTURE
-from corefit.run.publish.names import hub_name_of_base, lineage_of, mode_of, stage_table, title_of
+from corefit.run.publish.names import hub_name_of_base, lineage_of, mode_of, objectives_of, stage_table, title_of
 from corefit.run.publish.output import Output
 from corefit.run.record import RUN
 from corefit.run.report.results import Row
@@ -115,7 +115,7 @@ class Facts:
 
     def objectives_of(self, stage: str) -> list[str]:
         """Return the `use` of a stage's objective, or of each term of a sum of them."""
-        return [*_uses(self.settings(stage)["objective"])]
+        return objectives_of(self.output.tables, stage)
 
     @property
     def objectives(self) -> list[str]:
@@ -221,9 +221,3 @@ def pushed(folder: Path) -> Place | None:
     except (FileNotFoundError, files.Damaged):
         return None
     return Place(found["repo"], found["revision"])
-
-
-def _uses(objective: Any) -> list[str]:
-    if isinstance(objective, Mapping):
-        return [str(objective["use"])] if "use" in objective else []
-    return [use for each in objective for use in _uses(each)]

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from corefit.run.publish.names import mode_of, name_of_base, stage_table, title_of
+from corefit.run.publish.names import mode_of, name_of_base, objectives_of, stage_table, title_of
 from corefit.types import Backbone, Specified
 
 SPEC, VERSION = "modelspec.", "1.0.1"
@@ -69,7 +69,7 @@ def _used(tables: Tables, stage: str) -> dict[str, Any]:
     hints = [f"Trigger word: {trigger}"] if trigger else []
     if strength := strength_of(mode):
         hints.append(f"Set the strength to {strength:g} in programs that do not read lora_alpha, such as ComfyUI")
-    objective = stage_table(tables, stage)["objective"].get("use", "a sum of objectives")
+    objective = " + ".join(objectives_of(tables, stage))
     return {
         f"{SPEC}description": f"LoRA of {name_of_base(tables)}, trained by corefit with {objective}",
         f"{SPEC}usage_hint": "; ".join(hints),

@@ -25,6 +25,13 @@ def mode_of(tables: Tables, stage: str) -> Tables:
     return stage_table(tables, stage).get("train") or tables["backbone"].get("train") or {"use": "full"}
 
 
+def objectives_of(tables: Tables, stage: str) -> list[str]:
+    """Return the `use` of a stage's objective, or of each term of a sum of them."""
+    objective: Tables = stage_table(tables, stage)["objective"]
+    terms: list[Tables] = objective["of"] if objective["use"] == "sum" else [objective]
+    return [str(each["use"]) for each in terms]
+
+
 def lineage_of(tables: Tables, stage: str) -> list[str]:
     """Return the names of the stages whose training is in the weights of `stage`, which is the last."""
     names = [BASE, *(each["name"] for each in tables["stage"])]

@@ -38,7 +38,7 @@ def body(facts: Facts) -> str:
 
 def _what(facts: Facts) -> Iterator[str]:
     """Yield what the model is, and what it is trained from."""
-    how = ", then ".join(" + ".join(facts.objectives_of(stage)) or "an objective" for stage in _own_stages(facts))
+    how = ", then ".join(" + ".join(facts.objectives_of(stage)) for stage in _own_stages(facts))
     if not facts.lora:
         yield f"All weights of the transformer of {_base(facts)}, post-trained by corefit with {how}."
         return
