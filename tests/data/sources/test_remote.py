@@ -382,3 +382,25 @@ def test_a_row_without_media_says_so_when_it_is_read(tmp_path: Path) -> None:
     assert isinstance(two.media, ArchiveMember)
     with pytest.raises(DataError, match=r"a\.parquet: row 1, image: there is no 'image'; give the row one"):
         two.media.read()
+
+
+def test_a_store_that_cannot_be_listed_is_no_list_of_missing_media(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, path: str, **settings: Any) -> Any:
+        raise TimeoutError("slow")
+
+    source = put_jsonl(store)
+    monkeypatch.setattr(type(store), "ls", refuse)
+    with pytest.raises(Unreachable, match=r"memory://bucket/pictures/0\.png cannot be read: TimeoutError"):
+        scan(Data(source=source, skip=2), True, find)
+
+
+def test_files_may_be_read_where_they_may_not_be_listed(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, path: str, **settings: Any) -> Any:
+        raise PermissionError("ListBucket")
+
+    source = put_jsonl(store)
+    monkeypatch.setattr(type(store), "ls", refuse)
+    assert scan(Data(source=source), True, find)[0] == 3
+    store.rm_file("/bucket/pictures/2.png")
+    with pytest.raises(DataError, match=r"pictures/2\.png: no such file"):
+        scan(Data(source=source), True, find)
