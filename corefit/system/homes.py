@@ -62,12 +62,12 @@ class Homes:
         import torch.distributed as dist
 
         members = [*homes, [home[0] for home in homes]]
-        *groups, keepers = [dist.new_group([*each], timeout=PATIENCE, backend="gloo") for each in members]
+        made: list[Any] = [dist.new_group([*each], timeout=PATIENCE, backend="gloo") for each in members]
         ranks.barrier()  # a group is not whole before all are in it, and one of them may go on to fail
         mine = tuple(seen)
-        host: Any = dict(zip(homes, groups, strict=True))[mine]
+        host = made[homes.index(mine)]
         local = Ranks(mine.index(ranks.rank), len(mine), host=host if len(mine) > 1 else None)
-        return Homes(ranks, local, len(homes), keepers if local.main else None)
+        return Homes(ranks, local, len(homes), made[-1] if local.main else None)
 
     @property
     def shared(self) -> bool:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import posixpath
+import threading
 from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -40,7 +42,11 @@ DENIED = {
     *("DefaultCredentialsError", "RefreshError", "UnauthorizedSSOTokenError", "GatedRepoError", "PermissionError"),
 }
 """Names of errors that stores' libraries raise where credentials are missing or refused."""
-BLOCK = 1 << 20
+NEAR = 1 << 23
+"""Bytes of a block that is fetched where one of several neighbors is read."""
+KEPT = 16
+"""How many such blocks a process keeps in memory."""
+BLOCK = 1 << 22
 """Bytes that are fetched at once where a file is read from its beginning on; what is skipped beyond is not fetched."""
 
 
@@ -88,7 +94,7 @@ class Store:
     """
 
     folders: dict[str, Mapping[str, Info] | None] = field(factory=dict[str, "Mapping[str, Info] | None"])
-    """Path of a folder -> path of a file in it -> what the store says; None where it may not be listed."""
+    """Path of a folder -> name of a file in it -> what the store says; None where it may not be listed."""
 
     def version(self, url: Url) -> str:
         """Return what identifies a file's bytes, or "" where the store says nothing; DataError if there is no file."""
@@ -107,18 +113,19 @@ class Store:
             fs, path = _filesystem(url)
             if _scheme(url) in WEB:
                 return fs.info(path)
-            listed = self._listed(fs, path.rpartition("/")[0])
+            folder, _, name = path.rpartition("/")
+            listed = self._listed(fs, folder)
             if listed is None:
                 return fs.info(path)
-            if path not in listed:
+            if name not in listed:
                 raise FileNotFoundError(path)
-            return listed[path]
+            return listed[name]
 
     def _listed(self, fs: Any, folder: str) -> Mapping[str, Info] | None:
         if folder not in self.folders:
             try:
                 found = fs.ls(folder, detail=True, refresh=True)
-                self.folders[folder] = {fs._strip_protocol(info["name"]): info for info in found}
+                self.folders[folder] = {info["name"].rstrip("/").rpartition("/")[2]: info for info in found}
             except PermissionError:  # files may be read, but not listed
                 self.folders[folder] = None
         return self.folders[folder]
@@ -131,6 +138,42 @@ def read(url: Url, start: int | None = None, end: int | None = None) -> bytes:
     with explained(url):
         fs, path = _filesystem(url)
         return fs.cat_file(path, start=start, end=end)
+
+
+@define(eq=False)
+class Blocks:
+    """Blocks of files that are kept in memory: of neighbors in an archive, many come with one request."""
+
+    kept: dict[tuple[Url, str, int], Future[bytes]] = field(factory=dict[tuple[Url, str, int], "Future[bytes]"])
+    _lock: threading.Lock = field(init=False, factory=threading.Lock)
+
+    def read(self, url: Url, version: str, start: int, end: int) -> bytes:
+        """Return the bytes from `start` to `end` of a file; several threads may ask."""
+        if end - start > NEAR:
+            return read(url, start, end)
+        first = start // NEAR
+        near = b"".join(self._block(url, version, number) for number in range(first, (end - 1) // NEAR + 1))
+        return near[start - first * NEAR : end - first * NEAR]
+
+    def _block(self, url: Url, version: str, number: int) -> bytes:
+        """Return a block; of several threads that ask for it, the first fetches it."""
+        key = (url, version, number)
+        with self._lock:
+            known = self.kept.pop(key, None)
+            block = self.kept[key] = known or Future()  # the last one in is the last one to go
+            if len(self.kept) > KEPT:
+                del self.kept[next(iter(self.kept))]
+        if known is None:
+            try:
+                block.set_result(read(url, number * NEAR, (number + 1) * NEAR))
+            except BaseException as error:
+                self.kept.pop(key, None)
+                block.set_exception(error)
+        return block.result()
+
+
+BLOCKS = Blocks()
+"""Those of this process."""
 
 
 @contextmanager

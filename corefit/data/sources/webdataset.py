@@ -17,7 +17,7 @@ from corefit.data.sources.captions import parse_captions
 from corefit.data.sources.further import check_names
 from corefit.data.sources.indexes import remembered
 from corefit.data.sources.media import MEDIA
-from corefit.data.sources.remote import Store, check_address, found, is_remote, opened, read, shown
+from corefit.data.sources.remote import BLOCKS, Store, check_address, found, is_remote, opened, shown
 from corefit.errors import DataError
 from corefit.types import ArchiveMember, Example, Source, Url
 
@@ -69,7 +69,7 @@ class Shard:
     def bytes(self, member: Member) -> bytes:
         """Return the bytes of a member; DataError where the tar ends before them."""
         if is_remote(self.place):
-            data = read(self.place, member.offset, member.offset + member.size)
+            data = BLOCKS.read(self.place, self.version, member.offset, member.offset + member.size)
         else:
             with opened(self.place) as file:
                 file.seek(member.offset)

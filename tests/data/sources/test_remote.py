@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,8 @@ def test_captions_of_a_tar_are_read_in_passing(store: Any, reads: list[str]) -> 
     reads.clear()
     examples = list(source.examples())
     assert reads == ["/bucket/a-0.tar", "/bucket/a-1.tar"]
-    shades(examples)
-    assert len(reads) == 5
+    assert shades(examples) == [0, 1, 2]
+    assert len(reads) == 4  # neighbors come together
     reads.clear()
     assert len(list(source.examples())) == 3
     assert reads == []
@@ -189,6 +190,32 @@ def test_a_tar_of_a_store_is_read_once_on_a_machine(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(list(WebDataset(again.path).examples())) == 3
+
+
+def test_neighbors_are_read_with_one_request(store: Any, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(200))
+    store.pipe("/bucket/a", data)
+    monkeypatch.setattr(remote, "NEAR", 50)
+    monkeypatch.setattr(remote, "KEPT", 2)
+    blocks, url = remote.Blocks(), Url(f"{HOME}/a")
+    spans = [(0, 10), (10, 60), (40, 49), (190, 200), (120, 190), (0, 0)]
+    reads.clear()
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: blocks.read(url, "1", 3, 9), range(20))) == {data[3:9]}
+    assert len(reads) == 1
+    for start, end in spans:
+        assert blocks.read(url, "1", start, end) == data[start:end]
+    assert len(blocks.kept) == 2
+    store.pipe("/bucket/a", data[::-1])
+    assert blocks.read(url, "2", 190, 200) == data[::-1][190:]
+
+
+def test_a_block_that_could_not_be_fetched_is_asked_for_again(store: Any) -> None:
+    blocks, url = remote.Blocks(), Url(f"{HOME}/late")
+    with pytest.raises(DataError, match=r"late: no such file"):
+        blocks.read(url, "1", 0, 2)
+    store.pipe("/bucket/late", b"abc")
+    assert blocks.read(url, "1", 0, 2) == b"ab"
 
 
 def test_wildcards_of_a_store(store: Any) -> None:
@@ -355,3 +382,25 @@ def test_a_row_without_media_says_so_when_it_is_read(tmp_path: Path) -> None:
     assert isinstance(two.media, ArchiveMember)
     with pytest.raises(DataError, match=r"a\.parquet: row 1, image: there is no 'image'; give the row one"):
         two.media.read()
+
+
+def test_a_store_that_cannot_be_listed_is_no_list_of_missing_media(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, path: str, **settings: Any) -> Any:
+        raise TimeoutError("slow")
+
+    source = put_jsonl(store)
+    monkeypatch.setattr(type(store), "ls", refuse)
+    with pytest.raises(Unreachable, match=r"memory://bucket/pictures/0\.png cannot be read: TimeoutError"):
+        scan(Data(source=source, skip=2), True, find)
+
+
+def test_files_may_be_read_where_they_may_not_be_listed(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, path: str, **settings: Any) -> Any:
+        raise PermissionError("ListBucket")
+
+    source = put_jsonl(store)
+    monkeypatch.setattr(type(store), "ls", refuse)
+    assert scan(Data(source=source), True, find)[0] == 3
+    store.rm_file("/bucket/pictures/2.png")
+    with pytest.raises(DataError, match=r"pictures/2\.png: no such file"):
+        scan(Data(source=source), True, find)
