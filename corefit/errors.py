@@ -31,6 +31,10 @@ class DataError(CorefitError):
     """Media, prompts or caches are missing, damaged or contradictory."""
 
 
+class Unreachable(DataError):
+    """A store of raw data cannot be read now, which says nothing about the data: never a reason to leave any out."""
+
+
 class ModelError(CorefitError):
     """A checkpoint folder is missing, incomplete or of another model family."""
 

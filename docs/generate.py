@@ -270,8 +270,8 @@ def _default(schema: Schema, required: bool) -> str:
 
 
 def _cell(text: str) -> str:
-    """The text with those characters escaped that a table's cell may not hold."""
-    return re.sub(r"(?<!`)([<*])", r"\\\1", text.replace("|", r"\|"))
+    """The text with those characters escaped that a table's cell may not hold, on GitHub and on the site."""
+    return re.sub(r"(?<!`)<", "&lt;", re.sub(r"(?<!`)\*", r"\*", text.replace("|", r"\|")))
 
 
 # the command line
@@ -279,7 +279,7 @@ def _cell(text: str) -> str:
 
 def _help(name: str) -> str:
     arguments = [name, "--help"] if name else ["--help"]
-    done = CliRunner().invoke(cli, arguments, prog_name="corefit", terminal_width=100)
+    done = CliRunner().invoke(cli, arguments, prog_name="corefit", terminal_width=80)
     assert done.exit_code == 0, done.output
     return f"```text\n{done.output.strip()}\n```"
 

@@ -19,6 +19,7 @@ import quick
 from attrs import frozen
 from PIL import Image
 
+pytest_plugins = ["stores"]
 SIZE = 16
 COLOURS: Mapping[str, tuple[int, int, int]] = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 WORDS = ("a", "picture", "of", "sky", "sea", *COLOURS)

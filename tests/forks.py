@@ -131,21 +131,24 @@ def start(*arguments: str, cwd: Path, log: Path | None = None, **environment: st
     return Server.of_this_process().start(arguments, cwd, variables, log)
 
 
-def ranks(*commands: Sequence[str], cwd: Path, **environment: str) -> list[Forked]:
+def ranks(*commands: Sequence[str], cwd: Path | Sequence[Path], **environment: str) -> list[Forked]:
     """A rank of each command, without a launcher that would end one when another is gone, as a cluster starts them.
 
     A single one is started as it would be by hand.
+
+    cwd  the folder of all, or one for each
     """
+    folders = [cwd] * len(commands) if isinstance(cwd, Path) else cwd
     if len(commands) == 1:
-        return [start(*commands[0], cwd=cwd, **environment)]
+        return [start(*commands[0], cwd=folders[0], **environment)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = str(len(commands))
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     return [
-        start(*command, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), **where, **environment)
-        for rank, command in enumerate(commands)
+        start(*command, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **where, **environment)
+        for rank, (command, folder) in enumerate(zip(commands, folders, strict=True))
     ]
 
 

@@ -32,6 +32,11 @@ def pictures(height: int = 50, width: int = 41, rows: int = 3) -> Tensor:
     return made
 
 
+def tensor(features: Any) -> Tensor:
+    """The features that get_image_features and get_text_features return, which transformers 5 wraps."""
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
 def spread(network: nn.Module, seed: int = 0, gain: float = 0.7) -> nn.Module:
     """Give a network weights that are large enough for every part of it to matter."""
     draw = torch.Generator().manual_seed(seed)

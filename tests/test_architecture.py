@@ -51,6 +51,7 @@ ONLY = {
     "streaming": {"data/mds"},
     "accelerate": {"system/ranks"},
     "filelock": {"system/files"},
+    "fsspec": {"data/sources/remote"},
     "peft": {"train/weights", "testing"},
     "diffusers": {"testing"},
     "transformers": {"testing"},
@@ -191,7 +192,7 @@ def not_offered(path: Path, offered: Collection[str]) -> list[str]:
 def test_nothing_heavy_is_imported_with_a_module():
     """What every start of the command line would pay for is imported inside functions, or with a few late modules."""
     heavy = {"torch", "diffusers", "transformers", "streaming", "accelerate", "peft", "matplotlib", "huggingface_hub"}
-    heavy |= {"cv2", "httpx", "rapidocr_onnxruntime"}
+    heavy |= {"cv2", "httpx", "rapidocr_onnxruntime", "fsspec", "pyarrow"}
     wrong: list[str] = []
     for path in [*CORE, *PLUGINS, *TEMPLATES]:
         if not {"report", "loop", "run", "experts", "tests"} & {path.stem, path.parent.name}:

@@ -8,17 +8,19 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from corefit import __version__
-from corefit.cli import completion, evaluating, publishing, serving
-from corefit.errors import CorefitError, Stopped, plain
+from corefit.cli import completion, evaluating, publishing, sampling, serving
+from corefit.errors import ConfigError, CorefitError, Stopped, plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from corefit.cli.starting import Wanted
     from corefit.pipeline.pipeline import Pipeline
     from corefit.plugins.host import Host
 
@@ -31,9 +33,28 @@ SET = click.option(
 )
 TRACE = click.option("--trace", is_flag=True, help="Print each hook call: whose it is, and what it returns.")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Folder of run folders [runs/ beside PIPELINE].")
-PIPELINE = click.argument("pipeline", type=click.Path(path_type=Path), shell_complete=completion.pipelines)
-NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "observer", "pipeline")
-"""Words of corefit.plugins.kinds.KINDS, which help texts and shells would else wait for; and a pipeline."""
+
+
+def _found(ctx: click.Context, param: click.Parameter, pipeline: Path) -> Path:
+    """Return the pipeline file; a usage error if none is named and there is none here."""
+    if ctx.get_parameter_source("pipeline") is ParameterSource.DEFAULT and not pipeline.exists():
+        raise click.UsageError(
+            "Name a PIPELINE, for there is no pipeline.toml here. `corefit new pipeline NAME` writes one, and "
+            "`corefit new example digits` copies an example.",
+            ctx,
+        )
+    return pipeline
+
+
+PIPELINE = click.argument(
+    "pipeline",
+    default="pipeline.toml",
+    type=click.Path(path_type=Path),
+    shell_complete=completion.pipelines,
+    callback=_found,
+)
+NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "observer", "pipeline", "example")
+"""Words of corefit.plugins.kinds.KINDS, which help texts and shells would else wait for; a pipeline; an example."""
 LARGEST = 1e9
 """Sizes of memory must be smaller than this number, in any unit."""
 UNITS = {"": 1 << 30, "gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
@@ -48,7 +69,17 @@ def memory_size(text: str) -> float:
     return float(found[1]) * unit
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+GPU = click.option(
+    "--gpu",
+    "--memory",
+    "memory",
+    type=memory_size,
+    metavar="SIZE",
+    help="Memory of a GPU, such as 24GiB [this machine's].",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(__version__, prog_name="corefit")
 def cli() -> None:
     """Post-train flow-matching image and video models: SFT, SOAR, Flow-GRPO, or an objective of your own."""
@@ -69,7 +100,9 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Print what would be done and why, and do nothing.")
 @TRACE
 def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str, dry_run: bool, trace: bool) -> None:
-    """Run PIPELINE, or continue it: train its stages in order and evaluate each.
+    """Train the stages of PIPELINE in order, and evaluate each.
+
+    The same command continues a run that was stopped. PIPELINE is pipeline.toml if none is named.
 
     On several GPUs: accelerate launch -m corefit run PIPELINE
     """
@@ -89,14 +122,12 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
 @SET
 @OUT
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes that it will run on.")
-@click.option(
-    "--memory",
-    type=memory_size,
-    metavar="SIZE",
-    help="Memory of a GPU, such as 24GiB [this machine's].",
-)
+@GPU
 def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: int, memory: float | None) -> None:
-    """Check PIPELINE and its data, and whether it fits into memory, without weights."""
+    """Check PIPELINE, its data, and whether it fits into memory.
+
+    No weights are read.
+    """
     from corefit.pipeline.pipeline import read
 
     checked = read(pipeline, _with_out(settings, out))
@@ -124,7 +155,9 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
 def prepare(pipeline: Path, settings: tuple[str, ...]) -> None:
     """Encode the data of PIPELINE now, and print a summary.
 
-    `corefit run` does so, too. On several GPUs: accelerate launch -m corefit prepare PIPELINE
+    `corefit run` does so, too.
+
+    On several GPUs: accelerate launch -m corefit prepare PIPELINE
     """
     checked = _read(pipeline, settings)
     from corefit.run.prepare import prepare as preparing
@@ -143,7 +176,10 @@ def prepare(pipeline: Path, settings: tuple[str, ...]) -> None:
     help="PNG to write [data.png in the run's folder].",
 )
 def show(pipeline: Path, settings: tuple[str, ...], out: Path | None, count: int, file: Path | None) -> None:
-    """Draw the first examples that PIPELINE trains on, with prompt, size and crop."""
+    """Draw the first examples that PIPELINE trains on.
+
+    Each has its prompt, size and crop below it.
+    """
     from corefit.pipeline.pipeline import read
 
     checked = read(pipeline, _with_out(settings, out))
@@ -187,10 +223,10 @@ def plugins(files: tuple[Path, ...], trace: bool) -> None:
 @cli.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 def schema(files: tuple[Path, ...]) -> None:
-    """Print the JSON Schema of pipeline files, with all installed plugins and local FILES.
+    """Print the JSON Schema of pipeline files.
 
-    After `corefit schema > pipeline.schema.json`, editors complete and check a pipeline file whose first line is
-    "#:schema pipeline.schema.json".
+    It knows all installed plugins, and those in local FILES. After `corefit schema > pipeline.schema.json`, editors
+    complete and check a pipeline file whose first line is "#:schema pipeline.schema.json".
     """
     import json
 
@@ -205,26 +241,60 @@ def schema(files: tuple[Path, ...]) -> None:
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
-    help="Folder to write, new or empty [corefit-NAME; for a pipeline NAME].",
+    help="Folder to write, new or empty [corefit-NAME; NAME for a pipeline or an example].",
 )
 @click.option("--rollout", is_flag=True, help="An objective that learns from scored samples of its own, in groups.")
 @click.option("--pairs", is_flag=True, help="An objective that learns from pairs of a chosen and a rejected medium.")
-def new(kind: str, name: str, folder: Path | None, **forms: bool) -> None:
-    """Write a plugin of KIND called NAME: a distribution that works as it is, with tests and CI.
+@click.option(
+    "--from-folder",
+    metavar="PICTURES",
+    type=click.Path(path_type=Path),
+    help="A pipeline for this folder of pictures or clips: a LoRA, with every choice explained.",
+)
+@GPU
+@click.option("--backbone", metavar="FAMILY", help="sd3, flux, chroma, wan, ... [sd3; wan for clips].")
+@click.option("--model", metavar="PATH", help="Folder of the model, or its name on the hub [the family's own].")
+@click.option("--trigger", metavar="WORD", help="Word that stands for what is learned, such as ohwx.")
+@click.option("--objective", metavar="NAME", help="What is learned [sft].")
+def new(kind: str, name: str, folder: Path | None, rollout: bool, pairs: bool, **wanted: Any) -> None:
+    """Write a new plugin or pipeline, or copy an example.
 
-    KIND is objective, backbone, sampler, noise, reward, source or observer; or pipeline, for a commented pipeline file
-    and the schema by which editors complete it.
+    KIND is objective, backbone, sampler, noise, reward, source or observer, for a plugin called NAME: a distribution
+    that works as it is, with tests and CI.
+
+    KIND is pipeline, for a commented pipeline file and the schema by which editors complete it; or example, for a copy
+    of an example, where NAME is digits or plugin. Options from
+    --from-folder on are for pipelines.
     """
     from corefit.cli.new import new as writing
 
-    for line in writing(kind, name, folder, [form for form, given in forms.items() if given]):
-        click.echo(line)
+    forms = [form for form, given in (("rollout", rollout), ("pairs", pairs)) if given]
+    for line in writing(kind, name, folder, forms, _wanted(kind, wanted)):
+        click.echo(plain(line))
+
+
+def _wanted(kind: str, given: dict[str, Any]) -> Wanted | None:
+    """Return what is asked for from a folder, None without one; ConfigError for options that nothing would read."""
+    named = {name: value for name, value in given.items() if value is not None}
+    pictures = named.pop("from_folder", None)
+    if named and pictures is None:
+        option = next(iter(named)).replace("memory", "gpu")
+        raise ConfigError(f"--{option} goes with --from-folder: corefit new pipeline NAME --from-folder PICTURES")
+    if pictures is None:
+        return None
+    if kind != "pipeline":
+        raise ConfigError("--from-folder is for pipelines: corefit new pipeline NAME --from-folder PICTURES")
+    from corefit.cli.starting import Wanted
+
+    return Wanted(folder=pictures, **named)
 
 
 @cli.command(name="completion")
 @click.argument("shell", type=click.Choice(completion.SHELLS), metavar="SHELL")
 def completing(shell: str) -> None:
-    """Print the script by which SHELL (bash, zsh or fish) completes commands and stages.
+    """Print the script by which a shell completes commands.
+
+    SHELL is bash, zsh or fish. Pipeline files and stages are completed, too.
 
     \b
     ~/.bashrc:  eval "$(corefit completion bash)"
@@ -235,9 +305,11 @@ def completing(shell: str) -> None:
 
 
 cli.add_command(evaluating.compare)
+cli.add_command(sampling.sample)
 cli.add_command(serving.serve_reward)
 cli.add_command(publishing.push)
 cli.add_command(evaluating.evaluate)
+cli.add_command(publishing.export)
 
 
 def _read(pipeline: Path, settings: Sequence[str], trace: bool = False) -> Pipeline:
@@ -268,12 +340,20 @@ def _with_out(settings: tuple[str, ...], out: Path | None) -> list[str]:
 def main() -> None:
     """Run the command line. Exit status: 0 done, 2 an error the user can correct, 1 a bug, 130 stopped."""
     status = _status()
+    _note(status)
     if _is_distributed():  # a normal exit would wait for processes that are gone, and for work on the GPU
         for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed stream is None
             with suppress(BrokenPipeError):
                 stream.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _note(status: int) -> None:
+    """Write the exit status to a file in the folder COREFIT_STATUS, for scripts around a launcher that hides it."""
+    if folder := os.environ.get("COREFIT_STATUS"):
+        with suppress(OSError):  # the status itself still tells
+            Path(folder, os.environ.get("RANK", "0")).write_text(f"{status}\n")
 
 
 def _say(text: str) -> None:

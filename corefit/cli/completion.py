@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem, get_completion_class
 
 SHELLS = ("bash", "zsh", "fish")
@@ -32,8 +33,10 @@ def pipelines(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 def stages(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete the stages of the pipeline on the command line; nothing if it cannot be read."""
-    # click stops at an option whose value is being typed, so PIPELINE is still among the words left over
-    pipeline = ctx.params.get("pipeline") or next(iter(ctx.args), None)
+    pipeline = ctx.params.get("pipeline")
+    if ctx.get_parameter_source("pipeline") is ParameterSource.DEFAULT:
+        # click stops at an option whose value is being typed, so PIPELINE may be among the words left over
+        pipeline = next(iter(ctx.args), pipeline)
     return [CompletionItem(name) for name in _stages(pipeline) if name.startswith(incomplete)]
 
 

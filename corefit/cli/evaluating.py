@@ -23,7 +23,9 @@ from corefit.errors import plain
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of evaluations [evals/ beside EVALUATION].")
 @click.option("--check", "only_check", is_flag=True, help="Only check the file, its prompts, models and rewards.")
 def evaluate(evaluation: Path, settings: tuple[str, ...], out: Path | None, only_check: bool) -> None:
-    """Evaluate models on held-out prompts, or continue to, as the file EVALUATION says.
+    """Evaluate models on held-out prompts, without training.
+
+    The file EVALUATION says which. The same command continues an evaluation that was stopped.
 
     On several GPUs: accelerate launch -m corefit eval EVALUATION
     """

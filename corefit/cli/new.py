@@ -1,4 +1,4 @@
-"""`corefit new`: writes a complete distribution for a plugin, or a pipeline file, from the templates."""
+"""`corefit new`: writes a complete distribution for a plugin, or a pipeline file, from the templates; or an example."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ import keyword
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from corefit import __version__
+from corefit.cli import examples
 from corefit.errors import ConfigError, CorefitError, PluginError
 from corefit.pipeline.schema import schema
 from corefit.plugins.host import GROUP, Host
 from corefit.plugins.kinds import BY_WORD
 
+if TYPE_CHECKING:
+    from corefit.cli.starting import Wanted
+
 TEMPLATES = Path(__file__).parent / "templates"
-COMMON, PIPELINE = "common", "pipeline"
+COMMON, PIPELINE, EXAMPLE = "common", "pipeline", "example"
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 LONGEST = 30
 """Most characters of a name, so that no line of the written files is too long."""
@@ -32,14 +38,26 @@ UNWANTED = {"__pycache__", ".ruff_cache"}
 """Folders that tools leave beside the templates."""
 
 
-def new(kind: str, name: str, folder: Path | None = None, forms: Sequence[str] = ()) -> list[str]:
+def new(
+    kind: str, name: str, folder: Path | None = None, forms: Sequence[str] = (), wanted: Wanted | None = None
+) -> list[str]:
     """Write a plugin of `kind` (a key of BY_WORD), or a pipeline, called `name`; return the lines to print.
 
-    folder  new or empty; corefit-NAME by default, NAME for a pipeline
+    Of an EXAMPLE, `name` is the name that it has.
+
+    folder  new or empty; corefit-NAME by default, NAME for a pipeline or an example
     forms   at most one of FORMS, for an objective
+    wanted  the folder of pictures that a pipeline is for, and what else is asked for
     Raises CorefitError for a name that is invalid or taken. Then, or if writing fails, nothing is left behind.
     """
-    plain, template = _checked(name), _template(kind, forms)
+    template = _template(kind, forms)
+    if kind == EXAMPLE:
+        target = folder or Path(name)
+        _write(target, examples.example(name))
+        return _next(f"{target}: {examples.EXAMPLES[name]}", examples.steps(name, shlex.quote(str(target))))
+    plain = _checked(name)
+    if kind == PIPELINE and wanted is not None:
+        return _from_folder(plain, folder or Path(name), wanted)
     if kind == PIPELINE:
         target = folder or Path(name)
         _write(target, {"pipeline.toml": _filled("pipeline.toml", kind, plain), SCHEMA: _schema()})
@@ -50,6 +68,19 @@ def new(kind: str, name: str, folder: Path | None = None, forms: Sequence[str] =
     said = "".join(f"; {FORMS[form]}" for form in forms)
     written = f'{target}: {BY_WORD[kind].name} {plain!r}, in corefit_{plain}.py; use = "{plain}" once it is installed'
     return _next(written + said, _plugin_steps(target, plain))
+
+
+def _from_folder(plain: str, target: Path, wanted: Wanted) -> list[str]:
+    """Write a pipeline for a folder of pictures or clips."""
+    from corefit.cli.starting import start
+
+    _check_target(target)  # before the seconds that an estimate takes
+    made = start(wanted, plain, target)
+    _write(target, {"pipeline.toml": made.text, SCHEMA: _schema()})
+    steps = [f"corefit {command} {shlex.quote(str(target / 'pipeline.toml'))}" for command in (made.check, "run")]
+    stage = target / "runs" / plain / f"01-{wanted.objective}"
+    steps.append(f"corefit sample {shlex.quote(str(stage))} {shlex.quote(made.prompt)}")
+    return [f"{target / 'pipeline.toml'} is written", *made.said, "next:", *(f"  {step}" for step in steps)]
 
 
 def _template(kind: str, forms: Sequence[str]) -> str:
@@ -161,25 +192,35 @@ def _schema() -> str:
     return json.dumps(schema(Host()), indent=1) + "\n"
 
 
-def _write(target: Path, files: Mapping[str, str]) -> None:
-    """Write all files or none: they are written beside `target` (inside it, if it exists) and then moved."""
+def _write(target: Path, files: Mapping[str, str] | Mapping[str, Path]) -> None:
+    """Write all files or none: they are written beside `target` (inside it, if it exists) and then moved.
+
+    files  the text of each, or the file to copy, by its path in `target`
+    """
     try:
-        exists = target.is_dir()
-        if target.exists() and not (exists and not any(target.iterdir())):
-            raise ConfigError(f"{target} exists already; nothing was written: name another folder with --folder")
-        parent = target.absolute().parent
-        if not parent.is_dir():
-            raise ConfigError(f"{parent} is no folder; nothing was written: make it first")
+        _check_target(target)
+        exists, parent = target.is_dir(), target.absolute().parent
         with TemporaryDirectory(prefix=".corefit-new-", dir=target if exists else parent) as place:
             draft = Path(place) / "draft"
             draft.mkdir()
-            for path, text in files.items():
+            for path, content in files.items():
                 (draft / path).parent.mkdir(parents=True, exist_ok=True)
-                (draft / path).write_text(text, encoding="utf-8")
+                if isinstance(content, Path):
+                    shutil.copyfile(content, draft / path)
+                else:
+                    (draft / path).write_text(content, encoding="utf-8")
             for each in list(draft.iterdir()) if exists else [draft]:
                 os.replace(each, target / each.name if exists else target)
     except OSError as error:
         raise CorefitError(f"{target} cannot be written ({error.strerror or error}); nothing was written") from error
+
+
+def _check_target(target: Path) -> None:
+    """Raise ConfigError unless the folder is empty, or can be made."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{target} exists already; nothing was written: name another folder with --folder")
+    if not target.absolute().parent.is_dir():
+        raise ConfigError(f"{target.absolute().parent} is no folder; nothing was written: make it first")
 
 
 def _next(written: str, steps: list[str]) -> list[str]:

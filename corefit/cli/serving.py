@@ -56,9 +56,10 @@ def serve_reward(
     max_samples: int,
     batch: int,
 ) -> None:
-    """Serve the reward NAME over HTTP, for `reward = [{ use = "remote", url = "http://127.0.0.1:PORT" }]`.
+    """Serve the reward NAME over HTTP.
 
-    It runs in a process and an environment of its own, and stops at Ctrl-C or SIGTERM after the requests in progress.
+    A pipeline asks it with `reward = [{ use = "remote", url = "http://127.0.0.1:PORT" }]`. It runs in a process and an
+    environment of its own, and stops at Ctrl-C or SIGTERM after the requests in progress.
     """
     from corefit.run.service import Settings, serve
 

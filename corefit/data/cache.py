@@ -27,7 +27,7 @@ from corefit.data import buckets, mds
 from corefit.data.dataset import COND, DONE, FINGERPRINTS, NULL, ROWS, X0, Dataset, Manifest, TensorSpec, partition_name
 from corefit.data.duplicates import fingerprint
 from corefit.data.encode import Encoder, chunks
-from corefit.data.scan import MediaHashes, check_readable, scan, too_many_unreadable
+from corefit.data.scan import MediaHashes, check_readable, find, scan, too_many_unreadable
 from corefit.data.settings import Data
 from corefit.errors import DataError
 from corefit.system import files, memory
@@ -62,7 +62,7 @@ def check(data: Data, *, media: bool, extra: Sequence[str] = ()) -> int | None:
     DataError for everything wrong with the data that shows without decoding media.
     """
     if data.encoded is None:
-        return scan(data, media, lambda _: "", extra)[0]
+        return scan(data, media, find, extra)[0]
     if _is_remote(data.encoded):
         return None
     manifest = Manifest.read(Path(data.encoded))
@@ -257,7 +257,8 @@ class CacheBuilder:
 
         done, assigned = 0, range(rank, -(-self.total // PARTITION), world)
         share = sum(min(PARTITION, self.total - number * PARTITION) for number in assigned)
-        for number, examples in enumerate(chunks(self.data.raw_source.examples(), PARTITION)):
+        captioned = map(self.data.triggered, self.data.raw_source.examples())
+        for number, examples in enumerate(chunks(captioned, PARTITION)):
             if number in assigned:
                 with torch.no_grad():
                     self._encode_partition(number, examples, lambda n, done=done: progress(done + n, share))

@@ -17,7 +17,7 @@ from corefit.data.dataset import COND, TensorSpec, latents_column, pack
 from corefit.data.mds import Row
 from corefit.data.settings import Data
 from corefit.data.sources import dimensions, listed, view
-from corefit.errors import DataError
+from corefit.errors import DataError, Unreachable
 from corefit.types import rewards
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Encoder:
             for name in ("", *self.extra):
                 views[name] = view(media[name], self.sizes[bucket], self.data.fps)
             return DecodedExample(example, bucket, views)
-        except MemoryError:
+        except (MemoryError, Unreachable):  # neither says anything about the medium
             raise
         except Exception as error:  # decoders raise exceptions of all kinds, and each is reported
             return DecodedExample(example, error=f"{display_name(example, name)}: {type(error).__name__}: {error}")

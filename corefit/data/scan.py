@@ -16,7 +16,7 @@ from attrs import define, field
 
 from corefit.data.settings import Data
 from corefit.data.sources import listed
-from corefit.errors import DataError, is_unicode
+from corefit.errors import DataError, Unreachable, is_unicode
 from corefit.system import files
 from corefit.system.files import sha256
 from corefit.system.ranks import alive
@@ -36,7 +36,7 @@ def scan(data: Data, media: bool, digest: Callable[[Any], str], extra: Sequence[
     total, number = hashlib.sha256(), 0
     without: dict[str, list[str]] = {name: [] for name in ("", *extra)}
     unreadable: list[str] = []
-    for number, example in enumerate(_checked_examples(data.raw_source), 1):
+    for number, example in enumerate(map(data.triggered, _checked_examples(data.raw_source)), 1):
         found = {"": example.media, **{name: example.extra.get(name) for name in extra}} if media else {}
         for name in (name for name, one in found.items() if one is None):
             without[name].append(f"example {number}: {example.prompts[0]!r}")
@@ -45,6 +45,8 @@ def scan(data: Data, media: bool, digest: Callable[[Any], str], extra: Sequence[
         if not any(without.values()) and len(unreadable) + len(problems[:1]) <= data.skip:
             try:
                 contents = {name: digest(one) for name, one in found.items()}
+            except Unreachable:
+                raise
             except DataError as error:  # the archive is cut off, or a row lacks its image
                 problems.append(str(error))
         unreadable += problems[:1]  # an example is left out as a whole
@@ -65,7 +67,7 @@ def _refuse_lacking(name: str, lacking: Sequence[str], total: int) -> None:
     remedy = "give each of them one, or leave them out of the data"
     if len(lacking) == total:
         remedy = (
-            f'name it in the source: extra = {{ {name} = "KEY" }} for jsonl and hf_dataset (which also has `pair`), '
+            f'name it in the source: extra = {{ {name} = "KEY" }} for jsonl, parquet and hf_dataset (also `pair`), '
             f'extra = ["{name}"] for imagefolder and webdataset'
         )
     raise DataError(
@@ -149,6 +151,13 @@ def too_many_unreadable(failed: Sequence[str], total: int, skip: int) -> str:
     )
 
 
+def find(media: Path | ArchiveMember | Any) -> str:
+    """Look for a medium without reading it; DataError where a store has no such file. Return nothing of it."""
+    if isinstance(media, ArchiveMember) and media.version:
+        media.version()
+    return ""
+
+
 @define
 class MediaHashes:
     """Computes sha256 digests of media, and remembers those of files in `file`, by their size and time stamps."""
@@ -164,13 +173,20 @@ class MediaHashes:
     def digest(self, media: Path | ArchiveMember | Any) -> str:
         """Return the digest of a file, of all files in a folder, of an archive member or of an array."""
         if isinstance(media, ArchiveMember):
-            return self._remembered(media.name, media.file, lambda: hashlib.sha256(media.read()).hexdigest())
+            return self._member(media)
         if not isinstance(media, Path):
             return hashlib.sha256(f"{media.dtype} {media.shape} ".encode() + media.tobytes()).hexdigest()
         if _exists(media) and media.is_dir():
             files = sorted(file for file in media.iterdir() if file.is_file())
             return hashlib.sha256("".join(f"{file.name} {self._file(file)}\n" for file in files).encode()).hexdigest()
         return self._file(media) if _exists(media) and media.is_file() else "missing"
+
+    def _member(self, media: ArchiveMember) -> str:
+        if media.version and (version := media.version()):
+            return hashlib.sha256(f"version {version}".encode()).hexdigest()
+        if media.file is None:
+            return hashlib.sha256(media.read()).hexdigest()
+        return self._remembered(media.name, media.file, lambda: hashlib.sha256(media.read()).hexdigest())
 
     def _file(self, file: Path) -> str:
         return self._remembered(str(file), file, lambda: sha256(file))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
-from attrs import field, frozen, validators
+from attrs import evolve, field, frozen, validators
 
 from corefit.data.buckets import Aspect
 from corefit.data.filter import Filter
 from corefit.data.order import Order
 from corefit.errors import counted
-from corefit.types import ROUNDING, ModelPath, Reward, Source, Weighted
+from corefit.types import ROUNDING, Example, ModelPath, Reward, Source, Weighted
 
 MAX_LENGTH = 1 << 16
 """The largest height or width in pixels, and the largest number of frames; no image format allows more."""
@@ -40,6 +41,18 @@ def _parses(parse: Callable[[str], object]) -> Any:
     return check
 
 
+def _check_trigger(_: object, attribute: attrs.Attribute[Any], value: str | None) -> None:
+    if value is not None and value.split() != re.split(" ", value):
+        raise ValueError(
+            f'{attribute.name!r} must be a word, or words with single spaces between them, such as "ohwx", not '
+            f"{value!r}"
+        )
+
+
+def _before(trigger: str, caption: str) -> str:
+    return f"{trigger}, {caption.strip()}" if caption.strip() else trigger
+
+
 @frozen
 class Data:
     """The data that stages train on: its raw examples, and how they are encoded once into a cache."""
@@ -48,6 +61,9 @@ class Data:
     """The source that prompts and media are read from."""
     encoded: ModelPath | None = None
     """A cache that was encoded before, instead of `source`: a folder, or a URL such as s3://bucket/cache/0123456789abcdef."""
+    trigger: str | None = field(default=None, validator=_check_trigger)
+    """A word, such as "ohwx", or a few that stand for what is learned: put before each caption that lacks them, and the
+    prompt of media without a caption. Prompts of [eval] are used as they are written."""
     size: tuple[int, ...] = field(default=(512, 512), validator=check_size)
     """[height, width] in pixels, or [frames, height, width] for clips; media are resized and center-cropped to it."""
     aspects: tuple[str, ...] = field(default=(), validator=_parses(Aspect.parse))
@@ -70,7 +86,7 @@ class Data:
             raise ValueError(
                 "set exactly one of 'source' (raw examples) and 'encoded' (a cache that was encoded before)"
             )
-        for key in ("skip", "score", "fps"):
+        for key in ("skip", "score", "fps", "trigger"):
             if self.encoded is not None and getattr(self, key):
                 raise ValueError(
                     f"{key!r} applies to raw examples, and those of 'encoded' are encoded already; remove it"
@@ -80,9 +96,25 @@ class Data:
 
     @property
     def raw_source(self) -> Source:
-        """The source of raw examples; it is an error to ask for it where `encoded` is set."""
+        """The source of raw examples; it is an error to ask for it where `encoded` is set.
+
+        A source with a key `class_prompt`, the prompt of media without a caption, gets the trigger as its default.
+        """
         assert self.source is not None, "data that were encoded before have no source"
+        if self.trigger is not None and getattr(self.source, "class_prompt", "") is None:
+            return evolve(self.source, class_prompt=self.trigger)  # pyright: ignore[reportArgumentType]
         return self.source
+
+    def triggered(self, example: Example) -> Example:
+        """Return an example with the trigger before each caption that lacks it; the example itself without a trigger.
+
+        A caption has the trigger if it occurs in it as written, and not as a part of a longer word.
+        """
+        if self.trigger is None:
+            return example
+        found = re.compile(rf"(?<!\w){re.escape(self.trigger)}(?!\w)")
+        texts = [text if found.search(text) else _before(self.trigger, text) for text in example.prompts]
+        return evolve(example, prompt=texts[0] if isinstance(example.prompt, str) else tuple(texts))
 
     @property
     def left_out(self) -> str:

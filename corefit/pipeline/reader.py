@@ -11,7 +11,9 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import pairwise, repeat
+from operator import or_
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -32,7 +34,7 @@ from corefit.errors import ConfigError, is_unicode, near, short_repr
 from corefit.plugins import contract
 from corefit.plugins.host import Host
 from corefit.plugins.kinds import BY_PROTOCOL
-from corefit.types import ModelPath, Reward, Weighted, blame, key_of
+from corefit.types import ModelPath, Reward, Url, Weighted, blame, key_of
 
 T = TypeVar("T")
 Table = dict[str, Any]
@@ -127,6 +129,7 @@ class Reader:
         for kind in (bool, int, float, str):
             c.register_structure_hook(kind, _strict)
         c.register_structure_hook(Path, lambda value, _: self.folder / checked_path(value))
+        c.register_structure_hook_func(_is_place, lambda value, _: self._place(value))
         c.register_structure_hook_func(lambda t: t is ModelPath, lambda value, _: self._model(value))
         c.register_structure_hook_func(lambda t: get_origin(t) is Literal, _literal)
         c.register_structure_hook_func(lambda t: _base(t) in BY_PROTOCOL, self._plugin)
@@ -234,8 +237,10 @@ class Reader:
 
     def _one_or_list(self, value: Any, target: Any) -> Any:
         """Read a key that takes one value or a list, such as `Path | tuple[str, ...]`."""
-        kinds = {_is_list(kind): kind for kind in get_args(target)}
-        return self._converter.structure(value, kinds[isinstance(value, (list, tuple))])
+        listed = isinstance(value, (list, tuple))
+        kinds = (kind for kind in get_args(target) if _is_list(kind) == listed)
+        kind: Any = reduce(or_, kinds)  # of the types of one value there may be several
+        return self._converter.structure(value, kind)
 
     def _with_renamed_keys(self, cls: type) -> Any:
         """Return the hook for a class with fields such as `from_`, whose keys are Python's reserved words."""
@@ -247,6 +252,11 @@ class Reader:
             raise ConfigError("must name a folder, or a model on the hub, not ''")
         local = self.folder / checked_path(value)
         return ModelPath(str(local) if local.exists() or value.startswith((".", "/")) else value)
+
+    def _place(self, value: Any) -> Path | Url:
+        """Read an address, or a path, which is relative to the pipeline."""
+        text = checked_path(value)
+        return Url(text) if "://" in text else self.folder / text
 
     def _problems(self, error: BaseException, path: str, table: Any, kind: Any = None) -> Iterator[str]:
         """Yield one line for each problem in cattrs' tree of errors; `kind` is the type that the table is read as."""
@@ -333,7 +343,12 @@ def _is_list(kind: Any) -> bool:
 
 def _is_one_or_list(target: Any) -> bool:
     kinds = get_args(target) if get_origin(target) in (Union, UnionType) else ()
-    return len(kinds) == 2 and NoneType not in kinds and any(map(_is_list, kinds)) and not all(map(_is_list, kinds))
+    return len(kinds) > 1 and NoneType not in kinds and sum(map(_is_list, kinds)) == 1
+
+
+def _is_place(target: Any) -> bool:
+    """Return whether a type is `Path | Url`; it may be None too, where the file leaves it out."""
+    return {*get_args(target)} - {NoneType} == {Path, Url}
 
 
 def _has_renamed_keys(cls: Any) -> bool:

@@ -19,7 +19,7 @@ from corefit.pipeline.pipeline import CHOICES, Pipeline
 from corefit.pipeline.reader import TABLE, Reader, fields_of_other_tables, has_any_length
 from corefit.plugins.host import Host
 from corefit.plugins.kinds import BY_PROTOCOL, Kind
-from corefit.types import ModelPath, Reward, Weighted, key_of
+from corefit.types import ModelPath, Reward, Url, Weighted, key_of
 from corefit.types.objective import Sum
 from corefit.types.values import Normalization
 
@@ -31,6 +31,7 @@ PLAIN: Mapping[Any, Mapping[str, str]] = {
     str: {"type": "string"},
     Path: {"type": "string", "format": "path"},
     ModelPath: {"type": "string", "format": "path-or-address"},
+    Url: {"type": "string", "format": "path-or-address"},
 }
 """Types of plain values. The two formats are corefit's own: editors ignore formats that they do not know."""
 Schema = dict[str, Any]
@@ -90,7 +91,8 @@ class Writer:
             return {"anyOf": [self.table(cls, use) for use, cls in CHOICES[kind].items()]}
         origin, args = get_origin(kind) or kind, get_args(kind)
         if origin in (Union, UnionType):
-            inner = [arg for arg in args if arg is not NoneType]
+            # a path or an address is one text
+            inner = [arg for arg in args if arg is not NoneType and not (arg is Path and Url in args)]
             return self.of(inner[0]) if len(inner) == 1 else {"anyOf": [self.of(arg) for arg in inner]}
         if origin is Literal:
             return {"enum": list(args)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from corefit.data.sources import HfDataset, ImageFolder, Jsonl, Text, WebDataset
+from corefit.data.sources import HfDataset, ImageFolder, Jsonl, Parquet, Text, WebDataset
 from corefit.plugins.hookspecs import Offers, hookimpl
 from corefit.rollout.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
 from corefit.rollout.samplers import Cps, DanceSde, FlowSde, Ode
@@ -41,4 +41,5 @@ def corefit_sources() -> Offers[Source]:
         "text": Text,
         "webdataset": WebDataset,
         "hf_dataset": HfDataset,
+        "parquet": Parquet,
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from corefit.errors import ConfigError
 from corefit.system import files
+from corefit.system.homes import Homes
 from corefit.system.ranks import Ranks
 
 
@@ -34,6 +35,25 @@ def locked(folder: Path, ranks: Ranks) -> Generator[None]:
                 f"another process is running in {folder}; wait for it, or give this run another name or --out"
             )
         yield
+
+
+def refuse_homes(homes: Homes, folder: Path) -> None:
+    """Raise ConfigError, on all ranks, for what needs a run's folder that all machines share, where they do not."""
+    if homes.shared:
+        return
+    ranks = homes.ranks
+    if ranks.sharded:
+        raise ConfigError(
+            f"with shard = true all processes write the checkpoints together, and not all of them see {folder}; name a "
+            "folder with --out that all machines mount, or train without shard"
+        )
+    begun = ranks.all_gather_object((folder / "pipeline.toml").exists())
+    if any(begun) and not begun[0]:
+        raise ConfigError(
+            f"rank {begun.index(True)} has this run's folder {folder} on its machine, and rank 0 has none: it would "
+            "begin anew. Start that machine as the first (--node-rank 0), copy the folder to the first, or give this "
+            "run another name"
+        )
 
 
 def write_toml(file: Path, tables: Any) -> None:

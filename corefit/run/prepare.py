@@ -14,6 +14,7 @@ from corefit.pipeline.pipeline import Pipeline
 from corefit.run import agreement
 from corefit.system import files
 from corefit.system.display import Display
+from corefit.system.homes import Homes
 from corefit.system.ranks import Ranks, join
 from corefit.system.signals import ECHO, Signals
 
@@ -47,11 +48,14 @@ def _encode(pipeline: Pipeline, data: Data, ranks: Ranks, display: Display, titl
     if data.encoded:
         with ranks.main_first():
             return cache.open_encoded(data, backbone, folder, media=media, extra=extra)
-    with display.task(title) as progress:
-        folder = cache.prepare(data, backbone, folder, media=media, extra=extra, progress=progress, ranks=ranks)
+    homes = Homes.find(folder, ranks)  # machines that do not share the cache encode all of the data each for itself
+    with display.task(title, idle="cached") as progress:
+        folder = cache.prepare(data, backbone, folder, media=media, extra=extra, progress=progress, ranks=homes.local)
     if data.left_out:
         display.print(f"data: {data.left_out}")
-    return Dataset.open(folder, keep=data.filter, rebuildable=True)
+    dataset = Dataset.open(folder, keep=data.filter, rebuildable=True)
+    agreement.refuse_differences(ranks, {"examples": dataset.key[:12]})
+    return dataset
 
 
 def preview(pipeline: Pipeline, data: Any, *, media: bool) -> tuple[str, int, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,18 +18,20 @@ from corefit.pipeline.pipeline import Lora, Pipeline, Stage
 from corefit.run import agreement, plan, report
 from corefit.run.evaluation import drift, scoring
 from corefit.run.evaluation.evaluator import LAST, Evaluator, Media
+from corefit.run.evaluation.partial import PARTIAL
 from corefit.run.evaluation.scoring import Weights
 from corefit.run.events import Events, StageEvents
-from corefit.run.folder import locked, write_toml
+from corefit.run.folder import locked, refuse_homes, write_toml
 from corefit.run.plan import DRIFT, MODEL, RESULTS, Rerun, Target
 from corefit.run.prepare import encode, precision, preview, text_dtype
 from corefit.run.publish import card, metadata
 from corefit.run.record import versions
 from corefit.system import files, memory
 from corefit.system.display import Display
+from corefit.system.homes import Homes
 from corefit.system.ranks import Ranks, join
-from corefit.system.signals import ECHO, Signals
-from corefit.train import estimate, loop, weights
+from corefit.system.signals import Signals, echo
+from corefit.train import checkpoint, estimate, loop, weights
 from corefit.train.job import Cost, Job
 from corefit.types import Backbone, Scored, blame
 
@@ -43,14 +46,17 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
     ranks = join(pipeline.precision, shard=pipeline.shard)
     ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
     display = display or Display.on(ranks.main)
-    signals = Signals(display.print, ECHO if ranks.world > 1 else 0.0)
+    signals = Signals(display.print, echo(ranks.world))
     folder, events = pipeline.run_folder, Events(pipeline, ranks, display)
     with signals.handled():
         agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
         with locked(folder, ranks), display, files.explain_write_errors(folder):
-            with events.ending(), ranks.share_failures(folder), blame.no_exit(), files.explain_write_errors(folder):
+            homes = Homes.find(folder, ranks)
+            refuse_homes(homes, folder)
+            notes = ranks.share_failures(folder, keeper=homes.local.main)
+            with events.ending(), notes, blame.no_exit(), files.explain_write_errors(folder):
                 rerun = Rerun.load(pipeline, again)
-                Run(pipeline, ranks, display, signals, events, rerun).execute()
+                Run(pipeline, ranks, homes, display, signals, events, rerun).execute()
             if ranks.main:  # last of all: after a kill before it, the same command goes on and does not begin again
                 rerun.finish()
     return pipeline.run_folder
@@ -73,6 +79,8 @@ class Run:
 
     pipeline: Pipeline
     ranks: Ranks
+    homes: Homes
+    """Who sees the run's folder."""
     display: Display
     signals: Signals
     events: Events
@@ -162,6 +170,7 @@ class Run:
             if self.main:
                 status = {"finished": True, "cost": attrs.asdict(cost), "model": plan.hashes(target.folder / MODEL)}
                 plan.write_done(target, {**status, "versions": versions(), **ending})
+        self.homes.deliver(target.folder / MODEL)
         step = ending["alarm"]["step"] if "alarm" in ending else stage.steps
         self.events.stage_is(stage.name, "evaluating", cost, step)
         after = self._weights_after(stage, target.folder / MODEL, before)
@@ -228,12 +237,24 @@ class Run:
                 frozen_in_bf16=self._half(stage),
                 listener=listener,
             )
-            cost = loop.train(job, self.ranks)
+            with self._checkpoint_everywhere(folder / "checkpoints"):
+                cost = loop.train(job, self.ranks)
             survived = self._save(stage, folder, backbone, listener.last_step)
         listener.finished()
         backbone.transformer = None
         self.ranks.barrier()
         return attrs.evolve(cost, survived=survived), listener.ending
+
+    @contextmanager
+    def _checkpoint_everywhere(self, folder: Path) -> Generator[None]:
+        """Within, machines that do not share the run's folder have a copy of the checkpoint to go on from."""
+        name = "" if self.homes.shared else self.ranks.from_main(lambda: _newest(folder))
+        copied = bool(name) and self.homes.deliver(folder / name)
+        try:
+            yield
+        finally:
+            if copied:
+                shutil.rmtree(folder / name, ignore_errors=True)
 
     def _save(self, stage: Stage, folder: Path, backbone: Backbone, steps: int) -> float | None:
         """Save a stage's weights, all or none; return the share of its update that rounding has left, if it rounds.
@@ -262,6 +283,8 @@ class Run:
         if self.evaluator is None:
             return
         scored, samples = scoring.score(target, saved, self.evaluator, self.display, step)
+        if not self.homes.shared:  # where rank 0 does not see it, it has removed its own alone
+            shutil.rmtree(target.folder / PARTIAL, ignore_errors=True)
         self.scores.append(scoring.scores_of(target, scored, self.evaluator, cost))
         if "drift" in scored:
             self.drifts[target.name] = drift.Drifts(**scored["drift"])
@@ -297,6 +320,12 @@ class Run:
             results.unlink(missing_ok=True)
             comparison.unlink(missing_ok=True)
         report.print_table(self.scores, self.rows, self.display.console)
+
+
+def _newest(checkpoints: Path) -> str:
+    """Return the name of the newest whole checkpoint, "" if there is none."""
+    newest, _ = checkpoint.latest(checkpoints)
+    return newest.path.name if newest else ""
 
 
 def _dry_run_lines(pipeline: Pipeline, ranks: Ranks, rerun: Rerun) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from attrs import define, field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from corefit.errors import plain
 
@@ -39,7 +39,7 @@ class Display:
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -60,20 +60,25 @@ class Display:
         self.console.print(plain(text), markup=False, soft_wrap=True)
 
     @contextmanager
-    def task(self, title: str) -> Generator[Advance]:
-        """Show a bar, or print lines, for as long as the block runs; it reports its progress to what is yielded."""
-        task = self._progress.add_task(plain(title), total=None, note="")
+    def task(self, title: str, idle: str = "nothing to do") -> Generator[Advance]:
+        """Show a bar, or print lines, for as long as the block runs; it reports its progress to what is yielded.
+
+        idle  what the bar says in the end if the block has reported nothing
+        """
+        task = self._progress.add_task(plain(title), total=None, note="", count="")
         lines = _Lines(title, self.print if not self._live else lambda text: None)
 
         def advance(done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
             note = plain(_note(metrics or {}))
-            self._progress.update(task, completed=done, total=total)
+            self._progress.update(task, completed=done, total=total, count=f"{done:{len(str(total))}}/{total}")
             if note:
                 self._progress.update(task, note=note)
             lines.advance(done, total, note)
 
         try:
             yield advance
+            if lines.done_at_start < 0:
+                self._progress.update(task, completed=1, total=1, count=idle)
         finally:
             self._progress.stop_task(task)
 

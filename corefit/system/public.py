@@ -12,6 +12,12 @@ SECRET = re.compile(r"(^|[_-])(token|secret|password|passwd|credential|auth)s?$|
 """Names of keys whose text is for the user alone. `token_env` names a variable, and may be read."""
 USER = re.compile(r"(?<=://)[^/@\s]+@")
 """User and password in an address."""
+KEY = re.compile(
+    r"(?<=[?&])((?:x-amz-|x-goog-)?(?:signature|credential|security-token|algorithm)|googleaccessid|awsaccesskeyid|sig|"
+    r"key|[\w-]*(?:token|secret|password|api_?key|access_?key))=[^&\s'\"]*",
+    re.IGNORECASE,
+)
+"""A key in an address, such as the signature of one that was signed for a while."""
 PLACE = re.compile(r"(?<![\w.:/\\…])(?:/[\w.+@~-]+){2,}/?|\b[A-Za-z]:\\[\w.\\ -]+")
 """An absolute path within a text."""
 TOKEN = re.compile(r"\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-|AKIA)[\w-]{16,}")
@@ -37,7 +43,12 @@ def without_secrets(value: Any, instead: str | None = None) -> Any:
         return kept if instead is None else {key: kept.get(key, instead) for key in table}
     if isinstance(value, (list, tuple)):
         return [without_secrets(inner, instead) for inner in cast(list[Any], value)]
-    return USER.sub("", value) if isinstance(value, str) else value
+    return without_keys(value) if isinstance(value, str) else value
+
+
+def without_keys(text: str) -> str:
+    """Return a text whose addresses have no user, no password and no key in them."""
+    return KEY.sub(lambda found: f"{found[1]}=…", USER.sub("", text))
 
 
 def without_places(value: Any) -> Any:

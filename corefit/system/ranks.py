@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -36,6 +37,9 @@ NOTES = ".ranks"
 """Folder of a run in which its processes say who they are and why they stopped."""
 STOPPED = "stopped by a signal"
 """The reason of a rank that a signal stopped. That is no failure, and the other ranks stop as it does."""
+GONE = "another process of the run is gone; what it printed last says why"
+LOST = re.compile(r"Connection (closed|reset)|Broken pipe|gloo|NCCL|TCPStore", re.IGNORECASE)
+"""How torch says that it lost the connection to another process."""
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables in which launchers say how many processes they start."""
 DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
@@ -119,7 +123,7 @@ class Ranks:
         box: list[Any] = [value]
         if self.world > 1:
             self.barrier()
-            dist.broadcast_object_list(box, src=0, group=self.host)
+            dist.broadcast_object_list(box, group_src=0, group=self.host)
         return box[0]
 
     def from_main(self, find: Callable[[], T]) -> T:
@@ -145,20 +149,22 @@ class Ranks:
             self.barrier()
 
     @contextmanager
-    def share_failures(self, folder: Path) -> Generator[None]:
+    def share_failures(self, folder: Path, *, keeper: bool | None = None) -> Generator[None]:
         """Within, a rank that fails or is stopped leaves a note that says why, and the others raise for that reason.
 
         Raises RankError where another rank failed, in place of the lost connection that this rank saw, and
         KeyboardInterrupt where a signal stopped another rank, since a stop of one is a stop of all.
 
-        folder  the run's folder, which all ranks can read; the notes lie in it
+        folder  the run's folder; the notes lie in it, and ranks of machines that do not share it say what they can
+        keeper  whether this rank clears the notes; by default rank 0 does, where all share the folder
         """
+        keeper = self.main if keeper is None else keeper
         notes = folder / NOTES
         if self.world == 1:
             shutil.rmtree(notes, ignore_errors=True)
             yield
             return
-        self._start_notes(notes)
+        self._start_notes(notes, keeper)
         try:
             yield
         except CorefitError as error:
@@ -178,16 +184,18 @@ class Ranks:
                 raise KeyboardInterrupt from None
             if cause:
                 raise RankError(cause) from None
+            if isinstance(error, RuntimeError) and LOST.search(str(error)):  # its note is on another machine
+                raise RankError(GONE) from error
             raise
         self.barrier()
-        if self.main:
+        if keeper:
             shutil.rmtree(notes, ignore_errors=True)
 
-    def _start_notes(self, notes: Path) -> None:
+    def _start_notes(self, notes: Path, keeper: bool) -> None:
         """Remove the notes of an earlier run, and write one for each rank with its process and no reason."""
 
         def clear() -> None:
-            if self.main:
+            if keeper:
                 shutil.rmtree(notes, ignore_errors=True)
                 notes.mkdir(parents=True)
 
@@ -401,8 +409,7 @@ def _all_or_none(attempt: Callable[[], T], world: int, group: Any) -> T:
     try:
         reasons = _all_gather_object(_reason(failure), world, group)
     except RuntimeError as error:
-        lost = RankError("another process of the run is gone; what it printed last says why")
-        raise failure or lost from error
+        raise failure or RankError(GONE) from error
     if failure:
         raise failure
     for rank, reason in enumerate(reasons):

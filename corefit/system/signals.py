@@ -24,6 +24,11 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 """Names of the signals; not every platform has all of them."""
 
 
+def echo(world: int) -> float:
+    """Return ECHO for a process that a launcher has started, alone or as one of several; else 0."""
+    return ECHO if world > 1 or "RANK" in os.environ else 0.0
+
+
 @define(eq=False)
 class Signals:
     """Handles the signals of this process: during training the first one requests a stop, the second stops at once.

@@ -118,7 +118,9 @@ def _file_numbers(tensors: Mapping[str, Tensor], world: int) -> dict[str, int]:
 def latest(folder: Path, ranks: Ranks = SINGLE) -> tuple[Checkpoint | None, list[str]]:
     """Find the newest undamaged checkpoint, and say what is wrong with newer ones; all `ranks` get the same answer."""
     damaged: list[str] = []
-    for path in reversed(_complete(folder)):
+    # rank 0's list is that of all: on another machine some may not be there (yet)
+    for name in ranks.from_main(lambda: [path.name for path in reversed(_complete(folder))]):
+        path = folder / name
         found, wrong = _verify(path, ranks)
         if found:
             return found, damaged

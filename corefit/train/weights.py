@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from numbers import Real
 from pathlib import Path
@@ -221,7 +221,7 @@ def save(backbone: Backbone, folder: Path, ranks: Ranks, mode: Full | Lora, *, i
     """
     streamed = backbone if isinstance(backbone, Streamed) else None
     with streamed.stored() if streamed and in_bf16 and ranks.main else nullcontext({}) as start:
-        saved = Saved(whole(backbone.transformer), start, in_bf16=in_bf16)
+        saved = Saved(whole(backbone.transformer), start, to_bf16 if in_bf16 else None)
         if ranks.main and streamed:
             streamed.save_tensors(folder, saved)
         elif ranks.main:
@@ -230,33 +230,42 @@ def save(backbone: Backbone, folder: Path, ranks: Ranks, mode: Full | Lora, *, i
     return saved.survived
 
 
+def to_bf16(name: str, tensor: Tensor) -> Tensor:
+    """Round a tensor to bfloat16."""
+    import torch
+
+    return tensor.to(torch.bfloat16)
+
+
 @define(eq=False)
 class Saved:
-    """Iterates over (name, tensor) of what is saved, rounded to bfloat16 where `in_bf16`, and counts what that changes.
+    """Iterates over (name, tensor) of what is saved, rounded, and counts what the rounding changes.
 
-    start  the weights before training, where they are known
-    moved  how many numbers training has changed
-    kept   how many of those still differ from the start once both are rounded
+    start    the weights before training, where they are known
+    rounded  rounds the tensor of a name; None where nothing is rounded
+    moved    how many numbers training has changed
+    kept     how many of those still differ from the start once both are rounded
     """
 
-    tensors: Iterator[tuple[str, Tensor]]
+    tensors: Iterable[tuple[str, Tensor]]
     start: StoredTensors
-    in_bf16: bool
+    rounded: Callable[[str, Tensor], Tensor] | None
     moved: int = 0
     kept: int = 0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.tensors:
-            yield name, self._rounded(name, tensor) if self.in_bf16 and tensor.is_floating_point() else tensor
+            yield name, self.take(name, tensor)
 
-    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
-        import torch
-
-        rounded = tensor.to(torch.bfloat16)
+    def take(self, name: str, tensor: Tensor) -> Tensor:
+        """Return one tensor, rounded and counted."""
+        if self.rounded is None or not tensor.is_floating_point():
+            return tensor
+        rounded = self.rounded(name, tensor)
         if name in self.start:
             before = self.start[name][...].to(tensor)
             self.moved += int((tensor != before).sum())
-            self.kept += int(((rounded != before.to(torch.bfloat16)) & (tensor != before)).sum())
+            self.kept += int(((rounded != self.rounded(name, before)) & (tensor != before)).sum())
         return rounded
 
     @property
@@ -274,11 +283,22 @@ def _save_at_once(backbone: Backbone, folder: Path, tensors: Iterable[tuple[str,
         unsharded = copy.copy(backbone)
         unsharded.load(torch.device("cpu"), torch.float32)
         make_trainable(unsharded, mode)
-    parameters = dict(unsharded.transformer.named_parameters())
+    write(unsharded, folder, tensors)
+
+
+def write(backbone: Backbone, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Save the tensors to `folder` in place of the backbone's own: those of its LoRA if it has one, else all.
+
+    A Streamed backbone may be without weights, and its tensors come in the order of `transformer.state_dict()`.
+    """
+    if isinstance(backbone, Streamed):
+        backbone.save_tensors(folder, tensors)
+        return
+    parameters = dict(backbone.transformer.named_parameters())
     for name, tensor in tensors:
         if name in parameters:
             parameters[name].data = tensor.to(parameters[name].device)
-    unsharded.save(folder)
+    backbone.save(folder)
 
 
 def whole(transformer: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

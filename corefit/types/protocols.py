@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
+from attrs import frozen
+
 from corefit.types.former import adopt
 from corefit.types.values import Condition, Example, Meta, Step
 
@@ -216,6 +218,18 @@ class SizedDecoder(Protocol):
         ...
 
 
+@runtime_checkable
+class Preset(Protocol):
+    """What a Backbone may offer besides, so that `corefit sample` needs no pipeline for a published model."""
+
+    pipeline_class: ClassVar[str]
+    """The class of diffusers that the family's model_index.json names, by which the family is found."""
+
+    def usual(self) -> Mapping[str, Any]:
+        """Return the family's usual `size` of media, `guidance` and `steps`; those that are not known are left out."""
+        ...
+
+
 StoredTensors = Mapping[str, Any]
 """Maps names to tensors in files: `stored[name][rows]` reads only these rows, `stored[name][...]` the whole tensor."""
 
@@ -244,6 +258,41 @@ class Streamed(Protocol):
     @abstractmethod
     def save_tensors(self, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Do what `save` does with tensors that arrive one at a time; if there is a LoRA, they are its tensors only."""
+        ...
+
+
+@frozen
+class OriginalTensor:
+    """How a tensor of a model's original code is made of those in `transformer.state_dict()`."""
+
+    parts: tuple[str, ...]
+    """The tensors whose rows follow each other in it, by name."""
+    swapped: bool = False
+    """Whether the two halves of the rows change places: (shift, scale) there, (scale, shift) in diffusers."""
+
+
+@runtime_checkable
+class Original(Protocol):
+    """What a Streamed Backbone may implement as well, so that `corefit export --format comfyui` can write its weights.
+
+    Both methods are called after `load_empty`. Without them, models are exported in diffusers' layout only.
+    """
+
+    @abstractmethod
+    def original(self) -> Mapping[str, Mapping[str, OriginalTensor]]:
+        """Return, for each file, what it holds: tensors by their names in the model's original code.
+
+        A model of one network has one file, whose name is "". All files together must hold every tensor once. Raises
+        CorefitError for a tensor that has no name there.
+        """
+        ...
+
+    @abstractmethod
+    def original_lora(self, module: str) -> str:
+        """Return the name by which ComfyUI finds a LoRA on the module that is called `module` in `transformer`.
+
+        The file has the weights under that name and ".lora_A.weight" and ".lora_B.weight".
+        """
         ...
 
 

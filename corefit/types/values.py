@@ -33,6 +33,8 @@ draw.
 """
 ModelPath = NewType("ModelPath", str)
 """A diffusers folder, relative to the pipeline file, or a name on the hub ("organization/model")."""
+Url = NewType("Url", str)
+"""The address of raw data, such as s3://bucket/data.jsonl, which fsspec reads; keys and passwords are never in it."""
 
 
 def key_of(name: str) -> str:
@@ -209,16 +211,21 @@ class Scores:
 
 @frozen(eq=False)
 class ArchiveMember:
-    """A media file inside an archive.
+    """A media file inside an archive, or in another place where it is no file of this machine, such as a store.
 
-    name  its name in messages; the suffix tells its format
-    read  returns its bytes, at each call
-    file  a file, such as the archive, that changes whenever the bytes change
+    name     its name in messages; the suffix tells its format
+    read     returns its bytes, at each call
+    file     a file, such as the archive, that changes whenever the bytes change
+    version  in place of `file`: returns a text that changes whenever the bytes change, such as the etag that a store
+             gives, and is found without reading them; "" where there is none
+
+    Where neither is given, the bytes are read and hashed each time that a run starts.
     """
 
     name: str
     read: Callable[[], bytes]
-    file: Path
+    file: Path | None = None
+    version: Callable[[], str] | None = None
 
 
 @frozen(eq=False)
@@ -241,6 +248,22 @@ class Example:
     def prompts(self) -> tuple[str, ...]:
         """The captions, one or more."""
         return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
+
+
+@frozen(kw_only=True)
+class Suggested:
+    """What `corefit new pipeline --from-folder` suggests for a model family: a backbone class's `suggested`.
+
+    path      a model of the family on the hub
+    size      [height, width] that the model makes, or [frames, height, width] of clips
+    guidance  scale of classifier-free guidance for samples
+    steps     number of sampling steps
+    """
+
+    path: str
+    size: tuple[int, ...]
+    guidance: float
+    steps: int
 
 
 def _finite(_: object, __: object, weight: float) -> None:

@@ -129,8 +129,10 @@ def test_help_names_every_command(project):
         assert ended.status == 0
         assert "Post-train flow-matching image and video models" in ended.out
         assert all(f"\n  {name} " in ended.out for name in cli.cli.commands)
+        cut = [line for line in ended.out.partition("Commands:")[2].splitlines() if line.endswith("...")]
+        assert cut == [], "a command's first sentence is too long for the list"
     first = {"run", "check", "prepare", "show", "plugins", "schema", "new", "completion"}
-    assert set(cli.cli.commands) == first | {"compare", "eval", "serve-reward", "watch"}
+    assert set(cli.cli.commands) == first | {"compare", "eval", "export", "push", "sample", "serve-reward", "watch"}
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_help_names_every_command(project):
             "run",
             [
                 *("PIPELINE", "--set KEY=VALUE", "--out PATH", "--from STAGE", "--dry-run"),
-                *("continue it", "accelerate launch -m corefit run PIPELINE"),
+                *("continues a run", "accelerate launch -m corefit run PIPELINE"),
             ],
         ),
         ("check", ["PIPELINE", "--set KEY=VALUE", "--out PATH", "whether it fits"]),
@@ -153,7 +155,7 @@ def test_help_names_every_command(project):
                 "corefit-NAME",
             ],
         ),
-        ("completion", ["SHELL (bash, zsh or fish)", "~/.bashrc"]),
+        ("completion", ["SHELL is bash, zsh or fish", "~/.bashrc"]),
         ("plugins", ["[FILES]...", "List all plugins with their keys and owners"]),
     ],
 )
@@ -162,6 +164,27 @@ def test_help_of_every_command(project, command, said):
     assert ended.status == 0
     assert f"Usage: corefit {command}" in ended.out or f"{command} [OPTIONS]" in ended.out
     assert [part for part in said if part not in ended.out] == []
+
+
+def test_pipeline_toml_is_the_pipeline_if_none_is_named(project):
+    named, here = (project.main("check", *args) for args in (["pipeline.toml"], []))
+    assert (here.status, here.out) == (0, named.out)
+    (project.folder / "pipeline.toml").rename(project.folder / "other.toml")
+    for command in ("run", "check", "prepare", "show"):
+        ended = project.main(command)
+        assert (ended.status, ended.out) == (2, "")
+        assert "Name a PIPELINE, for there is no pipeline.toml here. `corefit new pipeline NAME` writes" in ended.err
+    assert project.main("check", "pipeline.toml").err == "error: there is no pipeline file pipeline.toml\n"
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in sorted(cli.cli.commands))], ids="".join)
+def test_help_fits_into_80_columns(command, monkeypatch, capsys):
+    """In a wider terminal, too, so that the pages of docs/ show what users see."""
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.cli([*command, "--help"], prog_name="corefit", standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert max(map(len, lines)) > 60, "it takes the room that there is"
 
 
 def test_version(project):
@@ -178,7 +201,7 @@ def test_python_m_is_the_same_command(tmp_path):
     [
         ([], "Commands:"),
         (["trian"], "No such command 'trian'"),
-        (["run"], "Missing argument 'PIPELINE'"),
+        (["eval"], "Missing argument 'EVALUATION'"),
         (["run", "pipeline.toml", "--sett", "a=1"], "--sett"),
         (["check", "pipeline.toml", "--set"], "--set"),
     ],

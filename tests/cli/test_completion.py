@@ -82,6 +82,12 @@ def test_stages_of_the_pipeline_that_is_named(ask: Ask, folder: Path):
     assert ask("run", "--set", "seed=1", "pipeline.toml", "--dry-run", "--from", "g") == plain("grpo")
 
 
+def test_stages_of_the_pipeline_that_is_here(ask: Ask, folder: Path):
+    (folder / "other.toml").write_text('[[stage]]\nname = "sft"\n')
+    assert ask("run", "--from", "") == plain("soar", "grpo", "soar-again")
+    assert ask("run", "other.toml", "--from", "") == plain("sft")
+
+
 @pytest.mark.parametrize(
     "content",
     [None, "[[stage", "stage = 3", 'stage = ["soar"]', "[[stage]]\nname = 3", b"\xff"],

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 import corefit
 from corefit.cli import commands as cli
-from corefit.cli.new import LONGEST, PIPELINE, TEMPLATES, UNWANTED, new
+from corefit.cli.new import EXAMPLE, LONGEST, PIPELINE, TEMPLATES, new
 from corefit.errors import CorefitError
 from corefit.plugins import KINDS
 from corefit.plugins.host import HOOKS
@@ -68,11 +68,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     folder = tmp_path_factory.mktemp("new")
     for kind, name in NAMES.items():
         write(kind, name, folder / f"corefit-{name}")
-    tools, site = folder / "tools", folder / "site"
-    subprocess.run([*PIP, "--target", tools, "hatchling>=1.25,<2"], check=True, capture_output=True, timeout=300)
+    site = folder / "site"
     subprocess.run(
         [*PIP, "--no-build-isolation", "--no-deps", "--target", site, *folder.glob("corefit-*")],
-        env={**os.environ, "PYTHONPATH": str(tools)},
         check=True,
         capture_output=True,
         timeout=300,
@@ -194,7 +192,7 @@ def test_it_says_what_to_do_next(project: Project):
 
 
 def test_it_offers_every_kind():
-    assert {*cli.NEW} == {*BY_WORD, PIPELINE}
+    assert {*cli.NEW} == {*BY_WORD, PIPELINE, EXAMPLE}
     assert {kind.key for kind in BY_WORD.values()} == {*KINDS}
 
 
@@ -246,7 +244,7 @@ def test_a_form_is_told(project: Project, form: str):
 
 
 @pytest.mark.parametrize("form", FORMS.values())
-@pytest.mark.parametrize("kind", [*sorted({*BY_WORD} - {"objective"}), PIPELINE])
+@pytest.mark.parametrize("kind", [*sorted({*BY_WORD} - {"objective"}), PIPELINE, EXAMPLE])
 def test_a_form_is_refused_for_other_kinds(project: Project, kind: str, form: str):
     said = refused(project, kind, "mine", f"--{form}")
     assert f"--{form} is for objectives; leave it out, or write: corefit new objective NAME --{form}" in said
@@ -348,22 +346,3 @@ def test_what_a_pipeline_offers_in_comments_is_right(project: Project):
     settings: Sequence[str] = ("stage.soar.batch=4", "stage.grpo.batch=24")
     checked = project.main("check", "pipeline.toml", *(arg for one in settings for arg in ("--set", one)))
     assert checked.status == 0, checked.err
-
-
-# the wheel of corefit
-
-
-def test_the_templates_are_in_corefits_wheel(tmp_path: Path, written: Written):
-    import zipfile
-
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    tools = {**os.environ, "PYTHONPATH": str(written.folder / "tools")}
-    subprocess.run(command, cwd=ROOT, env=tools, check=True, capture_output=True, timeout=120)
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("corefit/cli/templates/")}
-    here = {
-        f"corefit/cli/templates/{file.relative_to(TEMPLATES).as_posix()}"
-        for file in TEMPLATES.rglob("*")
-        if file.is_file()
-    }
-    assert packed == {name for name in here if not UNWANTED & {*name.split("/")}}

@@ -18,9 +18,10 @@ import pytest
 import tomli_w
 from conftest import Project
 from PIL import Image
-from reading import DOCS, PAGES, ROOT, Block, blocks, name, prose
+from reading import DOCS, PAGES, Block, blocks, name, prose
 
 from corefit.cli import cli
+from corefit.cli.new import new
 
 TUTORIAL = DOCS / "tutorial.md"
 OTHERS = [page for page in PAGES if page != TUTORIAL]
@@ -105,12 +106,10 @@ def test_blocks_are_of_kinds_that_are_tested(page: Path) -> None:
 
 @pytest.fixture
 def workshop(tmp_path: Path) -> Path:
-    """A folder beside the digits example."""
-    examples = tmp_path / "examples"
-    (examples / "huber").mkdir(parents=True)
-    (examples / "digits").symlink_to(ROOT / "examples" / "digits")
-
-    return examples / "huber"
+    """A folder beside a copy of the digits example."""
+    new("example", "digits", tmp_path / "digits")
+    (tmp_path / "huber").mkdir()
+    return tmp_path / "huber"
 
 
 def test_the_tutorial_runs(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +166,7 @@ def test_what_the_tutorial_says_of_a_misspelling(workshop: Path, monkeypatch: py
 
 def test_the_tutorials_package_has_the_files_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    block: Any = next(b for b in blocks(TUTORIAL, "sh") if "corefit new" in b.text)
+    block: Any = next(b for b in blocks(TUTORIAL, "sh") if "corefit new objective" in b.text)
     made, entered, *_ = block.text.splitlines()
     cli(shlex.split(made)[1:], standalone_mode=False)
     folder = tmp_path / shlex.split(entered)[1]

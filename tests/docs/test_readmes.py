@@ -8,14 +8,22 @@ from pathlib import Path
 
 import attrs
 import pytest
+import yaml
 
+import corefit
 from corefit.cli import cli
 from corefit.plugins import Host
 from corefit.plugins.host import HOOKS
 from corefit.testing import check_objective
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(p for p in ROOT.rglob("README.md") if not {".venv", ".venv-ci", "node_modules"} & set(p.parts))
+OTHERS = {".venv", ".venv-ci", "node_modules", "build"}
+PAGES = sorted(
+    p
+    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")
+    for p in ROOT.rglob(name)
+    if not OTHERS & {*p.relative_to(ROOT).parts}
+)
 README = (ROOT / "README.md").read_text()
 
 
@@ -51,6 +59,25 @@ def test_commands_of_the_readme_exist():
     for command in re.findall(r"corefit (\w+) (?=[a-z/.]*pipeline\.toml)", README):
         assert command in cli.commands
     assert (ROOT / "examples/digits/pipeline.toml").exists()
+
+
+def test_the_citation_agrees_with_the_project():
+    """Fields that the Citation File Format 1.2.0 requires, and what must be as it is elsewhere."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["type"] == "software"
+    assert cited["message"]
+    assert cited["title"].startswith(project["name"])
+    assert [author["name"] for author in cited["authors"]] == [author["name"] for author in project["authors"]]
+    assert cited["version"] == corefit.__version__
+    assert cited["license"] == project["license"]
+    assert cited["repository-code"] == project["urls"]["Repository"]
+
+
+def test_weaknesses_are_reported_at_the_repository():
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    assert f"({urls['Repository']}/security/" in (ROOT / "SECURITY.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -19,7 +19,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the wheel is installed into."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", folder, SOURCE], check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, SOURCE],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     (wheel,) = folder.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True, capture_output=True)
     return folder / "site"

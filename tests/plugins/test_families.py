@@ -69,10 +69,14 @@ FAMILIES = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made: dict[str, Path] = {}
     for family in FAMILIES.values():
-        key = json.dumps([family.kind.__name__, family.keys])
+        key = key_of(family)
         if key not in made:
             made[key] = family.make(tmp_path_factory.mktemp("family") / "base", words=WORDS, **family.keys)
     return made
+
+
+def key_of(family: Family) -> str:
+    return json.dumps([family.kind.__name__, family.keys])
 
 
 @pytest.fixture(params=FAMILIES)
@@ -82,7 +86,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture
 def folder(family: Family, folders: dict[str, Path]) -> Path:
-    return folders[json.dumps([family.kind.__name__, family.keys])]
+    return folders[key_of(family)]
 
 
 def loaded(family: Family, folder: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> Any:
@@ -189,6 +193,21 @@ def test_each_keeps_what_a_backbone_promises(name: str, folders: dict[str, Path]
     backbone = loaded(family, folders[json.dumps([family.kind.__name__, family.keys])])
     media = torch.rand(2, 3, *family.size, generator=torch.Generator().manual_seed(0))
     check_backbone(backbone, prompts=PROMPTS, media=media)
+
+
+def test_usual_settings_are_the_defaults_of_diffusers(folders: dict[str, Path]) -> None:
+    found = {
+        name: FAMILIES[name].kind(str(folders[key_of(FAMILIES[name])])).usual()
+        for name in ("flux dev", "chroma", "wan")
+    }
+    assert {name: (each["guidance"], each["steps"]) for name, each in found.items()} == {
+        "flux dev": (3.5, 28),
+        "chroma": (5.0, 35),
+        "wan": (5.0, 50),
+    }
+    assert found["wan"]["size"] == [81, 480, 832]
+    vae = json.loads((folders[key_of(FAMILIES["chroma"])] / "vae/config.json").read_text())
+    assert found["chroma"]["size"] == [128 * 2 ** (len(vae["block_out_channels"]) - 1)] * 2
 
 
 def test_a_video_model_makes_pictures_too(folders: dict[str, Path]) -> None:

@@ -233,6 +233,15 @@ def test_the_best_and_worst_of_all_prompts_are_among_the_pictures(run):
     assert html.count('class="tile"') == 12, "the comparison has the prompts that all stages have"
 
 
+def test_a_grid_says_of_how_many_steps_its_step_is(run):
+    data = json.loads(re.search(r'id="data">(.*?)</script>', read_page(run)[0])[1])
+    said = {key: sheets[-1]["name"] for key, sheets in data["sheets"].items()}
+    assert said
+    for key, name in said.items():
+        stage = next(s for s in json.loads((run / "run.json").read_text())["stages"] if key.endswith(s["name"]))
+        assert re.fullmatch(rf"step \d+ of {stage['steps']}", name)
+
+
 def test_many_pictures_are_smaller_and_then_fewer():
     assert size_for([16, 16, 16]) == (640, 16)
     assert size_for([16, 24, 24]) == (448, 24)

@@ -172,3 +172,11 @@ def test_a_run_whose_terminal_is_gone_stops_in_order(tmp_path):
     process.send_signal(signal.SIGHUP)
     process.wait(timeout=60)
     assert (tmp_path / "log").read_text() == "checkpoint stopped"
+
+
+def test_launched_processes_take_a_second_signal_for_an_echo(monkeypatch):
+    """One process on one node, too: its launcher passes on what SLURM has sent to both."""
+    monkeypatch.delenv("RANK", raising=False)
+    assert [module.echo(1), module.echo(2)] == [0.0, module.ECHO]
+    monkeypatch.setenv("RANK", "0")
+    assert module.echo(1) == module.ECHO

@@ -61,6 +61,19 @@ def dimensions(media: Path | ArchiveMember) -> tuple[int, int]:
         return (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
 
 
+def clip_shape(media: Path) -> tuple[int, int, int, float]:
+    """Return the upright height and width of a clip, its number of frames, and how many it has a second.
+
+    A file says so in its header, or its frames are counted. Frames in a folder have no rate: 0.
+    """
+    height, width = dimensions(media)
+    if media.is_dir():
+        return height, width, len(_frame_files(media)), 0.0
+    with _stream(media) as stream:
+        rate = float(stream.average_rate or 0)
+        return height, width, stream.frames or sum(1 for _ in stream.container.decode(stream)), rate
+
+
 def _all_frames(media: Path | ArchiveMember | Any, fps: float | None) -> Iterator[Image]:
     if isinstance(media, ArchiveMember) or (isinstance(media, Path) and not media.is_dir()):
         return _decoded(media, fps)

@@ -63,12 +63,12 @@ class Evaluator:
 
         device = self.ranks.device
         batch = self.prompts.batch(rows, rows)
-        keys = (
-            [(self.eval.seed, "eval")] * len(rows)
-            if draws is None
-            else [(self.eval.seed, "diversity", d) for d in draws]
-        )
-        each = [Rng(key, [row]).randn((1, *batch.shape)) for key, row in zip(keys, rows, strict=True)]
+        seed = self.eval.seed
+        if draws is None:
+            each = [noise_of(seed, row, batch.shape) for row in rows]
+        else:
+            keys = zip(rows, draws, strict=True)
+            each = [Rng((seed, "diversity", draw), [row]).randn((1, *batch.shape)) for row, draw in keys]
         noise = torch.cat(each).to(device)
         with torch.no_grad(), _empty_prompt(backbone, self.prompts.null.to(device)):
             x0 = generate(backbone, noise, batch.cond.to(device), steps=self.eval.steps, guidance=self.eval.guidance)
@@ -260,6 +260,11 @@ class Evaluator:
         rows = range(min(len(m) for m in media))
         prompts = self.prompts.batch(rows, rows).prompts
         report.comparison([(s, m[: len(rows)]) for s, m in zip(stages, media, strict=True)], prompts, png)
+
+
+def noise_of(seed: int, row: int, shape: Sequence[int]) -> Tensor:
+    """Return the noise [1, ...] that the sample of the prompt `row` is generated from, on the CPU."""
+    return Rng((seed, "eval"), [row]).randn((1, *shape))
 
 
 @contextmanager

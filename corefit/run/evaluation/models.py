@@ -20,7 +20,7 @@ from corefit.run.prepare import precision, text_dtype
 from corefit.system import files
 from corefit.system.display import Display
 from corefit.system.ranks import Ranks, join
-from corefit.system.signals import ECHO, Signals
+from corefit.system.signals import Signals, echo
 from corefit.train.job import Cost
 from corefit.types import Backbone, blame
 
@@ -34,7 +34,7 @@ def evaluate(evaluation: Evaluation, display: Display | None = None) -> Path:
     """
     ranks = join(evaluation.precision, shard=evaluation.shard)
     display, folder = display or Display.on(ranks.main), evaluation.run_folder
-    with Signals(display.print, ECHO if ranks.world > 1 else 0.0).handled():
+    with Signals(display.print, echo(ranks.world)).handled():
         agreement.check(ranks, evaluation, "eval")
         with (
             locked(folder, ranks),
@@ -83,7 +83,7 @@ class Judging:
         """Return the prompts as this model encodes them; models with equal text encoders share the cache."""
         backbone.place(self.ranks.device, text_dtype(self.ranks))
         data, root = self.benchmark.data(self.evaluation.size), self.evaluation.folder / ".corefit" / "cache"
-        with self.display.task("encoding prompts") as progress:
+        with self.display.task("encoding prompts", idle="cached") as progress:
             folder = cache.prepare(data, backbone, root, media=False, progress=progress, ranks=self.ranks)
         backbone.release()
         return Dataset.open(folder, rebuildable=True)

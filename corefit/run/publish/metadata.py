@@ -42,29 +42,36 @@ def of_lora(tables: Tables, stage: str, backbone: Backbone, *, steps: int, examp
         f"{SPEC}sai_model_spec": VERSION,
         f"{SPEC}architecture": f"{architecture}/lora" if architecture else None,
         **known,
-        **_described(tables, stage),
+        **described(tables, stage),
+        **_used(tables, stage),
         **_trained(tables, stage, examples),
         "ss_steps": steps,
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items() if value}
 
 
-def _described(tables: Tables, stage: str) -> dict[str, Any]:
-    """Return what ModelSpec has of a title, a license and use; a value that is not known is None."""
-    card, trigger = tables.get("card", {}), tables["data"].get("trigger")
-    height, width = tables["data"]["size"][-2:]
-    mode, hints = mode_of(tables, stage), [f"Trigger word: {trigger}"] if trigger else []
-    if strength := strength_of(mode):
-        hints.append(f"Set the strength to {strength:g} in programs that do not read lora_alpha, such as ComfyUI")
-    objective = " + ".join(objectives_of(tables, stage))
+def described(tables: Tables, stage: str) -> dict[str, Any]:
+    """Return what ModelSpec has of a title, a license and a size; a value that is not known is None."""
+    card, (height, width) = tables.get("card", {}), tables["data"]["size"][-2:]
     return {
         f"{SPEC}title": title_of(tables, stage),
         f"{SPEC}author": card.get("author"),
         f"{SPEC}license": card.get("license"),
-        f"{SPEC}description": f"LoRA of {name_of_base(tables)}, trained by corefit with {objective}",
         f"{SPEC}tags": ", ".join(card.get("tags", ())),
         f"{SPEC}resolution": f"{width}x{height}",
-        f"{SPEC}trigger_phrase": trigger,
+        f"{SPEC}trigger_phrase": tables["data"].get("trigger"),
+    }
+
+
+def _used(tables: Tables, stage: str) -> dict[str, Any]:
+    """Return what ModelSpec has of the use of a LoRA."""
+    trigger, mode = tables["data"].get("trigger"), mode_of(tables, stage)
+    hints = [f"Trigger word: {trigger}"] if trigger else []
+    if strength := strength_of(mode):
+        hints.append(f"Set the strength to {strength:g} in programs that do not read lora_alpha, such as ComfyUI")
+    objective = " + ".join(objectives_of(tables, stage))
+    return {
+        f"{SPEC}description": f"LoRA of {name_of_base(tables)}, trained by corefit with {objective}",
         f"{SPEC}usage_hint": "; ".join(hints),
     }
 

@@ -38,7 +38,7 @@ def grid(media: Media, prompts: Sequence[str], png: Path, columns: int = 8, scal
     For video [N, 3, T, H, W] a few frames are drawn side by side. Images are enlarged `scale` times without
     interpolation; the default makes their shorter side at least 96 pixels. Pixels that are not finite are magenta.
     """
-    _save(_contact(_enlarge(_pixels(media), scale), prompts, columns), png)
+    _save(_contact(_enlarge(pixels(media), scale), prompts, columns), png)
 
 
 def animation(clips: Media, prompts: Sequence[str], webp: Path, columns: int = 4, fps: float = 16) -> None:
@@ -50,7 +50,7 @@ def animation(clips: Media, prompts: Sequence[str], webp: Path, columns: int = 4
     numbers = _spread(length, MOVING)
     sheets: list[Image] = []
     for number in numbers:
-        sheets.append(_contact(_enlarge(_pixels(clips[:, :, number]), None), prompts, columns))
+        sheets.append(_contact(_enlarge(pixels(clips[:, :, number]), None), prompts, columns))
         sheets[-1].thumbnail((WIDE, HIGH))
     data, pause = io.BytesIO(), round(1000 * length / (fps * len(numbers)))
     sheets[0].save(data, "webp", save_all=True, append_images=sheets[1:], duration=pause, loop=0, method=0)
@@ -103,7 +103,7 @@ def compared(
     rows: Sequence[tuple[str, Media]], prompts: Sequence[str], columns: int = 8, scale: int | None = None
 ) -> Image:
     """Return the picture that `comparison` writes."""
-    images = [(name, _enlarge(_pixels(media), scale)) for name, media in rows]
+    images = [(name, _enlarge(pixels(media), scale)) for name, media in rows]
     assert {len(row) for _, row in images} == {len(prompts)}, "one prompt a column"
     width = max(row.shape[2] for _, row in images)
     text = _Text.fitting(width)
@@ -138,7 +138,7 @@ def _labels(draw: ImageDraw, text: _Text, rows: Sequence[tuple[str, int]], top: 
         top += height + GAP // 2
 
 
-def _pixels(media: Media) -> Pixels:
+def pixels(media: Media) -> Pixels:
     """Convert media [N, 3, H, W] or [N, 3, T, H, W] to pixels [N, H, W, 3]."""
     values = np.asarray(media if isinstance(media, np.ndarray) else media.detach().float().cpu())
     assert values.shape[1:2] == (3,), f"media are [N, 3, H, W] or [N, 3, T, H, W], not {values.shape}"

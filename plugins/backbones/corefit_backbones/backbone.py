@@ -16,8 +16,8 @@ from attrs import define, evolve, field, validators
 
 from corefit import ROUNDING, Condition
 from corefit.errors import ModelError
-from corefit.types import ModelPath
-from corefit_backbones import encoders, network, schedule
+from corefit.types import ModelPath, OriginalTensor
+from corefit_backbones import encoders, network, original_names, schedule, usual
 from corefit_backbones.decoding import decode_recomputed
 from corefit_backbones.folder import LONGEST, Checkpoint, fingerprint, link
 
@@ -60,6 +60,8 @@ class Diffusers(ABC):
     """Whether the pipeline passes its scheduler the grid 1, 1 - 1/steps, ..., 1/steps, which the scheduler shifts."""
     lora_names: ClassVar[Callable[[Mapping[str, Any]], Mapping[str, Any]]] = dict
     """Renames a LoRA's weights from diffusers' names to those in the saved file."""
+    original_rules: ClassVar[Callable[[int], original_names.Rules]]
+    """Gives the names of the original code for a number of layers: a function of the module original_names."""
 
     path: ModelPath
     revision: str | None = None
@@ -211,6 +213,10 @@ class Diffusers(ABC):
         """The loaded networks; each sample passes through exactly one of them."""
         return [part for _, part in self._parts()]
 
+    def usual(self) -> Mapping[str, Any]:
+        """The defaults of the family's pipeline in diffusers, and the size that the checkpoint was made for."""
+        return usual.of(_class(self.pipeline_class), self.checkpoint)
+
     def config_key(self) -> str:
         """Hash of all config files: whatever is read before the weights is in them."""
         return self.checkpoint.config_key()
@@ -355,6 +361,19 @@ class Diffusers(ABC):
                 network.save_weights(folder / name, own)
         if not adapted:
             self._link_others(folder)
+
+    def original(self) -> Mapping[str, Mapping[str, OriginalTensor]]:
+        """Say of what each original tensor is made: for one network, or for two, that for noisy levels first."""
+        found: dict[str, Mapping[str, OriginalTensor]] = {}
+        files = ("high_noise", "low_noise") if len(self.networks) > 1 else ("",)
+        for file, (name, part) in zip(files, self._parts(), strict=True):
+            rules = type(self).original_rules(self.checkpoint.config(name)["num_layers"])
+            found[file] = original_names.arranged(part.state_dict(), rules, self._prefix(name))
+        return found
+
+    def original_lora(self, module: str) -> str:
+        """The name of diffusers after "transformer.", which ComfyUI knows for SD3 and FLUX."""
+        return f"transformer.{module}"
 
     def _link_others(self, folder: Path) -> None:
         """Link everything that was not trained into `folder`."""

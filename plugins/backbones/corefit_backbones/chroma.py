@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import define
 
 from corefit import Condition
+from corefit.types import Suggested
+from corefit_backbones import original_names
 from corefit_backbones.packed import Packed
 
 if TYPE_CHECKING:
@@ -19,7 +21,9 @@ class Chroma(Packed):
     """Chroma with latents [B, 16, H/8, W/8] and conditions {"prompt_embeds": [B, L, D], "mask": [B, L]}."""
 
     pipeline_class: ClassVar[str] = "ChromaPipeline"
+    suggested: ClassVar[Suggested] = Suggested(path="lodestones/Chroma1-HD", size=(1024, 1024), guidance=3.0, steps=40)
     transformer_class: ClassVar[str] = "ChromaTransformer2DModel"
+    original_rules = staticmethod(original_names.chroma)
 
     def condition_shapes(self) -> Mapping[str, tuple[int, ...]]:
         width = self.checkpoint.config("transformer")["joint_attention_dim"]
@@ -41,6 +45,12 @@ class Chroma(Packed):
         image = torch.ones(len(x), self.num_tokens(x.shape), device=x.device, dtype=self._dtype)
         mask = torch.cat([cond.tensors["mask"].to(self._dtype), image], dim=1)
         return self.predict_packed(x, sigma, cond, attention_mask=mask)
+
+    def original_lora(self, module: str) -> str:
+        """As for FLUX; the network that computes the modulations, which FLUX lacks, has its original names."""
+        if not module.startswith(original_names.APPROXIMATOR):
+            return super().original_lora(module)
+        return f"diffusion_model.{original_names.module_name(module, original_names.chroma(0))}"
 
     def model_spec(self) -> Mapping[str, str]:
         return {

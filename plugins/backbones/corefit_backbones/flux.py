@@ -9,7 +9,8 @@ from attrs import define, field, validators
 
 from corefit import Condition
 from corefit.errors import ModelError
-from corefit_backbones import encoders
+from corefit.types import Suggested
+from corefit_backbones import encoders, original_names
 from corefit_backbones.packed import Packed
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ class Flux(Packed):
     """
 
     pipeline_class: ClassVar[str] = "FluxPipeline"
+    suggested: ClassVar[Suggested] = Suggested(
+        path="black-forest-labs/FLUX.1-dev", size=(1024, 1024), guidance=3.5, steps=28
+    )
     transformer_class: ClassVar[str] = "FluxTransformer2DModel"
+    original_rules = staticmethod(original_names.flux)
 
     max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(512)])
     """Number of T5 tokens that every prompt is padded or cut to; schnell was trained with 256."""

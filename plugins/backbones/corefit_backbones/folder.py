@@ -188,7 +188,7 @@ SIZES = frozenset(
     {
         *("in_channels", "latent_channels", "z_dim", "patch_size", "block_out_channels", "pos_embed_max_size"),
         *("joint_attention_dim", "pooled_projection_dim", "text_dim", "model_max_length"),
-        *("num_layers", "num_attention_heads", "attention_head_dim"),
+        *("num_layers", "num_attention_heads", "attention_head_dim", "sample_size"),
         *("scale_factor_temporal", "scale_factor_spatial"),
     }
 )

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+from corefit.errors import ModelError
+from corefit_backbones import original_names
+
 T = TypeVar("T")
-WAN = {
-    r"blocks\.(\d+)\.attn1\.to_([qkv])": r"blocks.\1.self_attn.\2",
-    r"blocks\.(\d+)\.attn1\.to_out\.0": r"blocks.\1.self_attn.o",
-    r"blocks\.(\d+)\.attn2\.to_([qkv])": r"blocks.\1.cross_attn.\2",
-    r"blocks\.(\d+)\.attn2\.to_out\.0": r"blocks.\1.cross_attn.o",
-    r"blocks\.(\d+)\.ffn\.net\.0\.proj": r"blocks.\1.ffn.0",
-    r"blocks\.(\d+)\.ffn\.net\.2": r"blocks.\1.ffn.2",
-    r"condition_embedder\.time_proj": "time_projection.1",
-    r"condition_embedder\.(text|time)_embedder\.linear_1": r"\1_embedding.0",
-    r"condition_embedder\.(text|time)_embedder\.linear_2": r"\1_embedding.2",
-    r"proj_out": "head.head",
-}
-"""Modules in diffusers -> in Wan's original code; `WanPipeline.lora_state_dict` converts them back."""
+UNREAD = frozenset({"patch_embedding"})
+"""Modules that `WanPipeline.lora_state_dict` does not convert back."""
 
 
 def wan(weights: Mapping[str, T]) -> dict[str, T]:
@@ -36,7 +27,8 @@ def wan(weights: Mapping[str, T]) -> dict[str, T]:
 
 def _wan(name: str) -> str | None:
     module, dot, half = name.removeprefix("transformer.").partition(".lora_")
-    for diffusers, original in WAN.items():
-        if re.fullmatch(diffusers, module):
-            return f"diffusion_model.{re.sub(diffusers, original, module)}{dot}{half}"
-    return None
+    try:
+        original = original_names.module_name(module, original_names.wan(0))
+    except ModelError:
+        return None
+    return f"diffusion_model.{original}{dot}{half}" if original not in UNREAD else None

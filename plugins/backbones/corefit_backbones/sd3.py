@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import define, field, validators
 
 from corefit import Condition
-from corefit_backbones import encoders, pictures
+from corefit.types import Suggested
+from corefit_backbones import encoders, original_names, pictures
 from corefit_backbones.backbone import Diffusers
 from corefit_backbones.folder import LONGEST, check_size
 
@@ -22,7 +23,14 @@ class Sd3(Diffusers):
     """SD3 and SD3.5 with latents [B, C, H/8, W/8] and conditions {"prompt_embeds": [B, L, D], "pooled": [B, P]}."""
 
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
+    suggested: ClassVar[Suggested] = Suggested(
+        path="stabilityai/stable-diffusion-3.5-medium",
+        size=(1024, 1024),
+        guidance=4.5,
+        steps=40,
+    )
     transformer_class: ClassVar[str] = "SD3Transformer2DModel"
+    original_rules = staticmethod(original_names.sd3)
     vae_class: ClassVar[str] = "AutoencoderKL"
     codec = pictures
 

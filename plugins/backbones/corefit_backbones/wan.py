@@ -12,7 +12,8 @@ from attrs import define
 
 from corefit import Condition
 from corefit.errors import ModelError
-from corefit_backbones import clips, names
+from corefit.types import Suggested
+from corefit_backbones import clips, names, original_names
 from corefit_backbones.backbone import Diffusers
 from corefit_backbones.folder import check_size
 
@@ -34,7 +35,11 @@ class Wan(Diffusers):
     """
 
     pipeline_class: ClassVar[str] = "WanPipeline"
+    suggested: ClassVar[Suggested] = Suggested(
+        path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", size=(81, 480, 832), guidance=5.0, steps=50
+    )
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
+    original_rules = staticmethod(original_names.wan)
     vae_class: ClassVar[str] = "AutoencoderKLWan"
     codec = clips
     lora_names = staticmethod(names.wan)
@@ -99,6 +104,12 @@ class Wan(Diffusers):
 
     def num_tokens(self, shape: Sequence[int]) -> int:
         return 0  # WanPipeline's noise levels do not depend on the size
+
+    def original_lora(self, module: str) -> str:
+        """The original name after "diffusion_model."; of two experts, each has a file of its own."""
+        for name in self.networks:
+            module = module.removeprefix(self._prefix(name))
+        return f"diffusion_model.{original_names.module_name(module, original_names.wan(0))}"
 
     def model_spec(self) -> Mapping[str, str]:
         """The sizes have 30 and 40 blocks; two experts, or 48 channels of latents, are of Wan 2.2."""

@@ -50,19 +50,29 @@ class ClipReward(NetworkReward):
         """Return scores [B]; padding follows the end of a prompt, where the causal network does not see it."""
         from torch.nn.functional import cosine_similarity
 
-        pictures = network.get_image_features(pixel_values=pixels).float()
-        prompts = network.get_text_features(input_ids=tokens["input_ids"]).float()
+        pictures = picture_features(network, pixels).float()
+        prompts = text_features(network, input_ids=tokens["input_ids"]).float()
         return self.score_cosine(network, cosine_similarity(pictures, prompts))
 
     def features(self, media: Tensor) -> Tensor:
         """Return CLIP's features [B, D] of pictures, or of the first frames of clips, for measures of diversity."""
         loaded, pixels = self.encoded(media)
         network: Any = loaded.network
-        return network.get_image_features(pixel_values=pixels).float().to(media.device)
+        return picture_features(network, pixels).float().to(media.device)
 
     @abstractmethod
     def score_cosine(self, network: Any, cosine: Tensor) -> Tensor:
         """Return scores [B] of the cosines [B] of pictures and prompts."""
+
+
+def picture_features(network: Any, pixels: Tensor) -> Tensor:
+    """Return the features [B, D] of pictures; what CLIPModel.get_image_features returns differs between versions."""
+    return network.visual_projection(network.vision_model(pixel_values=pixels).pooler_output)
+
+
+def text_features(network: Any, **tokens: Tensor) -> Tensor:
+    """Return the features [B, D] of prompts, given their tokens by name."""
+    return network.text_projection(network.text_model(**tokens).pooler_output)
 
 
 def blank_clip(path: str) -> nn.Module:

@@ -11,7 +11,7 @@ from attrs import field, frozen
 
 from corefit.errors import ModelError
 from corefit_rewards import files
-from corefit_rewards.clip import PROCESSOR, TOKENIZERS, blank_clip, check_config
+from corefit_rewards.clip import PROCESSOR, TOKENIZERS, blank_clip, check_config, picture_features, text_features
 from corefit_rewards.geneval_rules import COLORS, Found, class_name
 from corefit_rewards.models import read, tried
 
@@ -183,7 +183,7 @@ class ColorJudge:
         crops = [crop(picture, one) for one in found]
         inputs = _prepared(self.processor, crops, self.place)
         with torch.no_grad():
-            shown = self.network.get_image_features(pixel_values=inputs["pixel_values"])
+            shown = picture_features(self.network, inputs["pixel_values"])
         chosen = (shown.float() @ self._classifier(name).T).argmax(1)  # the length of `shown` changes no choice
         return [COLORS[number] for number in chosen.tolist()]
 
@@ -196,7 +196,7 @@ class ColorJudge:
             texts = [phrase.format(color=color, name=name) for color in COLORS for phrase in PHRASES]
             tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.place)
             with torch.no_grad():
-                features = normalize(self.network.get_text_features(**tokens).float(), dim=-1)
+                features = normalize(text_features(self.network, **tokens).float(), dim=-1)
             self._texts[name] = normalize(features.reshape(len(COLORS), len(PHRASES), -1).mean(1), dim=-1)
         return self._texts[name]
 
@@ -225,25 +225,30 @@ def _prepared(processor: Any, pictures: Sequence[Tensor], place: torch.device) -
 @cache
 def read_detector(path: str, place: torch.device) -> Detector:
     """Return the detector of a folder or a name on the hub; it is read once in each process."""
-    from transformers import AutoImageProcessor
-
     folder = files.weights_folder(path)
     network = _made(lambda: read(_class(folder), _config(folder), folder), folder)
-    processor = tried(lambda: AutoImageProcessor.from_pretrained(folder, use_fast=True), folder)
-    return Detector(network.requires_grad_(False).eval().to(place), processor, labels(path), place)
+    return Detector(network.requires_grad_(False).eval().to(place), _processor(folder), labels(path), place)
 
 
 @cache
 def read_clip(path: str, place: torch.device) -> ColorJudge:
     """Return the CLIP of a folder or a name on the hub; it is read once in each process."""
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
     folder = files.weights_folder(path)
     check_config(str(folder))
     network = read(CLIPModel, CLIPConfig.from_pretrained(folder), folder)
-    processor = tried(lambda: AutoImageProcessor.from_pretrained(folder, use_fast=True), folder)
     tokenizer = tried(lambda: AutoTokenizer.from_pretrained(folder), folder)
-    return ColorJudge(network.requires_grad_(False).eval().to(place), processor, tokenizer, place)
+    return ColorJudge(network.requires_grad_(False).eval().to(place), _processor(folder), tokenizer, place)
+
+
+def _processor(folder: Path) -> Any:
+    """Return what prepares pictures for a model, the one that works with tensors on any device."""
+    import transformers
+
+    version = int(transformers.__version__.partition(".")[0])
+    kind: dict[str, Any] = {"use_fast": True} if version < 5 else {"backend": "torchvision"}
+    return tried(lambda: transformers.AutoImageProcessor.from_pretrained(folder, **kind), folder)
 
 
 def _config(folder: Path) -> Any:

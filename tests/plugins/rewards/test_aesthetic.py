@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import PROMPTS, head, pictures, reward, spread
+from published import PROMPTS, head, pictures, reward, spread, tensor
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorFast, CLIPModel
 
@@ -16,7 +16,7 @@ def test_it_scores_as_published(folders: dict[str, Path], size: tuple[int, int])
     folder, media = folders["aesthetic"], pictures(*size)
     pixels = CLIPImageProcessorFast.from_pretrained(folder)(list(media), do_rescale=False, return_tensors="pt")
     with torch.no_grad():
-        features = CLIPModel.from_pretrained(folder).eval().get_image_features(**pixels)
+        features = tensor(CLIPModel.from_pretrained(folder).eval().get_image_features(**pixels))
         expected = spread(head(16), 5, gain=2.5)(features / features.norm(dim=1, keepdim=True))[:, 0]
     found = reward("aesthetic", folder).score(media, PROMPTS, [{}] * 3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

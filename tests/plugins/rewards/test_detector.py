@@ -11,7 +11,7 @@ import pytest
 import torch
 from detectors import LABELS, tiny_color_clip, tiny_mask2former, tiny_yolos
 from PIL import Image
-from published import pictures
+from published import pictures, tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from corefit.errors import ModelError
@@ -159,13 +159,13 @@ def test_colors_are_those_of_zero_shot_classification(clip, media):
         directions = []
         for color in COLORS:
             texts = [f"a photo of a {color} dog", f"a photo of a {color}-colored dog", f"a photo of a {color} object"]
-            features = network.get_text_features(**tokenizer(texts, return_tensors="pt", padding=True))
+            features = tensor(network.get_text_features(**tokenizer(texts, return_tensors="pt", padding=True)))
             mean = (features / features.norm(dim=1, keepdim=True)).mean(0)
             directions.append(mean / mean.norm())
         for picture in media:
             image = Image.fromarray(picture.movedim(0, -1).numpy())
             crops = [image.crop(tuple(map(round, one.box))) for one in found]
-            features = network.get_image_features(**processor(images=crops, return_tensors="pt"))
+            features = tensor(network.get_image_features(**processor(images=crops, return_tensors="pt")))
             expected += [COLORS[i] for i in (features @ torch.stack(directions).T).argmax(1).tolist()]
     assert own == expected
     assert len(set(own)) > 1

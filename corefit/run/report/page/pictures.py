@@ -115,12 +115,13 @@ def _encoded(pixels: Pixels, side: int) -> str:
 
 def sheets(stage: StageFiles, memo: Memo) -> list[dict[str, str]]:
     """Return name and source of a stage's sample grids, in the order of training."""
-    files = stage.sheets
+    files, steps = stage.sheets, stage.about.get("steps")
     chosen = sorted({round(i) for i in np.linspace(0, len(files) - 1, min(len(files), SHEETS))})
     found: list[dict[str, str]] = []
     for file in (files[i] for i in chosen):
         if source := memo.of("sheet", [file], lambda file=file: _sheet(file)):
-            found.append({"name": f"step {file.stem.removeprefix('step-').lstrip('0') or '0'}", "source": source})
+            step = file.stem.removeprefix("step-").lstrip("0") or "0"
+            found.append({"name": f"step {step} of {steps}" if steps else f"step {step}", "source": source})
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from attrs import frozen
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 KINDS_OF_PAGES = sorted((DOCS / "plugins").glob("*.md"))

@@ -1,0 +1,1 @@
+"""`corefit sample`: pictures, or clips, for prompts that a user types."""
