@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 from attrs import frozen
 
 from corefit.types.former import adopt
-from corefit.types.values import Condition, Example, Meta, Step
+from corefit.types.values import Condition, Example, Meta, Step, Suggested
 
 if TYPE_CHECKING:
     import torch
@@ -220,13 +220,18 @@ class SizedDecoder(Protocol):
 
 @runtime_checkable
 class Preset(Protocol):
-    """What a Backbone may offer besides, so that `corefit sample` needs no pipeline for a published model."""
+    """What a Backbone may offer besides: how its family is found and usually sampled.
+
+    `corefit sample` needs no pipeline for its folders then, and `corefit new pipeline --from-folder` no model.
+    """
 
     pipeline_class: ClassVar[str]
     """The class of diffusers that the family's model_index.json names, by which the family is found."""
+    suggested: ClassVar[Suggested]
+    """A model of the family on the hub, and the settings in which such models are usually sampled."""
 
-    def usual(self) -> Mapping[str, Any]:
-        """Return the family's usual `size` of media, `guidance` and `steps`; those that are not known are left out."""
+    def usual(self) -> Suggested:
+        """Return `suggested`, with the size that this model's own files name."""
         ...
 
 

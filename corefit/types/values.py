@@ -252,7 +252,7 @@ class Example:
 
 @frozen(kw_only=True)
 class Suggested:
-    """What `corefit new pipeline --from-folder` suggests for a model family: a backbone class's `suggested`.
+    """What a backbone class suggests for its family (`suggested` of Preset).
 
     path      a model of the family on the hub
     size      [height, width] that the model makes, or [frames, height, width] of clips

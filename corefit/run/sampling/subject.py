@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import define, evolve, field, frozen
+from attrs import asdict, define, evolve, field, frozen
 
 from corefit.data.settings import check_size
 from corefit.data.sources import prompt_source
@@ -219,7 +219,7 @@ def _settings(tables: Table, folder: Path, request: Request) -> tuple[Settings, 
         raise ConfigError("backbone is missing; the pipeline needs it")
     model = {"backbone": {key: value for key, value in table.items() if key != "train"}}
     backbone = Reader(host, folder, CHOICES).read(model, _Model).backbone
-    usual = backbone.usual() if isinstance(backbone, Preset) and "data" not in tables else {}
+    usual = asdict(backbone.usual()) if isinstance(backbone, Preset) and "data" not in tables else {}
     size = request.size or tables.get("data", {}).get("size") or usual.get("size")
     if not size:
         raise ConfigError(

@@ -16,7 +16,7 @@ from attrs import define, evolve, field, validators
 
 from corefit import ROUNDING, Condition
 from corefit.errors import ModelError
-from corefit.types import ModelPath, OriginalTensor
+from corefit.types import ModelPath, OriginalTensor, Suggested
 from corefit_backbones import encoders, network, original_names, schedule, usual
 from corefit_backbones.decoding import decode_recomputed
 from corefit_backbones.folder import LONGEST, Checkpoint, fingerprint, link
@@ -51,6 +51,7 @@ class Diffusers(ABC):
     """
 
     pipeline_class: ClassVar[str]
+    suggested: ClassVar[Suggested]
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str]
     codec: ClassVar[Codec]
@@ -213,9 +214,9 @@ class Diffusers(ABC):
         """The loaded networks; each sample passes through exactly one of them."""
         return [part for _, part in self._parts()]
 
-    def usual(self) -> Mapping[str, Any]:
-        """The defaults of the family's pipeline in diffusers, and the size that the checkpoint was made for."""
-        return usual.of(_class(self.pipeline_class), self.checkpoint)
+    def usual(self) -> Suggested:
+        """What the family suggests, with the size that the checkpoint was made for."""
+        return evolve(self.suggested, size=usual.size(self.checkpoint, self.suggested.size))
 
     def config_key(self) -> str:
         """Hash of all config files: whatever is read before the weights is in them."""

@@ -228,9 +228,9 @@ def test_the_trigger_word_and_lost_prompts_are_told(at, ran):
     assert "the file of [eval] prompts is gone" in ended.out
 
 
-def test_usual_settings_of_a_family_are_those_of_diffusers(checkpoint):
+def test_usual_settings_are_the_family_s_and_the_size_that_of_the_checkpoint(checkpoint):
     found = find(Request(str(checkpoint), ("x",)))
-    assert (found.kind, found.settings.eval.guidance, found.settings.eval.steps) == ("sd3", 7.0, 28)
+    assert (found.kind, found.settings.eval.guidance, found.settings.eval.steps) == ("sd3", 4.5, 40)
     latents = json.loads((checkpoint / "transformer/config.json").read_text())["sample_size"]
     assert found.settings.size == (2 * latents, 2 * latents)
 
