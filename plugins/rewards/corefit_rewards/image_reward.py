@@ -99,8 +99,20 @@ class ImageReward(NetworkReward):
     def compute(self, network: Any, pixels: Tensor, tokens: Any) -> Tensor:
         """Return scores [B] in float32, of what the text encoder makes of a prompt's first token and the picture."""
         seen = network["vision"](pixel_values=pixels).last_hidden_state
-        joint = network["text"](**tokens, encoder_hidden_states=seen, is_decoder=False).last_hidden_state
+        joint = _read_with(network["text"], tokens["input_ids"], tokens["attention_mask"], seen)
         return (network["head"](joint[:, 0].float()).squeeze(1) - MEAN) / STD
+
+
+def _read_with(text: Any, words: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
+    """Return what BlipTextModel makes of prompts and pictures, [B, L, D], reading prompts in both directions.
+
+    Its own forward asks in transformers 5 whether anything is masked, and so waits for the device.
+    """
+    import torch
+
+    hidden = text.embeddings(input_ids=words)
+    hidden_words = (1 - mask[:, None, None, :].to(hidden.dtype)) * torch.finfo(hidden.dtype).min
+    return text.encoder(hidden, attention_mask=hidden_words, encoder_hidden_states=seen).last_hidden_state
 
 
 VISION, TEXT = "blip.visual_encoder.", "blip.text_encoder."
@@ -139,7 +151,7 @@ def _configs(sizes: Mapping[str, Mapping[str, int]]) -> tuple[Any, Any]:
         half: {"num_attention_heads": own["hidden_size"] // HEAD_WIDTH} for half, own in sizes.items()
     }
     vision = BlipVisionConfig(**widths["vision"], **heads["vision"], hidden_act="gelu", layer_norm_eps=1e-6)
-    # is_decoder makes the layers that attend to the picture; the calls say that prompts are read in both directions
+    # is_decoder makes the layers that attend to the picture
     text = BlipTextConfig(**widths["text"], **heads["text"], hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=True)
     return vision, text
 

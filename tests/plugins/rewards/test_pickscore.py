@@ -25,7 +25,7 @@ def test_it_is_the_cosine_times_the_scale(folders: dict[str, Path]) -> None:
 def test_the_processor_may_be_in_another_folder_as_it_is_on_the_hub(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tiny_clip(tmp_path / "bare")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "preprocessor_config.json"):
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=name == "vocab.json")  # transformers 5 writes none
     own = PickScore(path=str(folder), processor=str(folders["pickscore"]))
     own.check()
     media = pictures()

@@ -65,7 +65,7 @@ def test_a_file_that_is_missing(copied: Callable[[str], Path], file: str, says: 
 def test_a_tokenizer_that_is_missing(copied: Callable[[str], Path]) -> None:
     folder = copied(CLIP)
     for file in ("tokenizer.json", "vocab.json"):
-        (folder / file).unlink()
+        (folder / file).unlink(missing_ok=file == "vocab.json")  # transformers 5 writes none
     with pytest.raises(ModelError, match=r"it has no tokenizer.json or vocab.json"):
         reward(CLIP, folder).check()
 
