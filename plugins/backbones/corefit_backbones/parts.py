@@ -42,10 +42,24 @@ def read(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None = None
 
 def _loaded(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None, **more: Any) -> tuple[Any, Any]:
     """The model that `from_pretrained` returns, and its report on the weights."""
-    with reading(folder, kind):
+    with reading(folder, kind), _without_bars():
         return kind.from_pretrained(
             folder, torch_dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True, **more
         )
+
+
+@contextmanager
+def _without_bars() -> Generator[None]:
+    """Read weights without a progress bar for each model, as transformers 5 shows; downloads keep theirs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

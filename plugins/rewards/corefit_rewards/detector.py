@@ -225,25 +225,30 @@ def _prepared(processor: Any, pictures: Sequence[Tensor], place: torch.device) -
 @cache
 def read_detector(path: str, place: torch.device) -> Detector:
     """Return the detector of a folder or a name on the hub; it is read once in each process."""
-    from transformers import AutoImageProcessor
-
     folder = files.weights_folder(path)
     network = _made(lambda: read(_class(folder), _config(folder), folder), folder)
-    processor = tried(lambda: AutoImageProcessor.from_pretrained(folder, use_fast=True), folder)
-    return Detector(network.requires_grad_(False).eval().to(place), processor, labels(path), place)
+    return Detector(network.requires_grad_(False).eval().to(place), _processor(folder), labels(path), place)
 
 
 @cache
 def read_clip(path: str, place: torch.device) -> ColorJudge:
     """Return the CLIP of a folder or a name on the hub; it is read once in each process."""
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
     folder = files.weights_folder(path)
     check_config(str(folder))
     network = read(CLIPModel, CLIPConfig.from_pretrained(folder), folder)
-    processor = tried(lambda: AutoImageProcessor.from_pretrained(folder, use_fast=True), folder)
     tokenizer = tried(lambda: AutoTokenizer.from_pretrained(folder), folder)
-    return ColorJudge(network.requires_grad_(False).eval().to(place), processor, tokenizer, place)
+    return ColorJudge(network.requires_grad_(False).eval().to(place), _processor(folder), tokenizer, place)
+
+
+def _processor(folder: Path) -> Any:
+    """Return what prepares pictures for a model, the one that works with tensors on any device."""
+    import transformers
+
+    version = int(transformers.__version__.partition(".")[0])
+    kind: dict[str, Any] = {"use_fast": True} if version < 5 else {"backend": "torchvision"}
+    return tried(lambda: transformers.AutoImageProcessor.from_pretrained(folder, **kind), folder)
 
 
 def _config(folder: Path) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,13 @@ def read(kind: Any, config: Any, source: Path | Mapping[str, Tensor], **keys: An
     """
     folder = source if isinstance(source, Path) else None
     state = {} if folder else {"state_dict": dict(source)}  # pyright: ignore[reportArgumentType,reportCallIssue]
-    network, info = tried(
-        lambda: kind.from_pretrained(
-            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **state, **keys
-        ),
-        folder,
-    )
+    with _without_bars():
+        network, info = tried(
+            lambda: kind.from_pretrained(
+                folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **state, **keys
+            ),
+            folder,
+        )
     wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -41,6 +43,20 @@ def read(kind: Any, config: Any, source: Path | Mapping[str, Tensor], **keys: An
             "than the config says; fetch the whole model again"
         )
     return network.float()  # transformers 4 has read it in float32, and 5 in the file's type
+
+
+@contextmanager
+def _without_bars() -> Generator[None]:
+    """Read weights without a progress bar for each model, as transformers 5 shows; downloads keep theirs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def tried(make: Callable[[], Any], place: object) -> Any:

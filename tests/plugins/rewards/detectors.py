@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from published import clip_config
@@ -90,9 +91,9 @@ def saved(folder: Path, network: Any, processor: Any) -> Path:
 
 
 def varied(network: Any) -> Any:
-    """Give a network random weights with which it finds different things in different places."""
-    draw = torch.Generator().manual_seed(1)
+    """Give a network random weights, by their names, with which it finds different things in different places."""
     for name, p in network.named_parameters():
+        draw = torch.Generator().manual_seed(crc32(name.encode()))  # their order differs between versions
         if "norm" not in name:
             p.data = torch.randn(p.shape, generator=draw) * (0.1 if p.ndim < 2 else p[0].numel() ** -0.5)
         if any(part in name for part in LARGE):

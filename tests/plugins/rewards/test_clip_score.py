@@ -90,3 +90,14 @@ def test_check_says_what_the_folder_lacks_and_counts_the_network(project: Projec
     ended = project.main("check", "pipeline.toml")
     assert ended.status == 2
     assert re.search(r"error: eval.reward.clip_score: .*clip: it has no model.safetensors or", ended.err)
+
+
+def test_half_weights_are_computed_in_float32(folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers 5 reads a model in the type of its file, unless it is told otherwise."""
+    half, whole = (Path(shutil.copytree(folders["clip_score"], tmp_path / name)) for name in ("half", "whole"))
+    network = CLIPModel.from_pretrained(half).half()
+    network.save_pretrained(half)
+    network.float().save_pretrained(whole)
+    first, second = (reward("clip_score", folder).score(pictures(), PROMPTS, [{}] * 3) for folder in (half, whole))
+    assert first.dtype == torch.float32
+    assert torch.equal(first, second)

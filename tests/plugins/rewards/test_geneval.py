@@ -49,15 +49,6 @@ def test_keeps_the_rules_of_rewards(made, kind):
     check_reward(reward, pictures(48, 40), PROMPTS, META)
 
 
-def test_scores_differ_by_rule(made):
-    media = pictures(48, 40)
-    keys = {"threshold": 0.3, "counting_threshold": 0.4}
-    found = {rule: made("boxes", rule=rule, **keys).score(media, PROMPTS, META).tolist() for rule in RULES}
-    assert set(found["correct"] + found["strict"]) <= {0.0, 1.0}
-    assert all(0 <= part <= 1 for part in found["share"])
-    assert len({tuple(each) for each in found.values()}) > 1
-
-
 RULES = ("correct", "strict", "share")
 
 
@@ -85,6 +76,14 @@ def finds(monkeypatch, made):
 
 def at(x, score):
     return Found((x, 0.0, x + 10, 10.0), score)
+
+
+def test_scores_differ_by_rule(finds):
+    reward = finds({"dog": [at(0, 0.95), at(20, 0.9)]}, {}, {"dog": [at(0, 0.8)]})
+    found = {rule: reward(rule=rule).score(pictures(48, 40), PROMPTS, META).tolist() for rule in RULES}
+    assert set(found["correct"] + found["strict"]) <= {0.0, 1.0}
+    assert all(0 <= part <= 1 for part in found["share"])
+    assert len({tuple(each) for each in found.values()}) == 3
 
 
 def test_objects_become_scores(finds):
