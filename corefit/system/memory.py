@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import re
@@ -57,6 +58,7 @@ def uncollected(library: str) -> Generator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        atexit.register(gc.unfreeze)  # or nanobind, in triton, says at the end that all of this leaks
 
 
 def reset_peak(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 
 import pytest
@@ -148,3 +149,21 @@ def test_a_collector_that_is_off_stays_off(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(gc, "enable", lambda: pytest.fail("it is on"))
     with memory.uncollected("a_library"):
         pass
+
+
+FROZEN = """
+from corefit.system import memory
+class Cycle:
+    def __init__(self): self.own = self
+    def __del__(self): print("collected", flush=True)
+with memory.uncollected("a_library"):
+    Cycle()
+memory.gc.collect()
+print("not collected")
+"""
+
+
+def test_at_the_end_what_an_import_made_goes() -> None:
+    """Else nanobind, by which triton binds its compiler, ends every run with pages about leaks."""
+    done = subprocess.run([sys.executable, "-c", FROZEN], capture_output=True, text=True, check=True)
+    assert done.stdout == "not collected\ncollected\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from abc import ABC, abstractmethod
@@ -434,3 +435,4 @@ def _class(name: str) -> Any:
         if first:
             gc.freeze()
             gc.enable()
+            atexit.register(gc.unfreeze)  # or nanobind, in triton, says at the end that all of this leaks

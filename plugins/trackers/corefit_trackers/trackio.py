@@ -47,3 +47,7 @@ class Trackio(RunTracker):
             return {}
         trackio: Any = importlib.import_module("trackio")
         return {f"{event.name}/samples": trackio.Image(str(event.grid))}
+
+    def log(self, tracker: Any, values: dict[str, Any], step: int, event: Event) -> None:
+        """Log to trackio's own run, for accelerate before 1.15 keeps the step to itself."""
+        tracker.tracker.log(values, step=step)

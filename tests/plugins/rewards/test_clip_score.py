@@ -1,4 +1,4 @@
-"""clip_score scores as CLIPModel and CLIPProcessor of transformers do."""
+"""clip_score scores as CLIPModel of transformers does, with the preprocessing of its processor."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import torch
 from conftest import Project
 from published import PROMPTS, pictures, reward, tiny_clip
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPImageProcessorFast, CLIPModel, CLIPProcessor
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPImageProcessorFast, CLIPModel
 
 
 def of_library(folder: Path, images: CLIPImageProcessor, media: Tensor, **keys: bool) -> Tensor:
     """The cosines [B] by the library's own model, tokenizer and preprocessing."""
-    processor = CLIPProcessor(images, AutoTokenizer.from_pretrained(folder))
-    inputs = processor(
-        text=list(PROMPTS), images=list(media), padding=True, truncation=True, return_tensors="pt", **keys
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)  # CLIPProcessor does the same, not with all of transformers 4
+    tokens = tokenizer(list(PROMPTS), padding=True, truncation=True, return_tensors="pt")
+    pixels = images(list(media), return_tensors="pt", **keys)
     with torch.no_grad():
-        out = CLIPModel.from_pretrained(folder).eval()(**inputs)
+        out = CLIPModel.from_pretrained(folder).eval()(**tokens, **pixels)
     return (out.image_embeds * out.text_embeds).sum(1)
 
 
