@@ -51,9 +51,14 @@ def reading(project: Project, place: Path | str) -> None:
 
 
 def left(project: Project, name: str) -> dict[str, bytes]:
-    """The bytes of all weights of a run."""
+    """The bytes of all weights of a run, without the headers of their files, which name the run."""
     files = (project.folder / "runs" / name).glob("*/model/*.safetensors")
-    return {str(f.relative_to(project.folder / "runs" / name)): f.read_bytes() for f in files}
+    return {str(f.relative_to(project.folder / "runs" / name)): tensors(f.read_bytes()) for f in files}
+
+
+def tensors(content: bytes) -> bytes:
+    """What follows the header of a safetensors file."""
+    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 def test_an_encoded_folder_trains_to_the_same_weights_as_its_source(project, encoded):

@@ -144,6 +144,7 @@ def source(offer: Offer, pictures: Path, folder: Path) -> None:
         "text": lambda: folder / "0.txt",
         "webdataset": lambda: packed(folder),
         "hf_dataset": lambda: saved(folder, rows),
+        "parquet": lambda: tabled(folder, rows),
     }[offer.name]()
     return testing.check_source(offer.cls(path))
 
@@ -153,6 +154,13 @@ def packed(folder: Path) -> str:
         for path in sorted(folder.glob("[0-9].*")):
             tar.add(path, path.name)
     return str(folder / "data-0.tar")
+
+
+def tabled(folder: Path, rows: list[Mapping[str, Any]]) -> Path:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    media = [{"bytes": (folder / f"{n}.png").read_bytes(), "path": None} for n in range(len(rows))]
+    parquet.write_table(arrow.table({"image": media, "text": [r["prompt"] for r in rows]}), folder / "rows.parquet")
+    return folder / "rows.parquet"
 
 
 def saved(folder: Path, rows: list[Mapping[str, Any]]) -> Path:

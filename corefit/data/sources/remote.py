@@ -51,8 +51,8 @@ BLOCK = 1 << 22
 
 
 def is_remote(place: Path | Url | None) -> TypeGuard[Url]:
-    """Return whether a place is an address, and no path on this machine."""
-    return isinstance(place, str)
+    """Return whether a place is an address, and no path on this machine, which Python code may give as text, too."""
+    return isinstance(place, str) and "://" in place
 
 
 def check_address(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
