@@ -71,7 +71,7 @@ def test_it_runs(project: Project, drawn: Callable[..., Path]):
     tables = made(project, "--gpu", "24GiB", "--trigger", "ohwx")
     assert tables["backbone"] == {"use": "sd3", "path": "../base", "train": {"use": "lora", "rank": 16}}
     assert tables["data"]["source"] == {"use": "imagefolder", "path": "../pictures"}
-    assert (tables["data"]["size"], set(tables["data"]["aspects"])) == ([32, 32], {"1:1", "3:2", "2:3"})
+    assert (tables["data"]["size"], set(tables["data"]["aspects"])) == ([16, 16], {"1:1", "3:2", "2:3"})
     assert tables["data"]["trigger"] == "ohwx"
     (stage,) = tables["stage"]
     assert stage["objective"]["use"] == "sft"
@@ -92,7 +92,7 @@ def test_it_says_what_it_chose_and_what_to_do_next(project: Project, drawn: Call
     assert lines[:3] == [
         "mine/pipeline.toml is written",
         "40 pictures, 40 with captions: a LoRA of rank 16 for sd3 (base)",
-        "size 32 x 32 in 3 shapes; 750 steps of 4, so each picture is seen about 75 times",
+        "size 16 x 16 in 3 shapes; 750 steps of 4, so each picture is seen about 75 times",
     ]
     assert re.fullmatch(r"A step takes about \d+ MiB of 24.0 GiB \(the GPU planned\) without gradient .*", lines[3])
     assert lines[-4:] == [

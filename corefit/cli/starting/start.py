@@ -25,7 +25,7 @@ from corefit.pipeline.reader import Reader
 from corefit.plugins.host import Host
 from corefit.system.memory import size as in_words
 from corefit.train.estimate import Device
-from corefit.types import Example, ModelPath, Suggested
+from corefit.types import Example, ModelPath, Preset, Suggested
 
 HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """Matches a model's name on the hub."""
@@ -101,7 +101,8 @@ def start(wanted: Wanted, name: str, target: Path) -> Started:
     dropout = DROPOUT if unknown or not backbone.distilled else 0.0
     prompts = chosen.prompts(found, wanted.trigger, _captions(found, wanted.trigger))
     draft = Draft(wanted, name, target, found, host, family, dropout, prompts)
-    sizes = _sizes(found, family.suggested, None if unknown else backbone)
+    made_for = backbone.usual().size if isinstance(backbone, Preset) and not unknown else family.suggested.size
+    sizes = _sizes(found, made_for, None if unknown else backbone)
     fitted = _guessed(sizes) if unknown else Fitting(device, draft.pipeline).fit(sizes)
     memory = _memory(fitted, device, unknown)
     if not unknown:
@@ -225,10 +226,10 @@ def _why_unknown(family: Family, backbone: Any) -> str:
 # sizes and memory
 
 
-def _sizes(found: Survey, suggested: Suggested, backbone: Any) -> list[Choice]:
-    """Return choices of sizes, the largest first; of clips also of numbers of frames."""
+def _sizes(found: Survey, made_for: Sequence[int], backbone: Any) -> list[Choice]:
+    """Return choices of sizes up to what the model was made for, the largest first; of clips also numbers of frames."""
     batch, steps, rank = chosen.plan(found.count)
-    *clip, height, width = suggested.size
+    *clip, height, width = made_for
     numbers, fps = chosen.frames(found)
     lengths: list[tuple[int, ...]] = [(n,) for n in numbers if n <= (clip or numbers)[0]] or [()]
     made = list[Choice]()

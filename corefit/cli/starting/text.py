@@ -132,7 +132,8 @@ class Written:
         enlarged = f"{smaller} are smaller and will be enlarged, which blurs." if smaller else "None is enlarged."
         return (
             f"{frames}The {found.noun}s have from {low[1]} x {low[0]} to {high[1]} x {high[0]} pixels, in the middle "
-            f"{middle[1]} x {middle[0]}. {enlarged} Half the size takes about a quarter of the time."
+            f"{middle[1]} x {middle[0]}. {enlarged} A model is not asked for more than it was made for. "
+            "Half the size takes about a quarter of the time."
         )
 
     def _stage(self, found: Survey, choice: Choice) -> Iterator[str]:
