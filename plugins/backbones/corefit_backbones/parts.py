@@ -44,8 +44,15 @@ def _loaded(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None, **
     """The model that `from_pretrained` returns, and its report on the weights."""
     with reading(folder, kind), _without_bars():
         return kind.from_pretrained(
-            folder, torch_dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True, **more
+            folder, variant=variant, use_safetensors=True, output_loading_info=True, **{_dtype_key(kind): dtype}, **more
         )
+
+
+def _dtype_key(kind: Any) -> str:
+    """Return the name of the argument for the dtype, which later versions of transformers 4 have renamed."""
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    return "dtype" if issubclass(kind, PreTrainedModel) and hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
 
 
 @contextmanager
