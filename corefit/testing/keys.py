@@ -111,8 +111,18 @@ def _reads_all(call: ast.Call, names: set[str], cls: type[Any]) -> bool:
     if root in names or root == "super()" or hasattr(builtins, root):
         return False
     called: Any = getattr(sys.modules.get(cls.__module__), root, None)
-    home: str = called.__name__ if isinstance(called, ModuleType) else getattr(called, "__module__", None) or ""
-    return home.partition(".")[0] not in HARMLESS | {cls.__module__.partition(".")[0]}
+    return _home(called).partition(".")[0] not in HARMLESS | {cls.__module__.partition(".")[0]}
+
+
+def _home(called: Any) -> str:
+    """Return the name of the module that a function or class was written in, "" if that cannot be seen.
+
+    On Python 3.13 attrs gives each of its classes `evolve` as a method, and `evolve.__module__` is the last one's.
+    """
+    if isinstance(called, ModuleType):
+        return called.__name__
+    written: dict[str, Any] = getattr(called, "__globals__", {})
+    return written.get("__name__") or getattr(called, "__module__", None) or ""
 
 
 def _handed_on(tree: ast.AST, names: set[str]) -> bool:

@@ -192,6 +192,7 @@ def test_what_is_handed_on(chain, settings, first, second):
     pipeline = read(chain.file, settings)
     folder = run(pipeline)
     one, two = (left(folder / name) for name in ("01-one", "02-two"))
+    assert (folder / "01-one/model/README.md").is_file(), "no card, though one sample is kept"
     # the first stage starts from the base, and the second from what the first left
     assert fall(start(chain, one), one) == pytest.approx(2 * first, rel=1e-3)
     assert fall(one, two) == pytest.approx(second, rel=1e-3)
@@ -231,7 +232,7 @@ def test_what_is_handed_on_to_branches(chain):
         for key, before in (("gain", starts.get(name)), ("base_gain", "base")) if name in starts else ():
             assert row[key] == pytest.approx(float((values - scores[before]).mean()), abs=1e-5)
     values = [float(v.mean()) for v in scores.values()]
-    assert min(abs(a - b) for a, b in itertools.combinations(values, 2)) > 1e-4, "or this would show nothing"
+    assert min(abs(a - b) for a, b in itertools.combinations(values, 2)) > 2e-5, "or this would show nothing"
     # a finished stage is handed on as one that was just trained
     run(read(chain.file, ["stage.two.from=base", "stage.three.steps=2"]))
     assert fall(weights["one"], left(models["three"])) == pytest.approx(0.1, rel=1e-3)
@@ -260,7 +261,7 @@ def evaluated_is_what_was_saved(pipeline: Pipeline, folder: Path, *, lora: bool)
             if before is not None:
                 assert row["gain"] == pytest.approx(float((now - before)[part].mean()), abs=1e-5)
         if before is not None:
-            assert float((now - before).mean().abs()) > 1e-3, "the stages must differ for this to show anything"
+            assert float((now - before).mean().abs()) > 2e-5, "the stages must differ for this to show anything"
         before = now
     assert {key: row["value"] for key, row in rows(folder, "sky").items()} == {
         (name, category): value for name in models for category, value in (("all", 0.5), ("sky", 1.0), ("sea", 0.0))

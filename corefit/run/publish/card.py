@@ -131,6 +131,8 @@ def _samples(output: Output) -> tuple[list[str], list[tuple[str, Any]]] | None:
     for name, file in kept.items():
         if file.is_file():
             with safe_open(file, "np") as opened:
-                rows.append((name, opened.get_slice("media")[:COLUMNS].astype("float32") / 255))
+                media = opened.get_slice("media")
+                first = min(COLUMNS, media.get_shape()[0])  # a slice past the end is an error in safetensors
+                rows.append((name, media[:first].astype("float32") / 255))
     count = min(len(media) for _, media in rows)
     return scores.get("prompts", [""] * count)[:count], [(name, media[:count]) for name, media in rows]
