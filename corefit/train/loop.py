@@ -105,7 +105,8 @@ class Loop:
             backbone, ranks, frozen_in_bf16=job.frozen_in_bf16, adapter=job.adapter, mode=job.mode, seed=job.seed
         )
         backbone.empty = job.dataset.null.to(device)
-        uses, copies = stage.objective.uses, weights.MovingCopy.declared(stage.objective, trainable)
+        uses, on_host = stage.objective.uses, stage.copies == "cpu"
+        copies = weights.MovingCopy.declared(stage.objective, trainable, on_host=on_host)
         frozen = functools.partial(weights.called_with, backbone, trainable)
         ctx = Context(
             backbone=backbone,
@@ -113,7 +114,7 @@ class Loop:
             noise=stage.noise or LogitNormal(),
             rng=Rng((job.seed, stage.name), []),
             rewards=stage.reward,
-            reference=frozen(weights.copied(trainable)) if "reference" in uses else None,
+            reference=frozen(weights.copied(trainable, on_host=on_host)) if "reference" in uses else None,
             micro_batch=stage.micro_batch or stage.rows,
             gather=ranks.all_gather,
             copies={name: frozen(held.tensors) for name, held in copies.items()},
@@ -129,7 +130,7 @@ class Loop:
             transformer=backbone.transformer,
             trainable=trainable,
             optimizer=Steps.of(stage.optimizer, trainable),
-            ema=weights.Ema.of(trainable, stage.ema) if stage.ema is not None else None,
+            ema=weights.Ema.of(trainable, stage.ema, on_host=on_host) if stage.ema is not None else None,
             guard=NonFiniteGuard.none(device, term_names(stage.objective), stage.skips),
             copies=copies,
             watch=Watch(stage.watch) if stage.watch else None,
