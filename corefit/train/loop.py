@@ -32,6 +32,7 @@ from corefit.train.alarm import Watch
 from corefit.train.gradients import Gradients
 from corefit.train.job import Cost, Job, Metrics
 from corefit.train.meters import NonFiniteGuard
+from corefit.train.optimizer import Steps
 from corefit.train.state import State
 from corefit.types import Batch, Weighted, blame
 from corefit.types.objective import (
@@ -43,11 +44,9 @@ from corefit.types.objective import (
     term_names,
     weighted_objectives,
 )
-from corefit.types.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
 
 
 def train(job: Job, ranks: Ranks) -> Cost:
@@ -106,7 +105,8 @@ class Loop:
             backbone, ranks, frozen_in_bf16=job.frozen_in_bf16, adapter=job.adapter, mode=job.mode, seed=job.seed
         )
         backbone.empty = job.dataset.null.to(device)
-        uses, copies = stage.objective.uses, weights.MovingCopy.declared(stage.objective, trainable)
+        uses, on_host = stage.objective.uses, stage.copies == "cpu"
+        copies = weights.MovingCopy.declared(stage.objective, trainable, on_host=on_host)
         frozen = functools.partial(weights.called_with, backbone, trainable)
         ctx = Context(
             backbone=backbone,
@@ -114,7 +114,7 @@ class Loop:
             noise=stage.noise or LogitNormal(),
             rng=Rng((job.seed, stage.name), []),
             rewards=stage.reward,
-            reference=frozen(weights.copied(trainable)) if "reference" in uses else None,
+            reference=frozen(weights.copied(trainable, on_host=on_host)) if "reference" in uses else None,
             micro_batch=stage.micro_batch or stage.rows,
             gather=ranks.all_gather,
             copies={name: frozen(held.tensors) for name, held in copies.items()},
@@ -129,8 +129,8 @@ class Loop:
             ranks=ranks,
             transformer=backbone.transformer,
             trainable=trainable,
-            optimizer=_optimizer(stage, trainable),
-            ema=weights.Ema.of(trainable, stage.ema) if stage.ema is not None else None,
+            optimizer=Steps.of(stage.optimizer, trainable),
+            ema=weights.Ema.of(trainable, stage.ema, on_host=on_host) if stage.ema is not None else None,
             guard=NonFiniteGuard.none(device, term_names(stage.objective), stage.skips),
             copies=copies,
             watch=Watch(stage.watch) if stage.watch else None,
@@ -187,8 +187,7 @@ class Loop:
 
     def _set_learning_rate(self) -> None:
         """Give the optimizer the learning rate of the step that begins."""
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = self.job.stage.optimizer.rate(self.state.step, self.job.stage.steps)
+        self.state.optimizer.set_rate(self.job.stage.optimizer.rate(self.state.step, self.job.stage.steps))
 
     def _parts_by_update(self, batch: Batch, ctx: Context) -> Iterator[tuple[Part, ...]]:
         """Yield, for each optimizer step, the part of the experience that each objective trains on.
@@ -292,8 +291,8 @@ class Loop:
     def _apply_gradient(self, scale: Tensor, no_items: Tensor) -> None:
         """Multiply the gradient by `scale` [], clip it and take the optimizer's step, without a wait for the device.
 
-        Where `no_items` (bool []), or where a loss or gradient of any rank was not finite, the fused optimizer leaves
-        every weight as it is.
+        Where `no_items` (bool []), or where a loss or gradient of any rank was not finite, the optimizer leaves every
+        weight as it is.
         """
         norm = self.gradients.norm() * scale
         self.state.guard.check(norm, self.state.step, -1)
@@ -301,9 +300,7 @@ class Loop:
         self.gradients.multiply(scale * (limit / (norm + 1e-6)).clamp(max=1))
         skipped = self.state.guard.end_update()
         unchanged = skipped | no_items
-        self.state.optimizer.found_inf = unchanged.float()  # pyright: ignore[reportAttributeAccessIssue]
-        self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.take(unchanged)
         if self.state.ema:
             self.state.ema.update(self.state.trainable, unchanged)
         self.state.means.add("grad_norm", norm)
@@ -414,17 +411,3 @@ class Loop:
             state.trainable[name].data.copy_(average)
         rows = self.job.stage.rows * state.step
         return Cost(state.seconds, rows / max(state.seconds, 1e-9), memory.peak(ranks.device))
-
-
-def _optimizer(stage: Stage, trainable: weights.Trainable) -> Optimizer:
-    import torch
-
-    keys = stage.optimizer
-    return torch.optim.AdamW(
-        list(trainable.values()),
-        lr=keys.lr,
-        betas=keys.betas,
-        eps=keys.eps,
-        weight_decay=keys.weight_decay,
-        fused=True,
-    )
