@@ -15,7 +15,7 @@ import pytest
 import torch
 from attrs import evolve
 from processes import ended
-from torch import nn
+from torch import Tensor, nn
 from training import Heard, trained, worst
 from transformers.optimization import Adafactor as TransformersAdafactor
 
@@ -185,3 +185,18 @@ def test_shards_end_in_the_same_bits(keys: Optimizer, tmp_path: Path) -> None:
     if keys.shards == "blocks":
         with pytest.raises(TrainingError, match="is of 2 shards, and these are whole weights"):
             steps_of(keys, network()).slots({"optimizer/absmax1@0of2/0.weight": ((1,), torch.float32)})
+
+
+def test_in_bf16_each_gradient_is_rounded_and_their_sum_is_not() -> None:
+    """What a term adds to a weight's gradient is in bfloat16, so there is nothing for a key to save."""
+    layer, added = nn.Linear(64, 64), list[Tensor]()
+    layer.weight.register_hook(added.append)
+    for term in range(3):
+        torch.manual_seed(term)
+        with torch.autocast("cpu", torch.bfloat16):
+            total = layer(torch.randn(32, 64)).square().mean()
+        total.backward()
+    assert all(torch.equal(each, each.bfloat16().float()) for each in added)
+    assert layer.weight.grad is not None
+    assert torch.equal(layer.weight.grad, torch.stack(added).sum(0))
+    assert not torch.equal(layer.weight.grad, layer.weight.grad.bfloat16().float())
