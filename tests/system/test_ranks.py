@@ -21,6 +21,7 @@ SUM = (
     f"stage.grpo.objective={{use='sum', of=[{{use='flow_grpo', group=2, steps=4, updates=2}}, {ANCHOR}]}}",
     *GRPO[1:],
 )
+KL = f"stage.grpo.objective={{use='sum', of=[{{use='flow_grpo', group=2, steps=4, updates=2, beta=50.0}}, {ANCHOR}]}}"
 
 
 PIECEMEAL = """
@@ -57,9 +58,14 @@ DTensor.full_tensor = full_tensor
         (two, (*FULL, *SOAR_SDE, *GRPO)),
         (by_torchrun, (*SFT, *SUM)),
         (by_torchrun, (*FULL, *SOAR_SDE, *GRPO, "shard=true")),
-        (two, ("shard=true", "stage.soar.optimizer.lr=1e-2", *SUM)),
+        (two, ("shard=true", "gather='term'", "stage.soar.optimizer.lr=1e-2", *SUM, KL)),
     ],
-    ids=["ddp full, 3 paths, kl", "ddp lora, sft, sum", "fsdp full, 3 paths, kl, ema", "fsdp lora, 1 path, sum"],
+    ids=[
+        "ddp full, 3 paths, kl",
+        "ddp lora, sft, sum",
+        "fsdp full, 3 paths, kl, ema, gathered a step",
+        "fsdp lora, 1 path, sum, kl, gathered a term",
+    ],
 )
 def test_two_processes_train_as_one_does(project, started, keys):
     """Sharded, neither reads, gathers or saves a network as a whole. Forks share hashes; torchrun's ranks do not."""
