@@ -121,6 +121,8 @@ class Loop:
             reference=frozen(weights.copied(trainable)) if "reference" in uses else None,
             micro_batch=stage.micro_batch or stage.rows,
             gather=ranks.all_gather,
+            agree=ranks.agree,
+            scores=ranks.leads,
             copies={name: frozen(held.tensors) for name, held in copies.items()},
             steps=stage.steps,
             held_out=stage.held_out,
@@ -342,7 +344,7 @@ class Loop:
     def _explain_exhaustion(self, what: str) -> AbstractContextManager[None]:
         """Say in which stage and step memory ran out, while `what` was computed."""
         job, ranks = self.job, self.ranks
-        helps = remedies.step_helps(job.stage, job.mode, job.backbone, ranks.world, sharded=ranks.sharded)
+        helps = remedies.step_helps(job.stage, job.mode, job.backbone, ranks.data_world, sharded=ranks.sharded)
         return memory.explain_exhaustion(
             f"stage {job.stage.name}, step {self.state.step + 1}, {what}", helps, remedies.KEPT
         )

@@ -4,6 +4,7 @@ from corefit.types.observer import Observer, PipelineView, Scored
 from corefit.types.protocols import (
     Backbone,
     Configured,
+    ContextParallel,
     Featured,
     KeyedReward,
     NoiseWeighting,
@@ -47,6 +48,7 @@ __all__ = [
     "Batch",
     "Condition",
     "Configured",
+    "ContextParallel",
     "Example",
     "Featured",
     "KeyedReward",

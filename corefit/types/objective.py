@@ -37,6 +37,8 @@ class Context:
     gather       all_gather of a tensor [B] of this rank to [global B], in global row order
     copies       the moving copies that the objective declares, by name: frozen, and called like `reference`
     held_out     rewards that `score` and `scoring` report, and whose scores the objective never sees
+    agree        the tensor [B] of the first of the processes that share these rows, on each of them
+    scores       whether this is that process, whose rewards score
     report       receives the scores [B] of held-out rewards by their name in the log, for the trainer's metrics
     step, steps  the number of steps that the stage has finished, and of those that it has in all
     """
@@ -55,6 +57,8 @@ class Context:
     steps: int = 1
     held_out: Sequence[Weighted[Reward]] = ()
     report: Callable[[str, Tensor], None] = lambda name, values: None
+    agree: Callable[[Tensor], Tensor] = lambda x: x
+    scores: bool = True
 
     @property
     def first(self) -> bool:
@@ -124,6 +128,8 @@ class Context:
             meta=batch.meta,
             gather=self.gather,
             report=self.report,
+            agree=self.agree,
+            scores=self.scores,
         )
 
 

@@ -18,7 +18,7 @@ from attrs import define, evolve, field, validators
 from corefit import ROUNDING, Condition
 from corefit.errors import ModelError
 from corefit.types import ModelPath, OriginalTensor, Suggested
-from corefit_backbones import encoders, network, original_names, schedule, usual
+from corefit_backbones import context, encoders, network, original_names, schedule, usual
 from corefit_backbones.decoding import decode_recomputed
 from corefit_backbones.folder import LONGEST, Checkpoint, fingerprint, link
 
@@ -214,6 +214,15 @@ class Diffusers(ABC):
     def routes(self) -> Sequence[Any]:
         """The loaded networks; each sample passes through exactly one of them."""
         return [part for _, part in self._parts()]
+
+    def check_context(self, number: int, sizes: Iterable[Sequence[int]]) -> None:
+        """Raise ConfigError unless `number` processes can share each sample of these sizes, in pixels."""
+        context.check(self, _class(self.transformer_class), number, sizes)
+
+    def split_context(self, number: int, device: torch.device) -> None:
+        """Let the loaded networks compute each sample on `number` processes, a part of its sequence on each."""
+        for part in self.routes():
+            context.split(part, number, device)
 
     def usual(self) -> Suggested:
         """What the family suggests, with the size that the checkpoint was made for."""
