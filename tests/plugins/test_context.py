@@ -43,7 +43,6 @@ def test_two_processes_that_share_samples_train_as_one_does(clips, keys, more):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("backbone.use='sd3'", "context_parallel: diffusers has no plan"),
         ("context_parallel=3", "context_parallel: the 2 attention heads are no multiple of 3"),
         ("data.size=[16, 16]", "context_parallel: the 1 tokens of [16, 16] are no multiple of 2"),
         ("context_parallel=0", "context_parallel: must be >= 1"),
@@ -53,6 +52,12 @@ def test_what_cannot_be_split_is_refused_before_weights_are_read(clips, key, sai
     ended = clips.main("check", "pipeline.toml", *settings(SIZE, "context_parallel=2", key))
     assert ended.status == 2
     assert said in ended.err
+
+
+def test_a_family_without_a_plan_is_refused(project):
+    ended = project.main("check", "pipeline.toml", *settings("context_parallel=2"))
+    assert ended.status == 2
+    assert "context_parallel: diffusers has no plan by which to split a sample of SD3Transformer2DModel" in ended.err
 
 
 def test_one_process_cannot_share_its_samples(clips):

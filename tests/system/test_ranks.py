@@ -108,6 +108,15 @@ def test_gradients_of_rewards_are_those_of_one_process(project, keys):
     as_one(project, keys, two(project, "run", "pipeline.toml", *settings("name='two'", *keys)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gather", ["step", "term"])
+def test_two_groups_of_processes_that_hold_all_shards_train_as_one_process_does(project, gather):
+    """HSDP on four processes: weights are gathered in a pair, gradients and their norm are those of all."""
+    keys = (*FULL, *GRPO, "shard=true", "stage.soar.max_grad_norm=0.01", f"gather='{gather}'")
+    done = two(project, "run", "pipeline.toml", *settings("name='two'", "replicate=2", *keys), number=4)
+    as_one(project, keys, done)
+
+
 def test_accelerate_is_asked_for_fsdp(project, monkeypatch):
     """`accelerate launch --use_fsdp --fsdp_version 2` sets these variables; then it is as with `shard = true`."""
     project.write(project.text.rpartition("[[stage]]")[0])

@@ -66,6 +66,7 @@ def split(transformer: Any, number: int, device: torch.device) -> None:
     # enable_parallelism would ask for a GPU
     config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=number, mesh=mesh))
     config.setup(mesh.get_rank(), mesh.size(), device, mesh=mesh)
+    transformer._parallel_config = config
     for module in transformer.modules():
         processor = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):
