@@ -126,7 +126,7 @@ class Loop:
             held_out=stage.held_out,
         )
         # a sharded network only gets autocast; another one is wrapped in DDP as well
-        backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, evaluation_mode=ranks.sharded)
+        weights.prepare(backbone, ranks, evaluation=ranks.sharded)
         state = State(
             stage=stage.name,
             folder=job.folder / "checkpoints",

@@ -19,7 +19,7 @@ from attrs import define
 from corefit.errors import ConfigError
 from corefit.system.ranks import Ranks
 from corefit.train.sharding import Sharding, fill, is_adapter, is_sharded, local, reshard, shard
-from corefit.types import Backbone, Moving, StoredTensors, Streamed
+from corefit.types import Backbone, Moving, Offloading, StoredTensors, Streamed
 from corefit.types.blame import require_result
 from corefit.types.objective import Objective, moving_copies, weighted_objectives
 from corefit.types.stage import Full, Lora
@@ -55,10 +55,11 @@ def load(
 
     dtype = torch.bfloat16 if frozen_in_bf16 else torch.float32
     streamed = backbone if ranks.sharded and isinstance(backbone, Streamed) else None
+    waiting = offloading(backbone)
     if streamed:
         streamed.load_empty(dtype)
     else:
-        backbone.load(torch.device("cpu") if ranks.sharded else ranks.device, dtype)
+        backbone.load(torch.device("cpu") if ranks.sharded or waiting else ranks.device, dtype)
     if adapter:
         backbone.load_lora(adapter)
     if mode:
@@ -71,7 +72,20 @@ def load(
         if streamed:
             fill(backbone.transformer, streamed, ranks.device)
         backbone.place(ranks.device, dtype)
+    elif waiting:
+        waiting.settle(ranks.device)
     return trainable(backbone.transformer) if mode else {}
+
+
+def offloading(backbone: Backbone) -> Offloading | None:
+    """Return the backbone if most of its weights wait in main memory while they are not used."""
+    return backbone if isinstance(backbone, Offloading) and backbone.offloads else None
+
+
+def prepare(backbone: Backbone, ranks: Ranks, *, evaluation: bool) -> None:
+    """Put the loaded network under autocast, and for training on several processes into DDP."""
+    place = False if offloading(backbone) else None  # None moves all of it to the device, where it is already
+    backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, place, evaluation_mode=evaluation)
 
 
 def make_trainable(backbone: Backbone, mode: Full | Lora) -> Trainable:

@@ -157,7 +157,7 @@ class Sampling:
             half = subject.half and precision(ranks) == "bf16"
             with memory.explain_exhaustion("reading the weights", LARGER):
                 weights.load(backbone, ranks, frozen_in_bf16=half, adapter=lora)
-        backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, evaluation_mode=True)
+        weights.prepare(backbone, ranks, evaluation=True)
 
     def _remedies(self) -> list[str]:
         size, batch = self.sampled.settings.size, self.sampled.settings.eval.batch
