@@ -8,6 +8,7 @@ from typing import Any
 from attrs import define, field
 
 from corefit.train import fake
+from corefit.train.estimate import depth
 from corefit.train.frozen import Frozen
 
 Memo = dict[Hashable, "int | None"]
@@ -41,18 +42,23 @@ class Forwards:
         def measure(count: int) -> int | None:
             decoded = (count, *shape) if scored else None
             graph = (count * each, *shape)
-            return fake.peak(self.backbone, graph, decoded, scored, half=self.half, gpu=self.gpu)
+            if decoded:
+                return fake.peak(self.backbone, graph, decoded, scored, half=self.half, gpu=self.gpu)
+            routes = self.backbone.routes()
+            return depth.told(routes, lambda: fake.peak(self.backbone, graph, half=self.half, gpu=self.gpu))
 
         return self._told(("training", each, scored is not None), measure, rows, shape, len(self.backbone.routes()))
 
     def sampling(self, rows: int, shape: Sequence[int]) -> int | None:
         """Return what a velocity without a graph takes."""
-        return self._told(
-            ("sampling",),
-            lambda count: fake.sampling_peak(self.backbone, (count, *shape), half=self.half, gpu=self.gpu),
-            rows,
-            shape,
-        )
+
+
+        def measure(count: int) -> int | None:
+            first = self.backbone.routes()[:1]
+            run = lambda: fake.sampling_peak(self.backbone, (count, *shape), half=self.half, gpu=self.gpu)  # noqa: E731
+            return depth.told(first, run)
+
+        return self._told(("sampling",), measure, rows, shape)
 
     def decoding(self, rows: int, shape: Sequence[int], beside: Frozen) -> int | None:
         """Return what decoding latents without a graph takes, and scoring them."""

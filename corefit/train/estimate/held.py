@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from corefit.types import SizedDecoder
+from corefit.types import Offloading, SizedDecoder
 from corefit.types.objective import Supervised, moving_copies, reads_media
 from corefit.types.stage import Stage
 
@@ -12,14 +12,28 @@ MOMENT = 4
 """Bytes of a number of AdamW's moments."""
 
 
-def weights(network: Any, half: bool) -> float:
-    """Return the bytes of a blank network's parameters, and of its buffers as they are once they were read."""
-    stored = network.state_dict()
-    buffers = (
-        b.numel() * (min(2, b.element_size()) if half and name in stored and b.is_floating_point() else b.element_size())
-        for name, b in network.named_buffers()
-    )
-    return sum(p.numel() * p.element_size() for p in network.parameters()) + sum(buffers)
+def weights(backbone: Any) -> float:
+    """Return the bytes of a blank backbone's weights that are on the device, buffers included."""
+    if isinstance(backbone, Offloading) and backbone.offloads:
+        return backbone.resident_bytes()
+    return whole_weights(backbone)
+
+
+def whole_weights(backbone: Any) -> float:
+    """Return the bytes of all of a blank backbone's weights, buffers included."""
+    network = backbone.transformer
+    return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
+
+
+def numbers(network: Any) -> int:
+    """Return how many numbers a network has; weights in fewer bits are packed, and their layer says how many."""
+    packed = {
+        id(m.weight): m.out_features * m.in_features
+        for m in network.modules()
+        if hasattr(m, "bits") and hasattr(m, "out_features")
+    }
+    scales = {id(m.scale) for m in network.modules() if hasattr(m, "bits") and getattr(m, "scale", None) is not None}
+    return sum(packed.get(id(p), p.numel()) for p in network.parameters() if id(p) not in scales)
 
 
 def optimizer(stage: Stage, parameter: Any) -> float:
@@ -82,13 +96,13 @@ def two_blocks(network: Any) -> float:
     blocks = [block for each in outer for block in each]
     largest = max((_whole(block) for block in blocks), default=0.0)
     inside = {id(p) for block in blocks for p in block.parameters()}
-    rest = sum(_numbers(p) for p in network.parameters() if id(p) not in inside)
+    rest = sum(_gathered(p) for p in network.parameters() if id(p) not in inside)
     return 2 * largest + rest
 
 
 def _whole(module: Any) -> float:
-    return sum(_numbers(p) for p in module.parameters())
+    return sum(_gathered(p) for p in module.parameters())
 
 
-def _numbers(parameter: Any) -> float:
+def _gathered(parameter: Any) -> float:
     return parameter.numel() * (parameter.element_size() + (MOMENT if parameter.requires_grad else 0))

@@ -18,7 +18,7 @@ from corefit.train.estimate.device import Device
 from corefit.train.estimate.forwards import Forwards, Memo
 from corefit.train.estimate.phases import ACTIVATIONS, Estimate, Phase
 from corefit.train.frozen import Frozen, bytes_of
-from corefit.types import Sized
+from corefit.types import Sized, SizedText
 from corefit.types.objective import weighted_objectives
 from corefit.types.stage import Stage
 
@@ -106,9 +106,9 @@ class _Case:
         sums = 1 + (len(weighted_objectives(stage.objective)) > 1)  # a sum's so far, while the next part makes its own
         found = Estimate(
             stage=stage.name,
-            parameters=sum(p.numel() for p in parameters),
+            parameters=held.numbers(self.backbone.transformer),
             trainable=trainable,
-            weights=held.weights(self.backbone.transformer, self.half) / self.parts,
+            weights=held.weights(self.backbone) / self.parts,
             gradients=sums * trainable * MASTER / self.parts,
             optimizer=sum(held.optimizer(stage, p) for p in trained) / self.parts,
             exchanged=trainable * MASTER if self.world > self.parts and not self.pipeline.shard else 0.0,
@@ -190,7 +190,9 @@ class _Case:
         return Phase(name, {**parts, ACTIVATIONS: float(found or 0)}, known=found is not None)
 
     def _encoding(self) -> Iterator[Phase]:
-        """Yield the phases before the first stage: media are encoded where a stage trains on them."""
+        """Yield the phases before the first stage: prompts are encoded, and media where a stage trains on them."""
+        if isinstance(self.backbone, SizedText):
+            yield Phase(phases.ENCODING_TEXTS, {"text encoders": self.backbone.encoding_bytes(self.device.memory)})
         if self.pipeline.needs_media and (network := held.decoder_of(self.backbone)) is not None:
             found = self.forwards.encoding(self.pipeline.data.encode_batch, self.size, network)
             yield self._with(phases.ENCODING_MEDIA, {"encoder": bytes_of(network)}, found)
@@ -217,10 +219,11 @@ class _Case:
         if not self.device.gpu:
             return 0.0
         here = min(self.world, MACHINE)
-        read = 0.0 if self.parts > 1 else e.weights
+        read = 0.0 if self.parts > 1 else held.whole_weights(self.backbone)
         stays = copies * e.trainable * MASTER / self.parts if held.copies_on_cpu(self.stage) else 0.0
         waiting = 2 * self.share * (held.media(self.stage.objective) * self._row() + self._condition())
-        return here * (max(read, waiting) + stays)
+        offloaded = read if held.weights(self.backbone) < read else 0.0
+        return here * (max(read, waiting + offloaded) + stays)
 
 
 def blank(pipeline: Pipeline, stage: Stage, device: Device) -> Any:
