@@ -67,7 +67,7 @@ class State:
         self.unreported = (self.unreported[0] + samples, self.unreported[1] + seconds)
 
     def undoable(self) -> Callable[[], None]:
-        """Return what takes back the metrics and faults that are noted from now on in the optimizer step in progress."""
+        """Return what takes back the metrics and faults that the optimizer step in progress notes from now on."""
         undo = self.means.undoable(), self.guard.undoable()
 
         def take_back() -> None:
