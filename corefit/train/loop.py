@@ -33,6 +33,7 @@ from corefit.train.alarm import Watch
 from corefit.train.gradients import Gradients
 from corefit.train.job import Cost, Job
 from corefit.train.meters import NonFiniteGuard
+from corefit.train.optimizer import Steps
 from corefit.train.retry import Retry
 from corefit.train.sizes import Sizes
 from corefit.train.state import State
@@ -46,11 +47,9 @@ from corefit.types.objective import (
     term_names,
     weighted_objectives,
 )
-from corefit.types.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
 
 
 def train(job: Job, ranks: Ranks) -> Cost:
@@ -130,7 +129,7 @@ class Loop:
             ranks=ranks,
             transformer=backbone.transformer,
             trainable=trainable,
-            optimizer=_optimizer(stage, trainable),
+            optimizer=Steps.of(stage.optimizer, trainable),
             ema=weights.Ema.of(trainable, stage.ema) if stage.ema is not None else None,
             guard=NonFiniteGuard.none(device, term_names(stage.objective), stage.skips),
             sizes=Sizes.of(stage, ranks.world),
@@ -210,8 +209,7 @@ class Loop:
 
     def _set_learning_rate(self) -> None:
         """Give the optimizer the learning rate of the step that begins."""
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = self.job.stage.optimizer.rate(self.state.step, self.job.stage.steps)
+        self.state.optimizer.set_rate(self.job.stage.optimizer.rate(self.state.step, self.job.stage.steps))
 
     def _parts_by_update(self, batch: Batch) -> Iterator[tuple[Part, ...]]:
         """Yield, for each optimizer step, the part of the experience that each objective trains on.
@@ -323,8 +321,8 @@ class Loop:
     def _apply_gradient(self, scale: Tensor, no_items: Tensor) -> None:
         """Multiply the gradient by `scale` [], clip it and take the optimizer's step, without a wait for the device.
 
-        Where `no_items` (bool []), or where a loss or gradient of any rank was not finite, the fused optimizer leaves
-        every weight as it is.
+        Where `no_items` (bool []), or where a loss or gradient of any rank was not finite, the optimizer leaves every
+        weight as it is.
         """
         norm = self.gradients.norm() * scale
         self.state.guard.check(norm, self.state.step, -1)
@@ -332,9 +330,7 @@ class Loop:
         self.gradients.multiply(scale * (limit / (norm + 1e-6)).clamp(max=1))
         skipped = self.state.guard.end_update()
         unchanged = skipped | no_items
-        self.state.optimizer.found_inf = unchanged.float()  # pyright: ignore[reportAttributeAccessIssue]
-        self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.take(unchanged)
         if self.state.ema:
             self.state.ema.update(self.state.trainable, unchanged)
         self.state.means.add("grad_norm", norm)
@@ -431,17 +427,3 @@ class Loop:
             state.trainable[name].data.copy_(average)
         rows = self.job.stage.rows * state.step
         return Cost(state.seconds, rows / max(state.seconds, 1e-9), memory.peak(ranks.device))
-
-
-def _optimizer(stage: Stage, trainable: weights.Trainable) -> Optimizer:
-    import torch
-
-    keys = stage.optimizer
-    return torch.optim.AdamW(
-        list(trainable.values()),
-        lr=keys.lr,
-        betas=keys.betas,
-        eps=keys.eps,
-        weight_decay=keys.weight_decay,
-        fused=True,
-    )
