@@ -32,7 +32,10 @@ class Gradients:
         import torch
 
         norm = torch.nn.utils.get_total_norm(self._local())
-        return self.ranks.all_reduce(norm.to(self.ranks.device) ** 2).sqrt() if self.ranks.sharded else norm
+        if not self.ranks.sharded:
+            return norm
+        held = self.ranks.layout.replicate  # each shard is counted as often as it is held
+        return (self.ranks.all_reduce(norm.to(self.ranks.device) ** 2) / held).sqrt()
 
     def multiply(self, factor: Tensor) -> None:
         """Multiply all gradients by `factor` []."""

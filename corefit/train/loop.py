@@ -35,6 +35,7 @@ from corefit.train.job import Cost, Job
 from corefit.train.meters import NonFiniteGuard
 from corefit.train.optimizer import Steps
 from corefit.train.retry import Retry
+from corefit.train.sharding import Sharding, reshard
 from corefit.train.sizes import Sizes
 from corefit.train.state import State
 from corefit.types import Batch, blame
@@ -84,6 +85,7 @@ class Loop:
     ranks: Ranks
     ctx: Context
     gradients: Gradients
+    sharding: Sharding
     state: State
     retry: Retry
     _is_first_step: bool = True
@@ -109,7 +111,9 @@ class Loop:
         )
         backbone.empty = job.dataset.null.to(device)
         uses, copies = stage.objective.uses, weights.MovingCopy.declared(stage.objective, trainable)
-        frozen = functools.partial(weights.called_with, backbone, trainable)
+        called = len(copies) + ("reference" in uses)
+        sharding = Sharding.of(backbone.transformer, ranks, called)
+        frozen = functools.partial(weights.called_with, backbone, trainable, sharding=sharding)
         ctx = Context(
             backbone=backbone,
             sampler=stage.sampler or Ode(),
@@ -132,13 +136,13 @@ class Loop:
             optimizer=Steps.of(stage.optimizer, trainable),
             ema=weights.Ema.of(trainable, stage.ema) if stage.ema is not None else None,
             guard=NonFiniteGuard.none(device, term_names(stage.objective), stage.skips),
-            sizes=Sizes.of(stage, ranks.world),
+            sizes=Sizes.of(stage, ranks.data_world),
             copies=copies,
             watch=Watch(stage.watch) if stage.watch else None,
         )
         gradients = Gradients(trainable, ranks)
         retry = Retry(ranks, state, gradients)
-        return Loop(job=job, ranks=ranks, ctx=ctx, gradients=gradients, state=state, retry=retry)
+        return Loop(job=job, ranks=ranks, ctx=ctx, gradients=gradients, sharding=sharding, state=state, retry=retry)
 
     def batches(self) -> Generator[Batch, None, None]:
         """Yield this rank's share of each step's batch, endlessly, from the next step on."""
@@ -155,8 +159,8 @@ class Loop:
             dataset,
             sampler,
             start=self.state.step,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
+            rank=self.ranks.data_rank,
+            world=self.ranks.data_world,
             device=self.ranks.device,
             extra=further_media(stage.objective),
         )
@@ -169,11 +173,12 @@ class Loop:
         number = self.job.stage.objective.num_updates
         moves = iter(range(self.state.step * number + 1, (self.state.step + 1) * number + 1))
         try:
-            for scale, no_items in self._gradients(batch):
-                with self._explain_exhaustion("the optimizer's step"):
-                    self.gradients.merge()
-                    self._apply_gradient(scale, no_items)
-                self.state.move_copies("update", next(moves))
+            with self.sharding.step():
+                for scale, no_items in self._gradients(batch):
+                    with self._explain_exhaustion("the optimizer's step"):
+                        self.gradients.merge()
+                        self._apply_gradient(scale, no_items)
+                    self.state.move_copies("update", next(moves))
         except NonFinite:  # raised by the experience: no weight has changed because of it
             if self._skipped_too_many():
                 raise
@@ -301,10 +306,11 @@ class Loop:
         return count
 
     def _gradient_exchange(self, exchanges: bool) -> Any:
-        """Let DDP exchange gradients only where `exchanges`; FSDP2 does in each backward, for it keeps shards alone.
+        """Let gradients be exchanged only where `exchanges`; FSDP2 does it in each backward where it keeps shards.
 
         As long as the ranks agree first, DDP exchanges nothing: a rank that ran out of memory would never join in.
         """
+        self.sharding.exchange(exchanges)
         if self.ranks.sharded or (exchanges and not self.retry.agrees):
             return nullcontext()
         return self.ranks.accelerator.no_sync(self.state.transformer)
@@ -316,7 +322,7 @@ class Loop:
         mine = torch.as_tensor(count, dtype=torch.float32, device=self.ranks.device)
         total, faults = self.ranks.all_reduce(torch.stack([mine, self.state.guard.found.float()]))
         self.state.guard.found = faults > 0
-        return total
+        return total / self.ranks.layout.context  # ranks that share samples counted the same items
 
     def _apply_gradient(self, scale: Tensor, no_items: Tensor) -> None:
         """Multiply the gradient by `scale` [], clip it and take the optimizer's step, without a wait for the device.
@@ -330,6 +336,7 @@ class Loop:
         self.gradients.multiply(scale * (limit / (norm + 1e-6)).clamp(max=1))
         skipped = self.state.guard.end_update()
         unchanged = skipped | no_items
+        self.sharding.release()
         self.state.optimizer.take(unchanged)
         if self.state.ema:
             self.state.ema.update(self.state.trainable, unchanged)
@@ -422,7 +429,7 @@ class Loop:
         backbone.transformer = ranks.accelerator.unwrap_model(state.transformer)
         ranks.accelerator.free_memory()
         if ranks.sharded:
-            backbone.transformer.reshard()  # sampling leaves the weights of the root module gathered
+            reshard(backbone.transformer)  # sampling leaves the weights of the root module gathered
         for name, average in state.ema.average.items() if state.ema else ():
             state.trainable[name].data.copy_(average)
         rows = self.job.stage.rows * state.step

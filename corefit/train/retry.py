@@ -30,7 +30,8 @@ class Retry:
 
     A rank that ran out never comes to the exchange in which the others wait. So with DDP the ranks agree before each
     exchange that none of them did, as long as the shape of the latents is new; gradients are exchanged after that, and
-    not in a backward. With FSDP2 there are exchanges in each forward, and memory that runs out ends the run.
+    not in a backward. With FSDP2, and where ranks share samples, there are exchanges in each forward, and memory that runs
+    out ends the run.
     """
 
     ranks: Ranks
@@ -41,7 +42,7 @@ class Retry:
 
     def begin(self, shape: object) -> None:
         """Begin a step with latents of `shape`."""
-        able = self.ranks.world > 1 and not self.ranks.sharded
+        able = self.ranks.world > 1 and not self.ranks.sharded and self.ranks.layout.context == 1
         self.agrees = able and self.state.sizes.can_lower and not self.state.sizes.is_proven(shape)
 
     def until_it_fits(self, attempt: Callable[[], T]) -> T:
