@@ -164,6 +164,32 @@ def explain_exhaustion(
         raise OutOfMemory(f"{where}: out of memory{sought}. {would}{f'. {kept}' if kept else ''}") from error
 
 
+def room(device: torch.device) -> float | None:
+    """Return the bytes that this process may still allocate on a GPU; None on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(float(free + reserved), limit) - allocated
+
+
+def taken(device: torch.device, call: Callable[[], None]) -> int:
+    """Return by how many bytes of live tensors `call` goes beyond those before it; a GPU's peak is reset for it."""
+    import torch
+
+    if device.type != "cuda":
+        with track_live_bytes() as live:
+            call()
+        return live.peak
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def give_back(device: torch.device) -> None:
     """Free what nobody refers to any more, and give a GPU's cached memory back, so that it can be cut anew."""
     import torch

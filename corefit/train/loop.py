@@ -28,7 +28,7 @@ from corefit.rollout.noise import LogitNormal
 from corefit.rollout.samplers import Ode
 from corefit.system import memory
 from corefit.system.ranks import Ranks
-from corefit.train import remedies, reporting, weights
+from corefit.train import measuring, remedies, reporting, weights
 from corefit.train.alarm import Watch
 from corefit.train.gradients import Gradients
 from corefit.train.job import Cost, Job
@@ -169,7 +169,6 @@ class Loop:
         """Turn one batch into experience, and take an optimizer step on each part of it."""
         started = time.perf_counter()
         self._set_learning_rate()
-        self.retry.begin(batch.shape)
         number = self.job.stage.objective.num_updates
         moves = iter(range(self.state.step * number + 1, (self.state.step + 1) * number + 1))
         try:
@@ -200,6 +199,8 @@ class Loop:
         Where memory runs out, all that came before the first optimizer step is done again. Later, when weights have
         changed, only the part in progress is.
         """
+        self._choose_sizes(batch)
+        self.retry.begin(batch.shape)
         parts, gradient = self.retry.until_it_fits(lambda: self._first_gradient(batch))
         yield gradient
         for update, parts_of_update in enumerate(parts, 1):
@@ -211,6 +212,13 @@ class Loop:
         self._draws = [] if self._is_first_step and self.ranks.world > 1 else None
         parts = self._parts_by_update(batch)
         return parts, self._accumulate(next(parts), 0)
+
+    def _choose_sizes(self, batch: Batch) -> None:
+        """In the first step, choose the sizes to begin with by what a GPU has room for."""
+        sizes, shapes = self.state.sizes, self.job.dataset.manifest.shapes
+        if not sizes.chosen and sizes.are_free:
+            most = measuring.rows_that_fit(self.job.backbone, self.state, self.sharding, batch, shapes)
+            sizes.choose(most)
 
     def _set_learning_rate(self) -> None:
         """Give the optimizer the learning rate of the step that begins."""

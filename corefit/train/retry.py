@@ -30,8 +30,8 @@ class Retry:
 
     A rank that ran out never comes to the exchange in which the others wait. So with DDP the ranks agree before each
     exchange that none of them did, as long as the shape of the latents is new; gradients are exchanged after that, and
-    not in a backward. With FSDP2, and where ranks share samples, there are exchanges in each forward, and memory that runs
-    out ends the run.
+    not in a backward. With FSDP2, and where ranks share samples, there are exchanges in each forward; memory that runs
+    out then ends the run.
     """
 
     ranks: Ranks

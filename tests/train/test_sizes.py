@@ -18,6 +18,8 @@ from training import Heard, job_of, trained, worst
 from corefit import Reward
 from corefit.errors import TrainingError
 from corefit.rollout.samplers import FlowSde
+from corefit.system import memory, ranks
+from corefit.train import loop as train
 from corefit.train.sizes import Sizes
 from corefit.types import Weighted
 from corefit.types.objective import Sum
@@ -252,3 +254,22 @@ def test_all_ranks_try_again_where_one_ran_out(checkpoint, tmp_path):
         one, first, second = (torch.load(tmp_path / f"{where}-{rank}.pt") for rank in ("one", 0, 1))
         assert worst(first, second) == 0
         assert worst(first, one) < 1e-5
+
+
+@pytest.mark.parametrize(("objective", "batch"), [(Sft(), 40), (Soar(points=6), 8)], ids=["rows", "points"])
+def test_a_gpu_begins_with_what_it_has_room_for(job, monkeypatch, objective, batch):
+    """What was chosen fits into the room, and fills more than half of it; on a CPU nothing is measured."""
+    keys = {"steps": 1, "batch": batch}
+    plain = trained(job(objective, **keys))
+    loop = train.Loop.build(job(objective, **keys), ranks.join("fp32"))
+    given = next(loop.batches())
+    room = 12 << 20
+    monkeypatch.setattr(memory, "room", lambda device: room)
+    with memory.track_live_bytes() as live:
+        loop.take_step(given)
+    sizes = loop.state.sizes
+    rows = sizes.rows * sizes.objective.rows_per_graph
+    assert sizes.chosen
+    assert 1 < rows < batch * 6
+    assert room / 2 < live.peak < room
+    assert worst(plain, dict(loop.state.trainable)) < 1e-6
