@@ -67,6 +67,11 @@ class Sizes:
         return evolve(self.stage, micro_batch=self.rows, objective=self.objective)
 
     @property
+    def are_free(self) -> bool:
+        """Whether the pipeline leaves any of them to the trainer."""
+        return self.stage.micro_batch is None or bool(self.chunks)
+
+    @property
     def can_lower(self) -> bool:
         """Whether less would still be something; it is equal on all processes."""
         return (self.stage.micro_batch is None and self.rows > 1) or any(self._large())
@@ -83,17 +88,19 @@ class Sizes:
             self.chunks[name][key] = -(-self.chunks[name][key] // 2)
         return ", ".join(f"{'.'.join(filter(None, (name, key)))} = {self.chunks[name][key]}" for name, key in large)
 
-    def choose(self, most: int) -> None:
-        """Choose the largest sizes whose graphs have at most `most` rows; at least one row fits."""
+    def choose(self, most: int | None) -> None:
+        """Choose the largest sizes whose graphs have at most `most` rows, or keep them if that is not known (None)."""
+        self.chosen = True
+        if most is None:
+            return
         if self.stage.micro_batch is None:
-            each = max(entry.value.rows_per_graph for entry in weighted_objectives(self.objective))
+            each = max(entry.value.rows_per_graph for entry in weighted_objectives(self.stage.objective))
             self.rows = max(1, min(self.rows, most // each))
         for entry in weighted_objectives(self.stage.objective):
             for key, largest in free_chunks(entry.value).items():
                 self.chunks[entry.name][key] = largest
                 while self._large() and self.rows * self._sized(entry).value.rows_per_graph > most:
                     self.chunks[entry.name][key] = -(-self.chunks[entry.name][key] // 2)
-        self.chosen = True
 
     def is_proven(self, shape: object) -> bool:
         """Whether latents of `shape` are taken to fit."""
