@@ -31,8 +31,10 @@ from corefit.errors import ModelError
 
 BLOCK = 64
 """Numbers of a row that share a scale in nf4."""
-SHARED = 127
+LARGEST = 127
 """The largest number of int8, which the largest weight of a row becomes."""
+SMALLEST = 1e-30
+"""A scale that is never divided by less: a row of zeros has the scale 0."""
 Packed = Mapping[str, Tensor]
 """The tensors of a weight in fewer bits: "weight", and "scale" where the format has one."""
 
@@ -40,7 +42,7 @@ Packed = Mapping[str, Tensor]
 class LowBitLinear(nn.Linear):
     """A linear layer that never trains. Its weight is unpacked for each product, in the forward and in the backward.
 
-    weight  the packed weight [out_features, ...], whose bytes are those of fp8 where that is the format
+    weight  the packed weight [out_features, ...], in bfloat16 for any format: see `shapes`
     scale   float32 [out_features, ...], None for fp8 and bf16
     """
 
@@ -88,18 +90,17 @@ class _Product(torch.autograd.Function):
 
 
 def shapes(rows: int, columns: int, bits: str) -> Mapping[str, tuple[tuple[int, int], torch.dtype]]:
-    """Shape and dtype of the packed tensors of a weight [rows, columns].
+    """Shape and dtype of the packed tensors of a weight [rows, columns]; a row of bytes is held as bfloat16.
 
-    Bytes of fp8 are held as uint8, which every communication library can send.
+    FSDP2 shards floating point only, and gloo sends no float8; bfloat16 both know, and nothing computes with it.
     """
     if bits == "bf16":
         return {"weight": ((rows, columns), torch.bfloat16)}
-    if bits == "fp8":
-        return {"weight": ((rows, columns), torch.uint8)}
-    if bits == "int8":
-        return {"weight": ((rows, columns), torch.int8), "scale": ((rows, 1), torch.float32)}
-    blocks = -(-columns // BLOCK)
-    return {"weight": ((rows, blocks * BLOCK // 2), torch.uint8), "scale": ((rows, blocks), torch.float32)}
+    if bits == "nf4":
+        blocks = -(-columns // BLOCK)
+        return {"weight": ((rows, blocks * BLOCK // 4), torch.bfloat16), "scale": ((rows, blocks), torch.float32)}
+    weight = (rows, -(-columns // 2)), torch.bfloat16
+    return {"weight": weight} if bits == "fp8" else {"weight": weight, "scale": ((rows, 1), torch.float32)}
 
 
 def pack(weight: Tensor, bits: str) -> Packed:
@@ -107,12 +108,18 @@ def pack(weight: Tensor, bits: str) -> Packed:
     if bits == "bf16":
         return {"weight": weight.to(torch.bfloat16)}
     if bits == "fp8":
-        return {"weight": weight.to(torch.float8_e4m3fn).view(torch.uint8)}
+        return {"weight": _held(weight.to(torch.float8_e4m3fn).view(torch.uint8))}
     if bits == "int8":
         exact = weight.float()
-        scale = exact.abs().amax(1, keepdim=True) / SHARED
-        return {"weight": (exact / scale.clamp(min=1e-30)).round().to(torch.int8), "scale": scale}
+        scale = exact.abs().amax(1, keepdim=True) / LARGEST
+        whole = (exact / scale.clamp(min=SMALLEST)).round().to(torch.int8)
+        return {"weight": _held(whole.view(torch.uint8)), "scale": scale}
     return _pack_nf4(weight)
+
+
+def _held(data: Tensor) -> Tensor:
+    """Bytes [rows, columns] as bfloat16, with one more byte where their number is odd."""
+    return nn.functional.pad(data, (0, data.shape[1] % 2)).view(torch.bfloat16)
 
 
 def _pack_nf4(weight: Tensor) -> Packed:
@@ -125,7 +132,10 @@ def _pack_nf4(weight: Tensor) -> Packed:
         return {name: weight.new_empty(shape, dtype=dtype) for name, (shape, dtype) in wanted.items()}
     filled = nn.functional.pad(weight, (0, -columns % BLOCK)).contiguous()
     packed, state = functional.quantize_4bit(filled, blocksize=BLOCK, quant_type="nf4")
-    return {"weight": packed.view(wanted["weight"][0]), "scale": state.absmax.float().view(wanted["scale"][0])}
+    return {
+        "weight": packed.view(rows, -1).view(torch.bfloat16),
+        "scale": state.absmax.float().view(wanted["scale"][0]),
+    }
 
 
 def unpack(weight: Tensor, scale: Tensor | None, columns: int, bits: str, dtype: torch.dtype) -> Tensor:
@@ -133,14 +143,14 @@ def unpack(weight: Tensor, scale: Tensor | None, columns: int, bits: str, dtype:
     if bits == "bf16":
         return weight.to(dtype)
     if bits == "fp8":
-        return weight.view(torch.float8_e4m3fn).to(dtype)
+        return weight.view(torch.float8_e4m3fn)[:, :columns].to(dtype)
     assert scale is not None
     if bits == "int8":
-        return (weight.float() * scale).to(dtype)
-    filled = (len(weight), 2 * weight.shape[1])
+        return (weight.view(torch.int8)[:, :columns].float() * scale).to(dtype)
+    data = weight.view(torch.uint8)
     # the op and not bitsandbytes' function of the same name: torch.compile and fake tensors know it
     made: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        weight.reshape(-1, 1), scale.reshape(-1), BLOCK, "nf4", filled, dtype
+        data.reshape(-1, 1), scale.reshape(-1), BLOCK, "nf4", (len(data), 2 * data.shape[1]), dtype
     )
     return made[:, :columns]
 
