@@ -21,7 +21,7 @@ from corefit.system.signals import ECHO, Signals
 
 def prepare(pipeline: Pipeline, display: Display | None = None) -> Dataset:
     """Run `corefit prepare`: encode what is not in the cache yet, and print a summary. Every rank encodes its share."""
-    ranks = join(pipeline.precision, shard=pipeline.shard)
+    ranks = join(pipeline.precision, pipeline.layout)
     display = display or Display.on(ranks.main)
     with Signals(display.print, ECHO).handled():
         agreement.check(ranks, pipeline, "prepare")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
-from corefit.errors import TrainingError
+from corefit.errors import OutOfMemory
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def _place(t: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def explain_exhaustion(where: str, helps: Sequence[str], kept: str = "") -> Generator[None]:
-    """Turn an out-of-memory error inside into a TrainingError that says what would help.
+    """Turn an out-of-memory error inside into an OutOfMemory that says what would help.
 
     where  what was computed, such as "stage soar, step 3, term 2"
     helps  keys that would take less memory
@@ -158,7 +158,7 @@ def explain_exhaustion(where: str, helps: Sequence[str], kept: str = "") -> Gene
             if helps
             else ("All keys that save memory are set: take a smaller [data] size, or a device with more memory")
         )
-        raise TrainingError(f"{where}: out of memory{sought}. {would}{f'. {kept}' if kept else ''}") from error
+        raise OutOfMemory(f"{where}: out of memory{sought}. {would}{f'. {kept}' if kept else ''}") from error
 
 
 def is_exhausted(error: BaseException) -> bool:

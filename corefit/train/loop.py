@@ -32,6 +32,7 @@ from corefit.train.alarm import Watch
 from corefit.train.gradients import Gradients
 from corefit.train.job import Cost, Job, Metrics
 from corefit.train.meters import NonFiniteGuard
+from corefit.train.sharding import Sharding, reshard
 from corefit.train.state import State
 from corefit.types import Batch, Weighted, blame
 from corefit.types.objective import (
@@ -83,6 +84,7 @@ class Loop:
     objectives: tuple[Weighted[Objective[Any]], ...]
     ctx: Context
     gradients: Gradients
+    sharding: Sharding
     state: State
     _is_first_step: bool = True
     """Whether this process has not taken a step yet."""
@@ -107,7 +109,9 @@ class Loop:
         )
         backbone.empty = job.dataset.null.to(device)
         uses, copies = stage.objective.uses, weights.MovingCopy.declared(stage.objective, trainable)
-        frozen = functools.partial(weights.called_with, backbone, trainable)
+        called = len(copies) + ("reference" in uses)
+        sharding = Sharding.of(backbone.transformer, ranks, called)
+        frozen = functools.partial(weights.called_with, backbone, trainable, sharding=sharding)
         ctx = Context(
             backbone=backbone,
             sampler=stage.sampler or Ode(),
@@ -136,7 +140,9 @@ class Loop:
             watch=Watch(stage.watch) if stage.watch else None,
         )
         objectives, gradients = weighted_objectives(stage.objective), Gradients(trainable, ranks)
-        return Loop(job=job, ranks=ranks, objectives=objectives, ctx=ctx, gradients=gradients, state=state)
+        return Loop(
+            job=job, ranks=ranks, objectives=objectives, ctx=ctx, gradients=gradients, sharding=sharding, state=state
+        )
 
     def batches(self) -> Generator[Batch, None, None]:
         """Yield this rank's share of each step's batch, endlessly, from the next step on."""
@@ -153,8 +159,8 @@ class Loop:
             dataset,
             sampler,
             start=self.state.step,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
+            rank=self.ranks.data_rank,
+            world=self.ranks.data_world,
             device=self.ranks.device,
             extra=further_media(stage.objective),
         )
@@ -168,9 +174,10 @@ class Loop:
         number = self.job.stage.objective.num_updates
         moves = iter(range(self.state.step * number + 1, (self.state.step + 1) * number + 1))
         try:
-            for update, parts_of_update in enumerate(self._parts_by_update(batch, ctx)):
-                self._train_on(parts_of_update, update, ctx)
-                self.state.move_copies("update", next(moves))
+            with self.sharding.step():
+                for update, parts_of_update in enumerate(self._parts_by_update(batch, ctx)):
+                    self._train_on(parts_of_update, update, ctx)
+                    self.state.move_copies("update", next(moves))
         except NonFinite:  # raised by the experience: no weight has changed because of it
             if self._skipped_too_many():
                 raise
@@ -275,7 +282,8 @@ class Loop:
         return count
 
     def _gradient_exchange(self, exchanges: bool) -> Any:
-        """Let DDP exchange gradients only where `exchanges`; FSDP2 does in each backward, for it keeps shards alone."""
+        """Let gradients be exchanged only where `exchanges`; FSDP2 does it in each backward where it keeps shards."""
+        self.sharding.exchange(exchanges)
         if exchanges or self.ranks.sharded:
             return nullcontext()
         return self.ranks.accelerator.no_sync(self.state.transformer)
@@ -287,7 +295,7 @@ class Loop:
         mine = torch.as_tensor(count, dtype=torch.float32, device=self.ranks.device)
         total, faults = self.ranks.all_reduce(torch.stack([mine, self.state.guard.found.float()]))
         self.state.guard.found = faults > 0
-        return total
+        return total / self.ranks.layout.context  # ranks that share samples counted the same items
 
     def _apply_gradient(self, scale: Tensor, no_items: Tensor) -> None:
         """Multiply the gradient by `scale` [], clip it and take the optimizer's step, without a wait for the device.
@@ -301,6 +309,7 @@ class Loop:
         self.gradients.multiply(scale * (limit / (norm + 1e-6)).clamp(max=1))
         skipped = self.state.guard.end_update()
         unchanged = skipped | no_items
+        self.sharding.release()
         self.state.optimizer.found_inf = unchanged.float()  # pyright: ignore[reportAttributeAccessIssue]
         self.state.optimizer.step()
         self.state.optimizer.zero_grad(set_to_none=True)
@@ -409,7 +418,7 @@ class Loop:
         backbone.transformer = ranks.accelerator.unwrap_model(state.transformer)
         ranks.accelerator.free_memory()
         if ranks.sharded:
-            backbone.transformer.reshard()  # sampling leaves the weights of the root module gathered
+            reshard(backbone.transformer)  # sampling leaves the weights of the root module gathered
         for name, average in state.ema.average.items() if state.ema else ():
             state.trainable[name].data.copy_(average)
         rows = self.job.stage.rows * state.step

@@ -32,7 +32,7 @@ def evaluate(evaluation: Evaluation, display: Display | None = None) -> Path:
 
     Each benchmark has a folder, with one for each model, and its results as a table, a page and files.
     """
-    ranks = join(evaluation.precision, shard=evaluation.shard)
+    ranks = join(evaluation.precision, evaluation.layout)
     display, folder = display or Display.on(ranks.main), evaluation.run_folder
     with Signals(display.print, echo(ranks.world)).handled():
         agreement.check(ranks, evaluation, "eval")
