@@ -16,7 +16,8 @@ def weights(network: Any, half: bool) -> float:
     """Return the bytes of a blank network's parameters, and of its buffers as they are once they were read."""
     stored = network.state_dict()
     buffers = (
-        b.numel() * (min(2, b.element_size()) if half and name in stored and b.is_floating_point() else b.element_size())
+        b.numel()
+        * (min(2, b.element_size()) if half and name in stored and b.is_floating_point() else b.element_size())
         for name, b in network.named_buffers()
     )
     return sum(p.numel() * p.element_size() for p in network.parameters()) + sum(buffers)
