@@ -164,6 +164,7 @@ class Pipeline:
         yield from starts or self._mode_problems()
         yield from self._offload_problems()
         yield from self._reward_problems()
+        yield from self._optimizer_problems()
         found = [*error_of("backbone", self.backbone.check)]
         found = found or [*error_of("backbone", lambda: self.backbone.latent_shape(self.data.size))]
         yield from found or error_of("data", lambda: buckets.sizes(self.data.size, self.data.aspects, self.backbone))
@@ -245,6 +246,19 @@ class Pipeline:
                 if entry.normalize != "none":
                     yield f"{where}.{entry.name}.normalize: scores are used as they are here; remove the key"
         yield from reward_problems({**places, **reported})
+
+    def _optimizer_problems(self) -> Iterator[str]:
+        """Let each optimizer look for what it lacks, such as a package, and refuse those that cannot be sharded."""
+        for stage in self.stage:
+            where, optimizer = f"stage.{stage.name}.optimizer", stage.optimizer
+            yield from error_of(where, optimizer.check)
+            if self.shard and optimizer.shards == "no":
+                offers = self.host.offers["optimizers"].items()
+                others = ", ".join(sorted(name for name, offer in offers if offer.cls.shards != "no"))
+                yield (
+                    f"{where}: {self.host.name_of('optimizers', optimizer)} needs whole weights, and 'shard' gives "
+                    f"each process a part of them; use one of {others}, or remove 'shard'"
+                )
 
     def _observer_problems(self) -> Iterator[str]:
         """Let each observer look for what it lacks, such as a package."""

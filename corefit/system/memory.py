@@ -8,7 +8,7 @@ import gc
 import re
 import sys
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,11 +139,13 @@ def _place(t: torch.Tensor) -> int:
 
 
 @contextlib.contextmanager
-def explain_exhaustion(where: str, helps: Sequence[str], kept: str = "") -> Generator[None]:
+def explain_exhaustion(
+    where: str, helps: Sequence[str] | Callable[[], Sequence[str]], kept: str = ""
+) -> Generator[None]:
     """Turn an out-of-memory error inside into an OutOfMemory that says what would help.
 
     where  what was computed, such as "stage soar, step 3, term 2"
-    helps  keys that would take less memory
+    helps  keys that would take less memory, or what finds them
     kept   a sentence that says what is not lost
     """
     try:
@@ -151,14 +153,24 @@ def explain_exhaustion(where: str, helps: Sequence[str], kept: str = "") -> Gene
     except (MemoryError, RuntimeError) as error:
         if not is_exhausted(error):
             raise
-        asked = found[1] if (found := ASKED.search(str(error))) else ""
+        asked = size[1] if (size := ASKED.search(str(error))) else ""
         sought = f"; {asked} more were asked for" if asked else ""
+        found = helps() if callable(helps) else helps
         would = (
-            f"What would help: {', or '.join(helps)}"
-            if helps
+            f"What would help: {', or '.join(found)}"
+            if found
             else ("All keys that save memory are set: take a smaller [data] size, or a device with more memory")
         )
         raise OutOfMemory(f"{where}: out of memory{sought}. {would}{f'. {kept}' if kept else ''}") from error
+
+
+def give_back(device: torch.device) -> None:
+    """Free what nobody refers to any more, and give a GPU's cached memory back, so that it can be cut anew."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def is_exhausted(error: BaseException) -> bool:

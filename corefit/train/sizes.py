@@ -86,7 +86,7 @@ class Sizes:
     def choose(self, most: int) -> None:
         """Choose the largest sizes whose graphs have at most `most` rows; at least one row fits."""
         if self.stage.micro_batch is None:
-            each = max(entry.value.rows_per_graph for entry in weighted_objectives(self.objective))
+            each = max(entry.value.rows_per_graph for entry in weighted_objectives(self.stage.objective))
             self.rows = max(1, min(self.rows, most // each))
         for entry in weighted_objectives(self.stage.objective):
             for key, largest in free_chunks(entry.value).items():

@@ -14,12 +14,12 @@ from corefit.system.ranks import SINGLE, Ranks
 from corefit.train import checkpoint, weights
 from corefit.train.alarm import Watch, refuse_non_finite
 from corefit.train.meters import MetricMeans, NonFiniteGuard
+from corefit.train.optimizer import Steps
 from corefit.train.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.optim import Optimizer
 
 
 @define(eq=False, kw_only=True)
@@ -29,6 +29,7 @@ class State:
     folder       where the stage's checkpoints lie
     transformer  the network under training, wrapped in DDP or sharded where there are several ranks
     trainable    the parameters that train, by name
+    optimizer    takes its steps, and holds its state
     ema          their moving average, where the stage keeps one
     copies       the copies of them that the objective declares, by name
     watch        watches the held-out rewards, where the stage has any
@@ -43,7 +44,7 @@ class State:
     ranks: Ranks
     transformer: torch.nn.Module
     trainable: weights.Trainable
-    optimizer: Optimizer
+    optimizer: Steps
     ema: weights.Ema | None
     guard: NonFiniteGuard
     sizes: Sizes
@@ -67,7 +68,7 @@ class State:
         self.unreported = (self.unreported[0] + samples, self.unreported[1] + seconds)
 
     def undoable(self) -> Callable[[], None]:
-        """Return what takes back the metrics and faults that are noted from now on in the optimizer step in progress."""
+        """Return what takes back the metrics and faults that the optimizer step in progress notes from now on."""
         undo = self.means.undoable(), self.guard.undoable()
 
         def take_back() -> None:
@@ -133,12 +134,13 @@ class State:
             self.ranks.accelerator.print(message)
         if found is None:
             return
-        shapes = found.shapes()
-        self._require_same_copies(found.path, shapes)
-        self._allocate_optimizer(shapes)
-        names = [name for name in shapes if name.startswith("means/")]
-        means = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in names}
-        found.read({**self._tensors(), **means})
+        stored = found.stored()
+        self._require_same_copies(found.path, stored)
+        names = [name for name in stored if name.startswith("means/")]
+        means = {name: torch.zeros(stored[name][0], dtype=torch.float64) for name in names}
+        slots = self.optimizer.slots(stored)
+        found.read({**self._weights(), **slots, **means})
+        self.optimizer.restore(slots)
         if self.ranks.main:
             checkpoint.keep_newest(self.folder, keep)  # a process killed after saving has not removed older ones
         self.step, self.seconds = found.step, found.info["seconds"]
@@ -151,10 +153,11 @@ class State:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint that are equal on all ranks, or this rank's shards of them."""
+        return {**self._weights(), **self.optimizer.tensors()}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Return the weights, their average and copies, and the count of skipped steps."""
         tensors: dict[str, Tensor] = {f"weights/{name}": p for name, p in self.trainable.items()}
-        for name, parameter in self.trainable.items():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{name}"] = value
         if self.ema:
             tensors |= {f"ema/{name}": t for name, t in self.ema.average.items()}
         for copy, held in self.copies.items():
@@ -169,15 +172,3 @@ class State:
                 f"stage {self.stage}: {path} holds the copies {sorted(found)} of the weights, and the objective "
                 f"declares {sorted(self.copies)}; their names must follow from its keys, and from none marked ROUNDING"
             )
-
-    def _allocate_optimizer(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Allocate the optimizer's state of these shapes, which torch itself would do in the first step."""
-        import torch
-
-        for name, shape in shapes.items():
-            kind, _, rest = name.partition("/")
-            if kind == "optimizer":
-                key, _, weight = rest.partition("/")
-                parameter = self.trainable[weight]
-                value = torch.zeros_like(parameter) if shape else torch.zeros((), device=parameter.device)
-                self.optimizer.state[parameter][key] = value.detach()

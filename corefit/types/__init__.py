@@ -1,6 +1,7 @@
 """The types that plugins and the trainer share: values, protocols of plugins, objectives, a stage's settings."""
 
 from corefit.types.observer import Observer, PipelineView, Scored
+from corefit.types.optimizer import AdamW, Optimizer, step_each
 from corefit.types.protocols import (
     Backbone,
     Configured,
@@ -45,6 +46,7 @@ from corefit.types.values import (
 
 __all__ = [
     "ROUNDING",
+    "AdamW",
     "ArchiveMember",
     "Backbone",
     "Batch",
@@ -59,6 +61,7 @@ __all__ = [
     "NoiseWeighting",
     "Observer",
     "Offloading",
+    "Optimizer",
     "Original",
     "OriginalTensor",
     "PipelineView",
@@ -85,6 +88,7 @@ __all__ = [
     "Url",
     "Weighted",
     "key_of",
+    "step_each",
 ]
 
 Stored = ArchiveMember

@@ -162,8 +162,8 @@ class Objective(Protocol, Generic[P]):
     """Defines what is learned. It is an attrs class; its fields are the keys of an `objective` table.
 
     `uses`, `num_terms`, `experience` and `terms` are abstract and must be written. `num_updates`, `group_size` and
-    `rows_per_graph` are 1, `copies` and `chunks` empty, by default in a class that derives from this one. `Supervised` also has
-    `uses`, `num_terms` and `experience`, so that only `terms` is left to write.
+    `rows_per_graph` are 1, `copies` and `chunks` empty, by default in a class that derives from this one. `Supervised`
+    also has `uses`, `num_terms` and `experience`, so that only `terms` is left to write.
     """
 
     if not TYPE_CHECKING:  # type checkers would demand it of classes that do not derive from this one
