@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from corefit.system import memory
+from corefit.system.fakes import faked, materialize
 from corefit.types import Condition, Sized, SizedScore
 from corefit.types.rewards import decode_with_graph
 
@@ -52,7 +53,7 @@ def peak(
         held = _step(backbone, first, (rows - len(others), *one), half, gpu)
         return kept + max(held.peak, held.kept + (_decoding(backbone, decoded, beside) if decoded else 0))
 
-    return _faked(run)
+    return faked(run)
 
 
 def sampling_peak(backbone: Sized, shape: tuple[int, ...], *, half: bool, gpu: bool) -> int | None:
@@ -60,7 +61,7 @@ def sampling_peak(backbone: Sized, shape: tuple[int, ...], *, half: bool, gpu: b
 
     All rows go through the first network where there are several.
     """
-    return _faked(lambda: _forward(backbone, backbone.routes()[0], shape, half, gpu))
+    return faked(lambda: _forward(backbone, backbone.routes()[0], shape, half, gpu))
 
 
 def decoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...], scores: Scores = ()) -> int | None:
@@ -81,7 +82,7 @@ def decoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...], scores: S
                 reward.score_blank(network, media)
         return held.peak
 
-    return _faked(run)
+    return faked(run)
 
 
 def encoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...]) -> int | None:
@@ -95,25 +96,7 @@ def encoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...]) -> int | 
             backbone.encode(media)
         return held.peak
 
-    return _faked(run)
-
-
-def _faked(run: Callable[[], int]) -> int | None:
-    """Return what `run` returns on fake tensors; None where that needs their values.
-
-    They are of the CPU: its kernels keep what a GPU's keep, while attention on the meta device would keep its matrix.
-    """
-    from torch._subclasses import fake_tensor
-
-    with fake_tensor.FakeTensorMode():
-        try:
-            return run()
-        except (
-            fake_tensor.DynamicOutputShapeException,
-            fake_tensor.DataDependentOutputException,
-            fake_tensor.UnsupportedOperatorException,
-        ):
-            return None
+    return faked(run)
 
 
 def _step(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: bool) -> memory.LiveBytes:
@@ -183,23 +166,6 @@ def _decoding(backbone: Any, shape: tuple[int, ...], beside: Frozen | None) -> i
             sum(scores, start=media.new_zeros(()) if scores else media.mean()).backward()
         peaks.append(held.peak)
     return peaks[0] + (rows - 1) * (peaks[-1] - peaks[0])
-
-
-def materialize(network: nn.Module) -> None:
-    """Replace tensors on the meta device by fake ones, with gradients, to which backward then adds in place."""
-    import torch
-    from torch import nn
-
-    for module in network.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            made = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-            made.grad = torch.empty_like(made) if p.requires_grad else None
-            setattr(module, name, made)
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-        for name, value in list(vars(module).items()):  # tables that are no buffers, as some networks of diffusers have
-            if isinstance(value, torch.Tensor):
-                setattr(module, name, torch.empty(value.shape, dtype=value.dtype))
 
 
 def _norm_like_a_gpu(norm: nn.Module) -> None:

@@ -20,6 +20,7 @@ import attrs
 from attrs import define
 
 from corefit.data import loader
+from corefit.data.coding import Coder
 from corefit.data.order import BatchSampler
 from corefit.errors import NonFinite, Stopped
 from corefit.plugins import contract
@@ -124,6 +125,7 @@ class Loop:
             copies={name: frozen(held.tensors) for name, held in copies.items()},
             steps=stage.steps,
             held_out=stage.held_out,
+            decode=Coder(backbone).decode,
         )
         # a sharded network only gets autocast; another one is wrapped in DDP as well
         weights.prepare(backbone, ranks, evaluation=ranks.sharded)

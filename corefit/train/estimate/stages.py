@@ -244,4 +244,3 @@ def _key(pipeline: Pipeline, stage: Stage, half: bool, gpu: bool) -> Hashable:
     keys = [repr(getattr(backbone, each.name)) for each in attrs.fields(type(backbone)) if each.init]
     exact = pipeline.freezes_in_half(stage)
     return (type(backbone), *keys, repr(pipeline.mode(stage)), exact, half, gpu, repr(stage.reward))
-

@@ -178,6 +178,8 @@ class _Swaps:
         def leave(*_: Any) -> None:
             block.leave()
 
+        if block.module._compiled_call_impl is not None:
+            enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
         block.module.register_forward_pre_hook(enter)
         block.module.register_forward_hook(leave, always_call=True)  # recomputation ends some blocks by an exception
 
