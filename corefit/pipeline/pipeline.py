@@ -22,7 +22,7 @@ from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, ov
 from corefit.plugins.host import Host
 from corefit.system import public
 from corefit.system.ranks import Layout
-from corefit.types import Backbone, Observer
+from corefit.types import Backbone, Observer, Offloading, Quantizable
 from corefit.types.objective import further_media, reads_media
 from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
 
@@ -160,7 +160,9 @@ class Pipeline:
             yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
         starts = [*self._start_problems(names)]
         yield from starts or self._mode_problems()
+        yield from self._offload_problems()
         yield from self._reward_problems()
+        yield from self._optimizer_problems()
         found = [*error_of("backbone", self.backbone.check)]
         found = found or [*error_of("backbone", lambda: self.backbone.latent_shape(self.data.size))]
         found = found or [*error_of("data", self._sizes)]
@@ -201,7 +203,17 @@ class Pipeline:
             yield f"stage.{stage.name}.from: {problem}; there are: {', '.join(earlier)}"
 
     def _mode_problems(self) -> Iterator[str]:
-        """Refuse stages that would drop or change the LoRA that they start from, or save a LoRA in bf16."""
+        """Refuse stages that would drop or change the LoRA that they start from, or save a LoRA in bf16.
+
+        Full training of weights in fewer bits is refused, too: a step would be smaller than their rounding.
+        """
+        bits = self.backbone.frozen if isinstance(self.backbone, Quantizable) else None
+        for stage in self.stage:
+            if bits is not None and isinstance(self.mode(stage), Full):
+                yield (
+                    f"backbone.frozen: {bits!r} is for weights that do not train, and stage {stage.name} trains them "
+                    'all; set train = { use = "lora" }, or remove the key'
+                )
         for stage in self.stage:
             if stage.save_dtype != "fp32" and isinstance(self.mode(stage), Lora):
                 yield f"stage.{stage.name}.save_dtype: a LoRA is saved in float32; remove the key"
@@ -214,6 +226,19 @@ class Pipeline:
                     'settings, or the earlier one with { use = "full" }'
                 )
 
+    def _offload_problems(self) -> Iterator[str]:
+        """Refuse weights that wait in main memory where all of them train, or are sharded."""
+        if not isinstance(self.backbone, Offloading) or not self.backbone.offloads:
+            return
+        if self.shard:
+            yield "shard: weights that are sharded cannot wait in main memory; remove the key, or 'offload' of [backbone]"
+        for stage in self.stage:
+            if isinstance(self.mode(stage), Full):
+                yield (
+                    f"stage.{stage.name}.train: weights that train cannot wait in main memory; train a LoRA, or remove "
+                    "'offload' from [backbone]"
+                )
+
     def _reward_problems(self) -> Iterator[str]:
         """Let each reward look for what it lacks, such as a file or a package."""
         places = {f"stage.{stage.name}.reward": stage.reward for stage in self.stage}
@@ -224,6 +249,19 @@ class Pipeline:
                 if entry.normalize != "none":
                     yield f"{where}.{entry.name}.normalize: scores are used as they are here; remove the key"
         yield from reward_problems({**places, **reported})
+
+    def _optimizer_problems(self) -> Iterator[str]:
+        """Let each optimizer look for what it lacks, such as a package, and refuse those that cannot be sharded."""
+        for stage in self.stage:
+            where, optimizer = f"stage.{stage.name}.optimizer", stage.optimizer
+            yield from error_of(where, optimizer.check)
+            if self.shard and optimizer.shards == "no":
+                offers = self.host.offers["optimizers"].items()
+                others = ", ".join(sorted(name for name, offer in offers if offer.cls.shards != "no"))
+                yield (
+                    f"{where}: {self.host.name_of('optimizers', optimizer)} needs whole weights, and 'shard' gives "
+                    f"each process a part of them; use one of {others}, or remove 'shard'"
+                )
 
     def _observer_problems(self) -> Iterator[str]:
         """Let each observer look for what it lacks, such as a package."""

@@ -66,5 +66,19 @@ class Gradients:
                 p.grad = held
         self._held = {}
 
+    def drop(self) -> None:
+        """Free all gradients, held ones too."""
+        self._held = {}
+        for p in self.trainable.values():
+            p.grad = None
+
+    def average(self) -> None:
+        """Replace each gradient by its mean over all ranks, as DDP's exchange does in a backward."""
+        import torch
+
+        for p in self.trainable.values():
+            mine = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = self.ranks.all_reduce(mine / self.ranks.world)
+
     def _local(self) -> list[Tensor]:
         return weights.local(p.grad for p in self.trainable.values() if p.grad is not None)

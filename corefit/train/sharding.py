@@ -185,7 +185,8 @@ class Sharding:
         if not self._active:
             return None
         if id(tensors) not in self._whole:
-            self._whole[id(tensors)] = {name: _gather(t) for name, t in tensors.items()}
+            device = next(self.transformer.parameters()).device
+            self._whole[id(tensors)] = {name: _gather(t, device) for name, t in tensors.items()}
         for module in _sharded_modules(self.transformer):
             module.unshard()
         return self._whole[id(tensors)]
@@ -213,11 +214,12 @@ def free_memory(device: torch.device) -> float:
     return psutil.virtual_memory().total / beside - psutil.Process().memory_info().rss
 
 
-def _gather(tensor: Any) -> Tensor:
-    """Return the whole of a DTensor, on each rank."""
+def _gather(tensor: Any, device: torch.device) -> Tensor:
+    """Return the whole of a DTensor, whose shard may be in main memory, on the device of each rank."""
     from torch.distributed.tensor import Replicate
 
-    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim).to_local()
+    brought = tensor.to(device, non_blocking=True)
+    return brought.redistribute(placements=[Replicate()] * brought.device_mesh.ndim).to_local()
 
 
 def _sharded_modules(transformer: torch.nn.Module) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 """The types that plugins and the trainer share: values, protocols of plugins, objectives, a stage's settings."""
 
 from corefit.types.observer import Observer, PipelineView, Scored
+from corefit.types.optimizer import AdamW, Optimizer, step_each
 from corefit.types.protocols import (
     Backbone,
     Configured,
@@ -8,15 +9,18 @@ from corefit.types.protocols import (
     Featured,
     KeyedReward,
     NoiseWeighting,
+    Offloading,
     Original,
     OriginalTensor,
     Preset,
+    Quantizable,
     Reward,
     Sampler,
     Sized,
     SizedDecoder,
     SizedReward,
     SizedScore,
+    SizedText,
     Source,
     Specified,
     StoredTensors,
@@ -43,6 +47,7 @@ from corefit.types.values import (
 
 __all__ = [
     "ROUNDING",
+    "AdamW",
     "ArchiveMember",
     "Backbone",
     "Batch",
@@ -57,10 +62,13 @@ __all__ = [
     "Moving",
     "NoiseWeighting",
     "Observer",
+    "Offloading",
+    "Optimizer",
     "Original",
     "OriginalTensor",
     "PipelineView",
     "Preset",
+    "Quantizable",
     "Reward",
     "Sampler",
     "Samples",
@@ -70,6 +78,7 @@ __all__ = [
     "SizedDecoder",
     "SizedReward",
     "SizedScore",
+    "SizedText",
     "Source",
     "Specified",
     "Step",
@@ -81,6 +90,7 @@ __all__ = [
     "Url",
     "Weighted",
     "key_of",
+    "step_each",
 ]
 
 Stored = ArchiveMember

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 
+from corefit.data.coding import Coder
 from corefit.data.dataset import Dataset
 from corefit.data.sources import category
 from corefit.pipeline.eval import Eval
@@ -38,6 +39,10 @@ def _silent(done: int, total: int) -> None:
     """Show no progress."""
 
 
+def _unsaid(text: str) -> None:
+    """Say nothing."""
+
+
 @frozen(eq=False)
 class Evaluator:
     """Generates media for the held-out prompts and scores them.
@@ -50,6 +55,8 @@ class Evaluator:
     ranks: Ranks
     data: Dataset | None = None
     """The training data, for `drift`."""
+    say: Callable[[str], None] = _unsaid
+    _coders: dict[int, Coder] = field(init=False, factory=dict[int, Coder])
 
     @property
     def count(self) -> int:
@@ -76,7 +83,11 @@ class Evaluator:
             cond, settings = batch.cond.to(device), self.eval
             with Sharding.of(backbone.transformer, self.ranks).step():
                 x0 = generate(backbone, noise, cond, steps=settings.steps, guidance=settings.guidance)
-            return backbone.decode(x0)
+            return self._decode(backbone, x0)
+
+    def _decode(self, backbone: Backbone, x0: Tensor) -> Tensor:
+        """Decode latents in parts that fit; what fits is found once for a backbone."""
+        return self._coders.setdefault(id(backbone), Coder(backbone, self.say)).decode(x0)
 
     def score(
         self, backbone: Backbone, progress: Progress = _silent, partial: PartialScores | None = None
