@@ -79,6 +79,23 @@ GPU = click.option(
 )
 
 
+def devices(text: str) -> tuple[int, float]:
+    """Return the number of devices and the bytes of each, of "24GiB" or "8x80GiB"."""
+    number, times, each = text.rpartition("x")
+    if times and not (number.strip().isdecimal() and int(number) > 0):
+        raise click.BadParameter(f"{text!r} is not a number of GPUs and their memory; write 8x80GiB")
+    return int(number or 1), memory_size(each.strip())
+
+
+FIT = click.option(
+    "--fit",
+    "planned",
+    type=devices,
+    metavar="SIZE",
+    help="Find the cheapest keys with which it fits into GPUs such as 24GiB or 8x80GiB.",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(__version__, prog_name="corefit")
 def cli() -> None:
@@ -123,19 +140,33 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
 @OUT
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes that it will run on.")
 @GPU
-def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: int, memory: float | None) -> None:
+@FIT
+def check(
+    pipeline: Path,
+    settings: tuple[str, ...],
+    out: Path | None,
+    ranks: int,
+    memory: float | None,
+    planned: tuple[int, float] | None,
+) -> None:
     """Check PIPELINE, its data, and whether it fits into memory.
 
     No weights are read.
     """
     from corefit.pipeline.pipeline import read
 
+    if planned and (memory is not None or ranks > 1):
+        raise click.UsageError("--fit names the GPUs and their number itself; leave out --gpu and --ranks")
     checked = read(pipeline, _with_out(settings, out))
     starts = {stage.name: f", from {stage.from_}" if stage.from_ else "" for stage in checked.stage}
     stages = ", ".join(f"{s.name} ({s.steps} steps of {s.rows}{starts[s.name]})" for s in checked.stage)
     from corefit.train import estimate
     from corefit.train.estimate_cache import Kept
 
+    if planned:
+        click.echo(plain(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}"))
+        _fit(pipeline, _with_out(settings, out), *planned)
+        return
     device = estimate.Device.here() if memory is None else estimate.Device.of(memory)
     kept = Kept.of(checked, device, ranks)
     before = kept.read()
@@ -147,6 +178,19 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
     if checked.data.left_out:
         click.echo(f"data: {checked.data.left_out}")
     estimate.show(found, device)
+
+
+def _fit(pipeline: Path, settings: Sequence[str], number: int, memory: float) -> None:
+    """Print the cheapest keys with which a pipeline fits into so many GPUs of so much memory."""
+    from corefit.pipeline.pipeline import Pipeline, read, read_unchecked
+    from corefit.train import estimate
+
+    device = estimate.Device.of(memory)
+    search = estimate.Search(lambda more: read_unchecked(Pipeline, pipeline, [*settings, *more]), device, number)
+    found = search.fit()
+    if found.fits:
+        read(pipeline, [*settings, *found.settings])  # raises for keys that do not go together
+    estimate.show_fit(found, device, number)
 
 
 @cli.command()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Pipeline
 from corefit.system.memory import size
 from corefit.train import remedies
+from corefit.train.estimate import search
 from corefit.train.estimate.device import Device
 from corefit.train.estimate.phases import ORDER, Estimate
+from corefit.train.estimate.search import Fit
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,6 +64,45 @@ def show(found: Sequence[Estimate], device: Device, helps: Sequence[str] = ()) -
                 f"{' or '.join(helps) or 'all keys that save memory are set'}",
                 soft_wrap=True,
             )
+
+
+def show_fit(fit: Fit, device: Device, world: int) -> None:
+    """Print the keys with which a pipeline fits, what each saves and costs, and the table of the stages with them.
+
+    Raises ConfigError where no keys let it fit.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    devices = f"{world} x " if world > 1 else ""
+    room = f"{devices}{size(int(device.memory))}, of which {1 - fit.room / device.memory:.0%} stay free"
+    if not fit.found:
+        raise ConfigError("memory: not known; the backbone does not say what it needs (corefit.types.Sized)")
+    if not fit.fits:
+        raise ConfigError("\n".join(_too_large(fit, room)))
+    console.print(f"\nfits into {room}{', as it is' if not fit.chosen else ' with these keys:'}\n")
+    for line in search.toml(fit.chosen):
+        console.print(line)
+    if fit.chosen:
+        console.print(f"\nor: {' '.join(f'--set {shlex.quote(setting)}' for setting in fit.settings)}\n")
+        for key, saved in fit.saved.items():
+            console.print(f"{key}: takes off {size(int(max(0, saved)))}")
+    unknown = sorted({phase.name for e in fit.found for phase in e.phases if not phase.known})
+    if unknown:
+        console.print(f"not wholly known, and not counted: what forwards take while {', '.join(unknown)}")
+    console.print()
+    console.print(table(fit.found, device))
+
+
+def _too_large(fit: Fit, room: str) -> Iterator[str]:
+    """Yield what is too large whatever is set, and what would help."""
+    yield f"it does not fit into {room}, with all that is known to help: {', '.join(fit.settings) or 'nothing'}"
+    for e in fit.found:
+        for phase in e.phases:
+            if phase.total > fit.room:
+                parts = ", ".join(f"{name} {size(int(part))}" for name, part in phase.parts.items() if part)
+                yield f"stage.{e.stage}: {phase.name} takes {size(int(phase.total))} ({parts})"
+    yield "what would help: a smaller [data] size, fewer frames, a smaller model, or more devices with shard = true"
 
 
 def table(found: Sequence[Estimate], device: Device) -> Table:
