@@ -141,6 +141,11 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes that it will run on.")
 @GPU
 @FIT
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Measure what [backbone] frozen costs: reads weights, encodes data.",
+)
 def check(
     pipeline: Path,
     settings: tuple[str, ...],
@@ -148,49 +153,20 @@ def check(
     ranks: int,
     memory: float | None,
     planned: tuple[int, float] | None,
+    measure: bool,
 ) -> None:
     """Check PIPELINE, its data, and whether it fits into memory.
 
     No weights are read.
     """
-    from corefit.pipeline.pipeline import read
-
-    if planned and (memory is not None or ranks > 1):
-        raise click.UsageError("--fit names the GPUs and their number itself; leave out --gpu and --ranks")
-    checked = read(pipeline, _with_out(settings, out))
-    starts = {stage.name: f", from {stage.from_}" if stage.from_ else "" for stage in checked.stage}
-    stages = ", ".join(f"{s.name} ({s.steps} steps of {s.rows}{starts[s.name]})" for s in checked.stage)
-    from corefit.train import estimate
-    from corefit.train.estimate_cache import Kept
+    if planned and (memory is not None or ranks > 1 or measure):
+        raise click.UsageError("--fit names the GPUs and their number itself; leave out --gpu, --ranks and --measure")
+    from corefit.cli import checking
 
     if planned:
-        click.echo(plain(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}"))
-        _fit(pipeline, _with_out(settings, out), *planned)
-        return
-    device = estimate.Device.here() if memory is None else estimate.Device.of(memory)
-    kept = Kept.of(checked, device, ranks)
-    before = kept.read()
-    found = estimate.estimates(checked, device, ranks) if before is None else before
-    estimate.refuse(checked, found, device, ranks)
-    if before is None:
-        kept.write(found)
-    click.echo(plain(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}"))
-    if checked.data.left_out:
-        click.echo(f"data: {checked.data.left_out}")
-    estimate.show(found, device)
-
-
-def _fit(pipeline: Path, settings: Sequence[str], number: int, memory: float) -> None:
-    """Print the cheapest keys with which a pipeline fits into so many GPUs of so much memory."""
-    from corefit.pipeline.pipeline import Pipeline, read, read_unchecked
-    from corefit.train import estimate
-
-    device = estimate.Device.of(memory)
-    search = estimate.Search(lambda more: read_unchecked(Pipeline, pipeline, [*settings, *more]), device, number)
-    found = search.fit()
-    if found.fits:
-        read(pipeline, [*settings, *found.settings])  # raises for keys that do not go together
-    estimate.show_fit(found, device, number)
+        checking.fit(pipeline, _with_out(settings, out), *planned)
+    else:
+        checking.check(pipeline, _with_out(settings, out), ranks, memory, measure=measure)
 
 
 @cli.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Real
 from pathlib import Path
@@ -274,23 +274,22 @@ def whole(transformer: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @define(eq=False)
 class Ema:
-    """An exponential moving average of the weights that train, in float32 on the same device."""
+    """An exponential moving average of the weights that train, in float32, on their device or in main memory."""
 
     decay: float
     average: dict[str, Tensor]
 
     @staticmethod
-    def of(trained: Trainable, decay: float) -> Ema:
+    def of(trained: Trainable, decay: float, *, on_host: bool = False) -> Ema:
         """Start the average at the weights as they are now."""
-        return Ema(decay, copied(trained))
+        return Ema(decay, copied(trained, on_host=on_host))
 
     def update(self, trained: Trainable, skipped: Tensor) -> None:
         """Set average <- decay * average + (1 - decay) * weights unless skipped (bool []), without waiting for it."""
         import torch
 
         share = torch.where(skipped, 0.0, 1 - self.decay)
-        old, new = local(self.average.values()), local(trained.values())
-        torch._foreach_lerp_(old, new, [share] * len(old))  # pyright: ignore[reportPrivateUsage]
+        follow(self.average, trained, lambda old, new: _lerp(old, new, [share] * len(old)))
 
     @contextmanager
     def in_place_of(self, transformer: torch.nn.Module, trained: Trainable) -> Generator[None]:
@@ -311,9 +310,53 @@ class Ema:
             average.copy_(kept)
 
 
-def copied(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a copy of the weights as they are now."""
-    return {name: p.detach().clone() for name, p in trained.items()}
+def copied(trained: Mapping[str, Tensor], *, on_host: bool = False) -> dict[str, Tensor]:
+    """Return a copy of the weights as they are now, on their device or in main memory."""
+    return {name: _on_host(p.detach()) if on_host else p.detach().clone() for name, p in trained.items()}
+
+
+def _on_host(tensor: Any) -> Any:
+    """Return a copy in main memory, pinned where there is a GPU, so that nothing waits for what is moved."""
+    held = tensor.to("cpu", copy=True)
+    if tensor.device.type == "cpu":
+        return held
+    if not hasattr(held, "to_local"):
+        return held.pin_memory()
+    held._local_tensor = held.to_local().pin_memory()
+    return held
+
+
+def follow(
+    copies: Mapping[str, Tensor], trained: Trainable, move: Callable[[Sequence[Tensor], Sequence[Tensor]], object]
+) -> None:
+    """Have `move` change copies in place, given them and the weights, on the device of the weights.
+
+    Copies in main memory are brought there and back one at a time. Nothing waits for the device, which takes up the
+    work in order; who reads such a copy on the host must wait for the device first (`settle`).
+    """
+    old, new = local(copies.values()), local(trained.values())
+    if all(held.device == weight.device for held, weight in zip(old, new, strict=True)):
+        move(old, new)
+        return
+    for held, weight in zip(old, new, strict=True):
+        brought = held.to(weight.device, non_blocking=True)
+        move([brought], [weight])
+        held.copy_(brought, non_blocking=True)
+
+
+def _lerp(old: Sequence[Tensor], new: Sequence[Tensor], share: float | Sequence[Tensor]) -> None:
+    """Move each of `old` in place towards its counterpart in `new`, by a share of the way."""
+    import torch
+
+    torch._foreach_lerp_(old, new, share)  # pyright: ignore[reportPrivateUsage,reportCallIssue,reportArgumentType]
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has written all copies that are in main memory."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def called_with(
@@ -321,8 +364,9 @@ def called_with(
 ) -> Backbone:
     """Return the same backbone, frozen: called with the tensors `others` in place of the weights that train.
 
-    The tensors are not copied, so the backbone returned follows what is written to them. Its results have no graph:
-    sharded, backward would gather the weights that train in their place.
+    The tensors are not copied, so the backbone returned follows what is written to them; those in main memory are
+    brought to the device for each call. Its results have no graph: sharded, backward would gather the weights that
+    train in their place.
 
     sharding  says whether the weights of a sharded network are gathered already, which then need not be moved
     """
@@ -337,8 +381,10 @@ def called_with(
         @torch.no_grad()
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             called = sharding.gathered(tensors) if sharding else None
-            if called is not None or not is_sharded(transformer):
-                return functional_call(transformer, dict(called or tensors), args, kwargs)
+            if called is None and not is_sharded(transformer):
+                called = {name: t.to(trained[name].device, non_blocking=True) for name, t in tensors.items()}
+            if called is not None:
+                return functional_call(transformer, dict(called), args, kwargs)
             with _with_weights(transformer, trained, tensors):
                 return transformer(*args, **kwargs)
 
@@ -360,23 +406,22 @@ class MovingCopy:
     tensors: Mapping[str, Tensor]
 
     @staticmethod
-    def declared(objective: Objective[Any], trained: Trainable) -> dict[str, MovingCopy]:
+    def declared(objective: Objective[Any], trained: Trainable, *, on_host: bool = False) -> dict[str, MovingCopy]:
         """Return the copies that an objective declares, by name; they start at the weights as they are now."""
         return {
-            name: MovingCopy(name, each.value, moving, copied(trained))
+            name: MovingCopy(name, each.value, moving, copied(trained, on_host=on_host))
             for each in weighted_objectives(objective)
             for name, moving in moving_copies(each.value).items()
         }
 
     def move(self, trained: Trainable, n: int) -> None:
         """Make the n-th move of the stage, counted from 1; raise PluginError if the decay is not in [0, 1]."""
-        import torch
 
         decay = self.moving.decay(n)
         what = f"the decay at move {n} of the copy {self.name!r}"
         require_result(decay, _is_share, self.objective, what, "a number from 0 to 1")
-        old, new = local(self.tensors.values()), local(trained.values())
-        torch._foreach_lerp_(old, new, 1 - float(decay))  # pyright: ignore[reportPrivateUsage]
+        share = 1 - float(decay)
+        follow(self.tensors, trained, lambda old, new: _lerp(old, new, share))
 
 
 def _is_share(value: Any) -> bool:
@@ -391,7 +436,7 @@ def _with_weights(transformer: Any, trained: Trainable, others: Mapping[str, Ten
     weights = local(trained.values())
     kept = [t.clone() for t in weights]
     reshard(transformer)
-    torch._foreach_copy_(weights, local(others.values()))  # pyright: ignore[reportPrivateUsage]
+    torch._foreach_copy_(weights, local(others.values()), non_blocking=True)  # pyright: ignore[reportPrivateUsage]
     try:
         yield
     finally:

@@ -42,11 +42,8 @@ def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world:
             )
 
 
-def show(found: Sequence[Estimate], device: Device, helps: Sequence[str] = ()) -> None:
-    """Print a table of the stages, and a line for each that may not fit because of its activations.
-
-    helps  settings that would save memory, which that line names
-    """
+def show(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world: int = 1) -> None:
+    """Print a table of the stages, and a line for each that may not fit, with what would help and is not set yet."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
@@ -55,13 +52,15 @@ def show(found: Sequence[Estimate], device: Device, helps: Sequence[str] = ()) -
         return
     console.print()
     console.print(table(found, device))
-    for e in found:
+    for e, stage in zip(found, pipeline.stage, strict=True):
         if e.peak > device.memory:
             phase = max(e.phases, key=lambda each: each.total, default=None)
             where = f" while {phase.name}" if phase else ""
+            helps = [str(each) for each in remedies.pipeline_ladder(pipeline, stage, world)]
+            would = f"what would help: {', or '.join(helps)}" if helps else "all keys that save memory are set"
             console.print(
-                f"\n{e.stage}: with what its forwards take it may not fit{where}; "
-                f"{' or '.join(helps) or 'all keys that save memory are set'}",
+                f"\n{e.stage}: with what its forwards take it may not fit{where}; {would}. "
+                "corefit check --fit finds the cheapest of them",
                 soft_wrap=True,
             )
 
