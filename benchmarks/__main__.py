@@ -6,12 +6,16 @@ import click
 
 from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
+from benchmarks.encode import encode
+from benchmarks.evaluation import evaluation
 from benchmarks.hostile import hostile
 from benchmarks.overhead import overhead
+from benchmarks.rollout import rollout
 from benchmarks.scoring import scoring
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
 from benchmarks.start import start
+from benchmarks.trainer import trainer
 
 
 @click.group(invoke_without_command=True)
@@ -23,6 +27,10 @@ def main(context: click.Context) -> None:
 
 
 main.add_command(soar_step)
+main.add_command(trainer)
+main.add_command(rollout)
+main.add_command(evaluation)
+main.add_command(encode)
 main.add_command(checkpoints)
 main.add_command(data)
 main.add_command(scoring)
