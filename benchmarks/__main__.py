@@ -8,6 +8,7 @@ from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
 from benchmarks.encode import encode
 from benchmarks.evaluation import evaluation
+from benchmarks.grpo_step import grpo_step
 from benchmarks.hostile import hostile
 from benchmarks.overhead import overhead
 from benchmarks.rollout import rollout
@@ -27,6 +28,7 @@ def main(context: click.Context) -> None:
 
 
 main.add_command(soar_step)
+main.add_command(grpo_step)
 main.add_command(trainer)
 main.add_command(rollout)
 main.add_command(evaluation)

@@ -1,4 +1,4 @@
-"""What encoding costs beyond the VAE and the text encoders: pictures a second into the cache against the bare models."""
+"""What encoding costs: pictures a second into the cache, against the VAE and the text encoders alone."""
 
 from __future__ import annotations
 

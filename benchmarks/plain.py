@@ -38,7 +38,7 @@ class Network:
         )[0].float()
 
     def guided(self, x: Tensor, sigma: Tensor, both: Cond, guidance: float) -> Tensor:
-        """Classifier-free guidance in one call of 2B rows; `both` holds conditions of the prompts, then of the empty one."""
+        """Guidance in one call of 2B rows; `both` holds the conditions of the prompts, then the empty one's."""
         v_cond, v_null = self(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         return v_null + guidance * (v_cond - v_null)
 
