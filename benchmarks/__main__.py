@@ -15,7 +15,7 @@ from benchmarks.rollout import rollout
 from benchmarks.scoring import scoring
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
-from benchmarks.start import start
+from benchmarks.startup import startup
 from benchmarks.trainer import trainer
 
 
@@ -38,7 +38,7 @@ main.add_command(data)
 main.add_command(scoring)
 main.add_command(sharding)
 main.add_command(hostile)
-main.add_command(start)
+main.add_command(startup)
 main.add_command(overhead)
 
 if __name__ == "__main__":
