@@ -120,3 +120,38 @@ def sde(
         states.append(x)
         log_probs.append(log_prob(x, mean, std))
     return Trajectory(states, log_probs)
+
+
+@frozen(kw_only=True)
+class Correction:
+    """Keys of SOAR: correction points, sampling steps of the rollout's length, guidance, and the schedule's shift."""
+
+    points: int
+    steps: int
+    guidance: float
+    shift: float
+
+
+def published_soar(network: Network, x0: Tensor, cond: Cond, null: Cond, soar: Correction) -> None:
+    """SOAR's step as published: a rollout of 2B rows with a graph that nobody needs, and one backward for everything.
+
+    The name of the rollout lives until the step ends, as there.
+    """
+    noise = torch.randn_like(x0)
+    t = torch.randn(len(x0), device=x0.device).sigmoid()
+    s = soar.shift * t / (1 + (soar.shift - 1) * t)
+    z = (1 - wide(s, x0)) * x0 + wide(s, x0) * noise
+    guided = network.guided(z, s, joined(cond, null), soar.guidance)
+    losses = [((network(z, s, cond) - (noise - x0)) ** 2).flatten(1).mean(1).sum()]
+    lower = (t - 1 / soar.steps).clamp(min=0)
+    low = soar.shift * lower / (1 + (soar.shift - 1) * lower)
+    stepped = z + wide(low - s, z) * guided.detach()
+    for _ in range(soar.points):
+        level = low + torch.rand_like(low) * (1 - low)
+        share = wide((level - low) / (1 - low), z)
+        state = (1 - share) * stepped + share * noise
+        target = (state - x0) / wide(level, z)
+        losses.append(((network(state, level, cond) - target) ** 2).flatten(1).mean(1).sum())
+    (torch.stack(losses).sum() / (len(x0) * (1 + soar.points))).backward()
+    network.update()
+    del guided
