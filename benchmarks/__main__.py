@@ -8,6 +8,7 @@ from benchmarks.checkpoints import checkpoints
 from benchmarks.data import data
 from benchmarks.encode import encode
 from benchmarks.evaluation import evaluation
+from benchmarks.gpu import gpu
 from benchmarks.grpo_step import grpo_step
 from benchmarks.hostile import hostile
 from benchmarks.overhead import overhead
@@ -40,6 +41,7 @@ main.add_command(sharding)
 main.add_command(hostile)
 main.add_command(startup)
 main.add_command(overhead)
+main.add_command(gpu)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

@@ -126,15 +126,15 @@ COMPILED = {"compile": True}
 ON_24 = {"frozen": "int8", "gradient_checkpointing": True}
 FLUX_STEPS = 6
 PARTS: Mapping[str, Part] = {
-    "sft": Part(says="SD3.5-medium, SFT", seconds=75, against="sft, plain", step=_sft, needs=_one),
-    "sft, plain": Part(says="the same in a bare torch loop", seconds=75, step=_plain_sft, needs=_one),
+    "sft": Part(says="SD3.5-medium, SFT", seconds=70, against="sft, plain", step=_sft, needs=_one),
+    "sft, plain": Part(says="the same in a bare torch loop", seconds=70, step=_plain_sft, needs=_one),
     "soar": Part(says="SOAR, 1 point a chunk", seconds=90, against="soar, published", step=_soar(1), needs=_points(2)),
     "soar 3": Part(
         says="SOAR, 3 points a chunk", seconds=90, against="soar, published", step=_soar(3), needs=_points(2)
     ),
     "soar, compiled": Part(
         says="SOAR, 1 point a chunk, compiled",
-        seconds=150,
+        seconds=140,
         against="soar, published",
         step=_soar(1),
         needs=_points(2),
@@ -142,7 +142,7 @@ PARTS: Mapping[str, Part] = {
     ),
     "soar 3, compiled": Part(
         says="SOAR, 3 points a chunk, compiled",
-        seconds=150,
+        seconds=140,
         against="soar, published",
         step=_soar(3),
         needs=_points(2),
@@ -235,7 +235,7 @@ def names() -> Iterator[str]:
 
 def most_seconds(name: str) -> float:
     """How long a part may take."""
-    return {"tests": 240.0, "product": 45.0}.get(name) or PARTS[name].seconds
+    return {"tests": 210.0, "product": 45.0}.get(name) or PARTS[name].seconds
 
 
 def deadline(seconds: float) -> float:
