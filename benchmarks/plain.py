@@ -26,16 +26,19 @@ class Network:
 
     transformer: Any
     optimizer: torch.optim.Optimizer
+    dtype: torch.dtype = torch.float32
+    autocast: bool = False
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        """The velocity [B, ...] in float32, computed in the transformer's dtype or under autocast."""
-        return self.transformer(
-            hidden_states=x,
-            timestep=1000 * sigma,
-            encoder_hidden_states=cond["prompt_embeds"],
-            pooled_projections=cond["pooled"],
-            return_dict=False,
-        )[0].float()
+        """The velocity [B, ...] in float32; inputs are in `dtype`, and with `autocast` matrices are in bfloat16."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.transformer(
+                hidden_states=x.to(self.dtype),
+                timestep=1000 * sigma,
+                encoder_hidden_states=cond["prompt_embeds"].to(self.dtype),
+                pooled_projections=cond["pooled"].to(self.dtype),
+                return_dict=False,
+            )[0].float()
 
     def guided(self, x: Tensor, sigma: Tensor, both: Cond, guidance: float) -> Tensor:
         """Guidance in one call of 2B rows; `both` holds the conditions of the prompts, then the empty one's."""

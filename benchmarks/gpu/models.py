@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import define, field, frozen
 
+from benchmarks.soar_variants import in_memory
 from corefit.system.ranks import join
 from corefit.train import weights
 from corefit.train.job import Job, Silence
@@ -146,7 +146,7 @@ class Subject:
             mode=self.mode,
             seed=0,
             backbone=self.backbone,
-            dataset=SimpleNamespace(null=self.null),  # all that a loop asks of it outside `batches`
+            dataset=in_memory(self.null, self.shape),
             order="epochs",
             folder=Path(),
             listener=Silence(),
@@ -155,14 +155,15 @@ class Subject:
         return Loop.build(job, join(self.precision))
 
     def plain(self) -> Any:
-        """The same model for a plain loop: loaded, with what trains in float32, under autocast on a GPU."""
+        """The same model for a plain loop: loaded, with what trains in float32, and on a GPU under autocast."""
         from benchmarks import plain
 
         dtype = torch.bfloat16 if self._frozen_in_bf16 else torch.float32
         self.backbone.load(self.device, dtype)
         self.backbone.empty = self.null
         trained = weights.make_trainable(self.backbone, self.mode)
-        return plain.Network(self.backbone.transformer, plain.adamw(list(trained.values()), LR))
+        optimizer = plain.adamw(list(trained.values()), LR)
+        return plain.Network(self.backbone.transformer, optimizer, dtype, autocast=self.precision == "bf16")
 
     @property
     def _frozen_in_bf16(self) -> bool:

@@ -64,7 +64,7 @@ def _plain_sft(subject: Subject) -> Callable[[], object]:
     return lambda: plain.sft_step(network, batch.clean, batch.cond.tensors, shift)
 
 
-def _soar(chunk: int, guidance: float = GUIDANCE) -> Callable[[Subject], Callable[[], object]]:
+def _soar(chunk: int | None, guidance: float = GUIDANCE) -> Callable[[Subject], Callable[[], object]]:
     def step(subject: Subject) -> Callable[[], object]:
         from corefit_soar.objective import Soar
 
@@ -132,6 +132,13 @@ PARTS: Mapping[str, Part] = {
     "soar 3": Part(
         says="SOAR, 3 points a chunk", seconds=90, against="soar, published", step=_soar(3), needs=_points(2)
     ),
+    "soar, found": Part(
+        says="SOAR, as many points a chunk as memory has room for",
+        seconds=85,
+        against="soar, published",
+        step=_soar(None),
+        needs=_points(2),
+    ),
     "soar, compiled": Part(
         says="SOAR, 1 point a chunk, compiled",
         seconds=140,
@@ -157,7 +164,7 @@ PARTS: Mapping[str, Part] = {
     ),
     "flux, soar": Part(
         says="FLUX.1-dev, SOAR LoRA on int8, limited to 24 GiB",
-        seconds=150,
+        seconds=110,
         model="flux",
         rows=1,
         step=_soar(1, guidance=3.5),
@@ -167,7 +174,7 @@ PARTS: Mapping[str, Part] = {
     ),
     "flux, grpo": Part(
         says="FLUX.1-dev, GRPO LoRA on int8, limited to 24 GiB",
-        seconds=150,
+        seconds=110,
         model="flux",
         rows=4,
         step=_grpo(guidance=3.5, steps=FLUX_STEPS),
