@@ -22,7 +22,7 @@ from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, ov
 from corefit.plugins.host import Host
 from corefit.system import public
 from corefit.system.ranks import Layout
-from corefit.types import Backbone, Observer
+from corefit.types import Backbone, Observer, Offloading, Quantizable
 from corefit.types.objective import further_media, reads_media
 from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
 
@@ -162,6 +162,7 @@ class Pipeline:
             yield "replicate: without shards every process has all weights; add shard = true, or remove the key"
         starts = [*self._start_problems(names)]
         yield from starts or self._mode_problems()
+        yield from self._offload_problems()
         yield from self._reward_problems()
         yield from self._optimizer_problems()
         found = [*error_of("backbone", self.backbone.check)]
@@ -199,7 +200,17 @@ class Pipeline:
             yield f"stage.{stage.name}.from: {problem}; there are: {', '.join(earlier)}"
 
     def _mode_problems(self) -> Iterator[str]:
-        """Refuse stages that would drop or change the LoRA that they start from, or save a LoRA in bf16."""
+        """Refuse stages that would drop or change the LoRA that they start from, or save a LoRA in bf16.
+
+        Full training of weights in fewer bits is refused, too: a step would be smaller than their rounding.
+        """
+        bits = self.backbone.frozen if isinstance(self.backbone, Quantizable) else None
+        for stage in self.stage:
+            if bits is not None and isinstance(self.mode(stage), Full):
+                yield (
+                    f"backbone.frozen: {bits!r} is for weights that do not train, and stage {stage.name} trains them "
+                    'all; set train = { use = "lora" }, or remove the key'
+                )
         for stage in self.stage:
             if stage.save_dtype != "fp32" and isinstance(self.mode(stage), Lora):
                 yield f"stage.{stage.name}.save_dtype: a LoRA is saved in float32; remove the key"
@@ -210,6 +221,19 @@ class Pipeline:
                 yield (
                     f"stage.{stage.name}.train: {what} the LoRA of stage {before.name}; train both with the same "
                     'settings, or the earlier one with { use = "full" }'
+                )
+
+    def _offload_problems(self) -> Iterator[str]:
+        """Refuse weights that wait in main memory where all of them train, or are sharded."""
+        if not isinstance(self.backbone, Offloading) or not self.backbone.offloads:
+            return
+        if self.shard:
+            yield "shard: weights that are sharded cannot wait in main memory; remove the key, or 'offload' of [backbone]"
+        for stage in self.stage:
+            if isinstance(self.mode(stage), Full):
+                yield (
+                    f"stage.{stage.name}.train: weights that train cannot wait in main memory; train a LoRA, or remove "
+                    "'offload' from [backbone]"
                 )
 
     def _reward_problems(self) -> Iterator[str]:

@@ -50,7 +50,9 @@ def _encode(pipeline: Pipeline, data: Data, ranks: Ranks, display: Display, titl
             return cache.open_encoded(data, backbone, folder, media=media, extra=extra)
     homes = Homes.find(folder, ranks)  # machines that do not share the cache encode all of the data each for itself
     with display.task(title, idle="cached") as progress:
-        folder = cache.prepare(data, backbone, folder, media=media, extra=extra, progress=progress, ranks=homes.local)
+        folder = cache.prepare(
+            data, backbone, folder, media=media, extra=extra, progress=progress, ranks=homes.local, say=display.print
+        )
     if data.left_out:
         display.print(f"data: {data.left_out}")
     dataset = Dataset.open(folder, keep=data.filter, rebuildable=True)

@@ -145,7 +145,7 @@ class Run:
         """Encode data and prompts into latents and conditions, or find them in the cache."""
         self.dataset, prompts = encode(self.pipeline, self.ranks, self.display)
         if prompts and self.pipeline.eval:
-            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks, self.dataset)
+            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks, self.dataset, self.display.print)
             if self.main:
                 self._count_duplicates(self.evaluator)
 

@@ -206,6 +206,14 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU in str(error)
 
 
+def total() -> int:
+    """Return the bytes of memory that the device of this process has, whoever uses them: a GPU, or main memory."""
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
+
+
 def size(count: int) -> str:
     """Write a number of bytes in MiB or GiB; a dash for 0."""
     if not count:

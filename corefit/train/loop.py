@@ -20,6 +20,7 @@ import attrs
 from attrs import define
 
 from corefit.data import loader
+from corefit.data.coding import Coder
 from corefit.data.order import BatchSampler
 from corefit.errors import NonFinite, Stopped
 from corefit.plugins import contract
@@ -110,7 +111,8 @@ class Loop:
             backbone, ranks, frozen_in_bf16=job.frozen_in_bf16, adapter=job.adapter, mode=job.mode, seed=job.seed
         )
         backbone.empty = job.dataset.null.to(device)
-        uses, copies = stage.objective.uses, weights.MovingCopy.declared(stage.objective, trainable)
+        uses, on_host = stage.objective.uses, stage.copies == "cpu"
+        copies = weights.MovingCopy.declared(stage.objective, trainable, on_host=on_host)
         called = len(copies) + ("reference" in uses)
         sharding = Sharding.of(backbone.transformer, ranks, called)
         frozen = functools.partial(weights.called_with, backbone, trainable, sharding=sharding)
@@ -120,13 +122,14 @@ class Loop:
             noise=stage.noise or LogitNormal(),
             rng=Rng((job.seed, stage.name), []),
             rewards=stage.reward,
-            reference=frozen(weights.copied(trainable)) if "reference" in uses else None,
+            reference=frozen(weights.copied(trainable, on_host=on_host)) if "reference" in uses else None,
             copies={name: frozen(held.tensors) for name, held in copies.items()},
             steps=stage.steps,
             held_out=stage.held_out,
+            decode=Coder(backbone).decode,
         )
         # a sharded network only gets autocast; another one is wrapped in DDP as well
-        backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, evaluation_mode=ranks.sharded)
+        weights.prepare(backbone, ranks, evaluation=ranks.sharded)
         state = State(
             stage=stage.name,
             folder=job.folder / "checkpoints",
@@ -134,7 +137,7 @@ class Loop:
             transformer=backbone.transformer,
             trainable=trainable,
             optimizer=Steps.of(stage.optimizer, trainable),
-            ema=weights.Ema.of(trainable, stage.ema) if stage.ema is not None else None,
+            ema=weights.Ema.of(trainable, stage.ema, on_host=on_host) if stage.ema is not None else None,
             guard=NonFiniteGuard.none(device, term_names(stage.objective), stage.skips),
             sizes=Sizes.of(stage, ranks.data_world),
             copies=copies,

@@ -181,7 +181,8 @@ class Sharding:
         if not self._active:
             return None
         if id(tensors) not in self._whole:
-            self._whole[id(tensors)] = {name: _gather(t) for name, t in tensors.items()}
+            device = next(self.transformer.parameters()).device
+            self._whole[id(tensors)] = {name: _gather(t, device) for name, t in tensors.items()}
         for module in _sharded_modules(self.transformer):
             module.unshard()
         return self._whole[id(tensors)]
@@ -209,8 +210,10 @@ def free_memory(device: torch.device) -> float:
     return psutil.virtual_memory().total / beside - psutil.Process().memory_info().rss
 
 
-def _gather(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _gather(tensor: Any, device: torch.device) -> Tensor:
+    """Return a whole tensor on the device, of a shard that may be in main memory."""
+    brought = tensor.to(device, non_blocking=True)
+    return brought.full_tensor() if hasattr(brought, "full_tensor") else brought
 
 
 def _sharded_modules(transformer: torch.nn.Module) -> Iterator[Any]:

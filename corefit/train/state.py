@@ -92,8 +92,9 @@ class State:
 
         self.guard.refuse(self.stage, self.ranks)
         held = [self.trainable, self.ema.average if self.ema else {}, *(each.tensors for each in self.copies.values())]
+        weights.settle(self.ranks.device)
         tensors = weights.local(t for each in held for t in each.values())
-        finite = bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+        finite = bool(torch.stack([t.isfinite().all().to(self.ranks.device) for t in tensors]).all())
         if self.ranks.any(not finite):
             raise TrainingError(
                 f"stage {self.stage}: the weights after step {self.step} are not finite and are not saved; the "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Real
 from pathlib import Path
@@ -19,7 +19,7 @@ from attrs import define
 from corefit.errors import ConfigError
 from corefit.system.ranks import Ranks
 from corefit.train.sharding import Sharding, fill, is_adapter, is_sharded, local, reshard, shard
-from corefit.types import Backbone, Moving, StoredTensors, Streamed
+from corefit.types import Backbone, Moving, Offloading, StoredTensors, Streamed
 from corefit.types.blame import require_result
 from corefit.types.objective import Objective, moving_copies, weighted_objectives
 from corefit.types.stage import Full, Lora
@@ -55,10 +55,11 @@ def load(
 
     dtype = torch.bfloat16 if frozen_in_bf16 else torch.float32
     streamed = backbone if ranks.sharded and isinstance(backbone, Streamed) else None
+    waiting = offloading(backbone)
     if streamed:
         streamed.load_empty(dtype)
     else:
-        backbone.load(torch.device("cpu") if ranks.sharded else ranks.device, dtype)
+        backbone.load(torch.device("cpu") if ranks.sharded or waiting else ranks.device, dtype)
     if adapter:
         backbone.load_lora(adapter)
     if mode:
@@ -71,7 +72,20 @@ def load(
         if streamed:
             fill(backbone.transformer, streamed, ranks.device)
         backbone.place(ranks.device, dtype)
+    elif waiting:
+        waiting.settle(ranks.device)
     return trainable(backbone.transformer) if mode else {}
+
+
+def offloading(backbone: Backbone) -> Offloading | None:
+    """Return the backbone if most of its weights wait in main memory while they are not used."""
+    return backbone if isinstance(backbone, Offloading) and backbone.offloads else None
+
+
+def prepare(backbone: Backbone, ranks: Ranks, *, evaluation: bool) -> None:
+    """Put the loaded network under autocast, and for training on several processes into DDP."""
+    place = False if offloading(backbone) else None  # None moves all of it to the device, where it is already
+    backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, place, evaluation_mode=evaluation)
 
 
 def make_trainable(backbone: Backbone, mode: Full | Lora) -> Trainable:
@@ -125,13 +139,21 @@ def _materialize_adapter(transformer: Any) -> None:
 
 def _check_rank(transformer: torch.nn.Module, rank: int, targets: tuple[str, ...]) -> None:
     """Raise ConfigError for a rank that no adapted module can have, before memory is allocated for it."""
-    named = ((name, getattr(module, "weight", None)) for name, module in transformer.named_modules())
-    found = [w for name, w in named if w is not None and f".{name}".endswith(tuple(f".{t}" for t in targets))]
-    widest = max((min(w.shape[0], w[0].numel()) for w in found if w.ndim > 1), default=None)
+    adapted = tuple(f".{target}" for target in targets)
+    found = [module for name, module in transformer.named_modules() if f".{name}".endswith(adapted)]
+    widest = max(filter(None, map(_width, found)), default=None)
     if widest is not None and rank > widest:
         raise ConfigError(
             f"backbone.train.rank = {rank}: the widest module that it adapts has rank {widest}; give that or less"
         )
+
+
+def _width(module: Any) -> int | None:
+    """Return the rank of a module's weight at most; None where there is no matrix. A packed weight has other shapes."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim < 2:
+        return None
+    return min(getattr(module, "out_features", weight.shape[0]), getattr(module, "in_features", weight[0].numel()))
 
 
 def seed_adapter(parameters: Trainable, seed: int) -> None:
@@ -252,23 +274,22 @@ def whole(transformer: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @define(eq=False)
 class Ema:
-    """An exponential moving average of the weights that train, in float32 on the same device."""
+    """An exponential moving average of the weights that train, in float32, on their device or in main memory."""
 
     decay: float
     average: dict[str, Tensor]
 
     @staticmethod
-    def of(trained: Trainable, decay: float) -> Ema:
+    def of(trained: Trainable, decay: float, *, on_host: bool = False) -> Ema:
         """Start the average at the weights as they are now."""
-        return Ema(decay, copied(trained))
+        return Ema(decay, copied(trained, on_host=on_host))
 
     def update(self, trained: Trainable, skipped: Tensor) -> None:
         """Set average <- decay * average + (1 - decay) * weights unless skipped (bool []), without waiting for it."""
         import torch
 
         share = torch.where(skipped, 0.0, 1 - self.decay)
-        old, new = local(self.average.values()), local(trained.values())
-        torch._foreach_lerp_(old, new, [share] * len(old))  # pyright: ignore[reportPrivateUsage]
+        follow(self.average, trained, lambda old, new: _lerp(old, new, [share] * len(old)))
 
     @contextmanager
     def in_place_of(self, transformer: torch.nn.Module, trained: Trainable) -> Generator[None]:
@@ -289,9 +310,53 @@ class Ema:
             average.copy_(kept)
 
 
-def copied(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a copy of the weights as they are now."""
-    return {name: p.detach().clone() for name, p in trained.items()}
+def copied(trained: Mapping[str, Tensor], *, on_host: bool = False) -> dict[str, Tensor]:
+    """Return a copy of the weights as they are now, on their device or in main memory."""
+    return {name: _on_host(p.detach()) if on_host else p.detach().clone() for name, p in trained.items()}
+
+
+def _on_host(tensor: Any) -> Any:
+    """Return a copy in main memory, pinned where there is a GPU, so that nothing waits for what is moved."""
+    held = tensor.to("cpu", copy=True)
+    if tensor.device.type == "cpu":
+        return held
+    if not hasattr(held, "to_local"):
+        return held.pin_memory()
+    held._local_tensor = held.to_local().pin_memory()
+    return held
+
+
+def follow(
+    copies: Mapping[str, Tensor], trained: Trainable, move: Callable[[Sequence[Tensor], Sequence[Tensor]], object]
+) -> None:
+    """Have `move` change copies in place, given them and the weights, on the device of the weights.
+
+    Copies in main memory are brought there and back one at a time. Nothing waits for the device, which takes up the
+    work in order; who reads such a copy on the host must wait for the device first (`settle`).
+    """
+    old, new = local(copies.values()), local(trained.values())
+    if all(held.device == weight.device for held, weight in zip(old, new, strict=True)):
+        move(old, new)
+        return
+    for held, weight in zip(old, new, strict=True):
+        brought = held.to(weight.device, non_blocking=True)
+        move([brought], [weight])
+        held.copy_(brought, non_blocking=True)
+
+
+def _lerp(old: Sequence[Tensor], new: Sequence[Tensor], share: float | Sequence[Tensor]) -> None:
+    """Move each of `old` in place towards its counterpart in `new`, by a share of the way."""
+    import torch
+
+    torch._foreach_lerp_(old, new, share)  # pyright: ignore[reportPrivateUsage,reportCallIssue,reportArgumentType]
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has written all copies that are in main memory."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def called_with(
@@ -299,8 +364,9 @@ def called_with(
 ) -> Backbone:
     """Return the same backbone, frozen: called with the tensors `others` in place of the weights that train.
 
-    The tensors are not copied, so the backbone returned follows what is written to them. Its results have no graph:
-    sharded, backward would gather the weights that train in their place.
+    The tensors are not copied, so the backbone returned follows what is written to them; those in main memory are
+    brought to the device for each call. Its results have no graph: sharded, backward would gather the weights that
+    train in their place.
 
     sharding  says whether the weights of a sharded network are gathered already, which then need not be moved
     """
@@ -315,8 +381,10 @@ def called_with(
         @torch.no_grad()
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             called = sharding.gathered(tensors) if sharding else None
-            if called is not None or not is_sharded(transformer):
-                return functional_call(transformer, dict(called or tensors), args, kwargs)
+            if called is None and not is_sharded(transformer):
+                called = {name: t.to(trained[name].device, non_blocking=True) for name, t in tensors.items()}
+            if called is not None:
+                return functional_call(transformer, dict(called), args, kwargs)
             with _with_weights(transformer, trained, tensors):
                 return transformer(*args, **kwargs)
 
@@ -338,23 +406,22 @@ class MovingCopy:
     tensors: Mapping[str, Tensor]
 
     @staticmethod
-    def declared(objective: Objective[Any], trained: Trainable) -> dict[str, MovingCopy]:
+    def declared(objective: Objective[Any], trained: Trainable, *, on_host: bool = False) -> dict[str, MovingCopy]:
         """Return the copies that an objective declares, by name; they start at the weights as they are now."""
         return {
-            name: MovingCopy(name, each.value, moving, copied(trained))
+            name: MovingCopy(name, each.value, moving, copied(trained, on_host=on_host))
             for each in weighted_objectives(objective)
             for name, moving in moving_copies(each.value).items()
         }
 
     def move(self, trained: Trainable, n: int) -> None:
         """Make the n-th move of the stage, counted from 1; raise PluginError if the decay is not in [0, 1]."""
-        import torch
 
         decay = self.moving.decay(n)
         what = f"the decay at move {n} of the copy {self.name!r}"
         require_result(decay, _is_share, self.objective, what, "a number from 0 to 1")
-        old, new = local(self.tensors.values()), local(trained.values())
-        torch._foreach_lerp_(old, new, 1 - float(decay))  # pyright: ignore[reportPrivateUsage]
+        share = 1 - float(decay)
+        follow(self.tensors, trained, lambda old, new: _lerp(old, new, share))
 
 
 def _is_share(value: Any) -> bool:
@@ -369,7 +436,7 @@ def _with_weights(transformer: Any, trained: Trainable, others: Mapping[str, Ten
     weights = local(trained.values())
     kept = [t.clone() for t in weights]
     reshard(transformer)
-    torch._foreach_copy_(weights, local(others.values()))  # pyright: ignore[reportPrivateUsage]
+    torch._foreach_copy_(weights, local(others.values()), non_blocking=True)  # pyright: ignore[reportPrivateUsage]
     try:
         yield
     finally:

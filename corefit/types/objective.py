@@ -37,6 +37,7 @@ class Context:
     gather       all_gather of a tensor [B] of this rank to [global B], in global row order
     copies       the moving copies that the objective declares, by name: frozen, and called like `reference`
     held_out     rewards that `score` and `scoring` report, and whose scores the objective never sees
+    decode       decodes latents without a graph, in parts that fit into memory; by default the backbone's `decode`
     report       receives the scores [B] of held-out rewards by their name in the log, for the trainer's metrics
     step, steps  the number of steps that the stage has finished, and of those that it has in all
     """
@@ -55,6 +56,7 @@ class Context:
     steps: int = 1
     held_out: Sequence[Weighted[Reward]] = ()
     report: Callable[[str, Tensor], None] = lambda name, values: None
+    decode: Callable[[Tensor], Tensor] | None = None
 
     @property
     def first(self) -> bool:
@@ -118,6 +120,7 @@ class Context:
         """
         return Scoring(
             backbone=self.backbone,
+            decode=self.decode or self.backbone.decode,
             rewards=self.rewards,
             held_out=self.held_out,
             prompts=batch.prompts,

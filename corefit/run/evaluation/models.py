@@ -69,7 +69,7 @@ class Judging:
         targets: list[Target] = []
         for number, model in enumerate(self.evaluation.model):
             backbone, lora = model.resolved(self.evaluation.backbone)
-            evaluator = Evaluator(self.benchmark, self._encoded(backbone), self.ranks)
+            evaluator = Evaluator(self.benchmark, self._encoded(backbone), self.ranks, say=self.display.print)
             target = self._target(number, model, backbone, lora, evaluator.prompts)
             half = precision(self.ranks) == "bf16"
             found, _ = scoring.score(target, Weights(backbone, lora, half), evaluator, self.display)

@@ -9,16 +9,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from attrs import define, evolve, field, validators
 
 from corefit import ROUNDING, Condition
 from corefit.errors import ModelError
 from corefit.types import ModelPath, OriginalTensor, Suggested
-from corefit_backbones import encoders, network, original_names, schedule, usual
+from corefit_backbones import encoders, network, offloading, original_names, schedule, usual
 from corefit_backbones.decoding import decode_recomputed
 from corefit_backbones.folder import LONGEST, Checkpoint, fingerprint, link
 
@@ -44,11 +45,20 @@ class Diffusers(ABC):
     gradient_checkpointing  recompute activations in backward: less memory, about a third more time
     attention               backend of diffusers' dispatcher: "native" (torch), "flash", "xformers", ...
     compile                 torch.compile for the repeated blocks: faster steps after a first one that takes a minute
+    offload                 "blocks" keeps the frozen weights of the network's blocks in main memory; those of two blocks
+                            are on the device at once. It recomputes as gradient_checkpointing does. Not for full
+                            training
+    text_encoders           where prompts are encoded: on the "device", or on the "cpu", which is slow and takes none of
+                            the device's memory
+    tile                    side in pixels of the tiles in which the VAE encodes and decodes what is larger; tiles overlap
+                            by a quarter. Without it, media go through the VAE whole
+    frozen                  format of the frozen weights under a LoRA: "bf16", "fp8", "int8", "nf4"; by default that of
+                            the precision. It is for the linear layers of the blocks, and all else stays as it is
     max_sequence_length     number of T5 tokens that every prompt is padded or cut to
 
-    gradient_checkpointing, attention and compile change speed and rounding only. If one of them changes, a finished
-    stage is not run again, and an interrupted one continues. Every other key except `path` is part of what determines
-    a stage's weights.
+    gradient_checkpointing, attention, compile, offload and text_encoders change speed and rounding only. If one of them
+    changes, a finished stage is not run again, and an interrupted one continues. Every other key except `path` is part
+    of what determines a stage's weights.
     """
 
     pipeline_class: ClassVar[str]
@@ -73,6 +83,10 @@ class Diffusers(ABC):
     gradient_checkpointing: bool = field(default=False, metadata=ROUNDING)
     attention: str = field(default="native", metadata=ROUNDING)
     compile: bool = field(default=False, metadata=ROUNDING)
+    offload: Literal["none", "blocks"] = field(default="none", metadata=ROUNDING)
+    text_encoders: Literal["device", "cpu"] = field(default="device", metadata=ROUNDING)
+    tile: int | None = field(default=None, validator=validators.optional(validators.ge(64)))
+    frozen: Literal["bf16", "fp8", "int8", "nf4"] | None = None
     max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(LONGEST)])
 
     transformer: Any = field(init=False, default=None)
@@ -132,6 +146,8 @@ class Diffusers(ABC):
     def check(self) -> None:
         """Raise a ModelError for settings that do not fit this family, and for parts without weights."""
         self.check_settings()
+        if self.frozen == "nf4" and find_spec("bitsandbytes") is None:
+            raise ModelError("frozen = 'nf4' needs the package bitsandbytes: pip install 'corefit[lowbit]'")
         self._check_class("vae", self.vae_class)
         for name in self.networks:
             self._check_class(name, self.transformer_class)
@@ -169,9 +185,15 @@ class Diffusers(ABC):
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read the transformer in `dtype`; ModelError for a folder or file that cannot be used."""
         self.check_settings()
-        kind = _class(self.transformer_class)
-        read = [network.read(kind, self.checkpoint, name, dtype) for name in self.networks]
+        read = [self._read(name, device, dtype) for name in self.networks]
         self._set_up(self.joined(read).to(device), device, dtype)
+
+    def _read(self, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+        """The network in folder `name` as it is held: on `device` where it is packed while it is read."""
+        kind = _class(self.transformer_class)
+        if self.frozen is None:
+            return network.read(kind, self.checkpoint, name, dtype)
+        return network.read_packed(kind, self.checkpoint, name, dtype, self.frozen, device)
 
     def load_empty(self, dtype: torch.dtype) -> None:
         """Do what `load` does, with parameters on the meta device and real buffers on the CPU."""
@@ -179,8 +201,16 @@ class Diffusers(ABC):
 
         self.check_settings()
         configs = [self.checkpoint.config(name) for name in self.networks]
-        empty = [network.empty(_class(self.transformer_class), config, dtype) for config in configs]
+        empty = [self._swapped(network.empty(_class(self.transformer_class), config, dtype)) for config in configs]
         self._set_up(self.joined(empty), torch.device("cpu"), dtype)
+
+    def _swapped(self, part: Any) -> Any:
+        """A network without weights, with the layers that `frozen` asks for."""
+        if self.frozen is not None:
+            from corefit_backbones import lowbit
+
+            lowbit.swap(part, self.frozen)
+        return part
 
     def _set_up(self, transformer: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Make a new network `self.transformer`, with the attention, checkpointing and compilation configured."""
@@ -188,7 +218,7 @@ class Diffusers(ABC):
         self.transformer = transformer
         if self.attention != "native":
             network.set_attention(self.transformer, self.attention)
-        if self.gradient_checkpointing:
+        if self.gradient_checkpointing or self.offloads:
             self._recompute()
         if self.compile:
             network.compile_blocks(self.transformer)
@@ -205,8 +235,24 @@ class Diffusers(ABC):
         if self.attention != "native":
             network.set_attention(self._blank(dtype), self.attention)
         self.transformer = self._blank(dtype)
-        if self.gradient_checkpointing:
+        if self.gradient_checkpointing or self.offloads:
             self._recompute()
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the frozen weights of the network's blocks wait in main memory while they are not used."""
+        return self.offload == "blocks"
+
+    def settle(self, device: torch.device) -> None:
+        """Put the loaded network on `device`, except for the frozen weights of its blocks, and let these follow."""
+        offloading.apply(self.routes(), device)
+        ignored = [self._prefix(name) + each for name, part in self._parts() for each in offloading.waiting(part)]
+        self.transformer._ddp_params_and_buffers_to_ignore = ignored
+        self.place(device, self._dtype)
+
+    def resident_bytes(self) -> int:
+        """The most bytes of the network's weights that are on the device at once after `settle`."""
+        return offloading.resident_bytes(self.routes())
 
     def load_blank_decoder(self) -> Any:
         """Make a VAE without weights, on the meta device, with which `decode` works on fake tensors."""
@@ -229,7 +275,7 @@ class Diffusers(ABC):
 
     def _blank(self, dtype: torch.dtype) -> Any:
         kind, configs = _class(self.transformer_class), [self.checkpoint.config(name) for name in self.networks]
-        return self.joined([network.blank(kind, config, dtype) for config in configs])
+        return self.joined([self._swapped(network.blank(kind, config, dtype)) for config in configs])
 
     def _recompute(self) -> None:
         for _, part in self._parts():
@@ -343,7 +389,8 @@ class Diffusers(ABC):
             for name, part in self._parts():
                 tensors = opened.enter_context(network.stored(self.checkpoint, name))
                 network.check_stored(part, tensors, self.checkpoint.folder / name)
-                found |= {self._prefix(name) + each: tensor for each, tensor in tensors.items()}
+                held = network.packed(part, tensors, self._dtype)
+                found |= {self._prefix(name) + each: tensor for each, tensor in held.items()}
             yield found
 
     def save(self, folder: Path) -> None:

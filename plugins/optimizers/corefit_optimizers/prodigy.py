@@ -81,7 +81,7 @@ def _made(keys: Prodigy, parameters: Mapping[str, Parameter]) -> Any:
                 self.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq", "s")}
                 self.state[p]["p0"] = p.detach().clone()
 
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             self.step_unless(torch.zeros((), dtype=torch.bool, device=self.param_groups[0]["d"].device))
 
         @torch.no_grad()
