@@ -97,6 +97,7 @@ class Diffusers(ABC):
     _dtype: Any = field(init=False, default=None)
     _text: Any = field(init=False, default=None)
     _vae: Any = field(init=False, default=None)
+    _grids: dict[tuple[int, int], Any] = field(init=False, factory=dict[tuple[int, int], Any])
 
     @property
     def distilled(self) -> bool:
@@ -133,7 +134,10 @@ class Diffusers(ABC):
 
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
         """The pipeline's own noise levels [steps + 1] for latents of `shape`, the last 0; float32, CPU."""
-        return schedule.grid(self.schedule, steps, self.num_tokens(shape), linear=self.linear_grid)
+        key = steps, self.num_tokens(shape)
+        if key not in self._grids:  # diffusers takes as long for it as for a small kernel, in each term of a step
+            self._grids[key] = schedule.grid(self.schedule, *key, linear=self.linear_grid)
+        return self._grids[key]
 
     def shift(self, shape: Sequence[int]) -> float:
         """The scheduler's timestep shift; with dynamic shifting, the one for latents of `shape`."""
