@@ -53,7 +53,7 @@ PIPELINE = click.argument(
     shell_complete=completion.pipelines,
     callback=_found,
 )
-NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "observer", "pipeline", "example")
+NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "observer", "optimizer", "pipeline", "example")
 """Words of corefit.plugins.kinds.KINDS, which help texts and shells would else wait for; a pipeline; an example."""
 LARGEST = 1e9
 """Sizes of memory must be smaller than this number, in any unit."""
