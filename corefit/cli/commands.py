@@ -140,6 +140,10 @@ def check(
     from corefit.pipeline.pipeline import read
 
     checked = read(pipeline, _with_out(settings, out))
+    if measure:
+        from corefit.run import measure as measuring
+
+        measuring.refuse(checked)
     starts = {stage.name: f", from {stage.from_}" if stage.from_ else "" for stage in checked.stage}
     stages = ", ".join(f"{s.name} ({s.steps} steps of {s.rows}{starts[s.name]})" for s in checked.stage)
     from corefit.train import estimate
@@ -157,14 +161,9 @@ def check(
         click.echo(f"data: {checked.data.left_out}")
     estimate.show(found, device)
     if measure:
-        _measure(checked)
+        from corefit.run import measure as measuring
 
-
-def _measure(checked: Pipeline) -> None:
-    from corefit.run import measure as measuring
-    from corefit.system.display import Display
-
-    measuring.show(measuring.measure(checked, Display.on()))
+        measuring.show(measuring.measure(checked))
 
 
 @cli.command()
