@@ -62,6 +62,10 @@ class Steps:
         for p in (*self.trainable.values(), *self.seen.values()):
             p.grad = None
 
+    def missing_bytes(self) -> float:
+        """Return the bytes of state that the first step will allocate; nothing once it is there."""
+        return 0.0 if self.made.state else sum(map(self.keys.state_bytes, self.seen.values()))
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the state by the names that it has in checkpoints; a number becomes a tensor [] of 64 bits."""
         of_weights = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from corefit.train import checkpoint, weights
 from corefit.train.alarm import Watch, refuse_non_finite
 from corefit.train.meters import MetricMeans, NonFiniteGuard
 from corefit.train.optimizer import Steps
+from corefit.train.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ class State:
     ema          their moving average, where the stage keeps one
     copies       the copies of them that the objective declares, by name
     watch        watches the held-out rewards, where the stage has any
+    sizes        how many rows a forward has
     step         number of finished steps
     seconds      time that these steps took
     unreported   samples and seconds since the last logged step
@@ -45,6 +47,7 @@ class State:
     optimizer: Steps
     ema: weights.Ema | None
     guard: NonFiniteGuard
+    sizes: Sizes
     copies: Mapping[str, weights.MovingCopy] = field(factory=dict[str, weights.MovingCopy])
     means: MetricMeans = field(factory=MetricMeans)
     watch: Watch | None = None
@@ -63,6 +66,16 @@ class State:
         """Count the samples and the time of a step."""
         self.seconds += seconds
         self.unreported = (self.unreported[0] + samples, self.unreported[1] + seconds)
+
+    def undoable(self) -> Callable[[], None]:
+        """Return what takes back the metrics and faults that the optimizer step in progress notes from now on."""
+        undo = self.means.undoable(), self.guard.undoable()
+
+        def take_back() -> None:
+            for each in undo:
+                each()
+
+        return take_back
 
     def move_copies(self, per: str, n: int) -> None:
         """Make the n-th move of the stage, counted from 1, of the copies that move `per` batch or update."""
@@ -105,6 +118,7 @@ class State:
             return None
         tensors = {**self._tensors(), **{f"means/{name}": t for name, t in means.items()}}
         info = {"seconds": self.seconds, "since": list(self.unreported), "identity": identity}
+        info |= {"sizes": self.sizes.state()}
         info |= {"alarm": self.watch.state()} if self.watch else {}
         holders = self.ranks if self.ranks.sharded else SINGLE
         return checkpoint.save(self.folder, self.step, tensors, info, keep, holders)
@@ -132,6 +146,8 @@ class State:
             checkpoint.keep_newest(self.folder, keep)  # a process killed after saving has not removed older ones
         self.step, self.seconds = found.step, found.info["seconds"]
         self.unreported = (found.info["since"][0], found.info["since"][1])
+        if "sizes" in found.info:  # a checkpoint of an earlier version has none
+            self.sizes.restore(found.info["sizes"])
         if self.watch and "alarm" in found.info:  # held-out rewards may be new since the checkpoint was written
             self.watch.restore(found.info["alarm"])
         self.means.restore({name.removeprefix("means/"): t for name, t in means.items()}, self.ranks)

@@ -84,8 +84,8 @@ class Stage:
     batch: int | None = field(default=None, validator=some_rows)
     """Samples per step over all GPUs, or rollouts if the objective makes them; by default 32 samples, or 48 groups."""
     micro_batch: int | None = field(default=None, validator=some_rows, metadata=ROUNDING)
-    """Samples per forward pass on one GPU; by default the GPU's whole share of the batch. It changes memory use and
-    rounding, nothing else."""
+    """Samples per forward pass on one GPU. By default the GPU's whole share of the batch, or what fits into its memory
+    of that: the trainer finds it in the first steps. It changes memory use and rounding, nothing else."""
     noise: NoiseWeighting | None = None
     """The distribution of noise levels in training. By default logit_normal, if the objective draws noise levels."""
     sampler: Sampler | None = None

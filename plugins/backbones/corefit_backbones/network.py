@@ -26,6 +26,8 @@ ATTENTION = (
 MASK = "attention_mask"
 FORWARD_ONLY = re.compile("_?sage.*|_flash_3")
 """Attention backends of diffusers 0.39 that have no backward; sage's stop the gradient without an error."""
+GRAPHS = 64
+"""Graphs of a class of blocks: SD3.5-medium has 3 kinds of block, with and without a graph, of one row and of more."""
 SHARD = 10**9
 """Largest weight file in bytes, and so the main memory needed to save a model whose weights are sharded."""
 
@@ -38,6 +40,24 @@ def lora_file(part: str) -> str:
 def read(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> Any:
     """The model of class `kind` in the folder `part`, converted to `dtype`; errors as in `parts.read`."""
     return parts.read(kind, checkpoint.folder / part, dtype, checkpoint.variant)
+
+
+def read_packed(
+    kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype, bits: str, device: torch.device
+) -> Any:
+    """Do what `read` does, onto `device`, with the large layers in the format `bits` of the module lowbit.
+
+    One tensor at a time is read and packed, so that neither main memory nor the device holds the network as it is in
+    the files.
+    """
+    from corefit_backbones import lowbit
+
+    made = empty(kind, checkpoint.config(part), dtype)
+    with stored(checkpoint, part) as found:
+        check_stored(made, found, checkpoint.folder / part)
+        lowbit.swap(made, bits)
+        lowbit.fill(made, lowbit.packed(made, found, dtype, device), device)
+    return made
 
 
 def blank(kind: Any, config: Settings, dtype: torch.dtype) -> Any:
@@ -107,8 +127,9 @@ def _of_variant(name: str, variant: str | None) -> str:
 
 def check_stored(network: Any, found: Mapping[str, Any], folder: Path) -> None:
     """Raise a ModelError unless the files of `folder` hold exactly the tensors of `network`, in their shapes."""
-    wanted = {name: list(t.shape) for name, t in network.state_dict().items() if ".lora_" not in name}
-    wanted = {name.replace(".base_layer.", "."): shape for name, shape in wanted.items()}
+    from corefit_backbones import lowbit
+
+    wanted = lowbit.original_shapes(network)
     ignored = network._keys_to_ignore_on_load_unexpected or ()
     wrong = [
         *(f"lack {name}" for name in wanted if name not in found),
@@ -121,6 +142,13 @@ def check_stored(network: Any, found: Mapping[str, Any], folder: Path) -> None:
     ]
     if wrong:
         raise ModelError(f"{folder}: the weights {', '.join(wrong[:5])}; the folder is damaged, or of another model")
+
+
+def packed(network: Any, found: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
+    """The tensors of the files as the network holds them, which is in fewer bits where it has such layers."""
+    from corefit_backbones import lowbit
+
+    return lowbit.packed(network, found, dtype)
 
 
 def save_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -164,14 +192,20 @@ def _write(file: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, int]
 
 
 def compile_blocks(transformer: Any) -> None:
-    """Compile each block of the outermost ModuleLists in place, so that names and wrappers stay as they are."""
-    from torch import nn
+    """Compile each block of the outermost ModuleLists in place, so that names and wrappers stay as they are.
 
+    Shapes are dynamic from the start, so another bucket or another number of rows compiles nothing; one row, and a
+    forward without a graph, do. All blocks of a class share torch's limit, beyond which it no longer compiles and says
+    so in a warning alone.
+    """
+    from torch import _dynamo, nn
+
+    _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, GRAPHS)
     lists = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.ModuleList)}
     for name, blocks in lists.items():
         if not any(name.startswith(f"{other}.") for other in lists):
             for block in blocks:
-                block.compile()
+                block.compile(dynamic=True)
 
 
 def recompute(transformer: Any) -> None:
