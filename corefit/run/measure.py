@@ -218,25 +218,19 @@ def show(found: Measured) -> None:
 
     (whole, bits), console = found.names, Console(highlight=False, markup=False)
     made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-    for title in (
-        "noise level",
-        f"loss, {whole}",
-        f"loss, {bits}",
-        "change",
-        "its 95 % interval",
-        "velocities differ by",
-    ):
-        made.add_column(title, justify="right")
+    for title in ("noise level", f"loss, {whole}", f"loss, {bits}", "change", "95 %", "velocity"):
+        made.add_column(title, justify="right", no_wrap=True)
     examples, levels = found.moved.shape
     for level in range(levels):
         made.add_row(f"{found.sigmas[:, level].mean():.3f}", *_cells(found, slice(level, level + 1)))
     made.add_row("all", *_cells(found, slice(None)))
     console.print()
     console.print(made)
-    sizes = ", ".join(f"{name} {size(count)}" for name, count in zip(found.names, found.bytes, strict=True))
+    sizes = " and ".join(f"{size(count)} in {name}" for name, count in zip(found.names, found.bytes, strict=True))
     console.print(
-        f"\n{counted(examples, 'example')}, {levels} noise levels each, without guidance; weights: {sizes}; it took "
-        f"{found.seconds:.0f} s",
+        f"\n{counted(examples, 'example')} at {levels} noise levels, without guidance: the loss of sft, the change of the "
+        "mean with its interval over examples, and the size of the velocity's difference as a share of the velocity. "
+        f"Weights are {sizes}. It took {found.seconds:.0f} s.",
         soft_wrap=True,
     )
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from corefit import Batch, Context
+from corefit import Batch, Condition, Context
 from corefit.errors import ModelError
 from corefit.rng import Rng
 from corefit.rollout.noise import LogitNormal
@@ -76,8 +76,12 @@ def adapted(backbone: Any) -> Any:
 
 
 def velocity(backbone: Any) -> Tensor:
-    x = torch.randn(2, *backbone.latent_shape([16, 16]), generator=torch.Generator().manual_seed(0))
-    return backbone.velocity(x, torch.tensor([0.3, 0.95]), backbone.encode_text(["a red sky", "a sea"]))
+    """For conditions that look like text; encoders would take most of the time."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *backbone.latent_shape([16, 16]), generator=draw)
+    shapes = backbone.condition_shapes().items()
+    cond = Condition({n: torch.randn(2, *s, generator=draw) if n != "mask" else torch.ones(2, *s) for n, s in shapes})
+    return backbone.velocity(x, torch.tensor([0.3, 0.95]), cond)
 
 
 def step(backbone: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -340,7 +344,11 @@ def test_a_run_trains_evaluates_and_hands_on_the_same_network(
     first = json.loads((run / "02-grpo" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["approx_kl"] == 0
 
-    lora = run / "02-grpo" / "model"
+    lora = shutil.copytree(run / "02-grpo" / "model", project.folder / "lora")
+    for model, more, held in (("runs/tiny/02-grpo", (), {"nf4"}), ("lora", ("--on", "base"), set[str]())):
+        done = project.main("sample", model, "a red sky", "--steps", "1", *more)
+        assert done.status == 0, done.err
+        assert networks[-1] == held
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(project.folder / "base")
     pipeline.load_lora_weights(lora)
     base = loaded(project.folder / "base")
