@@ -103,7 +103,7 @@ def measure(pipeline: Pipeline, display: Display | None = None) -> Measured:
         data, _ = encode(pipeline, ranks, display)
         with display.task(f"measuring {precision(ranks)}") as progress:
             whole = _loaded(pipeline, ranks, data, None)
-            examples = _examples(pipeline, data, whole, ranks.device)
+            examples = first_examples(pipeline, data, whole, ranks.device)
             before = _read(whole, examples, ranks.device, progress)
         del whole  # before the next one is read
         _free(ranks)
@@ -123,7 +123,7 @@ def measure(pipeline: Pipeline, display: Display | None = None) -> Measured:
 
 
 @frozen(eq=False)
-class _Example:
+class Example:
     """One example at every noise level: a batch [levels, ...] on the CPU, of which all rows have the same x0."""
 
     x0: Tensor
@@ -151,19 +151,19 @@ def _free(ranks: Ranks) -> None:
     gc.collect()
 
 
-def _examples(pipeline: Pipeline, data: Dataset, backbone: Any, device: torch.device) -> list[_Example]:
+def first_examples(pipeline: Pipeline, data: Dataset, backbone: Any, device: torch.device) -> list[Example]:
     """Return the first examples. Where the data have no media, `backbone` generates them as [eval] says."""
     import torch
 
     noise, levels = pipeline.stage[0].noise or LogitNormal(), len(QUANTILES)
-    found: list[_Example] = []
+    found: list[Example] = []
     for row in range(min(EXAMPLES, len(data))):
         batch, rng = data.batch([row], [row]), Rng((pipeline.seed, "measure"), [row])
         x0 = _generated(pipeline, backbone, batch, device) if batch.x0 is None else batch.x0.float()
         draws = noise.sample(DRAWS, backbone.shift(batch.shape), Rng((pipeline.seed, "measure levels"), range(DRAWS)))
         sigma = torch.quantile(draws, torch.tensor(QUANTILES))
         found.append(
-            _Example(
+            Example(
                 x0.expand(levels, *x0.shape[1:]),
                 rng.randn(x0.shape).expand(levels, *x0.shape[1:]),
                 sigma,
@@ -187,7 +187,7 @@ def _generated(pipeline: Pipeline, backbone: Any, batch: Batch, device: torch.de
 
 
 def _read(
-    backbone: Any, examples: Sequence[_Example], device: torch.device, progress: Callable[[int, int], None]
+    backbone: Any, examples: Sequence[Example], device: torch.device, progress: Callable[[int, int], None]
 ) -> Reading:
     import torch
 
@@ -200,7 +200,7 @@ def _read(
     return Reading(found, sum(p.nbytes for p in backbone.transformer.parameters()))
 
 
-def _losses(examples: Sequence[_Example], found: Reading) -> intervals.Floats:
+def _losses(examples: Sequence[Example], found: Reading) -> intervals.Floats:
     """Return w(sigma) |v - (noise - x0)|^2 [examples, levels], the loss of sft."""
     pairs = zip(examples, found.velocities, strict=True)
     return _stacked(each.weight * per_sample((v - (each.noise - each.x0)) ** 2) for each, v in pairs)
@@ -228,8 +228,8 @@ def show(found: Measured) -> None:
     console.print(made)
     sizes = " and ".join(f"{size(count)} in {name}" for name, count in zip(found.names, found.bytes, strict=True))
     console.print(
-        f"\n{counted(examples, 'example')} at {levels} noise levels, without guidance: the loss of sft, the change of the "
-        "mean with its interval over examples, and the size of the velocity's difference as a share of the velocity. "
+        f"\n{counted(examples, 'example')} at {levels} noise levels, without guidance: the loss of sft, the change of "
+        "its mean with an interval over examples, and the size of the velocity's difference as a share of the velocity. "
         f"Weights are {sizes}. It took {found.seconds:.0f} s.",
         soft_wrap=True,
     )

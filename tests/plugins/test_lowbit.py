@@ -28,7 +28,7 @@ from corefit.rollout.samplers import FlowSde
 from corefit.system import memory
 from corefit.testing import tiny_chroma, tiny_flux, tiny_sd3, tiny_wan
 from corefit.train import weights
-from corefit.types import Weighted
+from corefit.types import ModelPath, Reward, Weighted
 from corefit.types.stage import Lora
 from corefit_backbones import lowbit
 from corefit_backbones.chroma import Chroma
@@ -49,7 +49,7 @@ LORA = "backbone.train={use='lora', rank=2}"
 
 
 @frozen
-class Bright:
+class Bright(Reward):
     """Mean of all pixels."""
 
     def score(self, media: Tensor, prompts: Any, meta: Any) -> Tensor:
@@ -144,7 +144,8 @@ def test_everything_but_these_layers_stays_as_it_is(bases: dict[str, Path]) -> N
 
 @pytest.mark.parametrize("bits", ["bf16", *BITS])
 def test_a_blank_network_has_the_bytes_of_the_loaded_one(bits: str, bases: dict[str, Path]) -> None:
-    backbone, blank = (Sd3(str(bases["sd3"]), frozen=bits, max_sequence_length=8) for _ in range(2))
+    kind: Any = Sd3
+    backbone, blank = (kind(str(bases["sd3"]), frozen=bits, max_sequence_length=8) for _ in range(2))
     backbone.load(CPU, torch.float32)
     blank.load_blank(torch.float32)
     one, other = (
@@ -289,7 +290,7 @@ def test_nf4_says_which_package_it_lacks(bases: dict[str, Path], monkeypatch: py
             raise ImportError(name)
         return plain(name, *args, **keys)
 
-    backbone = Sd3(str(bases["sd3"]), frozen="nf4")
+    backbone = Sd3(ModelPath(str(bases["sd3"])), frozen="nf4")
     monkeypatch.setattr(found, lambda name: None)
     monkeypatch.setattr(builtins, "__import__", without)
     for call in (backbone.check, lambda: backbone.load(CPU, torch.float32)):
@@ -314,8 +315,10 @@ def test_the_ratio_is_exactly_1_before_the_first_update(bits: str, dtype: torch.
     objective, prompts = FlowGrpo(group=2, steps=3, guidance=1.0), ["a red sky"] * 2
     batch = Batch(None, backbone.encode_text(prompts), prompts, [{}] * 2, [0, 1], backbone.latent_shape([16, 16]))
 
+    rewards: list[Weighted[Reward]] = [Weighted("bright", Bright())]
+
     def context() -> Context:
-        return Context(backbone, FlowSde(0.7), LogitNormal(), Rng((0,), [0, 1]), [Weighted("bright", Bright())])
+        return Context(backbone, FlowSde(0.7), LogitNormal(), Rng((0,), [0, 1]), rewards)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         (part,) = objective.experience(batch, context())
@@ -350,7 +353,7 @@ def test_a_run_trains_evaluates_and_hands_on_the_same_network(
         assert done.status == 0, done.err
         assert networks[-1] == held
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(project.folder / "base")
-    pipeline.load_lora_weights(lora)
+    pipeline.load_lora_weights(str(lora))
     base = loaded(project.folder / "base")
     base.load_lora(lora)
     theirs, ours = (

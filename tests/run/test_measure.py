@@ -29,19 +29,20 @@ def measured(project: Project, *keys: str) -> Measured:
 def test_it_is_the_loss_of_training_on_the_first_examples(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed here once more, one noise level at a time, from what the encoded data hold."""
     examples: list[Any] = []
-    plain = measuring._examples
+    kind: Any = Sd3
+    plain = measuring.first_examples
 
     def seen(*args: Any) -> Any:
         examples.extend(plain(*args))
         return examples
 
-    monkeypatch.setattr(measuring, "_examples", seen)
+    monkeypatch.setattr(measuring, "first_examples", seen)
     found = measured(project, "backbone.frozen='nf4'", "stage.soar.noise={use='logit_normal', mean=1.0}")
     assert found.names == ("fp32", "nf4")
     assert found.prompts[:2] == ["a picture of a red sky", "a picture of a green sky"]
     assert found.moved.shape == (8, 5)
     for network, bits in enumerate((None, "nf4")):
-        backbone = Sd3(str(project.folder / "base"), max_sequence_length=16, frozen=bits)
+        backbone = kind(str(project.folder / "base"), max_sequence_length=16, frozen=bits)
         backbone.load(torch.device("cpu"), torch.float32)
         assert found.bytes[network] == sum(p.nbytes for p in backbone.transformer.parameters())
         cond = backbone.encode_text([found.prompts[3]])
