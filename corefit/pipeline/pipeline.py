@@ -17,11 +17,12 @@ from corefit.data.settings import Data
 from corefit.errors import ConfigError, near
 from corefit.pipeline.card import Card
 from corefit.pipeline.eval import Eval
-from corefit.pipeline.problems import error_of, eval_problems, repeated, reward_problems
+from corefit.pipeline.problems import error_of, eval_problems, layout_problems, repeated, reward_problems
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
 from corefit.plugins.host import Host
 from corefit.system import public
-from corefit.types import Backbone, Observer, Quantizable
+from corefit.system.ranks import Layout
+from corefit.types import Backbone, Observer, Offloading, Quantizable
 from corefit.types.objective import further_media, reads_media
 from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
 
@@ -55,6 +56,14 @@ class Pipeline:
     """Precision of the computation; `auto` is bf16 on a GPU that supports it, otherwise fp32."""
     shard: bool = False
     """Whether weights, gradients and optimizer state are split over the processes (FSDP2), or each has a copy (DDP)."""
+    gather: Literal["auto", "step", "term"] = "auto"
+    """How long sharded weights stay gathered once they are used: during a whole `step`, in which gradients are then
+    exchanged once, or during a `term` of it alone, which takes less memory. `auto` is `step` where memory allows."""
+    replicate: int = field(default=1, validator=validators.ge(1))
+    """Number of groups of processes that hold all shards each (HSDP): with as many as there are machines, weights are
+    gathered within a machine, and only gradients are exchanged between machines."""
+    context_parallel: int = field(default=1, validator=validators.ge(1))
+    """Number of processes that share each sample: each computes a part of its sequence, as long clips need it."""
     eval: Eval | None = None
     """How the base model and every stage are evaluated; without this table nothing is evaluated."""
     card: Card = field(factory=Card)
@@ -86,6 +95,11 @@ class Pipeline:
         A backbone that reads a medium as input, to edit it or to begin a clip with it, would add its name here.
         """
         return tuple(sorted({name for stage in self.stage for name in further_media(stage.objective)}))
+
+    @property
+    def layout(self) -> Layout:
+        """How processes share weights and samples."""
+        return Layout(shard=self.shard, gather=self.gather, replicate=self.replicate, context=self.context_parallel)
 
     def mode(self, stage: Stage) -> Training:
         """Return which weights are trainable in a stage."""
@@ -146,10 +160,13 @@ class Pipeline:
             yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
         starts = [*self._start_problems(names)]
         yield from starts or self._mode_problems()
+        yield from self._offload_problems()
         yield from self._reward_problems()
+        yield from self._optimizer_problems()
         found = [*error_of("backbone", self.backbone.check)]
         found = found or [*error_of("backbone", lambda: self.backbone.latent_shape(self.data.size))]
-        yield from found or error_of("data", lambda: buckets.sizes(self.data.size, self.data.aspects, self.backbone))
+        found = found or [*error_of("data", self._sizes)]
+        yield from found or layout_problems(self.layout, self.backbone, self._sizes())
         yield from self._data_problems()
         if self.eval:
             yield from eval_problems("eval", self.eval, self.data.size)
@@ -168,6 +185,10 @@ class Pipeline:
         nearest = next(folder for folder in (self.run_folder, *self.run_folder.parents) if folder.exists())
         if not nearest.is_dir():
             yield f"out: {nearest} is a file, and the run's folder would be {self.run_folder}; name another"
+
+    def _sizes(self) -> Sequence[Sequence[int]]:
+        """Return the sizes of media that are trained on."""
+        return buckets.sizes(self.data.size, self.data.aspects, self.backbone)
 
     def _start_problems(self, names: Sequence[str]) -> Iterator[str]:
         """Refuse a `from` that names neither the base nor an earlier stage."""
@@ -205,6 +226,19 @@ class Pipeline:
                     'settings, or the earlier one with { use = "full" }'
                 )
 
+    def _offload_problems(self) -> Iterator[str]:
+        """Refuse weights that wait in main memory where all of them train, or are sharded."""
+        if not isinstance(self.backbone, Offloading) or not self.backbone.offloads:
+            return
+        if self.shard:
+            yield "shard: weights that are sharded cannot wait in main memory; remove the key, or 'offload' of [backbone]"
+        for stage in self.stage:
+            if isinstance(self.mode(stage), Full):
+                yield (
+                    f"stage.{stage.name}.train: weights that train cannot wait in main memory; train a LoRA, or remove "
+                    "'offload' from [backbone]"
+                )
+
     def _reward_problems(self) -> Iterator[str]:
         """Let each reward look for what it lacks, such as a file or a package."""
         places = {f"stage.{stage.name}.reward": stage.reward for stage in self.stage}
@@ -215,6 +249,19 @@ class Pipeline:
                 if entry.normalize != "none":
                     yield f"{where}.{entry.name}.normalize: scores are used as they are here; remove the key"
         yield from reward_problems({**places, **reported})
+
+    def _optimizer_problems(self) -> Iterator[str]:
+        """Let each optimizer look for what it lacks, such as a package, and refuse those that cannot be sharded."""
+        for stage in self.stage:
+            where, optimizer = f"stage.{stage.name}.optimizer", stage.optimizer
+            yield from error_of(where, optimizer.check)
+            if self.shard and optimizer.shards == "no":
+                offers = self.host.offers["optimizers"].items()
+                others = ", ".join(sorted(name for name, offer in offers if offer.cls.shards != "no"))
+                yield (
+                    f"{where}: {self.host.name_of('optimizers', optimizer)} needs whole weights, and 'shard' gives "
+                    f"each process a part of them; use one of {others}, or remove 'shard'"
+                )
 
     def _observer_problems(self) -> Iterator[str]:
         """Let each observer look for what it lacks, such as a package."""
@@ -247,6 +294,13 @@ def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = Non
 
 def read_as(cls: type[T], path: Path, settings: Sequence[str], host: Host | None) -> T:
     """Read a `cls`, which has a host, a folder and a check as a pipeline has, from a TOML file, and check it."""
+    found: Any = read_unchecked(cls, path, settings, host)
+    found.check()
+    return found
+
+
+def read_unchecked(cls: type[T], path: Path, settings: Sequence[str], host: Host | None = None) -> T:
+    """Do what `read_as` does, and check only each key by itself."""
     tables = load(path)
     override(tables, settings)
     folder, host = path.resolve().parent, host or Host()
@@ -254,7 +308,6 @@ def read_as(cls: type[T], path: Path, settings: Sequence[str], host: Host | None
         host.add_file(folder / file)
     found: Any = Reader(host, folder, CHOICES).read(tables, cls)
     found.host, found.folder = host, folder
-    found.check()
     return found
 
 

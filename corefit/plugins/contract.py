@@ -22,7 +22,9 @@ RESERVED = frozenset({"step", "lr", "seconds", "samples_per_second", "skipped", 
 OF_ENTRIES = frozenset({"name", "weight", "normalize"})
 """Keys that every entry of a list of rewards has beside the reward's own."""
 
-ADDED = frozenset({"Reward.check", "checkpoint", "concurrent", "copies", "differentiable", "left_out", "unit"})
+ADDED = frozenset(
+    {"Reward.check", "checkpoint", "chunks", "concurrent", "copies", "differentiable", "left_out", "unit"}
+)
 """Members of a protocol, and arguments of its methods, that came after version 0.1; a plugin need not have them."""
 
 
@@ -152,6 +154,10 @@ DECLARED: Mapping[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
         ("group_size", _is_count, COUNT),
         ("rows_per_graph", _is_count, COUNT),
         ("copies", _are_copies, "a mapping of names such as 'old' to corefit.Moving"),
+    ),
+    "optimizers": (
+        ("shards", lambda value: value in ("no", "numbers", "blocks"), '"no", "numbers" or "blocks"'),
+        ("lr", lambda value: isinstance(value, float), "a number"),
     ),
     "samplers": (("stochastic", lambda value: isinstance(value, bool), "true or false"),),
 }

@@ -1,12 +1,15 @@
 """The types that plugins and the trainer share: values, protocols of plugins, objectives, a stage's settings."""
 
 from corefit.types.observer import Observer, PipelineView, Scored
+from corefit.types.optimizer import AdamW, Optimizer, step_each
 from corefit.types.protocols import (
     Backbone,
     Configured,
+    ContextParallel,
     Featured,
     KeyedReward,
     NoiseWeighting,
+    Offloading,
     Original,
     OriginalTensor,
     Preset,
@@ -17,6 +20,7 @@ from corefit.types.protocols import (
     SizedDecoder,
     SizedReward,
     SizedScore,
+    SizedText,
     Source,
     Specified,
     StoredTensors,
@@ -43,11 +47,13 @@ from corefit.types.values import (
 
 __all__ = [
     "ROUNDING",
+    "AdamW",
     "ArchiveMember",
     "Backbone",
     "Batch",
     "Condition",
     "Configured",
+    "ContextParallel",
     "Example",
     "Featured",
     "KeyedReward",
@@ -56,6 +62,8 @@ __all__ = [
     "Moving",
     "NoiseWeighting",
     "Observer",
+    "Offloading",
+    "Optimizer",
     "Original",
     "OriginalTensor",
     "PipelineView",
@@ -70,6 +78,7 @@ __all__ = [
     "SizedDecoder",
     "SizedReward",
     "SizedScore",
+    "SizedText",
     "Source",
     "Specified",
     "Step",
@@ -81,6 +90,7 @@ __all__ = [
     "Url",
     "Weighted",
     "key_of",
+    "step_each",
 ]
 
 Stored = ArchiveMember
