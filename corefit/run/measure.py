@@ -93,8 +93,8 @@ def refuse(pipeline: Pipeline) -> None:
 def measure(pipeline: Pipeline, display: Display | None = None) -> Measured:
     """Measure the pipeline's frozen format on its first examples; they are encoded first, if they are not cached.
 
-    The two networks are in memory one after the other. On a GPU the blocks of the whole one stay in main memory where
-    the backbone can do that, because it need not fit.
+    The two networks are in memory one after the other. The blocks of the whole one wait in main memory where
+    the backbone has the key `offload`, because it need not fit.
     """
     refuse(pipeline)
     start, display, ranks = time.monotonic(), display or Display.on(), join(pipeline.precision)
@@ -136,12 +136,12 @@ class Example:
 
 def _loaded(pipeline: Pipeline, ranks: Ranks, data: Dataset, bits: str | None) -> Any:
     """Return a backbone of its own with the base's weights in the format `bits`, as evaluation reads them."""
-    backbone: Any = evolve(cast(Any, pipeline.backbone), frozen=bits)
-    if bits is None and ranks.device.type == "cuda" and "offload" in fields_dict(type(backbone)):
-        backbone = evolve(backbone, offload="blocks")
+    given: Any = pipeline.backbone
+    waits = {"offload": "blocks"} if bits is None and "offload" in fields_dict(type(given)) else {}
+    backbone: Any = evolve(given, frozen=bits, **waits)
     backbone.place(ranks.device, text_dtype(ranks))
     weights.load(backbone, ranks, frozen_in_bf16=precision(ranks) == "bf16")
-    backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, evaluation_mode=True)
+    weights.prepare(backbone, ranks, evaluation=True)
     backbone.empty = data.null.to(ranks.device)
     return backbone
 
@@ -229,7 +229,7 @@ def show(found: Measured) -> None:
     sizes = " and ".join(f"{size(count)} in {name}" for name, count in zip(found.names, found.bytes, strict=True))
     console.print(
         f"\n{counted(examples, 'example')} at {levels} noise levels, without guidance: the loss of sft, the change of "
-        "its mean with an interval over examples, and the size of the velocity's difference as a share of the velocity. "
+        "its mean with an interval over examples, and the size of the velocity's difference, as a share of it. "
         f"Weights are {sizes}. It took {found.seconds:.0f} s.",
         soft_wrap=True,
     )

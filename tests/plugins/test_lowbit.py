@@ -326,6 +326,15 @@ def test_the_ratio_is_exactly_1_before_the_first_update(bits: str, dtype: torch.
             assert torch.equal(term.metrics["approx_kl"], torch.zeros(2))
 
 
+def test_packed_blocks_may_wait_in_main_memory(bases: dict[str, Path]) -> None:
+    here, waiting = (adapted(loaded(bases["flux"], Flux, frozen="int8", offload=o)) for o in ("none", "blocks"))
+    waiting.settle(CPU)
+    (v, one), (w, other) = step(here), step(waiting)
+    assert torch.equal(v, w)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_run_trains_evaluates_and_hands_on_the_same_network(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
