@@ -259,7 +259,7 @@ class Diffusers(ABC):
 
     def check_context(self, number: int, sizes: Iterable[Sequence[int]]) -> None:
         """Raise ConfigError unless `number` processes can share each sample of these sizes, in pixels."""
-        context.check(self, _class(self.transformer_class), number, sizes)
+        context.check(self, parts.of_diffusers(self.transformer_class), number, sizes)
 
     def split_context(self, number: int, device: torch.device) -> None:
         """Let the loaded networks compute each sample on `number` processes, a part of its sequence on each."""
