@@ -113,8 +113,7 @@ class Loop:
         backbone.empty = job.dataset.null.to(device)
         uses, on_host = stage.objective.uses, stage.copies == "cpu"
         copies = weights.MovingCopy.declared(stage.objective, trainable, on_host=on_host)
-        called = len(copies) + ("reference" in uses)
-        sharding = Sharding.of(backbone.transformer, ranks, called)
+        sharding = Sharding.of(backbone.transformer, ranks, len(copies) + ("reference" in uses))
         frozen = functools.partial(weights.called_with, backbone, trainable, sharding=sharding)
         ctx = Context(
             backbone=backbone,

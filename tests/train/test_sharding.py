@@ -20,7 +20,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from benchmarks.communication import counted
-from corefit.system.ranks import Layout, Ranks, join
+from corefit.system.layout import Layout
+from corefit.system.ranks import join
 from corefit.train import sharding, weights
 from corefit.train.gradients import Gradients
 
