@@ -294,6 +294,13 @@ def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = Non
 
 def read_as(cls: type[T], path: Path, settings: Sequence[str], host: Host | None) -> T:
     """Read a `cls`, which has a host, a folder and a check as a pipeline has, from a TOML file, and check it."""
+    found: Any = read_unchecked(cls, path, settings, host)
+    found.check()
+    return found
+
+
+def read_unchecked(cls: type[T], path: Path, settings: Sequence[str], host: Host | None = None) -> T:
+    """Do what `read_as` does, and check only each key by itself."""
     tables = load(path)
     override(tables, settings)
     folder, host = path.resolve().parent, host or Host()
@@ -301,7 +308,6 @@ def read_as(cls: type[T], path: Path, settings: Sequence[str], host: Host | None
         host.add_file(folder / file)
     found: Any = Reader(host, folder, CHOICES).read(tables, cls)
     found.host, found.folder = host, folder
-    found.check()
     return found
 
 
