@@ -21,7 +21,7 @@ from corefit.pipeline.problems import error_of, eval_problems, layout_problems, 
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
 from corefit.plugins.host import Host
 from corefit.system import public
-from corefit.system.ranks import Layout
+from corefit.system.layout import Layout
 from corefit.types import Backbone, Observer, Offloading, Quantizable
 from corefit.types.objective import further_media, reads_media
 from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
