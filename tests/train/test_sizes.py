@@ -187,12 +187,12 @@ def test_a_resumed_run_begins_with_what_was_found(checkpoint, dataset, tmp_path,
     assert worst(resumed, whole) == 0
 
 
-def test_rewards_in_threads_score_while_the_next_rows_are_sampled(job):
+def test_on_a_gpu_rewards_in_threads_score_while_the_next_rows_are_sampled(job, monkeypatch):
     """A share that is sampled at once would leave nothing to overlap with; other rewards cut nothing."""
     red, threaded = Red(), Threaded()
-    keys = {"steps": 1, "batch": 24, "sampler": FlowSde(), "micro_batch": None}
-    trained(job(FlowGrpo(**RL), reward=(Weighted("red", red),), **keys))
-    trained(job(FlowGrpo(**RL), reward=(Weighted("red", threaded),), **keys))
+    monkeypatch.setattr(memory, "room", lambda device: 1 << 40)
+    for reward in (red, threaded):
+        trained(job(FlowGrpo(**RL), steps=1, batch=24, sampler=FlowSde(), reward=(Weighted("red", reward),)))
     assert (red.asked, threaded.asked) == ([24], [8, 8, 8])
 
 
