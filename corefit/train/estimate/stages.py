@@ -108,11 +108,11 @@ class _Case:
             stage=stage.name,
             parameters=held.numbers(self.backbone.transformer),
             trainable=trainable,
-            weights=held.weights(self.backbone) / self.parts,
+            weights=held.weights(self.backbone, self.device.gpu) / self.parts,
             gradients=sums * trainable * MASTER / self.parts,
             optimizer=sum(held.optimizer(stage, p) for p in trained) / self.parts,
             exchanged=trainable * MASTER if self.world > self.parts and not self.pipeline.shard else 0.0,
-            copies=0.0 if held.copies_on_cpu(stage) else copies * trainable * MASTER / self.parts,
+            copies=0.0 if held.copies_wait(stage, self.device.gpu) else copies * trainable * MASTER / self.parts,
             gathered=max(p.numel() for p in parameters) * MASTER if self.parts > 1 else 0.0,
             decoder=bytes_of(self.beside.decoder) if self.beside.decoder else 0.0,
             rewards=sum(map(bytes_of, self.beside.rewards)),
@@ -157,7 +157,7 @@ class _Case:
         """Estimate what a term's forward and backward take; a compiled network takes less, for it recomputes some."""
         if not self.backbone.condition_shapes():
             return None
-        each = self.stage.objective.rows_per_graph
+        each = held.graph_rows(self.stage.objective, self.backbone)
         scored = self.beside if "reward_gradient" in self.stage.objective.uses else None
         found = self.forwards.training(self.rows, each, self.shape, scored)
         if found is None:
@@ -228,9 +228,9 @@ class _Case:
             return 0.0
         here = min(self.world, MACHINE)
         read = 0.0 if self.parts > 1 else held.whole_weights(self.backbone)
-        stays = copies * e.trainable * MASTER / self.parts if held.copies_on_cpu(self.stage) else 0.0
+        stays = copies * e.trainable * MASTER / self.parts if held.copies_wait(self.stage, self.device.gpu) else 0.0
         waiting = 2 * self.share * (held.media(self.stage.objective) * self._row() + self._condition())
-        offloaded = read if held.weights(self.backbone) < read else 0.0
+        offloaded = read if held.weights(self.backbone, True) < read else 0.0
         return here * (max(read, waiting + offloaded) + stays)
 
 
