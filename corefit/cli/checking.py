@@ -18,6 +18,10 @@ def check(pipeline: Path, settings: Sequence[str], ranks: int, memory: float | N
     measure  whether to measure what `[backbone] frozen` costs, which reads weights
     """
     checked = read(pipeline, settings)
+    if measure:
+        from corefit.run import measure as measuring
+
+        measuring.refuse(checked)
     from corefit.train import estimate
     from corefit.train.estimate_cache import Kept
 
@@ -32,9 +36,8 @@ def check(pipeline: Path, settings: Sequence[str], ranks: int, memory: float | N
     estimate.show(checked, found, device, ranks)
     if measure:
         from corefit.run import measure as measuring
-        from corefit.system.display import Display
 
-        measuring.show(measuring.measure(checked, Display.on()))
+        measuring.show(measuring.measure(checked))
 
 
 def fit(pipeline: Path, settings: Sequence[str], number: int, memory: float) -> None:

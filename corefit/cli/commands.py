@@ -53,7 +53,7 @@ PIPELINE = click.argument(
     shell_complete=completion.pipelines,
     callback=_found,
 )
-NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "observer", "pipeline", "example")
+NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "observer", "optimizer", "pipeline", "example")
 """Words of corefit.plugins.kinds.KINDS, which help texts and shells would else wait for; a pipeline; an example."""
 LARGEST = 1e9
 """Sizes of memory must be smaller than this number, in any unit."""
@@ -157,7 +157,9 @@ def check(
 ) -> None:
     """Check PIPELINE, its data, and whether it fits into memory.
 
-    No weights are read.
+    No weights are read, unless --measure asks for the loss of weights in fewer bits: it reads the base twice, as it is
+    and in the format of `frozen`, and calls each 16 times on the first examples. They are encoded first, as a run
+    would.
     """
     if planned and (memory is not None or ranks > 1 or measure):
         raise click.UsageError("--fit names the GPUs and their number itself; leave out --gpu, --ranks and --measure")
