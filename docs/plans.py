@@ -41,20 +41,20 @@ class Service(Reward):
 def corefit_rewards() -> Offers[Reward]:
     return {"service": Service}
 '''
-SOAR = '''\
+SOAR = """\
 name = "soar"
 steps = 1000
 batch = 32
 objective = { use = "soar" }
-'''
-GRPO = '''\
+"""
+GRPO = """\
 name = "grpo"
 steps = 300
 batch = 32
 objective = { use = "flow_grpo", group = 8, steps = 10 }
 sampler = { use = "flow_sde" }
 reward = [{ use = "service" }]
-'''
+"""
 
 
 @frozen(kw_only=True)

@@ -72,7 +72,9 @@ class Search:
     world: int = 1
     room: float = ROOM
     memo: Memo = field(factory=dict[Hashable, "int | None"])
-    _made: dict[frozenset[str], Sequence[Estimate]] = field(init=False, factory=dict[frozenset[str], Sequence[Estimate]])
+    _made: dict[frozenset[str], Sequence[Estimate]] = field(
+        init=False, factory=dict[frozenset[str], Sequence[Estimate]]
+    )
 
     def fit(self) -> Fit:
         """Return the cheapest keys with which all fits; where nothing does, those that come nearest."""

@@ -198,12 +198,17 @@ class _Case:
 
     def _encoding(self) -> Iterator[Phase]:
         """Yield the phases before the first stage: prompts are encoded, and media where a stage trains on them."""
+        network, beside = held.decoder_of(self.backbone), 0.0
         if isinstance(self.backbone, SizedText):
-            yield Phase(phases.ENCODING_TEXTS, {"text encoders": self.backbone.encoding_bytes(self.device.memory)})
-        if self.pipeline.needs_media and (network := held.decoder_of(self.backbone)) is not None:
+            every = sum(self.backbone.encoder_bytes().values())
+            most = self.backbone.encoding_bytes(self.device.memory)
+            beside = every - bytes_of(network) if network is not None and most >= every else 0.0  # or they take turns
+            yield Phase(phases.ENCODING_TEXTS, {"text encoders": most})
+        if self.pipeline.needs_media and network is not None:
             found = self.forwards.encoding(1, self.size, network)
             rows = self.pipeline.data.encode_batch
-            yield self._elastic(phases.ENCODING_MEDIA, {"encoder": float(bytes_of(network))}, rows, found)
+            parts = {"encoder": float(bytes_of(network)), "text encoders": max(0.0, beside)}
+            yield self._elastic(phases.ENCODING_MEDIA, parts, rows, found)
 
     def _evaluating(self, e: Estimate) -> Iterator[Phase]:
         """Yield generating and decoding the samples of [eval]."""
