@@ -160,7 +160,8 @@ class Case:
             yield "ema = 0.9"
         if self.evaluated:
             prompts = ["a red sky", "a blue sea", "a green sky", "a red sea"]
-            yield f'[eval]\nprompts = {json.dumps(prompts)}\nsteps = 2\nbatch = {self.rows}\nreward = [{{ use = "bright" }}]'
+            yield f"[eval]\nprompts = {json.dumps(prompts)}\nsteps = 2\nbatch = {self.rows}"
+            yield 'reward = [{ use = "bright" }]'
 
 
 @frozen(kw_only=True)

@@ -82,7 +82,7 @@ def copies_conditions(objective: Any) -> int:
 
 
 def graph_rows(objective: Any, backbone: Any) -> int:
-    """Return how many rows a term's graph has for each row of a micro-batch; a distilled network needs none to guide."""
+    """Return how many rows a term's graph has for each row of a micro-batch; a distilled network is guided by one."""
     each = [one.value for one in weighted_objectives(objective)]
     if backbone.distilled:
         each = [evolve(one, guidance=1.0) if _is_guided(one) else one for one in each]
