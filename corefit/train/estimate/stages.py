@@ -53,6 +53,7 @@ class _Case:
     share  rows of a step on one process
     shape  latents of a row, of the bucket that has most
     size   media of that bucket, in pixels
+    vae    the blank VAE that the backbone decodes and encodes with; None where it does not say what that is
     """
 
     pipeline: Pipeline
@@ -66,6 +67,7 @@ class _Case:
     share: int
     shape: tuple[int, ...]
     size: tuple[int, ...]
+    vae: Any
 
     @staticmethod
     def of(pipeline: Pipeline, stage: Stage, device: Device, world: int, memo: Memo) -> _Case:
@@ -74,18 +76,20 @@ class _Case:
         share = max(1, stage.rows // max(1, world // pipeline.context_parallel))
         sizes = buckets.sizes(pipeline.data.size, pipeline.data.aspects, backbone)
         size = max(sizes, key=lambda each: math.prod(backbone.latent_shape(each)))
+        beside = Frozen.of(pipeline, stage, backbone)
         return _Case(
             pipeline=pipeline,
             stage=stage,
             device=device,
             world=world,
             backbone=backbone,
-            beside=Frozen.of(pipeline, stage, backbone),
+            beside=beside,
             forwards=Forwards(backbone, _key(pipeline, stage, half, device.gpu), half, device.gpu, memo),
             rows=min(stage.micro_batch or 1, share),
             share=share,
             shape=backbone.latent_shape(size),
             size=tuple(size),
+            vae=beside.decoder or held.decoder_of(backbone),  # only the last one made is what the backbone uses
         )
 
     @property
@@ -198,7 +202,7 @@ class _Case:
 
     def _encoding(self) -> Iterator[Phase]:
         """Yield the phases before the first stage: prompts are encoded, and media where a stage trains on them."""
-        network, beside = held.decoder_of(self.backbone), 0.0
+        network, beside = self.vae, 0.0
         if isinstance(self.backbone, SizedText):
             every = sum(self.backbone.encoder_bytes().values())
             most = self.backbone.encoding_bytes(self.device.memory)
@@ -212,7 +216,7 @@ class _Case:
 
     def _evaluating(self, e: Estimate) -> Iterator[Phase]:
         """Yield generating and decoding the samples of [eval]."""
-        settings, network = self.pipeline.eval, held.decoder_of(self.backbone)
+        settings, network = self.pipeline.eval, self.vae
         assert settings is not None
         rows = settings.batch
         parts = {"weights": e.weights, "gathered": e.unsharded, "rewards": e.rewards}
