@@ -12,6 +12,7 @@ from benchmarks.evaluation import evaluation
 from benchmarks.gpu import gpu
 from benchmarks.grpo_step import grpo_step
 from benchmarks.hostile import hostile
+from benchmarks.memory import memory
 from benchmarks.overhead import overhead
 from benchmarks.rollout import rollout
 from benchmarks.scoring import scoring
@@ -43,6 +44,7 @@ main.add_command(communication)
 main.add_command(hostile)
 main.add_command(startup)
 main.add_command(overhead)
+main.add_command(memory)
 main.add_command(gpu)
 
 if __name__ == "__main__":
