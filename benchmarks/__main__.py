@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from benchmarks.checkpoints import checkpoints
+from benchmarks.communication import communication
 from benchmarks.data import data
 from benchmarks.encode import encode
 from benchmarks.evaluation import evaluation
@@ -40,6 +41,7 @@ main.add_command(checkpoints)
 main.add_command(data)
 main.add_command(scoring)
 main.add_command(sharding)
+main.add_command(communication)
 main.add_command(hostile)
 main.add_command(startup)
 main.add_command(overhead)

@@ -52,7 +52,6 @@ class Forwards:
     def sampling(self, rows: int, shape: Sequence[int]) -> int | None:
         """Return what a velocity without a graph takes."""
 
-
         def measure(count: int) -> int | None:
             first = self.backbone.routes()[:1]
             run = lambda: fake.sampling_peak(self.backbone, (count, *shape), half=self.half, gpu=self.gpu)  # noqa: E731
