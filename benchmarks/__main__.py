@@ -15,6 +15,7 @@ from benchmarks.hostile import hostile
 from benchmarks.memory import memory
 from benchmarks.overhead import overhead
 from benchmarks.rollout import rollout
+from benchmarks.scale import scale
 from benchmarks.scoring import scoring
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
@@ -36,6 +37,7 @@ main.add_command(trainer)
 main.add_command(rollout)
 main.add_command(evaluation)
 main.add_command(encode)
+main.add_command(scale)
 main.add_command(checkpoints)
 main.add_command(data)
 main.add_command(scoring)
