@@ -404,14 +404,14 @@ def _status() -> int:
 
 
 def _called() -> int | None:
-    """Run the typed command; a plugin's exit and a file system that refuses to write become CorefitError."""
+    """Run the typed command; a plugin's exit, a missing package and a file system that refuses become CorefitError."""
     try:
         return cli(standalone_mode=False)
     except (Exception, SystemExit):
         from corefit.system import files
         from corefit.types import blame
 
-        with blame.no_exit(), files.explain_write_errors(Path(".")):
+        with blame.no_exit(), blame.no_missing_package(), files.explain_write_errors(Path(".")):
             raise
 
 

@@ -58,9 +58,20 @@ def no_exit() -> Generator[None]:
         ) from error
 
 
+@contextmanager
+def no_missing_package() -> Generator[None]:
+    """Turn a ModuleNotFoundError inside the block into a PluginError that names the line which needs the package."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "corefit":
+            raise  # a bug, or a broken installation
+        raise PluginError(f"{_place(error.__traceback__)}: {error}; install the package that has it") from error
+
+
 def _place(traceback: TracebackType | None) -> str:
     """Return the innermost line that is a plugin's, as "plugin 'sharp' (sharp.py:12)"; without one, the last line."""
-    every = list(_frames(traceback))
+    every = [each for each in _frames(traceback) if not each[0].f_code.co_filename.startswith("<frozen importlib")]
     frames = [each for each in every if each[0].f_code.co_name != "exit"] or every  # wandb puts its own for sys.exit
     names = {point.module.partition(".")[0]: point.name for point in entry_points(group=GROUP)}
     names.pop("corefit", None)

@@ -124,7 +124,10 @@ def digit_images(part: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
     One fixed split, 50 : 40 : 10 within every class; no digit is in two parts.
     """
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the digits are scikit-learn's: pip install 'corefit[examples]'") from error
 
     images, classes = load_digits(return_X_y=True)
     rng = np.random.Generator(np.random.Philox(8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,12 @@ def step(backbone: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in backbone.transformer.named_parameters() if p.grad is not None}
 
 
-@compiler
-def test_compiled_blocks_compute_the_same_and_keep_their_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, compiler])])
+def test_compiled_blocks_compute_the_same_and_keep_their_names(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled and kept does not depend on the backend, of which "inductor" writes and compiles C++."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
     checkpoint = tiny_sd3(tmp_path / "base", words=WORDS, layers=1)
     plain, compiled = loaded(checkpoint), loaded(checkpoint, compile=True)
     expected, found = step(plain), step(compiled)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from conftest import WORDS, Project
-from processes import as_one, settings, two
+from processes import as_one, ended, settings, two
 from torch import Tensor
 from vectors import golden
 
@@ -150,16 +149,9 @@ os._exit(0)  # DDP still holds gloo's threads, with which an interpreter may not
 def test_two_processes_may_need_different_experts(both: Path, tmp_path: Path) -> None:
     """With rows on either side of the boundary, or on one: the velocity and gradients of one process, DDP and FSDP2."""
     (tmp_path / "ranks.py").write_text(RANKS)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = subprocess.run(
-        [sys.executable, *launcher, "ranks.py", str(both), os.pathsep.join(map(str, Path(__file__).parents[:2]))],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
+    command = ("ranks.py", str(both), os.pathsep.join(map(str, Path(__file__).parents[:2])))
+    done = ended(*forks.ranks(command, command, cwd=tmp_path))
+    assert done.status == 0, done.err
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ DTensor.full_tensor = full_tensor
     ("started", "keys"),
     [
         (two, (*FULL, *SOAR_SDE, *GRPO)),
-        (by_torchrun, (*SFT, *SUM)),
+        (two, (*SFT, *SUM)),
         (by_torchrun, (*FULL, *SOAR_SDE, *GRPO, "shard=true")),
         (two, ("shard=true", "stage.soar.optimizer.lr=1e-2", *SUM)),
     ],

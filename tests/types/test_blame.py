@@ -8,7 +8,7 @@ import pytest
 
 from corefit.errors import PluginError
 from corefit.plugins import Host
-from corefit.types.blame import no_exit, place, require_result
+from corefit.types.blame import no_exit, no_missing_package, place, require_result
 
 EXITS = """
 import argparse
@@ -18,6 +18,9 @@ def plain():
 
 def deep():
     argparse.ArgumentParser().parse_args(["--none"])
+
+def needs():
+    import no_such_package
 """
 
 
@@ -66,3 +69,11 @@ def test_places():
     assert place(int) == "builtins.int"
     with pytest.raises(PluginError, match=r"uses of builtins.int is 3, not a name; fix it"):
         require_result(3, lambda value: isinstance(value, str), 4, "uses", "a name")
+
+
+def test_a_missing_package_is_named_with_the_line_that_needs_it(module):
+    named = pytest.raises(PluginError, match=r"ends.py:11: No module named 'no_such_package'; install the package")
+    with named, no_missing_package():
+        module.needs()
+    with pytest.raises(ModuleNotFoundError), no_missing_package():
+        import corefit.no_such_room  # noqa: F401  # pyright: ignore
