@@ -21,7 +21,7 @@ from corefit.pipeline.problems import error_of, eval_problems, repeated, reward_
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
 from corefit.plugins.host import Host
 from corefit.system import public
-from corefit.types import Backbone, Observer
+from corefit.types import Backbone, Observer, Quantizable
 from corefit.types.objective import further_media, reads_media
 from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
 
@@ -182,7 +182,17 @@ class Pipeline:
             yield f"stage.{stage.name}.from: {problem}; there are: {', '.join(earlier)}"
 
     def _mode_problems(self) -> Iterator[str]:
-        """Refuse stages that would drop or change the LoRA that they start from, or save a LoRA in bf16."""
+        """Refuse stages that would drop or change the LoRA that they start from, or save a LoRA in bf16.
+
+        Full training of weights in fewer bits is refused, too: a step would be smaller than their rounding.
+        """
+        bits = self.backbone.frozen if isinstance(self.backbone, Quantizable) else None
+        for stage in self.stage:
+            if bits is not None and isinstance(self.mode(stage), Full):
+                yield (
+                    f"backbone.frozen: {bits!r} is for weights that do not train, and stage {stage.name} trains them "
+                    'all; set train = { use = "lora" }, or remove the key'
+                )
         for stage in self.stage:
             if stage.save_dtype != "fp32" and isinstance(self.mode(stage), Lora):
                 yield f"stage.{stage.name}.save_dtype: a LoRA is saved in float32; remove the key"

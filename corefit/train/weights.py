@@ -124,13 +124,21 @@ def _materialize_adapter(transformer: Any) -> None:
 
 def _check_rank(transformer: torch.nn.Module, rank: int, targets: tuple[str, ...]) -> None:
     """Raise ConfigError for a rank that no adapted module can have, before memory is allocated for it."""
-    named = ((name, getattr(module, "weight", None)) for name, module in transformer.named_modules())
-    found = [w for name, w in named if w is not None and f".{name}".endswith(tuple(f".{t}" for t in targets))]
-    widest = max((min(w.shape[0], w[0].numel()) for w in found if w.ndim > 1), default=None)
+    adapted = tuple(f".{target}" for target in targets)
+    found = [module for name, module in transformer.named_modules() if f".{name}".endswith(adapted)]
+    widest = max(filter(None, map(_width, found)), default=None)
     if widest is not None and rank > widest:
         raise ConfigError(
             f"backbone.train.rank = {rank}: the widest module that it adapts has rank {widest}; give that or less"
         )
+
+
+def _width(module: Any) -> int | None:
+    """Return the rank of a module's weight at most; None where there is no matrix. A packed weight has other shapes."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim < 2:
+        return None
+    return min(getattr(module, "out_features", weight.shape[0]), getattr(module, "in_features", weight[0].numel()))
 
 
 def seed_adapter(parameters: Trainable, seed: int) -> None:

@@ -235,6 +235,18 @@ class Preset(Protocol):
         ...
 
 
+@runtime_checkable
+class Quantizable(Protocol):
+    """What a Backbone may offer besides, so that the weights under a LoRA may be held in fewer bits.
+
+    The trainer refuses the key with full training, and `corefit export` reads the weights without it.
+    """
+
+    frozen: str | None
+    """The format of the weights under a LoRA; None for that of the pipeline's precision. It is part of what determines
+    a stage's weights: rollouts, training, evaluation and `corefit sample` all read the network in this format."""
+
+
 StoredTensors = Mapping[str, Any]
 """Maps names to tensors in files: `stored[name][rows]` reads only these rows, `stored[name][...]` the whole tensor."""
 

@@ -18,6 +18,9 @@ from corefit.run.plan import MODEL, RESULTS
 from corefit.run.report.results import Row, read_results
 from corefit.types import Backbone
 
+READ_BY_TRAINING = ("train", "frozen")
+"""Keys of [backbone] that say how it is trained: what is published has its weights as they are in the files."""
+
 
 @define(kw_only=True, eq=False)
 class _Base:
@@ -64,11 +67,11 @@ class Output:
         return self.folder / MODEL
 
     def base(self) -> Backbone:
-        """Return the backbone of the pipeline, with the base's weights, not loaded."""
+        """Return the backbone of the pipeline, with the base's weights, not loaded; no format of fewer bits is kept."""
         host = Host()
         for plugin in self.tables.get("plugins", []):
             host.add_file(self.run / plugin)
-        backbone = {key: value for key, value in self.tables["backbone"].items() if key != "train"}
+        backbone = {key: value for key, value in self.tables["backbone"].items() if key not in READ_BY_TRAINING}
         return Reader(host, self.run, CHOICES).read({"backbone": backbone}, _Base).backbone
 
     def backbone(self) -> Backbone:

@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from attrs import define, evolve, field, validators
 
@@ -44,6 +45,8 @@ class Diffusers(ABC):
     gradient_checkpointing  recompute activations in backward: less memory, about a third more time
     attention               backend of diffusers' dispatcher: "native" (torch), "flash", "xformers", ...
     compile                 torch.compile for the repeated blocks: faster steps after a first one that takes a minute
+    frozen                  format of the frozen weights under a LoRA: "bf16", "fp8", "int8", "nf4"; by default that of
+                            the precision. It is for the linear layers of the blocks, and all else stays as it is
     max_sequence_length     number of T5 tokens that every prompt is padded or cut to
 
     gradient_checkpointing, attention and compile change speed and rounding only. If one of them changes, a finished
@@ -73,6 +76,7 @@ class Diffusers(ABC):
     gradient_checkpointing: bool = field(default=False, metadata=ROUNDING)
     attention: str = field(default="native", metadata=ROUNDING)
     compile: bool = field(default=False, metadata=ROUNDING)
+    frozen: Literal["bf16", "fp8", "int8", "nf4"] | None = None
     max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(LONGEST)])
 
     transformer: Any = field(init=False, default=None)
@@ -128,6 +132,8 @@ class Diffusers(ABC):
     def check(self) -> None:
         """Raise a ModelError for settings that do not fit this family, and for parts without weights."""
         self.check_settings()
+        if self.frozen == "nf4" and find_spec("bitsandbytes") is None:
+            raise ModelError("frozen = 'nf4' needs the package bitsandbytes: pip install 'corefit[lowbit]'")
         self._check_class("vae", self.vae_class)
         for name in self.networks:
             self._check_class(name, self.transformer_class)
@@ -165,9 +171,15 @@ class Diffusers(ABC):
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read the transformer in `dtype`; ModelError for a folder or file that cannot be used."""
         self.check_settings()
-        kind = _class(self.transformer_class)
-        read = [network.read(kind, self.checkpoint, name, dtype) for name in self.networks]
+        read = [self._read(name, device, dtype) for name in self.networks]
         self._set_up(self.joined(read).to(device), device, dtype)
+
+    def _read(self, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+        """The network in folder `name` as it is held: on `device` where it is packed while it is read."""
+        kind = _class(self.transformer_class)
+        if self.frozen is None:
+            return network.read(kind, self.checkpoint, name, dtype)
+        return network.read_packed(kind, self.checkpoint, name, dtype, self.frozen, device)
 
     def load_empty(self, dtype: torch.dtype) -> None:
         """Do what `load` does, with parameters on the meta device and real buffers on the CPU."""
@@ -175,8 +187,16 @@ class Diffusers(ABC):
 
         self.check_settings()
         configs = [self.checkpoint.config(name) for name in self.networks]
-        empty = [network.empty(_class(self.transformer_class), config, dtype) for config in configs]
+        empty = [self._swapped(network.empty(_class(self.transformer_class), config, dtype)) for config in configs]
         self._set_up(self.joined(empty), torch.device("cpu"), dtype)
+
+    def _swapped(self, part: Any) -> Any:
+        """A network without weights, with the layers that `frozen` asks for."""
+        if self.frozen is not None:
+            from corefit_backbones import lowbit
+
+            lowbit.swap(part, self.frozen)
+        return part
 
     def _set_up(self, transformer: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Make a new network `self.transformer`, with the attention, checkpointing and compilation configured."""
@@ -225,7 +245,7 @@ class Diffusers(ABC):
 
     def _blank(self, dtype: torch.dtype) -> Any:
         kind, configs = _class(self.transformer_class), [self.checkpoint.config(name) for name in self.networks]
-        return self.joined([network.blank(kind, config, dtype) for config in configs])
+        return self.joined([self._swapped(network.blank(kind, config, dtype)) for config in configs])
 
     def _recompute(self) -> None:
         for _, part in self._parts():
@@ -339,7 +359,8 @@ class Diffusers(ABC):
             for name, part in self._parts():
                 tensors = opened.enter_context(network.stored(self.checkpoint, name))
                 network.check_stored(part, tensors, self.checkpoint.folder / name)
-                found |= {self._prefix(name) + each: tensor for each, tensor in tensors.items()}
+                held = network.packed(part, tensors, self._dtype)
+                found |= {self._prefix(name) + each: tensor for each, tensor in held.items()}
             yield found
 
     def save(self, folder: Path) -> None:

@@ -40,6 +40,24 @@ def read(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> An
     return parts.read(kind, checkpoint.folder / part, dtype, checkpoint.variant)
 
 
+def read_packed(
+    kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype, bits: str, device: torch.device
+) -> Any:
+    """Do what `read` does, onto `device`, with the large layers in the format `bits` of the module lowbit.
+
+    One tensor at a time is read and packed, so that neither main memory nor the device holds the network as it is in
+    the files.
+    """
+    from corefit_backbones import lowbit
+
+    made = empty(kind, checkpoint.config(part), dtype)
+    with stored(checkpoint, part) as found:
+        check_stored(made, found, checkpoint.folder / part)
+        lowbit.swap(made, bits)
+        lowbit.fill(made, lowbit.packed(made, found, dtype, device), device)
+    return made
+
+
 def blank(kind: Any, config: Settings, dtype: torch.dtype) -> Any:
     """A network of class `kind` on the meta device, its parameters in `dtype`."""
     import torch
@@ -107,8 +125,9 @@ def _of_variant(name: str, variant: str | None) -> str:
 
 def check_stored(network: Any, found: Mapping[str, Any], folder: Path) -> None:
     """Raise a ModelError unless the files of `folder` hold exactly the tensors of `network`, in their shapes."""
-    wanted = {name: list(t.shape) for name, t in network.state_dict().items() if ".lora_" not in name}
-    wanted = {name.replace(".base_layer.", "."): shape for name, shape in wanted.items()}
+    from corefit_backbones import lowbit
+
+    wanted = lowbit.original_shapes(network)
     ignored = network._keys_to_ignore_on_load_unexpected or ()
     wrong = [
         *(f"lack {name}" for name in wanted if name not in found),
@@ -121,6 +140,13 @@ def check_stored(network: Any, found: Mapping[str, Any], folder: Path) -> None:
     ]
     if wrong:
         raise ModelError(f"{folder}: the weights {', '.join(wrong[:5])}; the folder is damaged, or of another model")
+
+
+def packed(network: Any, found: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
+    """The tensors of the files as the network holds them, which is in fewer bits where it has such layers."""
+    from corefit_backbones import lowbit
+
+    return lowbit.packed(network, found, dtype)
 
 
 def save_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
