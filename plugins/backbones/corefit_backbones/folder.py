@@ -16,6 +16,8 @@ from typing import Any
 from attrs import frozen
 
 from corefit.errors import ConfigError, ModelError
+from corefit_backbones.hashes import digest
+from corefit_backbones.single_file import SingleFile
 
 READ = frozenset({".json", ".txt", ".model", ".safetensors"})
 """Suffixes of the files that models and tokenizers are read from; pickles are never read."""
@@ -34,12 +36,14 @@ class Checkpoint:
     path      a diffusers folder, or "organization/model" on the hub
     revision  branch, tag or commit on the hub
     variant   which weight files are read: "fp16" reads model.fp16.safetensors
+    single    the file that the transformer is read from, in place of those in its folder
     """
 
     family: str
     path: str
     revision: str | None = None
     variant: str | None = None
+    single: SingleFile | None = None
 
     @cached_property
     def index(self) -> Mapping[str, bool]:
@@ -81,14 +85,32 @@ class Checkpoint:
     def check_weights(self, *kinds: str) -> None:
         """Raise a ModelError if a part whose name begins with one of `kinds` has no weight files.
 
-        A model on the hub is not checked: its weights are fetched later.
+        A model on the hub is not checked: its weights are fetched later. Neither is the folder of a transformer that is
+        read from another file, which is checked instead.
         """
+        if self.single:
+            self.single.check([part for part in self.parts if part.startswith("transformer")])
         here = _local(self.path, self.revision)
         if here is None:
             return
         for part in self.parts:
-            if part.startswith(kinds) and not any((here / part).glob("*.safetensors")):
+            if part.startswith(kinds) and not self.replaces(part) and not any((here / part).glob("*.safetensors")):
                 raise ModelError(f"{here / part}: no .safetensors file; copy the weights there")
+
+    def replaces(self, part: str) -> bool:
+        """Whether the weights of `part` are read from another file than those in its folder."""
+        return self.single is not None and part == "transformer"
+
+    def weights(self, part: str) -> Path:
+        """What the weights of `part` are read from: its folder, or one file; for messages."""
+        return self.single.file if self.single and self.replaces(part) else self.folder / part
+
+    def weights_key(self, part: str) -> str:
+        """sha256 of the files of a part that determine its weights."""
+        if not self.single or not self.replaces(part):
+            return fingerprint(self.folder / part)
+        config = _described(self.path, self.revision) / part / "config.json"
+        return hashlib.sha256("".join(f"{digest(file)}\n" for file in (config, self.single.file)).encode()).hexdigest()
 
     def config(self, part: str, file: str = "config.json") -> Settings:
         """The JSON settings of one component; ModelError if the model does not have it."""
@@ -101,8 +123,8 @@ class Checkpoint:
         folder, total = _described(self.path, self.revision), hashlib.sha256()
         configs = (file for part in self.parts for file in (folder / part).glob("*config.json"))
         for file in (folder / "model_index.json", *sorted(configs)):
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            total.update(f"{file.relative_to(folder).as_posix()} {digest}\n".encode())
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            total.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
         return total.hexdigest()
 
     @property
@@ -130,9 +152,7 @@ def fingerprint(folder: Path) -> str:
     """sha256 of the names and contents of all files of `folder` that a component can be read from."""
     total = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in READ and f.is_file()):
-        stat = file.stat()
-        digest = _digest(str(file), stat.st_size, stat.st_mtime_ns)
-        total.update(f"{file.relative_to(folder).as_posix()} {digest}\n".encode())
+        total.update(f"{file.relative_to(folder).as_posix()} {digest(file)}\n".encode())
     return total.hexdigest()
 
 
@@ -300,10 +320,3 @@ def _fetched(name: str, revision: str | None, variant: str | None) -> Path:
         return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
     except (OSError, ValueError) as e:
         raise ModelError(f"{name}: the hub did not give its weights: {e}") from e
-
-
-@cache
-def _digest(file: str, size: int, modified: int) -> str:
-    """sha256 of a file; it is read again only if its size [bytes] or its time of modification [ns] changes."""
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
