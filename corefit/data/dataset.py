@@ -12,7 +12,7 @@ import attrs
 import numpy as np
 from attrs import define, frozen
 
-from corefit.data import coding, mds, texts
+from corefit.data import lossless, mds, texts
 from corefit.data.filter import Column, Filter, filter_rows
 from corefit.errors import DataError
 from corefit.system import files
@@ -224,7 +224,7 @@ class Dataset:
             assert self.texts is not None, "a row that names captions was written with an index of captions"
             return self.texts.read(self.shards.partition(index), row[TEXTS][n])
         of = len(row["prompts"])
-        return {COND + name: coding.PLAIN + caption_bytes(row[COND + name], n, of) for name in self.manifest.cond}
+        return {COND + name: lossless.PLAIN + caption_bytes(row[COND + name], n, of) for name in self.manifest.cond}
 
     def view(self, index: int) -> Mapping[str, Any]:
         """Return the "size" of an example's bucket, the size of its "source", and the "crop" of the source.

@@ -1,4 +1,4 @@
-"""The encoded captions of a cache: each caption of a partition is stored once, coded as in `coding`."""
+"""The encoded captions of a cache: each caption of a partition is stored once, coded as in `lossless`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field
 
-from corefit.data import coding, mds
+from corefit.data import lossless, mds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,9 @@ class Writer:
     def number(self, caption: str, condition: Mapping[str, bytes]) -> int:
         """Return the number of a caption; its condition (column -> bytes) is written if the caption is new."""
         if caption not in self.numbers:
-            self.shards.append({name: coding.code(row, *_layout(self.specs[name])) for name, row in condition.items()})
+            self.shards.append(
+                {name: lossless.code(row, *_layout(self.specs[name])) for name, row in condition.items()}
+            )
             self.numbers[caption] = len(self.numbers)
         return self.numbers[caption]
 
@@ -89,7 +91,7 @@ def restore(rows: Sequence[bytes], spec: TensorSpec) -> Tensor:
 
     out = torch.empty((len(rows), *spec.shape), dtype=getattr(torch, spec.dtype))
     for row, target in zip(rows, out.reshape(len(rows), prod(spec.shape)).view(torch.uint8).numpy(), strict=True):
-        coding.restore(row, target, *_layout(spec))
+        lossless.restore(row, target, *_layout(spec))
     return out
 
 

@@ -21,7 +21,7 @@ from corefit.errors import ModelError
 from corefit.types import ModelPath, OriginalTensor, Suggested
 from corefit_backbones import encoders, network, original_names, schedule, usual
 from corefit_backbones.decoding import decode_recomputed
-from corefit_backbones.folder import LONGEST, Checkpoint, fingerprint, link
+from corefit_backbones.folder import LONGEST, Checkpoint, link
 from corefit_backbones.single_file import SingleFile
 
 if TYPE_CHECKING:
@@ -166,8 +166,8 @@ class Diffusers(ABC):
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        single = self.transformer_ and SingleFile(Path(self.transformer_), type(self).original_rules)
-        return Checkpoint(self.pipeline_class, self.path, self.revision, self.variant, single or None)
+        single = SingleFile(Path(self.transformer_), type(self).original_rules) if self.transformer_ else None
+        return Checkpoint(self.pipeline_class, self.path, self.revision, self.variant, single)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Set the device of text encoders and VAE, and the dtype of the text encoders; `load` does this as well."""
@@ -279,7 +279,7 @@ class Diffusers(ABC):
 
     def weights_key(self) -> str:
         """sha256 of the files of the networks under training."""
-        return "+".join(self.checkpoint.weights_key(name) for name in self.networks)
+        return "+".join(self.checkpoint.key(name) for name in self.networks)
 
     def load_lora(self, folder: Path) -> None:
         """Add the LoRA that `save` wrote to the loaded transformer: trainable, in float32, all else frozen."""
@@ -299,9 +299,9 @@ class Diffusers(ABC):
         `place` or `load` must be called first, because the dtype is part of it.
         """
         assert self._dtype is not None, "place or load first: the dtype is part of the key"
-        folder, kinds = self.checkpoint.folder, ("vae", "text_encoder", "tokenizer")
+        kinds = ("vae", "text_encoder", "tokenizer")
         parts = [name for name in self.checkpoint.parts if name.startswith(kinds)]
-        key = {name.replace("tokenizer", "text_tokenizer"): fingerprint(folder / name) for name in parts}
+        key = {name.replace("tokenizer", "text_tokenizer"): self.checkpoint.key(name) for name in parts}
         return {**key, "text_dtype": str(self._dtype), "text_length": str(self.max_sequence_length)}
 
     def encode(self, media: Tensor) -> Tensor:
