@@ -175,7 +175,7 @@ def _loop(objective: Soar | Sft, bench: Bench) -> Loop:
         listener=Silence(),
     )
     loop = Loop.build(job, join("fp32"))
-    loop.state.optimizer = bench.loops
+    loop.state.optimizer.made = bench.loops
     return loop
 
 

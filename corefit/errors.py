@@ -43,6 +43,10 @@ class TrainingError(CorefitError):
     """A stage had to stop before its weights were spoiled."""
 
 
+class OutOfMemory(TrainingError):
+    """Memory ran out, of the device or of the machine."""
+
+
 class NonFinite(TrainingError):
     """A loss, gradient or reward is not finite.
 

@@ -123,10 +123,19 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
 @OUT
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes that it will run on.")
 @GPU
-def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: int, memory: float | None) -> None:
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Measure what [backbone] frozen costs: reads weights, encodes data.",
+)
+def check(
+    pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: int, memory: float | None, measure: bool
+) -> None:
     """Check PIPELINE, its data, and whether it fits into memory.
 
-    No weights are read.
+    No weights are read, unless --measure asks for the loss of weights in fewer bits: it reads the base twice, as it is
+    and in the format of `frozen`, and calls each 16 times on the first examples. They are encoded first, as a run
+    would.
     """
     from corefit.pipeline.pipeline import read
 
@@ -147,6 +156,15 @@ def check(pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: in
     if checked.data.left_out:
         click.echo(f"data: {checked.data.left_out}")
     estimate.show(found, device)
+    if measure:
+        _measure(checked)
+
+
+def _measure(checked: Pipeline) -> None:
+    from corefit.run import measure as measuring
+    from corefit.system.display import Display
+
+    measuring.show(measuring.measure(checked, Display.on()))
 
 
 @cli.command()

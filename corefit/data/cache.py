@@ -23,6 +23,7 @@ import attrs
 from attrs import define, field
 
 from corefit.data import buckets, mds, partition, texts
+from corefit.data.coding import Coder
 from corefit.data.dataset import DONE, NULL, ROWS, Dataset, Manifest, partition_name
 from corefit.data.encode import Encoder, chunks
 from corefit.data.partition import Record
@@ -120,18 +121,19 @@ def prepare(
     extra: Sequence[str] = (),
     progress: Progress = lambda done, total: None,
     ranks: Ranks = SINGLE,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Return the folder under `root` with the cache of `data`, and encode the data first if there is none.
 
     media=False encodes prompts only; `extra` names the further media to encode. Text encoders and VAE are used and then
     released. `progress` is called with two numbers: how many examples this process has encoded, and how many it has to
-    encode. The ranks divide the partitions among them, and those that a killed process completed are kept. DataError
+    encode; `say` with what there is to say besides. The ranks divide the partitions among them, and those that a killed process completed are kept. DataError
     for more missing or unreadable media than `skip`, and for values that are not finite.
     """
     hashes = MediaHashes(root / HASHES)
     total, digest = ranks.from_main(lambda: _count_and_key(data, backbone, media, extra, hashes))
     folder = _folder(root, digest)
-    builder = CacheBuilder(data, backbone, media, extra, digest, total, folder)
+    builder = CacheBuilder(data, backbone, media, extra, digest, total, folder, say)
     if not ranks.from_main(lambda: _complete(folder, digest)):
         with _exclusive(root, builder.unfinished, ranks.main):
             # another run may have completed it while this one waited for the lock
@@ -226,6 +228,7 @@ class CacheBuilder:
     extra   the names of the further media
     digest  the key of the cache
     total   the number of examples in the source
+    say     receives what there is to say besides progress
     """
 
     data: Data
@@ -235,12 +238,15 @@ class CacheBuilder:
     digest: str
     total: int
     folder: Path
+    say: Callable[[str], None] = lambda text: None
     encoder: Encoder = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         sizes = _bucket_sizes(self.data, self.backbone, self.media)
         shapes = [tuple(self.backbone.latent_shape(size)) for size in sizes]
-        self.encoder = Encoder(self.data, self.backbone, self.media, sizes, shapes, extra=self.extra)
+        self.encoder = Encoder(
+            self.data, self.backbone, self.media, sizes, shapes, extra=self.extra, coder=Coder(self.backbone, self.say)
+        )
 
     @property
     def unfinished(self) -> Path:

@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from attrs import define, field, frozen
+from attrs import Factory, define, field, frozen
 
 from corefit.data.buckets import Size, nearest
+from corefit.data.coding import Coder
 from corefit.data.dataset import COND, TensorSpec, latents_column, pack
 from corefit.data.mds import Row
 from corefit.data.settings import Data
@@ -56,6 +57,7 @@ class Encoder:
     texts     the encoded prompts that are kept in memory
     enlarged  how many examples have media that are smaller than their bucket's size
     extra     the names of the further media to encode
+    coder     encodes the media, as many of `encode_batch` at once as fit
     """
 
     data: Data
@@ -68,6 +70,7 @@ class Encoder:
     texts: dict[str, Row] = field(factory=dict[str, Row])
     enlarged: int = 0
     extra: Sequence[str] = ()
+    coder: Coder = field(default=Factory(lambda self: Coder(self.backbone), takes_self=True))
 
     def rows(self, examples: Sequence[Example]) -> Iterator[Row]:
         """Yield the rows of `examples`; after more than `skip` failures, only decode media, so that all are listed."""
@@ -154,7 +157,7 @@ class Encoder:
 
         pixels = torch.from_numpy(np.stack([one.views[name].pixels for one in decoded]))
         media = pixels.movedim(-1, 1).contiguous().float() / 255
-        x0, shape = self.backbone.encode(media).float().cpu(), self.shapes[bucket]
+        x0, shape = self.coder.encode(media).float().cpu(), self.shapes[bucket]
         assert tuple(x0.shape[1:]) == shape, f"encode gave {tuple(x0.shape)}, latent_shape says {shape}"
         names = [display_name(one.example, name) for one in decoded]
         _check_finite(x0, "encode", names)

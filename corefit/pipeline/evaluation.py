@@ -17,6 +17,7 @@ from corefit.pipeline.problems import error_of, eval_problems, repeated, reward_
 from corefit.pipeline.reader import Reader, Table
 from corefit.plugins.host import Host
 from corefit.system import public
+from corefit.system.ranks import Layout
 from corefit.types import Backbone, ModelPath
 
 NAME: Any = validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -85,6 +86,13 @@ class Evaluation:
     of all models are held in bfloat16."""
     shard: bool = False
     """Whether weights are split over the processes (FSDP2), or each has a copy."""
+    gather: Literal["auto", "step", "term"] = "auto"
+    """How long sharded weights stay gathered: while media are generated (`step`), or during a forward alone (`term`).
+    `auto` is `step` where memory allows."""
+    replicate: int = field(default=1, validator=validators.ge(1))
+    """Number of groups of processes that hold all shards each (HSDP), such as the number of machines."""
+    context_parallel: int = field(default=1, validator=validators.ge(1))
+    """Number of processes that share each sample: each computes a part of its sequence."""
     plugins: tuple[str, ...] = ()
     """Python files with plugins of your own, which are loaded beside the installed plugins."""
     out: Path | None = None
@@ -97,6 +105,11 @@ class Evaluation:
     def run_folder(self) -> Path:
         """The evaluation's own folder."""
         return (self.out or self.folder / "evals") / self.name
+
+    @property
+    def layout(self) -> Layout:
+        """How processes share weights and samples."""
+        return Layout(shard=self.shard, gather=self.gather, replicate=self.replicate, context=self.context_parallel)
 
     def check(self) -> None:
         """Raise ConfigError with every problem that can be found without loading weights."""

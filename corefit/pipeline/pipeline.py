@@ -21,7 +21,8 @@ from corefit.pipeline.problems import error_of, eval_problems, repeated, reward_
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
 from corefit.plugins.host import Host
 from corefit.system import public
-from corefit.types import Backbone, Observer, Quantizable
+from corefit.system.ranks import Layout
+from corefit.types import Backbone, Observer, Offloading, Quantizable
 from corefit.types.objective import further_media, reads_media
 from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
 
@@ -55,6 +56,14 @@ class Pipeline:
     """Precision of the computation; `auto` is bf16 on a GPU that supports it, otherwise fp32."""
     shard: bool = False
     """Whether weights, gradients and optimizer state are split over the processes (FSDP2), or each has a copy (DDP)."""
+    gather: Literal["auto", "step", "term"] = "auto"
+    """How long sharded weights stay gathered once they are used: during a whole `step`, in which gradients are then
+    exchanged once, or during a `term` of it alone, which takes less memory. `auto` is `step` where memory allows."""
+    replicate: int = field(default=1, validator=validators.ge(1))
+    """Number of groups of processes that hold all shards each (HSDP): with as many as there are machines, weights are
+    gathered within a machine, and only gradients are exchanged between machines."""
+    context_parallel: int = field(default=1, validator=validators.ge(1))
+    """Number of processes that share each sample: each computes a part of its sequence, as long clips need it."""
     eval: Eval | None = None
     """How the base model and every stage are evaluated; without this table nothing is evaluated."""
     card: Card = field(factory=Card)
@@ -86,6 +95,11 @@ class Pipeline:
         A backbone that reads a medium as input, to edit it or to begin a clip with it, would add its name here.
         """
         return tuple(sorted({name for stage in self.stage for name in further_media(stage.objective)}))
+
+    @property
+    def layout(self) -> Layout:
+        """How processes share weights and samples."""
+        return Layout(shard=self.shard, gather=self.gather, replicate=self.replicate, context=self.context_parallel)
 
     def mode(self, stage: Stage) -> Training:
         """Return which weights are trainable in a stage."""
@@ -144,9 +158,13 @@ class Pipeline:
             yield "stage.base: the base model's results have this name; rename the stage"
         for stage in self.stage:
             yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
+        if self.replicate > 1 and not self.shard:
+            yield "replicate: without shards every process has all weights; add shard = true, or remove the key"
         starts = [*self._start_problems(names)]
         yield from starts or self._mode_problems()
+        yield from self._offload_problems()
         yield from self._reward_problems()
+        yield from self._optimizer_problems()
         found = [*error_of("backbone", self.backbone.check)]
         found = found or [*error_of("backbone", lambda: self.backbone.latent_shape(self.data.size))]
         yield from found or error_of("data", lambda: buckets.sizes(self.data.size, self.data.aspects, self.backbone))
@@ -205,6 +223,19 @@ class Pipeline:
                     'settings, or the earlier one with { use = "full" }'
                 )
 
+    def _offload_problems(self) -> Iterator[str]:
+        """Refuse weights that wait in main memory where all of them train, or are sharded."""
+        if not isinstance(self.backbone, Offloading) or not self.backbone.offloads:
+            return
+        if self.shard:
+            yield "shard: weights that are sharded cannot wait in main memory; remove the key, or 'offload' of [backbone]"
+        for stage in self.stage:
+            if isinstance(self.mode(stage), Full):
+                yield (
+                    f"stage.{stage.name}.train: weights that train cannot wait in main memory; train a LoRA, or remove "
+                    "'offload' from [backbone]"
+                )
+
     def _reward_problems(self) -> Iterator[str]:
         """Let each reward look for what it lacks, such as a file or a package."""
         places = {f"stage.{stage.name}.reward": stage.reward for stage in self.stage}
@@ -215,6 +246,19 @@ class Pipeline:
                 if entry.normalize != "none":
                     yield f"{where}.{entry.name}.normalize: scores are used as they are here; remove the key"
         yield from reward_problems({**places, **reported})
+
+    def _optimizer_problems(self) -> Iterator[str]:
+        """Let each optimizer look for what it lacks, such as a package, and refuse those that cannot be sharded."""
+        for stage in self.stage:
+            where, optimizer = f"stage.{stage.name}.optimizer", stage.optimizer
+            yield from error_of(where, optimizer.check)
+            if self.shard and optimizer.shards == "no":
+                offers = self.host.offers["optimizers"].items()
+                others = ", ".join(sorted(name for name, offer in offers if offer.cls.shards != "no"))
+                yield (
+                    f"{where}: {self.host.name_of('optimizers', optimizer)} needs whole weights, and 'shard' gives "
+                    f"each process a part of them; use one of {others}, or remove 'shard'"
+                )
 
     def _observer_problems(self) -> Iterator[str]:
         """Let each observer look for what it lacks, such as a package."""

@@ -33,7 +33,7 @@ from cattrs.gen import override as overridden
 from corefit.errors import ConfigError, is_unicode, near, short_repr
 from corefit.plugins import contract
 from corefit.plugins.host import Host
-from corefit.plugins.kinds import BY_PROTOCOL
+from corefit.plugins.kinds import BY_PROTOCOL, KINDS
 from corefit.types import ModelPath, Reward, Url, Weighted, blame, key_of
 
 T = TypeVar("T")
@@ -174,7 +174,8 @@ class Reader:
     def _use_of(self, value: Any) -> Table:
         for kind, offers in self.host.offers.items():
             if any(offer.cls is type(value) for offer in offers.values()):
-                return {"use": self.host.name_of(kind, value)}
+                name = self.host.name_of(kind, value)
+                return {} if name == KINDS[kind].default else {"use": name}
         for classes in self.choices.values():
             for name, cls in classes.items():
                 if cls is type(value):
@@ -183,7 +184,7 @@ class Reader:
 
     def _plugin(self, value: Any, target: Any) -> Any:
         kind = BY_PROTOCOL[_base(target)]
-        name, rest = _split_use(value, kind.name, self.host.offers[kind.key])
+        name, rest = _split_use(value, kind.name, self.host.offers[kind.key], kind.default)
         plugin = self._converter.structure(rest, self.host.get(kind.key, name))
         contract.declared(plugin, kind.key)
         return plugin
@@ -373,12 +374,12 @@ def _base(target: Any) -> Any:
     return get_origin(target) or target
 
 
-def _split_use(value: Any, what: str, known: Mapping[str, Any]) -> tuple[str, Table]:
-    """Return the `use` of a table, and its other keys."""
+def _split_use(value: Any, what: str, known: Mapping[str, Any], default: str = "") -> tuple[str, Table]:
+    """Return the `use` of a table, or else the default, and its other keys."""
     if not isinstance(value, Mapping):
         raise ConfigError(f'must be a table such as {{ use = "{next(iter(known), "name")}" }}, not {short_repr(value)}')
     rest = dict(value)
-    name = rest.pop("use", None)
+    name = rest.pop("use", default or None)
     if not isinstance(name, str):
         raise ConfigError(f"needs `use`, the name of one {what}: {', '.join(sorted(known)) or 'none is installed'}")
     return name, rest

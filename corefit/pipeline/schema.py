@@ -58,9 +58,10 @@ class Writer:
     def __attrs_post_init__(self) -> None:
         self._reader = Reader(self.host, Path(), CHOICES)
 
-    def table(self, cls: type[Any], use: str | None = None) -> Schema:
+    def table(self, cls: type[Any], use: str | None = None, default: str = "") -> Schema:
         """The schema of a table that is read as the attrs class `cls`; `use` is the name that picks it.
 
+        A table without `use` has the one that is the `default`.
         Keys that the file has in another table are left out. The title is the name of the class.
         """
         attrs.resolve_types(cls, include_extras=True)
@@ -69,7 +70,8 @@ class Writer:
         properties = {key_of(f.name): self.key(f, texts) for f in fields}
         required = [key_of(f.name) for f in fields if f.default is attrs.NOTHING]
         if use is not None:
-            properties, required = {"use": {"const": use}, **properties}, ["use", *required]
+            properties = {"use": {"const": use}, **properties}
+            required = required if use == default else ["use", *required]
         summary = (inspect.getdoc(cls) or "").partition("\n\n")[0]
         return {
             "type": "object",
@@ -105,7 +107,8 @@ class Writer:
         if origin in BY_PROTOCOL:
             plugin = BY_PROTOCOL[origin]
             offers = sorted(self.host.offers[plugin.key].items())
-            return {"title": plugin.name, "anyOf": [self.table(offer.cls, name) for name, offer in offers] or [{}]}
+            tables = [self.table(offer.cls, name, plugin.default) for name, offer in offers]
+            return {"title": plugin.name, "anyOf": tables or [{}]}
         return self.table(kind) if attrs.has(kind) else dict(PLAIN.get(kind, {}))
 
     def _weighted(self, plugin: Kind) -> Schema:

@@ -8,7 +8,7 @@ from corefit.data.sources import HfDataset, ImageFolder, Jsonl, Parquet, Text, W
 from corefit.plugins.hookspecs import Offers, hookimpl
 from corefit.rollout.noise import CosMap, LogitNormal, Mode, SigmaSqrt, Uniform
 from corefit.rollout.samplers import Cps, DanceSde, FlowSde, Ode
-from corefit.types import NoiseWeighting, Sampler, Source
+from corefit.types import AdamW, NoiseWeighting, Optimizer, Sampler, Source
 from corefit.types.objective import Objective, Sum
 
 
@@ -31,6 +31,11 @@ def corefit_noise_weightings() -> Offers[NoiseWeighting]:
         "cosmap": CosMap,
         "sigma_sqrt": SigmaSqrt,
     }
+
+
+@hookimpl
+def corefit_optimizers() -> Offers[Optimizer]:
+    return {"adamw": AdamW}
 
 
 @hookimpl

@@ -22,7 +22,9 @@ RESERVED = frozenset({"step", "lr", "seconds", "samples_per_second", "skipped", 
 OF_ENTRIES = frozenset({"name", "weight", "normalize"})
 """Keys that every entry of a list of rewards has beside the reward's own."""
 
-ADDED = frozenset({"Reward.check", "checkpoint", "concurrent", "copies", "differentiable", "left_out", "unit"})
+ADDED = frozenset(
+    {"Reward.check", "checkpoint", "chunks", "concurrent", "copies", "differentiable", "left_out", "unit"}
+)
 """Members of a protocol, and arguments of its methods, that came after version 0.1; a plugin need not have them."""
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Backbone,
         NoiseWeighting,
         Observer,
+        Optimizer,
         PipelineView,
         Reward,
         Sampler,
@@ -71,6 +72,11 @@ def corefit_sources() -> Offers[Source]:  # pyright: ignore[reportReturnType]
 @hookspec
 def corefit_observers() -> Offers[Observer]:  # pyright: ignore[reportReturnType]
     """Offer observers, which a pipeline names in `[[observer]]` and which are told what happens in a run."""
+
+
+@hookspec
+def corefit_optimizers() -> Offers[Optimizer]:  # pyright: ignore[reportReturnType]
+    """Offer optimizers, which take the steps of training."""
 
 
 @hookspec

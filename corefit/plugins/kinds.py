@@ -9,6 +9,7 @@ from attrs import frozen
 
 from corefit.types.objective import Objective
 from corefit.types.observer import Observer
+from corefit.types.optimizer import Optimizer
 from corefit.types.protocols import Backbone, NoiseWeighting, Reward, Sampler, Source
 
 
@@ -22,6 +23,7 @@ class Kind:
     protocol   the protocol that an offered class implements, and the type of fields that hold an instance
     check      the call of corefit.testing that checks an instance; {cls} and {keys} are filled in
     reads      whether an instance may need media, metadata or files, which the test kit cannot provide
+    default    the `use` of a table without one; "" where a table must have it
     """
 
     key: str
@@ -30,6 +32,7 @@ class Kind:
     protocol: type
     check: str
     reads: bool = False
+    default: str = ""
 
     @property
     def hook(self) -> str:
@@ -86,6 +89,14 @@ KINDS: Mapping[str, Kind] = {
             protocol=Observer,
             check="check_observer({cls}({keys}))",
             reads=True,
+        ),
+        Kind(
+            key="optimizers",
+            name="optimizer",
+            word="optimizer",
+            protocol=Optimizer,
+            check="check_optimizer({cls}({keys}))",
+            default="adamw",
         ),
     )
 }

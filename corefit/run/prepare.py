@@ -21,7 +21,7 @@ from corefit.system.signals import ECHO, Signals
 
 def prepare(pipeline: Pipeline, display: Display | None = None) -> Dataset:
     """Run `corefit prepare`: encode what is not in the cache yet, and print a summary. Every rank encodes its share."""
-    ranks = join(pipeline.precision, shard=pipeline.shard)
+    ranks = join(pipeline.precision, pipeline.layout)
     display = display or Display.on(ranks.main)
     with Signals(display.print, ECHO).handled():
         agreement.check(ranks, pipeline, "prepare")
@@ -50,7 +50,9 @@ def _encode(pipeline: Pipeline, data: Data, ranks: Ranks, display: Display, titl
             return cache.open_encoded(data, backbone, folder, media=media, extra=extra)
     homes = Homes.find(folder, ranks)  # machines that do not share the cache encode all of the data each for itself
     with display.task(title, idle="cached") as progress:
-        folder = cache.prepare(data, backbone, folder, media=media, extra=extra, progress=progress, ranks=homes.local)
+        folder = cache.prepare(
+            data, backbone, folder, media=media, extra=extra, progress=progress, ranks=homes.local, say=display.print
+        )
     if data.left_out:
         display.print(f"data: {data.left_out}")
     dataset = Dataset.open(folder, keep=data.filter, rebuildable=True)

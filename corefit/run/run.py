@@ -43,7 +43,7 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
 
     again  the STAGE of `--from`: it and the stages that descend from it are run anew, even if they are finished
     """
-    ranks = join(pipeline.precision, shard=pipeline.shard)
+    ranks = join(pipeline.precision, pipeline.layout)
     ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
     display = display or Display.on(ranks.main)
     signals = Signals(display.print, echo(ranks.world))
@@ -65,7 +65,7 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") 
 def dry_run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") -> None:
     """Print what `run` would do and why, a line for each step; nothing is written, no weights are loaded."""
     plan.check_stage(pipeline, again)
-    ranks = join(pipeline.precision, shard=pipeline.shard)
+    ranks = join(pipeline.precision, pipeline.layout)
     display = display or Display.on(ranks.main)
     lines = list(_dry_run_lines(pipeline, ranks, Rerun.load(pipeline, again)))
     width = max(len(name) for name, _ in lines)
@@ -145,7 +145,7 @@ class Run:
         """Encode data and prompts into latents and conditions, or find them in the cache."""
         self.dataset, prompts = encode(self.pipeline, self.ranks, self.display)
         if prompts and self.pipeline.eval:
-            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks, self.dataset)
+            self.evaluator = Evaluator(self.pipeline.eval, prompts, self.ranks, self.dataset, self.display.print)
             if self.main:
                 self._count_duplicates(self.evaluator)
 

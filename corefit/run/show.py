@@ -31,7 +31,7 @@ def show(pipeline: Pipeline, number: int, file: Path | None = None, display: Dis
     stage = next((stage for stage in pipeline.stage if reads_media(stage.objective)), None)
     if stage is None:
         raise ConfigError("no stage trains on media, so there is nothing to show; the prompts are in the source")
-    ranks = join(pipeline.precision, shard=pipeline.shard)
+    ranks = join(pipeline.precision, pipeline.layout)
     display, png = display or Display.on(ranks.main), file or pipeline.run_folder / "data.png"
     with display:
         dataset, _ = encode(pipeline, ranks, display)

@@ -8,13 +8,13 @@ import gc
 import re
 import sys
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
-from corefit.errors import TrainingError
+from corefit.errors import OutOfMemory
 
 if TYPE_CHECKING:
     import torch
@@ -139,11 +139,13 @@ def _place(t: torch.Tensor) -> int:
 
 
 @contextlib.contextmanager
-def explain_exhaustion(where: str, helps: Sequence[str], kept: str = "") -> Generator[None]:
-    """Turn an out-of-memory error inside into a TrainingError that says what would help.
+def explain_exhaustion(
+    where: str, helps: Sequence[str] | Callable[[], Sequence[str]], kept: str = ""
+) -> Generator[None]:
+    """Turn an out-of-memory error inside into an OutOfMemory that says what would help.
 
     where  what was computed, such as "stage soar, step 3, term 2"
-    helps  keys that would take less memory
+    helps  keys that would take less memory, or what finds them
     kept   a sentence that says what is not lost
     """
     try:
@@ -151,14 +153,50 @@ def explain_exhaustion(where: str, helps: Sequence[str], kept: str = "") -> Gene
     except (MemoryError, RuntimeError) as error:
         if not is_exhausted(error):
             raise
-        asked = found[1] if (found := ASKED.search(str(error))) else ""
+        asked = size[1] if (size := ASKED.search(str(error))) else ""
         sought = f"; {asked} more were asked for" if asked else ""
+        found = helps() if callable(helps) else helps
         would = (
-            f"What would help: {', or '.join(helps)}"
-            if helps
+            f"What would help: {', or '.join(found)}"
+            if found
             else ("All keys that save memory are set: take a smaller [data] size, or a device with more memory")
         )
-        raise TrainingError(f"{where}: out of memory{sought}. {would}{f'. {kept}' if kept else ''}") from error
+        raise OutOfMemory(f"{where}: out of memory{sought}. {would}{f'. {kept}' if kept else ''}") from error
+
+
+def room(device: torch.device) -> float | None:
+    """Return the bytes that this process may still allocate on a GPU; None on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(float(free + reserved), limit) - allocated
+
+
+def taken(device: torch.device, call: Callable[[], None]) -> int:
+    """Return by how many bytes of live tensors `call` goes beyond those before it; a GPU's peak is reset for it."""
+    import torch
+
+    if device.type != "cuda":
+        with track_live_bytes() as live:
+            call()
+        return live.peak
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def give_back(device: torch.device) -> None:
+    """Free what nobody refers to any more, and give a GPU's cached memory back, so that it can be cut anew."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def is_exhausted(error: BaseException) -> bool:
@@ -166,6 +204,14 @@ def is_exhausted(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU in str(error)
+
+
+def total() -> int:
+    """Return the bytes of memory that the device of this process has, whoever uses them: a GPU, or main memory."""
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
 
 
 def size(count: int) -> str:

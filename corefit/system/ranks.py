@@ -15,9 +15,9 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from attrs import define
+from attrs import define, frozen
 
 from corefit.errors import ConfigError, CorefitError, PluginError, RankError
 from corefit.system import cuda, memory
@@ -53,6 +53,30 @@ ENGINES = {
 """Engines that `accelerate launch` may be set to use and that corefit does not."""
 
 
+@frozen(kw_only=True)
+class Layout:
+    """How the processes of a run share weights and samples: keys of a pipeline.
+
+    shard     whether weights are split over the processes (FSDP2)
+    gather    how long gathered weights are kept: during a "step", during a "term", or by memory
+    replicate number of groups of processes of which each holds all shards (HSDP)
+    context   number of processes that share each sample, a part of its sequence each
+    """
+
+    shard: bool = False
+    gather: Literal["auto", "step", "term"] = "auto"
+    replicate: int = 1
+    context: int = 1
+
+    def check(self, world: int) -> None:
+        """Raise ConfigError where `world` processes cannot be laid out so."""
+        for key, number in (("replicate", self.replicate), ("context_parallel", self.context)):
+            if world % number:
+                raise ConfigError(
+                    f"{key} = {number}: {world} processes are no multiple of it; start as many processes, or change it"
+                )
+
+
 @define(eq=False)
 class Ranks:
     """This process among those of the run.
@@ -64,6 +88,7 @@ class Ranks:
     sharded  whether weights, gradients and optimizer state are split over the processes (FSDP2), or whole on each
     host     gloo's group of all processes, for objects on the CPU; it never waits for a GPU. None for a single process
     joined   the accelerator that `join` made
+    layout   how the processes share weights and samples
     """
 
     rank: int = 0
@@ -71,6 +96,7 @@ class Ranks:
     sharded: bool = False
     host: ProcessGroup | None = None
     joined: Accelerator | None = None
+    layout: Layout = Layout()
 
     @property
     def accelerator(self) -> Accelerator:
@@ -85,17 +111,38 @@ class Ranks:
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    @property
+    def data_rank(self) -> int:
+        """The number of this process's share of each batch; processes that share samples have the same one."""
+        return self.rank // self.layout.context
+
+    @property
+    def data_world(self) -> int:
+        """The number of shares that each batch is split into."""
+        return self.world // self.layout.context
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of the processes that share its samples."""
+        return self.rank % self.layout.context == 0
+
+    @property
+    def forwards_together(self) -> bool:
+        """Whether a forward needs all processes, or all that share a sample: no process may call the network alone."""
+        return self.sharded or self.layout.context > 1
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Add up x over all ranks, on the device."""
         total: Any = self.accelerator.reduce(x, "sum") if self.world > 1 else x
         return total
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Gather rows [B, ...] of all ranks, which hold as many each, in order of rank: [global B, ...]."""
+        """Gather rows [B, ...] of all shares of the batch, which are of one size, in their order: [global B, ...]."""
         if self.world == 1:
             return x
         every: Any = self.accelerator.gather(x.to(self.device))
-        return every.to(x.device)
+        shares = every.unflatten(0, (self.world, len(x)))[:: self.layout.context]
+        return shares.flatten(0, 1).to(x.device)
 
     def all_gather_object(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank, on each of them."""
@@ -108,8 +155,9 @@ class Ranks:
     def refuse_same_noise(self, drawn: list[float], stage: str) -> None:
         """Raise PluginError, on all ranks, where two of them drew the same noise, as if they shared one batch."""
         every = self.all_gather_object(drawn)
-        for rank, mine in enumerate(every):
-            for other in range(rank):
+        step = self.layout.context  # those that share samples draw the same
+        for rank, mine in list(enumerate(every))[::step]:
+            for other in range(0, rank, step):
                 if set(mine) & set(every[other]):
                     raise PluginError(
                         f"stage {stage}: ranks {other} and {rank} draw the same noise; an objective must draw for the "
@@ -236,11 +284,11 @@ SINGLE = Ranks()
 """A process that writes by itself, with no other rank to take part."""
 
 
-def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
-    """Join the run, and return this process's place in it.
+def join(precision: str = "auto", layout: Layout = Layout()) -> Ranks:
+    """Join the run, and return this process's place in it; ConfigError where the processes do not fit the layout.
 
     precision  "fp32", "bf16", or "auto": bf16 where a GPU has it
-    shard      FSDP2; `accelerate launch --use_fsdp` asks for it too
+    layout     how processes share weights and samples; `accelerate launch --use_fsdp` asks for sharding too
     """
     with memory.uncollected("accelerate"):
         from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -248,7 +296,7 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
         from accelerate.utils import GradientAccumulationPlugin
 
     check_launch()
-    shard = _is_set_to_fsdp() or shard
+    shard = _is_set_to_fsdp() or layout.shard
     half = is_half(precision)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # a pipeline before this one, in a notebook, may have had another precision
@@ -264,12 +312,14 @@ def join(precision: str = "auto", *, shard: bool = False) -> Ranks:
     if made.device.type == "cpu" and not shard:  # sharded weights come and go in all sizes, and would leave holes
         memory.keep_freed()
     several = made.num_processes > 1
+    layout.check(made.num_processes)
     return Ranks(
         rank=made.process_index,
         world=made.num_processes,
         sharded=several and shard,
         host=_gloo_group() if several else None,
         joined=made,
+        layout=layout,
     )
 
 

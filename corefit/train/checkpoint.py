@@ -23,6 +23,7 @@ from corefit.system import files
 from corefit.system.ranks import SINGLE, Ranks
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MANIFEST = "manifest.json"
@@ -43,16 +44,17 @@ class Checkpoint:
     step: int
     info: Mapping[str, Any]
 
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Return name -> shape of each tensor."""
+    def stored(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return name -> shape and dtype of each tensor."""
         reader: Any = _reader(self.path)
-        return {name: tuple(t.size) for name, t in reader.read_metadata().state_dict_metadata.items()}
+        found = reader.read_metadata().state_dict_metadata
+        return {name: (tuple(t.size), t.properties.dtype) for name, t in found.items()}
 
     def read(self, into: Mapping[str, Tensor]) -> None:
         """Fill the tensors of `into` in place, DTensors with this rank's shards; KeyError where one is not stored."""
         from torch.distributed import checkpoint as dcp
 
-        if missing := into.keys() - self.shapes().keys():
+        if missing := into.keys() - self.stored().keys():
             raise KeyError(f"{self.path} has no {', '.join(sorted(missing))}")
         values = {name: t.detach() for name, t in into.items()}
         with _ignore_single_process_warning():
@@ -94,6 +96,7 @@ def _write_tensors(partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -
 
     ranks.barrier()
     numbers = _file_numbers(tensors, ranks.world)
+    numbers = {name: number for each in reversed(ranks.all_gather_object(numbers)) for name, number in each.items()}
     writer = dcp.HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=numbers, save_distributed=True)
     values = {name: t.detach() for name, t in tensors.items()}
     with _ignore_single_process_warning():

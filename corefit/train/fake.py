@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from corefit.system import memory
-from corefit.types import Condition, Sized
+from corefit.system.fakes import faked, materialize
+from corefit.types import Condition, Sized, SizedScore
 from corefit.types.rewards import decode_with_graph
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from corefit.train.frozen import Frozen
+
+
+Scores = Sequence[tuple[SizedScore, Any]]
+"""Rewards that say what a score takes, each with its blank network."""
 
 
 def peak(
@@ -39,25 +45,85 @@ def peak(
     half      whether it runs under autocast to bfloat16, on a GPU or the CPU
     gpu       whether it is to be as on a GPU
     """
-    from torch._subclasses import fake_tensor
-
     rows, *one = shape
     first, *others = backbone.routes()[:rows]
-    # of the CPU: its kernels keep what a GPU's keep, while attention on the meta device would keep its matrix
-    with fake_tensor.FakeTensorMode():
-        try:
-            kept = sum(_step(backbone, network, (1, *one), half, gpu).kept for network in others)
-            held = _step(backbone, first, (rows - len(others), *one), half, gpu)
-            return kept + max(held.peak, held.kept + (_decoding(backbone, decoded, beside) if decoded else 0))
-        except (
-            fake_tensor.DynamicOutputShapeException,
-            fake_tensor.DataDependentOutputException,
-            fake_tensor.UnsupportedOperatorException,
-        ):
-            return None
+
+    def run() -> int:
+        kept = sum(_step(backbone, network, (1, *one), half, gpu).kept for network in others)
+        held = _step(backbone, first, (rows - len(others), *one), half, gpu)
+        return kept + max(held.peak, held.kept + (_decoding(backbone, decoded, beside) if decoded else 0))
+
+    return faked(run)
+
+
+def sampling_peak(backbone: Sized, shape: tuple[int, ...], *, half: bool, gpu: bool) -> int | None:
+    """Return the most bytes that velocity holds without a graph for latents of `shape` [B, ...]; None as in `peak`.
+
+    All rows go through the first network where there are several.
+    """
+    return faked(lambda: _forward(backbone, backbone.routes()[0], shape, half, gpu))
+
+
+def decoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...], scores: Scores = ()) -> int | None:
+    """Return the most bytes that decoding latents of `shape` [B, ...] holds, and then scoring; None as in `peak`.
+
+    decoder  the blank network that `load_blank_decoder` gave
+    scores   rewards that say what a score takes, each with its network
+    """
+    import torch
+
+    def run() -> int:
+        for network in (decoder, *(network for _, network in scores)):
+            materialize(network)
+        x0 = torch.empty(shape)
+        with torch.no_grad(), memory.track_live_bytes() as held:
+            media = backbone.decode(x0)
+            for reward, network in scores:
+                reward.score_blank(network, media)
+        return held.peak
+
+    return faked(run)
+
+
+def encoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...]) -> int | None:
+    """Return the most bytes that encoding media of `shape` [B, 3, ...] holds; None as in `peak`."""
+    import torch
+
+    def run() -> int:
+        materialize(decoder)
+        with torch.no_grad(), memory.track_live_bytes() as held:
+            media = torch.empty(shape)
+            backbone.encode(media)
+        return held.peak
+
+    return faked(run)
 
 
 def _step(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: bool) -> memory.LiveBytes:
+    with _called(backbone, network, shape, half, gpu) as velocity, memory.track_live_bytes() as held:
+        v = velocity()
+        held.kept = held.now
+        v.square().mean().backward()
+    return held
+
+
+def _forward(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: bool) -> int:
+    import torch
+
+    with (
+        torch.no_grad(),
+        _called(backbone, network, shape, half, gpu) as velocity,
+        memory.track_live_bytes() as held,
+    ):
+        velocity()
+    return held.peak
+
+
+@contextmanager
+def _called(
+    backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: bool
+) -> Generator[Callable[[], Tensor]]:
+    """Give what calls the velocity of latents of `shape` with `network`, all of them made of fake tensors."""
     import torch
     from torch import nn
 
@@ -68,15 +134,15 @@ def _step(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: 
     x, sigma = torch.empty(shape), torch.empty(shape[0])
     cond = Condition({name: torch.empty(shape[0], *one) for name, one in backbone.condition_shapes().items()})
     whole, backbone.transformer = backbone.transformer, network
+
+    def velocity() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+            return backbone.velocity(x, sigma, cond)
+
     try:
-        with memory.track_live_bytes() as held:
-            with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
-                v = backbone.velocity(x, sigma, cond)
-            held.kept = held.now
-            v.square().mean().backward()
+        yield velocity
     finally:
         backbone.transformer = whole
-    return held
 
 
 def _decoding(backbone: Any, shape: tuple[int, ...], beside: Frozen | None) -> int:
@@ -100,23 +166,6 @@ def _decoding(backbone: Any, shape: tuple[int, ...], beside: Frozen | None) -> i
             sum(scores, start=media.new_zeros(()) if scores else media.mean()).backward()
         peaks.append(held.peak)
     return peaks[0] + (rows - 1) * (peaks[-1] - peaks[0])
-
-
-def materialize(network: nn.Module) -> None:
-    """Replace tensors on the meta device by fake ones, with gradients, to which backward then adds in place."""
-    import torch
-    from torch import nn
-
-    for module in network.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            made = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-            made.grad = torch.empty_like(made) if p.requires_grad else None
-            setattr(module, name, made)
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-        for name, value in list(vars(module).items()):  # tables that are no buffers, as some networks of diffusers have
-            if isinstance(value, torch.Tensor):
-                setattr(module, name, torch.empty(value.shape, dtype=value.dtype))
 
 
 def _norm_like_a_gpu(norm: nn.Module) -> None:

@@ -23,11 +23,13 @@ class Frozen:
     rewards  the networks of rewards that do say; equal keys give one network
     graphs   the rewards of the stage that can tell what the graph of their score holds, each with its network; none
              for an objective that needs no gradient of rewards
+    scores   the rewards of the stage that can tell what a score takes, each with its network
     """
 
     decoder: Any
     rewards: Sequence[Any]
     graphs: Sequence[tuple[SizedScore, Any]]
+    scores: Sequence[tuple[SizedScore, Any]] = ()
 
     @staticmethod
     def of(pipeline: Pipeline, stage: Stage, backbone: Any) -> Frozen:
@@ -43,9 +45,9 @@ class Frozen:
             if all(reward != other for other, _ in blank):
                 blank.append((reward, reward.load_blank()))
         networks = {id(network): network for _, network in blank if network is not None}
-        own = [entry.value for entry in stage.reward] if "reward_gradient" in uses else []
-        graphs = [(r, n) for r, n in blank if r in own and n is not None and isinstance(r, SizedScore)]
-        return Frozen(decoder, list(networks.values()), graphs)
+        own = [entry.value for entry in stage.reward]
+        scores = [(r, n) for r, n in blank if r in own and n is not None and isinstance(r, SizedScore)]
+        return Frozen(decoder, list(networks.values()), scores if "reward_gradient" in uses else [], scores)
 
 
 def sized_rewards(pipeline: Pipeline, last: Stage | None = None) -> Iterator[SizedReward]:

@@ -32,7 +32,10 @@ class Gradients:
         import torch
 
         norm = torch.nn.utils.get_total_norm(self._local())
-        return self.ranks.all_reduce(norm.to(self.ranks.device) ** 2).sqrt() if self.ranks.sharded else norm
+        if not self.ranks.sharded:
+            return norm
+        held = self.ranks.layout.replicate  # each shard is counted as often as it is held
+        return (self.ranks.all_reduce(norm.to(self.ranks.device) ** 2) / held).sqrt()
 
     def multiply(self, factor: Tensor) -> None:
         """Multiply all gradients by `factor` []."""
@@ -62,6 +65,20 @@ class Gradients:
             if p.grad is None:
                 p.grad = held
         self._held = {}
+
+    def drop(self) -> None:
+        """Free all gradients, held ones too."""
+        self._held = {}
+        for p in self.trainable.values():
+            p.grad = None
+
+    def average(self) -> None:
+        """Replace each gradient by its mean over all ranks, as DDP's exchange does in a backward."""
+        import torch
+
+        for p in self.trainable.values():
+            mine = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = self.ranks.all_reduce(mine / self.ranks.world)
 
     def _local(self) -> list[Tensor]:
         return weights.local(p.grad for p in self.trainable.values() if p.grad is not None)

@@ -4,7 +4,8 @@ A step takes one batch, which the objective turns into experience: one or more p
 optimizer step trains on. A part is cut into micro-batches, whose loss the objective yields in terms; a term is
 backpropagated and its graph freed before the next one is computed. Then the gradient is divided once, by the number of
 items on all ranks, and the optimizer takes its step. Where the objective is a weighted sum, all but the optimizer's
-step is done for one of its objectives after the other.
+step is done for one of its objectives after the other. Where memory runs out before a weight has changed, the step is
+taken again in smaller pieces.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import attrs
 from attrs import define
 
 from corefit.data import loader
+from corefit.data.coding import Coder
 from corefit.data.order import BatchSampler
 from corefit.errors import NonFinite, Stopped
 from corefit.plugins import contract
@@ -27,13 +29,17 @@ from corefit.rollout.noise import LogitNormal
 from corefit.rollout.samplers import Ode
 from corefit.system import memory
 from corefit.system.ranks import Ranks
-from corefit.train import remedies, weights
+from corefit.train import measuring, remedies, reporting, weights
 from corefit.train.alarm import Watch
 from corefit.train.gradients import Gradients
-from corefit.train.job import Cost, Job, Metrics
+from corefit.train.job import Cost, Job
 from corefit.train.meters import NonFiniteGuard
+from corefit.train.optimizer import Steps
+from corefit.train.retry import Retry
+from corefit.train.sharding import Sharding, reshard
+from corefit.train.sizes import Sizes
 from corefit.train.state import State
-from corefit.types import Batch, Weighted, blame
+from corefit.types import Batch, blame
 from corefit.types.objective import (
     Context,
     Objective,
@@ -43,11 +49,9 @@ from corefit.types.objective import (
     term_names,
     weighted_objectives,
 )
-from corefit.types.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
 
 
 def train(job: Job, ranks: Ranks) -> Cost:
@@ -73,17 +77,18 @@ def train(job: Job, ranks: Ranks) -> Cost:
 class Loop:
     """A stage in training.
 
-    objectives  the terms of the stage's weighted sum, or its one objective, without a name
     ctx         what objectives may use
     state       how far training has come: all that a checkpoint holds
+    retry       takes a step again where memory ran out
     """
 
     job: Job
     ranks: Ranks
-    objectives: tuple[Weighted[Objective[Any]], ...]
     ctx: Context
     gradients: Gradients
+    sharding: Sharding
     state: State
+    retry: Retry
     _is_first_step: bool = True
     """Whether this process has not taken a step yet."""
     _draws: list[float] | None = None
@@ -106,37 +111,41 @@ class Loop:
             backbone, ranks, frozen_in_bf16=job.frozen_in_bf16, adapter=job.adapter, mode=job.mode, seed=job.seed
         )
         backbone.empty = job.dataset.null.to(device)
-        uses, copies = stage.objective.uses, weights.MovingCopy.declared(stage.objective, trainable)
-        frozen = functools.partial(weights.called_with, backbone, trainable)
+        uses, on_host = stage.objective.uses, stage.copies == "cpu"
+        copies = weights.MovingCopy.declared(stage.objective, trainable, on_host=on_host)
+        called = len(copies) + ("reference" in uses)
+        sharding = Sharding.of(backbone.transformer, ranks, called)
+        frozen = functools.partial(weights.called_with, backbone, trainable, sharding=sharding)
         ctx = Context(
             backbone=backbone,
             sampler=stage.sampler or Ode(),
             noise=stage.noise or LogitNormal(),
             rng=Rng((job.seed, stage.name), []),
             rewards=stage.reward,
-            reference=frozen(weights.copied(trainable)) if "reference" in uses else None,
-            micro_batch=stage.micro_batch or stage.rows,
-            gather=ranks.all_gather,
+            reference=frozen(weights.copied(trainable, on_host=on_host)) if "reference" in uses else None,
             copies={name: frozen(held.tensors) for name, held in copies.items()},
             steps=stage.steps,
             held_out=stage.held_out,
+            decode=Coder(backbone).decode,
         )
         # a sharded network only gets autocast; another one is wrapped in DDP as well
-        backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, evaluation_mode=ranks.sharded)
+        weights.prepare(backbone, ranks, evaluation=ranks.sharded)
         state = State(
             stage=stage.name,
             folder=job.folder / "checkpoints",
             ranks=ranks,
             transformer=backbone.transformer,
             trainable=trainable,
-            optimizer=_optimizer(stage, trainable),
-            ema=weights.Ema.of(trainable, stage.ema) if stage.ema is not None else None,
+            optimizer=Steps.of(stage.optimizer, trainable),
+            ema=weights.Ema.of(trainable, stage.ema, on_host=on_host) if stage.ema is not None else None,
             guard=NonFiniteGuard.none(device, term_names(stage.objective), stage.skips),
+            sizes=Sizes.of(stage, ranks.data_world),
             copies=copies,
             watch=Watch(stage.watch) if stage.watch else None,
         )
-        objectives, gradients = weighted_objectives(stage.objective), Gradients(trainable, ranks)
-        return Loop(job=job, ranks=ranks, objectives=objectives, ctx=ctx, gradients=gradients, state=state)
+        gradients = Gradients(trainable, ranks)
+        retry = Retry(ranks, state, gradients)
+        return Loop(job=job, ranks=ranks, ctx=ctx, gradients=gradients, sharding=sharding, state=state, retry=retry)
 
     def batches(self) -> Generator[Batch, None, None]:
         """Yield this rank's share of each step's batch, endlessly, from the next step on."""
@@ -153,8 +162,8 @@ class Loop:
             dataset,
             sampler,
             start=self.state.step,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
+            rank=self.ranks.data_rank,
+            world=self.ranks.data_world,
             device=self.ranks.device,
             extra=further_media(stage.objective),
         )
@@ -163,14 +172,15 @@ class Loop:
         """Turn one batch into experience, and take an optimizer step on each part of it."""
         started = time.perf_counter()
         self._set_learning_rate()
-        ctx = attrs.evolve(self.ctx, first=self._is_first_step, step=self.state.step)
-        self._draws = [] if self._is_first_step and self.ranks.world > 1 else None
         number = self.job.stage.objective.num_updates
         moves = iter(range(self.state.step * number + 1, (self.state.step + 1) * number + 1))
         try:
-            for update, parts_of_update in enumerate(self._parts_by_update(batch, ctx)):
-                self._train_on(parts_of_update, update, ctx)
-                self.state.move_copies("update", next(moves))
+            with self.sharding.step():
+                for scale, no_items in self._gradients(batch):
+                    with self._explain_exhaustion("the optimizer's step"):
+                        self.gradients.merge()
+                        self._apply_gradient(scale, no_items)
+                    self.state.move_copies("update", next(moves))
         except NonFinite:  # raised by the experience: no weight has changed because of it
             if self._skipped_too_many():
                 raise
@@ -182,23 +192,50 @@ class Loop:
         self.state.move_copies("batch", self.state.step)
         if self.ranks.device.type == "cpu":  # where looking costs no wait
             self.state.guard.refuse(self.job.stage.name, self.ranks)
+        self.state.sizes.fitted(batch.shape)
         self.state.add_time(self.job.stage.rows, time.perf_counter() - started)
         self._is_first_step = False
 
+    def _gradients(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Accumulate the gradient of each optimizer step in turn; yield its factor [], and whether it has no items.
+
+        Where memory runs out, all that came before the first optimizer step is done again. Later, when weights have
+        changed, only the part in progress is.
+        """
+        self._choose_sizes(batch)
+        self.retry.begin(batch.shape)
+        parts, gradient = self.retry.until_it_fits(lambda: self._first_gradient(batch))
+        yield gradient
+        for update, parts_of_update in enumerate(parts, 1):
+            again = functools.partial(self._accumulate, parts_of_update, update)
+            yield self.retry.until_it_fits(again)
+
+    def _first_gradient(self, batch: Batch) -> tuple[Iterator[tuple[Part, ...]], tuple[Tensor, Tensor]]:
+        """Begin the experience, and accumulate the gradient of its first part; return the other parts, and that."""
+        self._draws = [] if self._is_first_step and self.ranks.world > 1 else None
+        parts = self._parts_by_update(batch)
+        return parts, self._accumulate(next(parts), 0)
+
+    def _choose_sizes(self, batch: Batch) -> None:
+        """In the first step, choose the sizes to begin with by what a GPU has room for."""
+        sizes, shapes = self.state.sizes, self.job.dataset.manifest.shapes
+        if not sizes.chosen and sizes.are_free:
+            most = measuring.rows_that_fit(self.job.backbone, self.state, self.sharding, batch, shapes)
+            sizes.choose(most)
+
     def _set_learning_rate(self) -> None:
         """Give the optimizer the learning rate of the step that begins."""
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = self.job.stage.optimizer.rate(self.state.step, self.job.stage.steps)
+        self.state.optimizer.set_rate(self.job.stage.optimizer.rate(self.state.step, self.job.stage.steps))
 
-    def _parts_by_update(self, batch: Batch, ctx: Context) -> Iterator[tuple[Part, ...]]:
+    def _parts_by_update(self, batch: Batch) -> Iterator[tuple[Part, ...]]:
         """Yield, for each optimizer step, the part of the experience that each objective trains on.
 
         In a sum with groups, an objective that makes none gets one row of each group. One that takes a single
         optimizer step trains on its part again in each of the others' steps.
         """
-        whole = self.job.stage.objective
+        whole, ctx = self.state.sizes.objective, self._context()
         streams: list[Iterable[Part]] = []
-        for index, each in enumerate(self.objectives):
+        for index, each in enumerate(weighted_objectives(whole)):
             stride = whole.group_size // each.value.group_size
             rows = batch[::stride] if stride > 1 else batch
             stream = checked_parts(each.value, rows, self._bound(ctx, self._rng("experience", 0, rows, index), index))
@@ -207,14 +244,15 @@ class Loop:
         with self._explain_exhaustion("the experience"):
             yield from zip(*streams, strict=True)
 
-    def _train_on(self, parts_of_update: tuple[Part, ...], update: int, ctx: Context) -> None:
-        """Backpropagate each objective's part in micro-batches, then take one optimizer step."""
+    def _accumulate(self, parts_of_update: tuple[Part, ...], update: int) -> tuple[Tensor, Tensor]:
+        """Backpropagate each objective's part in micro-batches; return as `_gradients` yields."""
         import torch
 
-        is_sum = len(self.objectives) > 1
+        ctx, objectives = self._context(), weighted_objectives(self.state.sizes.objective)
+        is_sum = len(objectives) > 1
         scale = ones = torch.ones((), device=self.ranks.device)
         no_items, terms_before = ones > 0, 0
-        for index, (each, part) in enumerate(zip(self.objectives, parts_of_update, strict=True)):
+        for index, (each, part) in enumerate(zip(objectives, parts_of_update, strict=True)):
             prefix = self._prefix(index)
             for name, values in part.metrics.items():
                 self.state.means.add(prefix + name, values)
@@ -226,6 +264,7 @@ class Loop:
                 is_last = start == starts[-1]
                 count = count + self._backward(each.value, micro_batch, bound, prefix, terms_before, is_last=is_last)
             terms_before += each.value.num_terms
+            self.retry.exchange()
             total = self._global_count(count)
             # DDP and FSDP2 give the mean of the ranks' gradients: times world, it is their sum
             scale = torch.where(total > 0, each.weight * self.ranks.world / total, 0)
@@ -233,9 +272,12 @@ class Loop:
             if is_sum:
                 self.state.means.add(f"grad_norm/{each.name}", self.gradients.hold(scale))
                 scale = ones
-        with self._explain_exhaustion("the optimizer's step"):
-            self.gradients.merge()
-            self._apply_gradient(scale, no_items)
+        return scale, no_items
+
+    def _context(self) -> Context:
+        """Return what objectives may use in the step in progress."""
+        rows, first, step = self.state.sizes.rows, self._is_first_step, self.state.step
+        return attrs.evolve(self.ctx, first=first, step=step, micro_batch=rows, gather=self.retry.gather)
 
     def _backward(
         self,
@@ -275,8 +317,12 @@ class Loop:
         return count
 
     def _gradient_exchange(self, exchanges: bool) -> Any:
-        """Let DDP exchange gradients only where `exchanges`; FSDP2 does in each backward, for it keeps shards alone."""
-        if exchanges or self.ranks.sharded:
+        """Let gradients be exchanged only where `exchanges`; FSDP2 does it in each backward where it keeps shards.
+
+        As long as the ranks agree first, DDP exchanges nothing: a rank that ran out of memory would never join in.
+        """
+        self.sharding.exchange(exchanges)
+        if self.ranks.sharded or (exchanges and not self.retry.agrees):
             return nullcontext()
         return self.ranks.accelerator.no_sync(self.state.transformer)
 
@@ -287,13 +333,13 @@ class Loop:
         mine = torch.as_tensor(count, dtype=torch.float32, device=self.ranks.device)
         total, faults = self.ranks.all_reduce(torch.stack([mine, self.state.guard.found.float()]))
         self.state.guard.found = faults > 0
-        return total
+        return total / self.ranks.layout.context  # ranks that share samples counted the same items
 
     def _apply_gradient(self, scale: Tensor, no_items: Tensor) -> None:
         """Multiply the gradient by `scale` [], clip it and take the optimizer's step, without a wait for the device.
 
-        Where `no_items` (bool []), or where a loss or gradient of any rank was not finite, the fused optimizer leaves
-        every weight as it is.
+        Where `no_items` (bool []), or where a loss or gradient of any rank was not finite, the optimizer leaves every
+        weight as it is.
         """
         norm = self.gradients.norm() * scale
         self.state.guard.check(norm, self.state.step, -1)
@@ -301,9 +347,8 @@ class Loop:
         self.gradients.multiply(scale * (limit / (norm + 1e-6)).clamp(max=1))
         skipped = self.state.guard.end_update()
         unchanged = skipped | no_items
-        self.state.optimizer.found_inf = unchanged.float()  # pyright: ignore[reportAttributeAccessIssue]
-        self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=True)
+        self.sharding.release()
+        self.state.optimizer.take(unchanged)
         if self.state.ema:
             self.state.ema.update(self.state.trainable, unchanged)
         self.state.means.add("grad_norm", norm)
@@ -323,7 +368,8 @@ class Loop:
 
     def _prefix(self, objective: int) -> str:
         """Return what the names of an objective's metrics begin with: its own name in a sum."""
-        return f"{self.objectives[objective].name}/" if len(self.objectives) > 1 else ""
+        objectives = weighted_objectives(self.job.stage.objective)
+        return f"{objectives[objective].name}/" if len(objectives) > 1 else ""
 
     def _bound(self, ctx: Context, rng: Rng, objective: int) -> Context:
         """Return the context of one call of an objective: its randomness, and where its held-out scores are logged."""
@@ -333,9 +379,11 @@ class Loop:
     def _explain_exhaustion(self, what: str) -> AbstractContextManager[None]:
         """Say in which stage and step memory ran out, while `what` was computed."""
         job, ranks = self.job, self.ranks
-        helps = remedies.step_helps(job.stage, job.mode, job.backbone, ranks.world, sharded=ranks.sharded)
+        sizes, sharded, where = self.state.sizes, ranks.sharded, f"stage {job.stage.name}, step {self.state.step + 1}"
         return memory.explain_exhaustion(
-            f"stage {job.stage.name}, step {self.state.step + 1}, {what}", helps, remedies.KEPT
+            f"{where}, {what}",
+            lambda: remedies.step_helps(sizes.sized, job.mode, job.backbone, ranks.world, sharded=sharded),
+            remedies.KEPT,
         )
 
     def report_start(self) -> None:
@@ -349,8 +397,9 @@ class Loop:
         Logged steps are the only ones that wait for the device.
         """
         step, listener = self.state.step, self.job.listener
-        metrics = self._metrics() if self.job.stage.reports(step) else {}
-        alarm = self._alarm(metrics) if metrics else ""
+        stage, state, ranks = self.job.stage, self.state, self.ranks
+        metrics = reporting.take_metrics(stage, state, ranks) if stage.reports(step) else {}
+        alarm = reporting.alarm(state, metrics, ranks) if metrics else ""
         metrics = {**metrics, "alarm": 1.0} if alarm else metrics
         listener.stepped(step, metrics)
         if metrics:
@@ -358,24 +407,6 @@ class Loop:
                 listener.logged(step, metrics)
         if alarm:
             listener.alarmed(alarm)
-
-    def _alarm(self, metrics: Metrics) -> str:
-        """Return what the alarm says of a logged step, "" if it does not sound; the ranks agree on the metrics."""
-        watch = self.state.watch
-        return watch.see(self.state.step, self.ranks.broadcast_object(metrics)) if watch else ""
-
-    def _metrics(self) -> Metrics:
-        stage, state = self.job.stage, self.state
-        state.guard.refuse(stage.name, self.ranks)
-        samples, seconds = state.unreported
-        state.unreported = (0, 0.0)
-        return {
-            **state.means.take(self.ranks),
-            **({"skipped": float(state.guard.skipped)} if stage.skips else {}),
-            "lr": stage.optimizer.rate(state.step - 1, stage.steps),
-            "samples_per_second": samples / max(seconds, 1e-9),
-            "seconds": state.seconds,
-        }
 
     @property
     def ended_by(self) -> str:
@@ -409,22 +440,8 @@ class Loop:
         backbone.transformer = ranks.accelerator.unwrap_model(state.transformer)
         ranks.accelerator.free_memory()
         if ranks.sharded:
-            backbone.transformer.reshard()  # sampling leaves the weights of the root module gathered
+            reshard(backbone.transformer)  # sampling leaves the weights of the root module gathered
         for name, average in state.ema.average.items() if state.ema else ():
             state.trainable[name].data.copy_(average)
         rows = self.job.stage.rows * state.step
         return Cost(state.seconds, rows / max(state.seconds, 1e-9), memory.peak(ranks.device))
-
-
-def _optimizer(stage: Stage, trainable: weights.Trainable) -> Optimizer:
-    import torch
-
-    keys = stage.optimizer
-    return torch.optim.AdamW(
-        list(trainable.values()),
-        lr=keys.lr,
-        betas=keys.betas,
-        eps=keys.eps,
-        weight_decay=keys.weight_decay,
-        fused=True,
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import define, field
@@ -31,6 +31,15 @@ class MetricMeans:
         values = values.detach().double()
         pair = torch.stack([values.sum(), torch.full_like(values.sum(), values.numel())])
         self._pending[name] = self._pending[name].to(pair.device) + pair if name in self._pending else pair
+
+    def undoable(self) -> Callable[[], None]:
+        """Return what takes back the values that are added from now on in the optimizer step in progress."""
+        before = dict(self._pending)
+
+        def undo() -> None:
+            self._pending = dict(before)
+
+        return undo
 
     def end_update(self, skipped: Tensor) -> None:
         """End the optimizer step in progress: count its values, or drop them where it was skipped (bool [])."""
@@ -103,6 +112,15 @@ class NonFiniteGuard:
         place = torch.stack([torch.full_like(self.place[0], step), torch.full_like(self.place[1], term)])
         self.place = torch.where(bad & ~self.found & ~self.exceeded, place, self.place)
         self.found = self.found | bad
+
+    def undoable(self) -> Callable[[], None]:
+        """Return what takes back the faults that are noted from now on in the optimizer step in progress."""
+        place, found = self.place, self.found
+
+        def undo() -> None:
+            self.place, self.found = place, found
+
+        return undo
 
     def end_update(self) -> Tensor:
         """End the optimizer step in progress; return whether it must be skipped, bool []."""

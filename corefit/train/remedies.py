@@ -1,37 +1,155 @@
-"""What to propose where memory runs out: keys of a pipeline that would save some and are not set so already."""
+"""What takes less memory: keys of a pipeline that are not set so already, in the order of what they cost."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from attrs import fields, has
+from attrs import fields, frozen, has
 
 from corefit.types import ROUNDING
 from corefit.types.objective import weighted_objectives
 from corefit.types.stage import Full, Lora, Stage
 
+if TYPE_CHECKING:
+    from corefit.pipeline.pipeline import Pipeline
+    from corefit.train.estimate import Device, Estimate
+
 KEPT = "Checkpoints are whole, and the same command goes on from the newest"
+FILLED = 0.8
+"""Share of a device that sharded weights may take; the rest is for activations."""
+BITS = ("bf16", "fp8", "int8", "nf4")
+"""Dtypes of a frozen base, from the most bytes to the fewest; int8 takes as many as fp8 and rounds otherwise."""
+FEWER = {"bf16": "fp8", "fp8": "nf4", "int8": "nf4"}
+"""The next dtype that takes fewer bytes."""
+COSTS = {
+    "micro_batch": "nothing but time where forwards get too small",
+    "encode_batch": "nothing",
+    "batch": "nothing",
+    "chunk": "up to 10 % of the time",
+    "gradient_checkpointing": "a third more time",
+    "offload_text": "time while prompts are encoded",
+    "copies": "time to copy them each step",
+    "optimizer": "its state is rounded to 8 bits",
+    "frozen": "the base is rounded; `corefit check --measure` shows how much is lost",
+    "gather": "weights are gathered in each forward and backward",
+    "offload": "time to copy the blocks in each forward",
+    "train": "another way of training: an adapter in place of all weights",
+    "shard": "weights are gathered from other devices",
+}
+"""What a key costs, by its last name."""
+
+
+@frozen
+class Remedy:
+    """A key and a value that take less memory.
+
+    key   such as "stage.soar.micro_batch"
+    value as TOML
+    now   the value that it has, where that is worth saying
+    where a remark, such as how many devices it takes
+    """
+
+    key: str
+    value: str
+    now: int | None = None
+    where: str = ""
+
+    @property
+    def setting(self) -> str:
+        """The remedy as `--set` takes it."""
+        return f"{self.key}={self.value}"
+
+    @property
+    def cost(self) -> str:
+        """What it costs, in words."""
+        return COSTS.get(self.key.rpartition(".")[2], "")
+
+    def __str__(self) -> str:
+        now = "" if self.now is None else f" (now {self.now})"
+        return f"{self.key} = {self.value}{now}{self.where}"
+
+
+def ladder(
+    stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool, gather: str = "term"
+) -> Iterator[Remedy]:
+    """Yield what would take less memory in a stage's training and is not set yet, in the order of what it costs."""
+    name = f"stage.{stage.name}"
+    rows = min(stage.micro_batch or 1, max(1, stage.rows // world))
+    if rows > 1:
+        yield Remedy(f"{name}.micro_batch", str(rows // 2), rows)
+    for each in weighted_objectives(stage.objective):
+        path = f"{name}.objective{f'.of.{each.name}' if each.name else ''}"
+        yield from (Remedy(f"{path}.{key}", str(value // 2), value) for key, value in _larger(each.value))
+    if getattr(backbone, "gradient_checkpointing", True) is False:
+        yield Remedy("backbone.gradient_checkpointing", "true")
+    yield from weight_remedies(stage, mode, backbone, world, sharded=sharded, gather=gather)
+
+
+def weight_remedies(
+    stage: Stage | None, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool, gather: str = "term"
+) -> Iterator[Remedy]:
+    """Yield what makes weights, gradients, optimizer state and copies smaller, in the order of what it costs."""
+    if stage is not None:
+        yield from _state_remedies(stage)
+    now = getattr(backbone, "frozen", None)
+    if isinstance(mode, Lora) and now in FEWER:
+        yield Remedy("backbone.frozen", f'"{FEWER[now]}"')
+    if sharded and gather != "term":
+        yield Remedy("gather", '"term"')
+    if getattr(backbone, "offload", "blocks") == "none" and isinstance(mode, Lora):
+        yield Remedy("backbone.offload", '"blocks"')
+    if isinstance(mode, Full):
+        own = stage is not None and stage.train is not None
+        yield Remedy(f"stage.{stage.name}.train" if own and stage else "backbone.train", '{ use = "lora" }')
+    if not sharded:
+        yield Remedy("shard", "true", where="" if world > 1 else " on several devices")
+
+
+def _state_remedies(stage: Stage) -> Iterator[Remedy]:
+    name = f"stage.{stage.name}"
+    copied = stage.ema is not None or "reference" in stage.objective.uses or getattr(stage.objective, "copies", {})
+    if copied and getattr(stage, "copies", "cpu") != "cpu":
+        yield Remedy(f"{name}.copies", '"cpu"')
 
 
 def step_helps(stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool) -> list[str]:
     """List the keys of a stage that would save memory in a step and are not set so already."""
-    rows = min(stage.micro_batch or stage.rows, stage.rows // world)
-    name = f"stage.{stage.name}"
-    helps = [f"{name}.micro_batch = {rows // 2} (now {rows})"] if rows > 1 else []
-    for each in weighted_objectives(stage.objective):
-        path = f"{name}.objective{f'.of.{each.name}' if each.name else ''}"
-        helps += [f"{path}.{key} = {value // 2} (now {value})" for key, value in _larger(each.value)]
-    if getattr(backbone, "gradient_checkpointing", True) is False:
-        helps.append("backbone.gradient_checkpointing = true")
-    return [*helps, *weights_helps(mode, world, sharded=sharded)]
+    return [str(each) for each in ladder(stage, mode, backbone, world, sharded=sharded)]
 
 
-def weights_helps(mode: Full | Lora, world: int, *, sharded: bool) -> list[str]:
+def weights_helps(mode: Full | Lora, world: int, *, sharded: bool, backbone: Any = None) -> list[str]:
     """List the keys that would make weights, gradients and optimizer state smaller and are not set so already."""
-    lora = ['backbone.train = { use = "lora" }'] if isinstance(mode, Full) else []
-    more = [] if sharded else ["shard = true" if world > 1 else "shard = true on several devices"]
-    return [*lora, *more]
+    return [str(each) for each in weight_remedies(None, mode, backbone, world, sharded=sharded)]
+
+
+def room_helps(pipeline: Pipeline, stage: Stage, e: Estimate, device: Device, world: int) -> Iterator[str]:
+    """Yield what would help where weights and all that training keeps of them do not fit."""
+    mode = pipeline.mode(stage)
+    if isinstance(mode, Lora) and not device.half(pipeline.precision):
+        yield 'precision = "bf16"'
+    for each in weight_remedies(stage, mode, pipeline.backbone, world, sharded=True, gather=pipeline.gather):
+        yield str(each)
+    if stage.ema is not None and getattr(stage, "copies", None) != "cpu":
+        yield f"{stage.name}.ema left out"
+    if e.rewards:
+        yield 'device = "cpu" for a reward'
+    each = e.decoder + e.rewards  # which are not sharded
+    whole, room = (e.certain - e.exchanged - each) * (world if pipeline.shard else 1), device.memory * FILLED - each
+    if room > 0:
+        yield f"shard = true on {math.ceil(whole / room)} devices or more"
+
+
+def pipeline_ladder(pipeline: Pipeline, stage: Stage, world: int) -> Iterator[Remedy]:
+    """Yield what would take less memory in any phase of a stage and is not set yet, in the order of what it costs."""
+    if pipeline.data.encode_batch > 1:
+        yield Remedy("data.encode_batch", str(pipeline.data.encode_batch // 2), pipeline.data.encode_batch)
+    if pipeline.eval and pipeline.eval.batch > 1:
+        yield Remedy("eval.batch", str(pipeline.eval.batch // 2), pipeline.eval.batch)
+    sharded = pipeline.shard or world == 1
+    gather = pipeline.gather if pipeline.shard and world > 1 else "term"
+    yield from ladder(stage, pipeline.mode(stage), pipeline.backbone, world, sharded=sharded, gather=gather)
 
 
 def _larger(plugin: Any) -> Iterator[tuple[str, int]]:

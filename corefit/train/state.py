@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +14,12 @@ from corefit.system.ranks import SINGLE, Ranks
 from corefit.train import checkpoint, weights
 from corefit.train.alarm import Watch, refuse_non_finite
 from corefit.train.meters import MetricMeans, NonFiniteGuard
+from corefit.train.optimizer import Steps
+from corefit.train.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.optim import Optimizer
 
 
 @define(eq=False, kw_only=True)
@@ -28,9 +29,11 @@ class State:
     folder       where the stage's checkpoints lie
     transformer  the network under training, wrapped in DDP or sharded where there are several ranks
     trainable    the parameters that train, by name
+    optimizer    takes its steps, and holds its state
     ema          their moving average, where the stage keeps one
     copies       the copies of them that the objective declares, by name
     watch        watches the held-out rewards, where the stage has any
+    sizes        how many rows a forward has
     step         number of finished steps
     seconds      time that these steps took
     unreported   samples and seconds since the last logged step
@@ -41,9 +44,10 @@ class State:
     ranks: Ranks
     transformer: torch.nn.Module
     trainable: weights.Trainable
-    optimizer: Optimizer
+    optimizer: Steps
     ema: weights.Ema | None
     guard: NonFiniteGuard
+    sizes: Sizes
     copies: Mapping[str, weights.MovingCopy] = field(factory=dict[str, weights.MovingCopy])
     means: MetricMeans = field(factory=MetricMeans)
     watch: Watch | None = None
@@ -63,6 +67,16 @@ class State:
         self.seconds += seconds
         self.unreported = (self.unreported[0] + samples, self.unreported[1] + seconds)
 
+    def undoable(self) -> Callable[[], None]:
+        """Return what takes back the metrics and faults that the optimizer step in progress notes from now on."""
+        undo = self.means.undoable(), self.guard.undoable()
+
+        def take_back() -> None:
+            for each in undo:
+                each()
+
+        return take_back
+
     def move_copies(self, per: str, n: int) -> None:
         """Make the n-th move of the stage, counted from 1, of the copies that move `per` batch or update."""
         for held in self.copies.values():
@@ -78,8 +92,9 @@ class State:
 
         self.guard.refuse(self.stage, self.ranks)
         held = [self.trainable, self.ema.average if self.ema else {}, *(each.tensors for each in self.copies.values())]
+        weights.settle(self.ranks.device)
         tensors = weights.local(t for each in held for t in each.values())
-        finite = bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+        finite = bool(torch.stack([t.isfinite().all().to(self.ranks.device) for t in tensors]).all())
         if self.ranks.any(not finite):
             raise TrainingError(
                 f"stage {self.stage}: the weights after step {self.step} are not finite and are not saved; the "
@@ -103,6 +118,7 @@ class State:
             return None
         tensors = {**self._tensors(), **{f"means/{name}": t for name, t in means.items()}}
         info = {"seconds": self.seconds, "since": list(self.unreported), "identity": identity}
+        info |= {"sizes": self.sizes.state()}
         info |= {"alarm": self.watch.state()} if self.watch else {}
         holders = self.ranks if self.ranks.sharded else SINGLE
         return checkpoint.save(self.folder, self.step, tensors, info, keep, holders)
@@ -119,26 +135,30 @@ class State:
             self.ranks.accelerator.print(message)
         if found is None:
             return
-        shapes = found.shapes()
-        self._require_same_copies(found.path, shapes)
-        self._allocate_optimizer(shapes)
-        names = [name for name in shapes if name.startswith("means/")]
-        means = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in names}
-        found.read({**self._tensors(), **means})
+        stored = found.stored()
+        self._require_same_copies(found.path, stored)
+        names = [name for name in stored if name.startswith("means/")]
+        means = {name: torch.zeros(stored[name][0], dtype=torch.float64) for name in names}
+        slots = self.optimizer.slots(stored)
+        found.read({**self._weights(), **slots, **means})
+        self.optimizer.restore(slots)
         if self.ranks.main:
             checkpoint.keep_newest(self.folder, keep)  # a process killed after saving has not removed older ones
         self.step, self.seconds = found.step, found.info["seconds"]
         self.unreported = (found.info["since"][0], found.info["since"][1])
+        if "sizes" in found.info:  # a checkpoint of an earlier version has none
+            self.sizes.restore(found.info["sizes"])
         if self.watch and "alarm" in found.info:  # held-out rewards may be new since the checkpoint was written
             self.watch.restore(found.info["alarm"])
         self.means.restore({name.removeprefix("means/"): t for name, t in means.items()}, self.ranks)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint that are equal on all ranks, or this rank's shards of them."""
+        return {**self._weights(), **self.optimizer.tensors()}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Return the weights, their average and copies, and the count of skipped steps."""
         tensors: dict[str, Tensor] = {f"weights/{name}": p for name, p in self.trainable.items()}
-        for name, parameter in self.trainable.items():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{name}"] = value
         if self.ema:
             tensors |= {f"ema/{name}": t for name, t in self.ema.average.items()}
         for copy, held in self.copies.items():
@@ -153,15 +173,3 @@ class State:
                 f"stage {self.stage}: {path} holds the copies {sorted(found)} of the weights, and the objective "
                 f"declares {sorted(self.copies)}; their names must follow from its keys, and from none marked ROUNDING"
             )
-
-    def _allocate_optimizer(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Allocate the optimizer's state of these shapes, which torch itself would do in the first step."""
-        import torch
-
-        for name, shape in shapes.items():
-            kind, _, rest = name.partition("/")
-            if kind == "optimizer":
-                key, _, weight = rest.partition("/")
-                parameter = self.trainable[weight]
-                value = torch.zeros_like(parameter) if shape else torch.zeros((), device=parameter.device)
-                self.optimizer.state[parameter][key] = value.detach()

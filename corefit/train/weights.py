@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Real
 from pathlib import Path
@@ -18,7 +18,8 @@ from attrs import define
 
 from corefit.errors import ConfigError
 from corefit.system.ranks import Ranks
-from corefit.types import Backbone, Moving, StoredTensors, Streamed
+from corefit.train.sharding import Sharding, fill, is_adapter, is_sharded, local, reshard, shard
+from corefit.types import Backbone, Moving, Offloading, StoredTensors, Streamed
 from corefit.types.blame import require_result
 from corefit.types.objective import Objective, moving_copies, weighted_objectives
 from corefit.types.stage import Full, Lora
@@ -54,10 +55,11 @@ def load(
 
     dtype = torch.bfloat16 if frozen_in_bf16 else torch.float32
     streamed = backbone if ranks.sharded and isinstance(backbone, Streamed) else None
+    waiting = offloading(backbone)
     if streamed:
         streamed.load_empty(dtype)
     else:
-        backbone.load(torch.device("cpu") if ranks.sharded else ranks.device, dtype)
+        backbone.load(torch.device("cpu") if ranks.sharded or waiting else ranks.device, dtype)
     if adapter:
         backbone.load_lora(adapter)
     if mode:
@@ -66,11 +68,24 @@ def load(
             _materialize_adapter(backbone.transformer)
             seed_adapter(trainable(backbone.transformer), seed)
     if ranks.sharded:
-        shard(backbone.transformer, ranks.device)
+        shard(backbone.transformer, ranks.device, ranks.layout.replicate)
         if streamed:
             fill(backbone.transformer, streamed, ranks.device)
         backbone.place(ranks.device, dtype)
+    elif waiting:
+        waiting.settle(ranks.device)
     return trainable(backbone.transformer) if mode else {}
+
+
+def offloading(backbone: Backbone) -> Offloading | None:
+    """Return the backbone if most of its weights wait in main memory while they are not used."""
+    return backbone if isinstance(backbone, Offloading) and backbone.offloads else None
+
+
+def prepare(backbone: Backbone, ranks: Ranks, *, evaluation: bool) -> None:
+    """Put the loaded network under autocast, and for training on several processes into DDP."""
+    place = False if offloading(backbone) else None  # None moves all of it to the device, where it is already
+    backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, place, evaluation_mode=evaluation)
 
 
 def make_trainable(backbone: Backbone, mode: Full | Lora) -> Trainable:
@@ -151,71 +166,6 @@ def seed_adapter(parameters: Trainable, seed: int) -> None:
         if ".lora_A." in name:
             draw = generator(seed, "lora", name).standard_normal(tuple(parameter.shape), "float32")
             parameter.data.copy_(torch.from_numpy(draw) / parameter.shape[0])
-
-
-def shard(transformer: torch.nn.Module, device: torch.device) -> None:
-    """Shard every parameter over the ranks (FSDP2). Each item of a ModuleList, a block, is gathered by itself."""
-    import torch.distributed as dist
-    from torch import nn
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    lists = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.ModuleList)}
-    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    for block in (block for blocks in outer for block in blocks):
-        fully_shard(block, mesh=mesh)
-    fully_shard(transformer, mesh=mesh)
-
-
-def is_sharded(transformer: torch.nn.Module) -> bool:
-    """Return whether `shard` has been called on the network."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(transformer, FSDPModule)
-
-
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return this rank's shards of DTensors, and other tensors themselves; the memory is shared with them."""
-    return [_local(t.detach()) for t in tensors]
-
-
-def _local(t: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-def fill(transformer: torch.nn.Module, backbone: Streamed, device: torch.device) -> None:
-    """Read this rank's shard of every weight from the files; an adapter, which has its values already, stays."""
-    import torch
-
-    transformer._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)  # pyright: ignore[reportPrivateUsage]
-    with torch.no_grad(), backbone.stored() as stored:
-        for name, tensor in transformer.state_dict().items():
-            if not is_adapter(name):
-                _local(tensor).copy_(stored[plain_name(name)][_local_rows(tensor)])
-
-
-def _local_rows(tensor: Any) -> slice:
-    """Return which rows of a tensor this rank holds: all, or those that fully_shard gives it, cut as by torch.chunk."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(tensor, DTensor):
-        return slice(None)
-    size = -(-tensor.shape[0] // tensor.device_mesh.size())
-    start = min(size * tensor.device_mesh.get_local_rank(), tensor.shape[0])
-    return slice(start, start + len(tensor.to_local()))
-
-
-def plain_name(name: str) -> str:
-    """Return a weight's name without what peft puts into it."""
-    return name.replace(".base_layer.", ".")
-
-
-def is_adapter(name: str) -> bool:
-    """Return whether a weight of this name belongs to a LoRA."""
-    return ".lora_" in name
 
 
 def save(backbone: Backbone, folder: Path, ranks: Ranks, mode: Full | Lora, *, in_bf16: bool = False) -> float | None:
@@ -324,23 +274,22 @@ def whole(transformer: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @define(eq=False)
 class Ema:
-    """An exponential moving average of the weights that train, in float32 on the same device."""
+    """An exponential moving average of the weights that train, in float32, on their device or in main memory."""
 
     decay: float
     average: dict[str, Tensor]
 
     @staticmethod
-    def of(trained: Trainable, decay: float) -> Ema:
+    def of(trained: Trainable, decay: float, *, on_host: bool = False) -> Ema:
         """Start the average at the weights as they are now."""
-        return Ema(decay, copied(trained))
+        return Ema(decay, copied(trained, on_host=on_host))
 
     def update(self, trained: Trainable, skipped: Tensor) -> None:
         """Set average <- decay * average + (1 - decay) * weights unless skipped (bool []), without waiting for it."""
         import torch
 
         share = torch.where(skipped, 0.0, 1 - self.decay)
-        old, new = local(self.average.values()), local(trained.values())
-        torch._foreach_lerp_(old, new, [share] * len(old))  # pyright: ignore[reportPrivateUsage]
+        follow(self.average, trained, lambda old, new: _lerp(old, new, [share] * len(old)))
 
     @contextmanager
     def in_place_of(self, transformer: torch.nn.Module, trained: Trainable) -> Generator[None]:
@@ -354,23 +303,72 @@ class Ema:
     def _swap(self, transformer: Any, trained: Trainable) -> None:
         """Exchange average and weights one tensor at a time, so that no copy of all of them is made."""
         if is_sharded(transformer):
-            transformer.reshard()  # weights that are still gathered would be used in place of the new shards
+            reshard(transformer)  # weights that are still gathered would be used in place of the new shards
         for weight, average in zip(local(trained.values()), local(self.average.values()), strict=True):
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
 
 
-def copied(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a copy of the weights as they are now."""
-    return {name: p.detach().clone() for name, p in trained.items()}
+def copied(trained: Mapping[str, Tensor], *, on_host: bool = False) -> dict[str, Tensor]:
+    """Return a copy of the weights as they are now, on their device or in main memory."""
+    return {name: _on_host(p.detach()) if on_host else p.detach().clone() for name, p in trained.items()}
 
 
-def called_with(backbone: Backbone, trained: Trainable, others: Mapping[str, Tensor]) -> Backbone:
+def _on_host(tensor: Any) -> Any:
+    """Return a copy in main memory, pinned where there is a GPU, so that nothing waits for what is moved."""
+    held = tensor.to("cpu", copy=True)
+    if tensor.device.type == "cpu":
+        return held
+    if not hasattr(held, "to_local"):
+        return held.pin_memory()
+    held._local_tensor = held.to_local().pin_memory()
+    return held
+
+
+def follow(
+    copies: Mapping[str, Tensor], trained: Trainable, move: Callable[[Sequence[Tensor], Sequence[Tensor]], object]
+) -> None:
+    """Have `move` change copies in place, given them and the weights, on the device of the weights.
+
+    Copies in main memory are brought there and back one at a time. Nothing waits for the device, which takes up the
+    work in order; who reads such a copy on the host must wait for the device first (`settle`).
+    """
+    old, new = local(copies.values()), local(trained.values())
+    if all(held.device == weight.device for held, weight in zip(old, new, strict=True)):
+        move(old, new)
+        return
+    for held, weight in zip(old, new, strict=True):
+        brought = held.to(weight.device, non_blocking=True)
+        move([brought], [weight])
+        held.copy_(brought, non_blocking=True)
+
+
+def _lerp(old: Sequence[Tensor], new: Sequence[Tensor], share: float | Sequence[Tensor]) -> None:
+    """Move each of `old` in place towards its counterpart in `new`, by a share of the way."""
+    import torch
+
+    torch._foreach_lerp_(old, new, share)  # pyright: ignore[reportPrivateUsage,reportCallIssue,reportArgumentType]
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has written all copies that are in main memory."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def called_with(
+    backbone: Backbone, trained: Trainable, others: Mapping[str, Tensor], sharding: Sharding | None = None
+) -> Backbone:
     """Return the same backbone, frozen: called with the tensors `others` in place of the weights that train.
 
-    The tensors are not copied, so the backbone returned follows what is written to them. Its results have no graph:
-    sharded, backward would gather the weights that train in their place.
+    The tensors are not copied, so the backbone returned follows what is written to them; those in main memory are
+    brought to the device for each call. Its results have no graph: sharded, backward would gather the weights that
+    train in their place.
+
+    sharding  says whether the weights of a sharded network are gathered already, which then need not be moved
     """
     import torch
     from torch import nn
@@ -382,8 +380,11 @@ def called_with(backbone: Backbone, trained: Trainable, others: Mapping[str, Ten
     class Frozen(nn.Module):
         @torch.no_grad()
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            if not is_sharded(transformer):
-                return functional_call(transformer, tensors, args, kwargs)
+            called = sharding.gathered(tensors) if sharding else None
+            if called is None and not is_sharded(transformer):
+                called = {name: t.to(trained[name].device, non_blocking=True) for name, t in tensors.items()}
+            if called is not None:
+                return functional_call(transformer, dict(called), args, kwargs)
             with _with_weights(transformer, trained, tensors):
                 return transformer(*args, **kwargs)
 
@@ -405,23 +406,22 @@ class MovingCopy:
     tensors: Mapping[str, Tensor]
 
     @staticmethod
-    def declared(objective: Objective[Any], trained: Trainable) -> dict[str, MovingCopy]:
+    def declared(objective: Objective[Any], trained: Trainable, *, on_host: bool = False) -> dict[str, MovingCopy]:
         """Return the copies that an objective declares, by name; they start at the weights as they are now."""
         return {
-            name: MovingCopy(name, each.value, moving, copied(trained))
+            name: MovingCopy(name, each.value, moving, copied(trained, on_host=on_host))
             for each in weighted_objectives(objective)
             for name, moving in moving_copies(each.value).items()
         }
 
     def move(self, trained: Trainable, n: int) -> None:
         """Make the n-th move of the stage, counted from 1; raise PluginError if the decay is not in [0, 1]."""
-        import torch
 
         decay = self.moving.decay(n)
         what = f"the decay at move {n} of the copy {self.name!r}"
         require_result(decay, _is_share, self.objective, what, "a number from 0 to 1")
-        old, new = local(self.tensors.values()), local(trained.values())
-        torch._foreach_lerp_(old, new, 1 - float(decay))  # pyright: ignore[reportPrivateUsage]
+        share = 1 - float(decay)
+        follow(self.tensors, trained, lambda old, new: _lerp(old, new, share))
 
 
 def _is_share(value: Any) -> bool:
@@ -435,10 +435,10 @@ def _with_weights(transformer: Any, trained: Trainable, others: Mapping[str, Ten
 
     weights = local(trained.values())
     kept = [t.clone() for t in weights]
-    transformer.reshard()
-    torch._foreach_copy_(weights, local(others.values()))  # pyright: ignore[reportPrivateUsage]
+    reshard(transformer)
+    torch._foreach_copy_(weights, local(others.values()), non_blocking=True)  # pyright: ignore[reportPrivateUsage]
     try:
         yield
     finally:
-        transformer.reshard()
+        reshard(transformer)
         torch._foreach_copy_(weights, kept)  # pyright: ignore[reportPrivateUsage]

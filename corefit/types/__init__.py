@@ -1,12 +1,14 @@
 """The types that plugins and the trainer share: values, protocols of plugins, objectives, a stage's settings."""
 
 from corefit.types.observer import Observer, PipelineView, Scored
+from corefit.types.optimizer import AdamW, Optimizer, step_each
 from corefit.types.protocols import (
     Backbone,
     Configured,
     Featured,
     KeyedReward,
     NoiseWeighting,
+    Offloading,
     Original,
     OriginalTensor,
     Preset,
@@ -17,6 +19,7 @@ from corefit.types.protocols import (
     SizedDecoder,
     SizedReward,
     SizedScore,
+    SizedText,
     Source,
     Specified,
     StoredTensors,
@@ -43,6 +46,7 @@ from corefit.types.values import (
 
 __all__ = [
     "ROUNDING",
+    "AdamW",
     "ArchiveMember",
     "Backbone",
     "Batch",
@@ -56,6 +60,8 @@ __all__ = [
     "Moving",
     "NoiseWeighting",
     "Observer",
+    "Offloading",
+    "Optimizer",
     "Original",
     "OriginalTensor",
     "PipelineView",
@@ -70,6 +76,7 @@ __all__ = [
     "SizedDecoder",
     "SizedReward",
     "SizedScore",
+    "SizedText",
     "Source",
     "Specified",
     "Step",
@@ -81,6 +88,7 @@ __all__ = [
     "Url",
     "Weighted",
     "key_of",
+    "step_each",
 ]
 
 Stored = ArchiveMember

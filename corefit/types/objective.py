@@ -37,6 +37,7 @@ class Context:
     gather       all_gather of a tensor [B] of this rank to [global B], in global row order
     copies       the moving copies that the objective declares, by name: frozen, and called like `reference`
     held_out     rewards that `score` and `scoring` report, and whose scores the objective never sees
+    decode       decodes latents without a graph, in parts that fit into memory; by default the backbone's `decode`
     report       receives the scores [B] of held-out rewards by their name in the log, for the trainer's metrics
     step, steps  the number of steps that the stage has finished, and of those that it has in all
     """
@@ -55,6 +56,7 @@ class Context:
     steps: int = 1
     held_out: Sequence[Weighted[Reward]] = ()
     report: Callable[[str, Tensor], None] = lambda name, values: None
+    decode: Callable[[Tensor], Tensor] | None = None
 
     @property
     def first(self) -> bool:
@@ -118,6 +120,7 @@ class Context:
         """
         return Scoring(
             backbone=self.backbone,
+            decode=self.decode or self.backbone.decode,
             rewards=self.rewards,
             held_out=self.held_out,
             prompts=batch.prompts,
@@ -159,8 +162,8 @@ class Objective(Protocol, Generic[P]):
     """Defines what is learned. It is an attrs class; its fields are the keys of an `objective` table.
 
     `uses`, `num_terms`, `experience` and `terms` are abstract and must be written. `num_updates`, `group_size` and
-    `rows_per_graph` are 1, and `copies` empty, by default in a class that derives from this one. `Supervised` also has
-    `uses`, `num_terms` and `experience`, so that only `terms` is left to write.
+    `rows_per_graph` are 1, `copies` and `chunks` empty, by default in a class that derives from this one. `Supervised`
+    also has `uses`, `num_terms` and `experience`, so that only `terms` is left to write.
     """
 
     if not TYPE_CHECKING:  # type checkers would demand it of classes that do not derive from this one
@@ -218,6 +221,17 @@ class Objective(Protocol, Generic[P]):
     def rows_per_graph(self) -> int:
         """The number of rows in the graph of a term for each row of a micro-batch; memory is estimated from it."""
         return 1
+
+    @property
+    def chunks(self) -> Mapping[str, int]:
+        """The keys whose value the trainer chooses by memory, with the largest of use, such as {"chunk": 6}.
+
+        They are marked ROUNDING, and the pipeline left them unset (None), which must mean 1 where nobody chooses. The
+        trainer gives the objective a value from 1 to the largest, which may lower while a stage is trained. A graph's
+        rows, `rows_per_graph`, and `num_terms` may follow from it; results may not, except for rounding. None by
+        default.
+        """
+        return {}
 
     @abstractmethod
     def experience(self, batch: Batch, ctx: Context, /) -> Iterable[P]:
@@ -329,6 +343,11 @@ def weighted_objectives(objective: Objective[Any]) -> tuple[Weighted[Objective[A
 def moving_copies(objective: Objective[Any]) -> Mapping[str, Moving]:
     """Return the copies of the weights that an objective declares; none for a class that was written without them."""
     return getattr(objective, "copies", {})
+
+
+def free_chunks(objective: Objective[Any]) -> Mapping[str, int]:
+    """Return the keys whose value the trainer chooses; none for a class that was written without them."""
+    return getattr(objective, "chunks", {})
 
 
 def further_media(objective: Objective[Any]) -> tuple[str, ...]:

@@ -219,6 +219,58 @@ class SizedDecoder(Protocol):
 
 
 @runtime_checkable
+class Offloading(Protocol):
+    """What a Backbone may implement as well whose frozen weights can wait in main memory while they are not used.
+
+    All members must be written. The trainer reads the weights to the CPU, adds adapters there and calls `settle`, where
+    `offloads` is true. It refuses full training and sharded weights then.
+    """
+
+    @property
+    @abstractmethod
+    def offloads(self) -> bool:
+        """Whether the backbone's keys ask for it."""
+        ...
+
+    @abstractmethod
+    def settle(self, device: torch.device) -> None:
+        """Put the loaded network on `device`, except for the weights that wait; each of those comes when it is used.
+
+        Weights that train, such as a LoRA's, stay on the device.
+        """
+        ...
+
+    @abstractmethod
+    def resident_bytes(self) -> int:
+        """Return the most bytes of the network's weights that are on the device at once after `settle`.
+
+        It is called for a network that `load` or `load_blank` has made, with its adapters.
+        """
+        ...
+
+
+@runtime_checkable
+class SizedText(Protocol):
+    """What a Sized Backbone may offer besides, so that the memory for encoding prompts and media is known as well."""
+
+    @abstractmethod
+    def encoder_bytes(self) -> Mapping[str, int]:
+        """Return the bytes that the weights of each text encoder, and of the "vae", take on the device, by name.
+
+        Only files of settings are read. What encodes on the CPU takes 0 bytes.
+        """
+        ...
+
+    @abstractmethod
+    def encoding_bytes(self, memory: float) -> int:
+        """Return the most bytes of `encoder_bytes` that are at once on a device of so many bytes of memory.
+
+        Where all of them together would take too much of it, they take turns.
+        """
+        ...
+
+
+@runtime_checkable
 class Preset(Protocol):
     """What a Backbone may offer besides: how its family is found and usually sampled.
 

@@ -36,6 +36,7 @@ class Scoring:
     an error of a thread is raised by the next `add` or by `result`.
 
     rewards   the rewards to learn from
+    decode    decodes latents without a graph
     held_out  rewards that are reported, and never handed to the objective
     prompts   the prompts of all rows, and `meta` their metadata
     gather    all_gather of a tensor [B] over the ranks
@@ -47,6 +48,7 @@ class Scoring:
     prompts: Sequence[str]
     meta: Sequence[Meta]
     held_out: Sequence[Weighted[Reward]] = ()
+    decode: Callable[[Tensor], Tensor]
     gather: Callable[[Tensor], Tensor] = lambda x: x
     report: Callable[[str, Tensor], None] = _nowhere
     _added: int = field(init=False, default=0)
@@ -71,7 +73,7 @@ class Scoring:
         self._added = rows.stop
         prompts, meta = self.prompts[rows], self.meta[rows]
         with torch.no_grad():
-            media = self.backbone.decode(x0)
+            media = self.decode(x0)
             copied = _HostCopy.of(media) if any(isinstance(each, _Threaded) for each in self._scorers) else None
             for scorer in sorted(self._scorers, key=lambda each: not isinstance(each, _Threaded)):
                 scorer.add(media, copied, prompts, meta)

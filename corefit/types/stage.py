@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import field, frozen, validators
 
+from corefit.types import optimizer as optimizers
 from corefit.types.objective import Objective
 from corefit.types.protocols import Backbone, NoiseWeighting, Reward, Sampler
 from corefit.types.values import MOST, ROUNDING, Weighted
@@ -20,36 +21,8 @@ positive: Any = validators.gt(0)
 some_positive: Any = validators.optional(positive)
 some_rows: Any = validators.optional([positive, validators.le(MOST)])
 share: Any = [validators.ge(0), validators.lt(1)]
-
-
-@frozen(kw_only=True)
-class Optimizer:
-    """AdamW and the schedule of its learning rate."""
-
-    lr: float = field(default=2e-5, validator=positive)
-    """The learning rate once the warm-up is over."""
-    betas: tuple[float, float] = field(default=(0.9, 0.999), validator=validators.deep_iterable(share))
-    """Decay rates of the running means of the gradient and of its square."""
-    eps: float = field(default=1e-8, validator=positive)
-    """A small number that AdamW adds to the denominator, against division by zero."""
-    weight_decay: float = field(default=1e-2, validator=validators.ge(0))
-    """Decoupled weight decay, applied to all trainable weights."""
-    warmup: int = field(default=0, validator=validators.ge(0))
-    """Number of warm-up steps. The learning rate rises linearly from lr / warmup in the first to lr in the last."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the learning rate does after the warm-up: stay constant, or fall along a line or a cosine towards 0."""
-
-    def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of `step` (counted from 0) in a stage of `steps` steps.
-
-        The rate falls as in transformers' schedules of the same names, so the last step of `linear` has the rate
-        lr / (steps - warmup). The warm-up is one step ahead of theirs, whose first step has the rate 0.
-        """
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, steps - self.warmup)
-        fall = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-        return self.lr * fall[self.schedule]
+Optimizer = optimizers.AdamW
+"""`AdamW`, under the name that it had before there were other optimizers."""
 
 
 @frozen
@@ -111,8 +84,8 @@ class Stage:
     batch: int | None = field(default=None, validator=some_rows)
     """Samples per step over all GPUs, or rollouts if the objective makes them; by default 32 samples, or 48 groups."""
     micro_batch: int | None = field(default=None, validator=some_rows, metadata=ROUNDING)
-    """Samples per forward pass on one GPU; by default the GPU's whole share of the batch. It changes memory use and
-    rounding, nothing else."""
+    """Samples per forward pass on one GPU. By default the GPU's whole share of the batch, or what fits into its memory
+    of that: the trainer finds it in the first steps. It changes memory use and rounding, nothing else."""
     noise: NoiseWeighting | None = None
     """The distribution of noise levels in training. By default logit_normal, if the objective draws noise levels."""
     sampler: Sampler | None = None
@@ -126,8 +99,11 @@ class Stage:
     one."""
     train: Training | None = None
     """Which weights are trainable in this stage; by default what `train` of `[backbone]` says."""
-    optimizer: Optimizer = field(factory=Optimizer)
-    """Settings of AdamW, the optimizer."""
+    optimizer: optimizers.Optimizer = field(factory=optimizers.AdamW)
+    """The optimizer and the schedule of its learning rate; without `use` it is AdamW."""
+    copies: Literal["cpu"] | None = field(default=None, metadata=ROUNDING)
+    """Set to "cpu" it keeps the average (`ema`), the reference policy and the copies of the weights that an objective
+    declares in main memory. It costs time in each step, and changes no result but for rounding."""
     max_grad_norm: float = field(default=1.0, validator=positive)
     """A gradient with a larger norm is scaled down to this norm (gradient clipping)."""
     ema: float | None = field(default=None, validator=validators.optional(share))

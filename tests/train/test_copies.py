@@ -78,13 +78,13 @@ def walked(job: Any, **keys: Any) -> tuple[train.Loop, list[dict[str, Tensor]]]:
     """Train a job to its end; the loop, and the weights at the start and after each optimizer step."""
     loop = train.Loop.build(evolve(job, **keys), FP32)
     every = [weights.copied(loop.state.trainable)]
-    step = loop.state.optimizer.step
+    step = loop.state.optimizer.made.step
 
     def recorded(*args: Any) -> None:
         step(*args)
         every.append(weights.copied(loop.state.trainable))
 
-    loop.state.optimizer.step = recorded
+    loop.state.optimizer.made.step = recorded
     batches = loop.batches()
     while loop.state.step < job.stage.steps:
         loop.take_step(next(batches))

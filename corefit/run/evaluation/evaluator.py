@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 
+from corefit.data.coding import Coder
 from corefit.data.dataset import Dataset
 from corefit.data.sources import category
 from corefit.pipeline.eval import Eval
@@ -36,6 +37,10 @@ def _silent(done: int, total: int) -> None:
     """Show no progress."""
 
 
+def _unsaid(text: str) -> None:
+    """Say nothing."""
+
+
 @frozen(eq=False)
 class Evaluator:
     """Generates media for the held-out prompts and scores them.
@@ -48,6 +53,8 @@ class Evaluator:
     ranks: Ranks
     data: Dataset | None = None
     """The training data, for `drift`."""
+    say: Callable[[str], None] = _unsaid
+    _coders: dict[int, Coder] = field(init=False, factory=dict[int, Coder])
 
     @property
     def count(self) -> int:
@@ -72,7 +79,11 @@ class Evaluator:
         noise = torch.cat(each).to(device)
         with torch.no_grad(), _empty_prompt(backbone, self.prompts.null.to(device)):
             x0 = generate(backbone, noise, batch.cond.to(device), steps=self.eval.steps, guidance=self.eval.guidance)
-            return backbone.decode(x0)
+            return self._decode(backbone, x0)
+
+    def _decode(self, backbone: Backbone, x0: Tensor) -> Tensor:
+        """Decode latents in parts that fit; what fits is found once for a backbone."""
+        return self._coders.setdefault(id(backbone), Coder(backbone, self.say)).decode(x0)
 
     def score(
         self, backbone: Backbone, progress: Progress = _silent, partial: PartialScores | None = None

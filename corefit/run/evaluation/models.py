@@ -32,7 +32,7 @@ def evaluate(evaluation: Evaluation, display: Display | None = None) -> Path:
 
     Each benchmark has a folder, with one for each model, and its results as a table, a page and files.
     """
-    ranks = join(evaluation.precision, shard=evaluation.shard)
+    ranks = join(evaluation.precision, evaluation.layout)
     display, folder = display or Display.on(ranks.main), evaluation.run_folder
     with Signals(display.print, echo(ranks.world)).handled():
         agreement.check(ranks, evaluation, "eval")
@@ -69,7 +69,7 @@ class Judging:
         targets: list[Target] = []
         for number, model in enumerate(self.evaluation.model):
             backbone, lora = model.resolved(self.evaluation.backbone)
-            evaluator = Evaluator(self.benchmark, self._encoded(backbone), self.ranks)
+            evaluator = Evaluator(self.benchmark, self._encoded(backbone), self.ranks, say=self.display.print)
             target = self._target(number, model, backbone, lora, evaluator.prompts)
             half = precision(self.ranks) == "bf16"
             found, _ = scoring.score(target, Weights(backbone, lora, half), evaluator, self.display)

@@ -74,10 +74,10 @@ def _score(
 ) -> tuple[dict[str, Any], Media | None]:
     """Score the held-out prompts with weights read from their files, and write scores.json and the samples."""
     assert target.scores is not None
-    backbone, prepare = saved.backbone, evaluator.ranks.accelerator.prepare_model
+    backbone = saved.backbone
     partial = PartialScores(target.folder / PARTIAL, target.scores.hash)
     weights.load(backbone, evaluator.ranks, frozen_in_bf16=saved.half, adapter=saved.adapter)
-    backbone.transformer = prepare(backbone.transformer, evaluation_mode=True)  # as in training
+    weights.prepare(backbone, evaluator.ranks, evaluation=True)  # as in training
     with display.task(f"{target.name}: {evaluator.count} held-out prompts") as progress:
         scored, samples = evaluator.score(backbone, progress, partial)
     if evaluator.eval.diversity:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
+from corefit.data.coding import Coder
 from corefit.data.encode import chunks
 from corefit.errors import ConfigError, counted
 from corefit.rollout.loop import generate
@@ -116,6 +117,7 @@ class Sampling:
         import torch
 
         settings, backbone, shown = self.sampled.settings.eval, subject.backbone, list["Tensor"]()
+        coder = Coder(backbone, self.display.print)
         condition_of = self._encoded(subject, [each.prompt for each in wanted])
         self._load(subject)
         with self.display.task(f"{subject.name}: {counted(len(wanted), 'picture')}") as progress:
@@ -124,7 +126,7 @@ class Sampling:
                     noise = torch.cat([noise_of(each.seed, each.row, shape) for each in batch]).to(self._ranks.device)
                     cond = condition_of([each.prompt for each in batch]).to(self._ranks.device)
                     x0 = generate(backbone, noise, cond, steps=settings.steps, guidance=settings.guidance)
-                    media = backbone.decode(x0).float().cpu()
+                    media = coder.decode(x0).float().cpu()
                 for each, medium in zip(batch, media, strict=True):
                     self._write(subject, each, medium)
                 shown += [*report.visible_frames(media)][: SHOWN - len(shown)]
@@ -157,7 +159,7 @@ class Sampling:
             half = subject.half and precision(ranks) == "bf16"
             with memory.explain_exhaustion("reading the weights", LARGER):
                 weights.load(backbone, ranks, frozen_in_bf16=half, adapter=lora)
-        backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, evaluation_mode=True)
+        weights.prepare(backbone, ranks, evaluation=True)
 
     def _remedies(self) -> list[str]:
         size, batch = self.sampled.settings.size, self.sampled.settings.eval.batch

@@ -19,7 +19,7 @@ from attrs import define, evolve, field, validators
 from corefit import ROUNDING, Condition
 from corefit.errors import ModelError
 from corefit.types import ModelPath, OriginalTensor, Suggested
-from corefit_backbones import encoders, network, original_names, schedule, usual
+from corefit_backbones import encoders, network, offloading, original_names, schedule, usual
 from corefit_backbones.decoding import decode_recomputed
 from corefit_backbones.folder import LONGEST, Checkpoint, link
 from corefit_backbones.single_file import SingleFile
@@ -46,13 +46,20 @@ class Diffusers(ABC):
     gradient_checkpointing  recompute activations in backward: less memory, about a third more time
     attention               backend of diffusers' dispatcher: "native" (torch), "flash", "xformers", ...
     compile                 torch.compile for the repeated blocks: faster steps after a first one that takes a minute
+    offload                 "blocks" keeps the frozen weights of the network's blocks in main memory; those of two blocks
+                            are on the device at once. It recomputes as gradient_checkpointing does. Not for full
+                            training
+    text_encoders           where prompts are encoded: on the "device", or on the "cpu", which is slow and takes none of
+                            the device's memory
+    tile                    side in pixels of the tiles in which the VAE encodes and decodes what is larger; tiles overlap
+                            by a quarter. Without it, media go through the VAE whole
     frozen                  format of the frozen weights under a LoRA: "bf16", "fp8", "int8", "nf4"; by default that of
                             the precision. It is for the linear layers of the blocks, and all else stays as it is
     max_sequence_length     number of T5 tokens that every prompt is padded or cut to
 
-    gradient_checkpointing, attention and compile change speed and rounding only. If one of them changes, a finished
-    stage is not run again, and an interrupted one continues. Every other key except `path` is part of what determines
-    a stage's weights.
+    gradient_checkpointing, attention, compile, offload and text_encoders change speed and rounding only. If one of them
+    changes, a finished stage is not run again, and an interrupted one continues. Every other key except `path` is part
+    of what determines a stage's weights.
     """
 
     pipeline_class: ClassVar[str]
@@ -80,6 +87,9 @@ class Diffusers(ABC):
     gradient_checkpointing: bool = field(default=False, metadata=ROUNDING)
     attention: str = field(default="native", metadata=ROUNDING)
     compile: bool = field(default=False, metadata=ROUNDING)
+    offload: Literal["none", "blocks"] = field(default="none", metadata=ROUNDING)
+    text_encoders: Literal["device", "cpu"] = field(default="device", metadata=ROUNDING)
+    tile: int | None = field(default=None, validator=validators.optional(validators.ge(64)))
     frozen: Literal["bf16", "fp8", "int8", "nf4"] | None = None
     max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(LONGEST)])
 
@@ -209,7 +219,7 @@ class Diffusers(ABC):
         self.transformer = transformer
         if self.attention != "native":
             network.set_attention(self.transformer, self.attention)
-        if self.gradient_checkpointing:
+        if self.gradient_checkpointing or self.offloads:
             self._recompute()
         if self.compile:
             network.compile_blocks(self.transformer)
@@ -229,8 +239,24 @@ class Diffusers(ABC):
         if self.transformer_:  # the header of its file names the tensors
             with self.stored():
                 pass
-        if self.gradient_checkpointing:
+        if self.gradient_checkpointing or self.offloads:
             self._recompute()
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the frozen weights of the network's blocks wait in main memory while they are not used."""
+        return self.offload == "blocks"
+
+    def settle(self, device: torch.device) -> None:
+        """Put the loaded network on `device`, except for the frozen weights of its blocks, and let these follow."""
+        offloading.apply(self.routes(), device)
+        ignored = [self._prefix(name) + each for name, part in self._parts() for each in offloading.waiting(part)]
+        self.transformer._ddp_params_and_buffers_to_ignore = ignored
+        self.place(device, self._dtype)
+
+    def resident_bytes(self) -> int:
+        """The most bytes of the network's weights that are on the device at once after `settle`."""
+        return offloading.resident_bytes(self.routes())
 
     def load_blank_decoder(self) -> Any:
         """Make a VAE without weights, on the meta device, with which `decode` works on fake tensors."""

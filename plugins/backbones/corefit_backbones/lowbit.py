@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from corefit.errors import ModelError
 
+MISSING = "frozen = 'nf4' needs the package bitsandbytes: pip install 'corefit[lowbit]'"
 BLOCK = 64
 """Numbers of a row that share a scale in nf4."""
 LARGEST = 127
@@ -124,8 +125,7 @@ def _held(data: Tensor) -> Tensor:
 
 def _pack_nf4(weight: Tensor) -> Packed:
     """Quantize each row by itself, filled up with zeros to whole blocks."""
-    from bitsandbytes import functional
-
+    functional = _bitsandbytes()
     rows, columns = weight.shape
     wanted = shapes(rows, columns, "nf4")
     if not rows:
@@ -136,6 +136,15 @@ def _pack_nf4(weight: Tensor) -> Packed:
         "weight": packed.view(rows, -1).view(torch.bfloat16),
         "scale": state.absmax.float().view(wanted["scale"][0]),
     }
+
+
+def _bitsandbytes() -> Any:
+    """The functions of bitsandbytes, which also defines its ops; ModelError if it is not installed."""
+    try:
+        from bitsandbytes import functional
+    except ImportError as e:
+        raise ModelError(MISSING) from e
+    return functional
 
 
 def unpack(weight: Tensor, scale: Tensor | None, columns: int, bits: str, dtype: torch.dtype) -> Tensor:
@@ -157,6 +166,8 @@ def unpack(weight: Tensor, scale: Tensor | None, columns: int, bits: str, dtype:
 
 def swap(network: Any, bits: str) -> None:
     """Replace the large linear layers by those that hold fewer bits, without values; ModelError if there are none."""
+    if bits == "nf4":
+        _bitsandbytes()
     found = list(_chosen(network))
     if not found:
         raise ModelError(f"frozen = {bits!r}: {type(network).__name__} has no blocks whose layers are known; remove it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen, validators
@@ -56,8 +56,11 @@ class Soar(Supervised):
     """Weight of the correction points, lambda."""
     normalize: Literal["items", "weighted"] = "items"
     """Divide the loss by B + N_aux, as in eq. 15, or by B + lambda N_aux, as in the published code."""
-    chunk: int = field(default=1, validator=[validators.gt(0), at_most], metadata=ROUNDING)
-    """Correction points per forward: more are up to 10 % faster, and their activations are kept together."""
+    chunk: int | None = field(
+        default=None, validator=validators.optional([validators.gt(0), at_most]), metadata=ROUNDING
+    )
+    """Correction points per forward: more are up to 10 % faster, and their activations are kept together. By default
+    as many as fit into a GPU's memory, and one on a CPU."""
     dropout: float = field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
     """Share of samples whose prompt is replaced by the empty prompt; their rollout has no guidance."""
     noise: Literal["shared", "fresh"] = "shared"
@@ -75,11 +78,19 @@ class Soar(Supervised):
 
     @property
     def num_terms(self) -> int:
-        return 1 + self.paths * math.ceil(self.points / self.chunk) if self.weight else 1
+        return 1 + self.paths * math.ceil(self.points / self._chunk) if self.weight else 1
 
     @property
     def rows_per_graph(self) -> int:
-        return min(self.chunk, self.points)
+        return min(self._chunk, self.points)
+
+    @property
+    def chunks(self) -> Mapping[str, int]:
+        return {"chunk": self.points} if self.chunk is None else {}
+
+    @property
+    def _chunk(self) -> int:
+        return self.chunk or 1
 
     def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
         z0 = batch.clean
@@ -108,8 +119,8 @@ class Soar(Supervised):
         for path in range(self.paths):
             delta, live = self._step(roll, path, ctx)
             fresh = ctx.randn_like(roll.z0) if self.noise == "fresh" else None
-            for first in range(0, self.points, self.chunk):
-                size = min(self.chunk, self.points - first)
+            for first in range(0, self.points, self._chunk):
+                size = min(self._chunk, self.points - first)
                 draws = [ctx.rand(len(roll.z0)).to(roll.s.device, non_blocking=True) for _ in range(size)]
                 yield self._correction(roll, delta, live, fresh, draws, ctx)
 

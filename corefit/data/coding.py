@@ -1,0 +1,117 @@
+"""How many rows at once a backbone encodes and decodes: as many as fit into the memory of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, evolve, field
+
+from corefit.system import memory
+from corefit.system.fakes import faked, materialize
+from corefit.types import Backbone, SizedDecoder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARE = 0.4
+"""Share of a device's memory that what is computed of the rows may take. The rest is for weights, which may be all that
+encoding needs, or those of a network that trains."""
+SMALL = 0.05
+"""No estimate is made of rows that could not take more than this share of the memory."""
+MOST = {"encode": 1 << 12, "decode": 1 << 16}
+"""Bytes that no VAE takes for a number of media, and for one of latents. FLUX's takes 0.8 KiB and 15 KiB."""
+
+
+def fitting(rows: int, each: int | None, total: float) -> int:
+    """Return how many rows to take at once, of which each takes `each` bytes, on a device of `total` bytes.
+
+    Nothing but these decides, so that the same command on the same machine gives equal bits whatever else runs there.
+    """
+    return max(1, min(rows, int(SHARE * total / each))) if each else rows
+
+
+def row_bytes(backbone: Backbone, what: str, shape: Sequence[int]) -> int | None:
+    """Return the most bytes that encoding or decoding one row holds, besides weights; None where that is not known.
+
+    No weight is read: the VAE is made of fake tensors.
+
+    what   "encode" or "decode"
+    shape  that of a row of media, or of latents
+    """
+    import torch
+
+    blank: Any = evolve(backbone)  # pyright: ignore[reportArgumentType]
+    if not isinstance(blank, SizedDecoder):
+        return None
+    blank.place(torch.device("cpu"), torch.float32)
+    vae = blank.load_blank_decoder()
+
+    def run() -> int:
+        materialize(vae)
+        with torch.no_grad(), memory.track_live_bytes() as held:
+            given = torch.empty(1, *shape)
+            getattr(blank, what)(given)
+        return held.peak
+
+    return faked(run)
+
+
+@define(eq=False)
+class Coder:
+    """Encodes and decodes rows of media with a backbone, in parts that fit into the memory of the device.
+
+    How many rows are a part is estimated. Where memory runs out all the same, it is halved until it fits. Parts change
+    nothing but how results are rounded.
+
+    say  receives a sentence whenever fewer rows are taken at once than were asked for
+    """
+
+    backbone: Backbone
+    say: Callable[[str], None] = lambda text: None
+    _rows: dict[Hashable, int] = field(init=False, factory=dict[Hashable, int])
+
+    def encode(self, media: Tensor) -> Tensor:
+        """Do what the backbone's `encode` does."""
+        return self._in_parts("encode", media)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Do what the backbone's `decode` does, without a graph."""
+        return self._in_parts("decode", x0)
+
+    def _in_parts(self, what: str, given: Tensor) -> Tensor:
+        import torch
+
+        call: Callable[[Tensor], Tensor] = getattr(self.backbone, what)
+        while True:
+            rows = self._at_once(what, given)
+            try:
+                parts = [call(part) for part in given.split(rows)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except (MemoryError, RuntimeError) as error:
+                if rows == 1 or not memory.is_exhausted(error):
+                    raise
+            self._lower(what, given, rows)
+
+    def _at_once(self, what: str, given: Tensor) -> int:
+        """Return how many rows to take at once, of all that are given."""
+        key = (what, *given.shape[1:])
+        if key not in self._rows:
+            total, asked = memory.total(), len(given)
+            if asked == 1 or asked * given[0].numel() * MOST[what] < SMALL * total:
+                return asked
+            each = row_bytes(self.backbone, what, given.shape[1:])
+            self._rows[key] = fitting(asked, each, total) if each else asked
+            if each and self._rows[key] < asked:
+                needed, there = memory.size(each), memory.size(int(total))
+                self.say(f"{what}: {self._rows[key]} of {asked} at once ({needed} each, of {there})")
+        return min(self._rows[key], len(given))
+
+    def _lower(self, what: str, given: Tensor, rows: int) -> None:
+        """Take half as many rows from now on; memory has run out."""
+        import torch
+
+        self._rows[what, *given.shape[1:]] = rows // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.say(f"{what}: out of memory with {rows} at once; {rows // 2} from now on")

@@ -1,0 +1,99 @@
+"""What forwards of a stage's networks take, learned on fake tensors, each of them only once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from attrs import define, field
+
+from corefit.train import fake
+from corefit.train.estimate import depth
+from corefit.train.frozen import Frozen
+
+Memo = dict[Hashable, "int | None"]
+"""What is known already: a network, what it computes, and a shape -> bytes."""
+
+
+@define(eq=False)
+class Forwards:
+    """Forwards and backwards of a blank backbone, in bytes beside weights and gradients; None where not known.
+
+    Fake tensors are slow, so many rows are told by few: each further row takes as much as the last of those.
+
+    key   what determines the backbone's networks
+    half  whether they run under autocast to bfloat16
+    gpu   whether it is to be as on a GPU
+    """
+
+    backbone: Any
+    key: Hashable
+    half: bool
+    gpu: bool
+    memo: Memo = field(factory=dict[Hashable, "int | None"])
+
+    def training(self, rows: int, each: int, shape: Sequence[int], scored: Frozen | None) -> int | None:
+        """Return what a term's forward and backward take for `rows` rows of a micro-batch.
+
+        each    rows of the graph for each of them
+        scored  the networks that decode them with a graph and score them; None where there is no such graph
+        """
+
+        def measure(count: int) -> int | None:
+            decoded = (count, *shape) if scored else None
+            graph = (count * each, *shape)
+            if decoded:
+                return fake.peak(self.backbone, graph, decoded, scored, half=self.half, gpu=self.gpu)
+            routes = self.backbone.routes()
+            return depth.told(routes, lambda: fake.peak(self.backbone, graph, half=self.half, gpu=self.gpu))
+
+        return self._told(("training", each, scored is not None), measure, rows, shape, len(self.backbone.routes()))
+
+    def sampling(self, rows: int, shape: Sequence[int]) -> int | None:
+        """Return what a velocity without a graph takes."""
+
+        def measure(count: int) -> int | None:
+            first = self.backbone.routes()[:1]
+            run = lambda: fake.sampling_peak(self.backbone, (count, *shape), half=self.half, gpu=self.gpu)  # noqa: E731
+            return depth.told(first, run)
+
+        return self._told(("sampling",), measure, rows, shape)
+
+    def decoding(self, rows: int, shape: Sequence[int], beside: Frozen) -> int | None:
+        """Return what decoding latents without a graph takes, and scoring them."""
+        return self._told(
+            ("decoding", len(beside.scores)),
+            lambda count: fake.decoding_peak(self.backbone, beside.decoder, (count, *shape), beside.scores),
+            rows,
+            shape,
+        )
+
+    def encoding(self, rows: int, size: Sequence[int], network: Any) -> int | None:
+        """Return what encoding media of `size` in pixels takes."""
+        return self._told(
+            ("encoding",),
+            lambda count: fake.encoding_peak(self.backbone, network, (count, 3, *size)),
+            rows,
+            size,
+        )
+
+    def _told(
+        self,
+        what: tuple[Hashable, ...],
+        measure: Callable[[int], int | None],
+        rows: int,
+        shape: Sequence[int],
+        least: int = 1,
+    ) -> int | None:
+        """Return `measure(rows)`, told by `least` rows and one more where there are more than these."""
+
+        def known(count: int) -> int | None:
+            key = (self.key, what, count, tuple(shape))
+            if key not in self.memo:
+                self.memo[key] = measure(count)
+            return self.memo[key]
+
+        if rows <= least + 1:
+            return known(rows)
+        few, more = known(least), known(least + 1)
+        return None if few is None or more is None else more + (rows - least - 1) * (more - few)

@@ -1,0 +1,116 @@
+"""What is said of estimates: a table, and a refusal where a stage cannot fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from corefit.errors import ConfigError
+from corefit.pipeline.pipeline import Pipeline
+from corefit.system.memory import size
+from corefit.train import remedies
+from corefit.train.estimate.device import Device
+from corefit.train.estimate.phases import ORDER, Estimate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world: int = 1) -> None:
+    """Raise ConfigError, with what would help, where a stage cannot fit. Activations, a mere estimate, do not count."""
+    for e, stage in zip(found, pipeline.stage, strict=False):
+        needed = max(e.certain, e.saved)
+        if needed > device.memory:
+            parts = {
+                "weights": e.weights,
+                "gradients": e.gradients,
+                "optimizer": e.optimizer,
+                "gradients being exchanged": e.exchanged,
+                "copies": e.copies,
+                "the decoder": e.decoder,
+                "rewards": e.rewards,
+                "the largest weight while it is saved": e.gathered if e.saved > e.certain else 0.0,
+            }
+            named = ", ".join(f"{name} {size(int(part))}" for name, part in parts.items() if part)
+            helps = ", or ".join(remedies.room_helps(pipeline, stage, e, device, world))
+            raise ConfigError(
+                f"stage.{stage.name}: {named} are {size(int(needed))} for each process, and {device.name} has "
+                f"{size(int(device.memory))}; what would help: {helps}"
+            )
+
+
+def show(found: Sequence[Estimate], device: Device, helps: Sequence[str] = ()) -> None:
+    """Print a table of the stages, and a line for each that may not fit because of its activations.
+
+    helps  settings that would save memory, which that line names
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    if not found:
+        console.print("memory: not known; the backbone does not say what it needs (corefit.types.Sized)")
+        return
+    console.print()
+    console.print(table(found, device))
+    for e in found:
+        if e.peak > device.memory:
+            phase = max(e.phases, key=lambda each: each.total, default=None)
+            where = f" while {phase.name}" if phase else ""
+            console.print(
+                f"\n{e.stage}: with what its forwards take it may not fit{where}; "
+                f"{' or '.join(helps) or 'all keys that save memory are set'}",
+                soft_wrap=True,
+            )
+
+
+def table(found: Sequence[Estimate], device: Device) -> Table:
+    """Make a table with a column for each stage: what is held, and the most in each phase."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = {
+        "parameters": [count(e.parameters) for e in found],
+        "that train": [count(e.trainable) for e in found],
+        "weights": [size(int(e.weights)) for e in found],
+        "gradients": [size(int(e.gradients)) for e in found],
+        "optimizer": [size(int(e.optimizer)) for e in found],
+        "exchanged gradients": [size(int(e.exchanged)) for e in found],
+        "gathered weights": [size(int(e.unsharded)) for e in found],
+        "average, reference, copies": [size(int(e.copies)) for e in found],
+        "rows of a step": [size(int(e.kept)) for e in found],
+        "decoder": [size(int(e.decoder)) for e in found],
+        "rewards": [size(int(e.rewards)) for e in found],
+        "activations, about": ["not known" if e.activations is None else size(int(e.activations)) for e in found],
+        **_while(found),
+        f"of {device.name}": [size(int(device.memory)) for _ in found],
+        "main memory a machine": [size(int(e.host)) for e in found],
+    }
+    made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
+    made.add_column("each process")
+    for e in found:
+        made.add_column(Text(e.stage), justify="right")
+    for name, cells in rows.items():
+        if any(cell != size(0) for cell in cells):
+            made.add_row(name, *cells)
+    return made
+
+
+def _while(found: Sequence[Estimate]) -> dict[str, list[str]]:
+    """Return a row for each phase; "more than" where a part of it is not known."""
+    names = [name for name in ORDER if any(phase.name == name for e in found for phase in e.phases)]
+    rows: dict[str, list[str]] = {}
+    for name in names:
+        cells = [next((p for p in e.phases if p.name == name), None) for e in found]
+        rows[f"while {name}"] = [
+            size(0) if p is None else f"{'' if p.known else 'more than '}{size(int(p.total))}" for p in cells
+        ]
+    return rows
+
+
+def count(number: int) -> str:
+    """Write a number of parameters in billions, millions or thousands."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return str(number)

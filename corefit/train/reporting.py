@@ -1,0 +1,30 @@
+"""What is reported of a logged step; nothing else in training waits for the device."""
+
+from __future__ import annotations
+
+from corefit.system.ranks import Ranks
+from corefit.train.job import Metrics
+from corefit.train.state import State
+from corefit.types.stage import Stage
+
+
+def take_metrics(stage: Stage, state: State, ranks: Ranks) -> Metrics:
+    """Return the metrics of a logged step, with means over all ranks and steps since the last log, and begin anew.
+
+    Raises NonFinite where too many steps were skipped.
+    """
+    state.guard.refuse(stage.name, ranks)
+    samples, seconds = state.unreported
+    state.unreported = (0, 0.0)
+    return {
+        **state.means.take(ranks),
+        **({"skipped": float(state.guard.skipped)} if stage.skips else {}),
+        "lr": stage.optimizer.rate(state.step - 1, stage.steps),
+        "samples_per_second": samples / max(seconds, 1e-9),
+        "seconds": state.seconds,
+    }
+
+
+def alarm(state: State, metrics: Metrics, ranks: Ranks) -> str:
+    """Return what the alarm says of a logged step, "" if it does not sound; the ranks agree on the metrics."""
+    return state.watch.see(state.step, ranks.broadcast_object(metrics)) if state.watch else ""
