@@ -127,8 +127,9 @@ def prepare(
 
     media=False encodes prompts only; `extra` names the further media to encode. Text encoders and VAE are used and then
     released. `progress` is called with two numbers: how many examples this process has encoded, and how many it has to
-    encode; `say` with what there is to say besides. The ranks divide the partitions among them, and those that a killed process completed are kept. DataError
-    for more missing or unreadable media than `skip`, and for values that are not finite.
+    encode; `say` with what there is to say besides. The ranks divide the partitions among them, and those that a killed
+    process completed are kept. DataError for more missing or unreadable media than `skip`, and for values that are not
+    finite.
     """
     hashes = MediaHashes(root / HASHES)
     total, digest = ranks.from_main(lambda: _count_and_key(data, backbone, media, extra, hashes))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +17,7 @@ from corefit import ROUNDING, Condition
 from corefit.errors import ModelError
 from corefit.types import ModelPath, OriginalTensor, Suggested
 from corefit_backbones import encoders, network, offloading, original_names, schedule, usual
+from corefit_backbones.classes import diffusers_class as _class
 from corefit_backbones.decoding import decode_recomputed
 from corefit_backbones.folder import LONGEST, Checkpoint, link
 from corefit_backbones.single_file import SingleFile
@@ -471,23 +469,3 @@ class Diffusers(ABC):
             vae = network.read(_class(self.vae_class), self.checkpoint, "vae", torch.float32)
             self._vae = vae.to(self._device).requires_grad_(False)
         return self._vae
-
-
-def _class(name: str) -> Any:
-    """A class of diffusers. What the first import makes is not searched for garbage, neither then nor later.
-
-    That would be a fifth of the time to the first step: there are half a million objects, and nearly all of them stay.
-    """
-    first = "diffusers" not in sys.modules and gc.isenabled()
-    if first:
-        gc.collect()
-        gc.disable()
-    try:
-        import diffusers
-
-        return getattr(diffusers, name)
-    finally:
-        if first:
-            gc.freeze()
-            gc.enable()
-            atexit.register(gc.unfreeze)  # or nanobind, in triton, says at the end that all of this leaks
