@@ -12,6 +12,7 @@ from benchmarks.scoring import scoring
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
 from benchmarks.start import start
+from benchmarks.texts import texts_
 
 
 @click.group(invoke_without_command=True)
@@ -29,6 +30,7 @@ main.add_command(scoring)
 main.add_command(sharding)
 main.add_command(hostile)
 main.add_command(start)
+main.add_command(texts_)
 main.add_command(overhead)
 
 if __name__ == "__main__":

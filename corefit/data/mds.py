@@ -205,8 +205,8 @@ def damaged(file: Path | str, what: str, *, rebuildable: bool = False) -> DataEr
     rebuildable  whether corefit wrote the cache and has its source; only then, and only if the folder has a name that
                  corefit gives, does the message advise to delete it
     """
-    parts = [folder for folder in Path(file).parents if folder.name.startswith(PARTITION_PREFIX)]
-    cache = parts[0].parent if parts else Path(file).parent
+    inner = [folder for folder in Path(file).parents[:2] if folder.name.startswith(PARTITION_PREFIX)]
+    cache = inner[0].parent if inner else Path(file).parent
     if rebuildable and CACHE_NAME.fullmatch(cache.name):
         return DataError(f"{file} is damaged: {what}. Delete {cache}; it is then encoded again from the source")
     return DataError(
