@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,8 @@ import attrs
 import click
 from attrs import field, frozen
 
-from benchmarks import activations, timing
+from benchmarks import activations, comparing, timing
+from benchmarks.comparing import Ratio
 
 if TYPE_CHECKING:
     import torch
@@ -23,19 +22,6 @@ if TYPE_CHECKING:
 AGREE = 1e-4
 SAME = ("soar", "soar 3", "soar 6", "published", "published, kept")
 """Variants whose gradient is the floor's."""
-
-
-@frozen
-class Ratio:
-    """Something measured over something measured, and what it may be at most."""
-
-    name: str
-    measured: timing.Spread
-    target: float | None = None
-
-    @property
-    def met(self) -> bool | None:
-        return None if self.target is None else self.measured.median <= self.target
 
 
 @frozen(kw_only=True)
@@ -74,11 +60,9 @@ def soar_step(rounds: int, quick: bool, path: Path | None, strict: bool) -> None
     """Memory and time of a SOAR step against SFT, a plain loop, and the published step."""
     timing.settle()
     result = measure(2 if quick else rounds, quick)
-    if path:
-        path.write_text(json.dumps(as_json(result), indent=2) + "\n")
+    comparing.report(as_json(result), path)
     show(result)
-    if strict and any(ratio.met is False for ratio in result.ratios):
-        raise SystemExit(1)
+    comparing.exit_if_missed(result.ratios, strict)
 
 
 def measure(rounds: int, quick: bool) -> Result:
@@ -95,7 +79,7 @@ def measure(rounds: int, quick: bool) -> Result:
     bench = Bench.of(size)
     differences, kept = _first_steps(bench)
     timing.reserve(2 * max(kept.values()))
-    samples = timing.interleaved(list(VARIANTS), bench.ready, _progress(rounds))
+    samples = timing.interleaved(list(VARIANTS), bench.ready, comparing.progress(rounds))
     rows = {
         name: Row(
             says=variant.says,
@@ -195,13 +179,6 @@ def _rss(size: Size, name: str) -> int | None:
     return None if peak is None else peak - sum(p.numel() * 4 for p in bench.transformer.parameters())
 
 
-def _progress(rounds: int) -> Iterable[int]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(range(rounds), "rounds", console=Console(stderr=True), transient=True)
-
-
 def as_json(result: Result) -> dict[str, Any]:
     """The result as JSON's types, with each ratio's verdict."""
     return attrs.asdict(result) | {"ratios": [attrs.asdict(r) | {"met": r.met} for r in result.ratios]}
@@ -213,12 +190,12 @@ def show(result: Result) -> None:
 
     console, machine = Console(), result.machine
     console.width = max(console.width, 110)
-    console.print(_costs(result), _verdicts(result))
+    console.print(_costs(result), comparing.verdicts(result.ratios))
     console.print(
         f"{result.parameters / 1e6:.1f}M parameters, {result.rounds} interleaved rounds, {machine['threads']} thread, "
         f"gradients agree to {max(result.gradients.values()):.1e}"
     )
-    console.print(f"{machine['cpu']}, {machine['cpus']} CPUs, load {machine['load']}, torch {machine['torch']}")
+    comparing.show_machine(console, machine)
 
 
 def _costs(result: Result) -> Any:
@@ -232,19 +209,6 @@ def _costs(result: Result) -> Any:
         rss = "-" if row.rss is None else _mb(row.rss)
         quartiles = f"{s.low:.3f} .. {s.high:.3f}"
         table.add_row(name, row.says, f"{s.median:.3f}", quartiles, _mb(row.activations), rss, str(row.faults))
-    return table
-
-
-def _verdicts(result: Result) -> Any:
-    from rich.table import Table
-
-    table = Table(title="ratios, medians over rounds")
-    for heading in ("", "measured", "quartiles", "target", ""):
-        table.add_column(heading, justify="right" if heading else "left")
-    for ratio in result.ratios:
-        m, target = ratio.measured, "" if ratio.target is None else f"<= {ratio.target}"
-        verdict = {True: "pass", False: "FAIL", None: ""}[ratio.met]
-        table.add_row(ratio.name, f"{m.median:.3f}", f"{m.low:.3f} .. {m.high:.3f}", target, verdict)
     return table
 
 

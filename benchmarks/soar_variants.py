@@ -169,7 +169,7 @@ def _loop(objective: Soar | Sft, bench: Bench) -> Loop:
         mode=Full(),
         seed=SEED,
         backbone=backbone,
-        dataset=SimpleNamespace(null=Condition(bench.inputs.null)),  # all that a loop asks of it outside `batches`
+        dataset=in_memory(Condition(bench.inputs.null), bench.inputs.batch.shape),
         order="epochs",
         folder=Path(),
         listener=Silence(),
@@ -177,6 +177,11 @@ def _loop(objective: Soar | Sft, bench: Bench) -> Loop:
     loop = Loop.build(job, join("fp32"))
     loop.state.optimizer.made = bench.loops
     return loop
+
+
+def in_memory(null: Condition, shape: Sequence[int]) -> Any:
+    """All that a loop asks of a dataset outside `batches`: the empty prompt's condition, and the latents' shapes."""
+    return SimpleNamespace(null=null, manifest=SimpleNamespace(shapes=[tuple(shape)]))
 
 
 def _soar(chunk: int) -> Soar:

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from corefit.cli import cli
 from corefit.data.settings import Data
 from corefit.data.sources.saved import Pair
-from corefit.pipeline import Eval, Optimizer, Pipeline, Stage
+from corefit.pipeline import Eval, Pipeline, Stage
 from corefit.pipeline.card import Card
 from corefit.pipeline.eval import Diversity, Drift
 from corefit.pipeline.evaluation import Benchmark, Evaluation, Model
@@ -47,7 +47,6 @@ WORDS: Mapping[str, str] = {
 HEADINGS: Mapping[str, str] = {
     "Data": "[data]",
     "Stage": "[[stage]]",
-    "Optimizer": "[stage.optimizer]",
     "Alarm": "[stage.alarm]",
     "Eval": "[eval]",
     "Diversity": "[eval.diversity]",
@@ -185,8 +184,8 @@ def _configuration(_: str) -> str:
         *(f"## {HEADINGS['Data']}", _table(Data), *_sections("sources")),
         *(f"### {HEADINGS['Pair']}", "Keys of `hf_dataset`. " + _summary(Pair), _table(Pair)),
         *(f"## {HEADINGS['Stage']}", _table(Stage)),
-        *(f"## {HEADINGS['Optimizer']}", _table(Optimizer)),
         *(f"## {HEADINGS['Alarm']}", _table(Alarm)),
+        *("## Optimizers", "Without `use` it is `adamw`.", *_sections("optimizers")),
         *("## Objectives", *_sections("objectives")),
         *("## Samplers", *_sections("samplers")),
         *("## Noise weightings", *_sections("noise_weightings")),

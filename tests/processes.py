@@ -52,9 +52,9 @@ def ended(*started: Forked) -> Ended:
     return Ended(next(filter(None, (process.wait() for process in started)), 0), "".join(out), "".join(err))
 
 
-def two(project: Project, *args: str, **environment: str) -> Ended:
-    """`corefit ...` in two processes."""
-    return ended(*forks.ranks(*[("-m", "corefit", *args)] * 2, cwd=project.folder, **environment))
+def two(project: Project, *args: str, number: int = 2, **environment: str) -> Ended:
+    """`corefit ...` in two processes, or another number of them."""
+    return ended(*forks.ranks(*[("-m", "corefit", *args)] * number, cwd=project.folder, **environment))
 
 
 def weights(stage: Path) -> Mapping[str, torch.Tensor]:

@@ -53,7 +53,7 @@ PIPELINE = click.argument(
     shell_complete=completion.pipelines,
     callback=_found,
 )
-NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "observer", "pipeline", "example")
+NEW = ("objective", "backbone", "sampler", "noise", "reward", "source", "observer", "optimizer", "pipeline", "example")
 """Words of corefit.plugins.kinds.KINDS, which help texts and shells would else wait for; a pipeline; an example."""
 LARGEST = 1e9
 """Sizes of memory must be smaller than this number, in any unit."""
@@ -76,6 +76,23 @@ GPU = click.option(
     type=memory_size,
     metavar="SIZE",
     help="Memory of a GPU, such as 24GiB [this machine's].",
+)
+
+
+def devices(text: str) -> tuple[int, float]:
+    """Return the number of devices and the bytes of each, of "24GiB" or "8x80GiB"."""
+    number, times, each = text.rpartition("x")
+    if times and not (number.strip().isdecimal() and int(number) > 0):
+        raise click.BadParameter(f"{text!r} is not a number of GPUs and their memory; write 8x80GiB")
+    return int(number or 1), memory_size(each.strip())
+
+
+FIT = click.option(
+    "--fit",
+    "planned",
+    type=devices,
+    metavar="SIZE",
+    help="Find the cheapest keys with which it fits into GPUs such as 24GiB or 8x80GiB.",
 )
 
 
@@ -123,13 +140,20 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
 @OUT
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes that it will run on.")
 @GPU
+@FIT
 @click.option(
     "--measure",
     is_flag=True,
     help="Measure what [backbone] frozen costs: reads weights, encodes data.",
 )
 def check(
-    pipeline: Path, settings: tuple[str, ...], out: Path | None, ranks: int, memory: float | None, measure: bool
+    pipeline: Path,
+    settings: tuple[str, ...],
+    out: Path | None,
+    ranks: int,
+    memory: float | None,
+    planned: tuple[int, float] | None,
+    measure: bool,
 ) -> None:
     """Check PIPELINE, its data, and whether it fits into memory.
 
@@ -137,34 +161,14 @@ def check(
     and in the format of `frozen`, and calls each 16 times on the first examples. They are encoded first, as a run
     would.
     """
-    from corefit.pipeline.pipeline import read
+    if planned and (memory is not None or ranks > 1 or measure):
+        raise click.UsageError("--fit names the GPUs and their number itself; leave out --gpu, --ranks and --measure")
+    from corefit.cli import checking
 
-    checked = read(pipeline, _with_out(settings, out))
-    starts = {stage.name: f", from {stage.from_}" if stage.from_ else "" for stage in checked.stage}
-    stages = ", ".join(f"{s.name} ({s.steps} steps of {s.rows}{starts[s.name]})" for s in checked.stage)
-    from corefit.train import estimate
-    from corefit.train.estimate_cache import Kept
-
-    device = estimate.Device.here() if memory is None else estimate.Device.of(memory)
-    kept = Kept.of(checked, device, ranks)
-    before = kept.read()
-    found = estimate.estimates(checked, device, ranks) if before is None else before
-    estimate.refuse(checked, found, device, ranks)
-    if before is None:
-        kept.write(found)
-    click.echo(plain(f"{pipeline}: ok: {stages}; runs go to {checked.run_folder}"))
-    if checked.data.left_out:
-        click.echo(f"data: {checked.data.left_out}")
-    estimate.show(found, device)
-    if measure:
-        _measure(checked)
-
-
-def _measure(checked: Pipeline) -> None:
-    from corefit.run import measure as measuring
-    from corefit.system.display import Display
-
-    measuring.show(measuring.measure(checked, Display.on()))
+    if planned:
+        checking.fit(pipeline, _with_out(settings, out), *planned)
+    else:
+        checking.check(pipeline, _with_out(settings, out), ranks, memory, measure=measure)
 
 
 @cli.command()

@@ -13,7 +13,7 @@ from corefit.data.settings import check_size
 from corefit.errors import ConfigError
 from corefit.pipeline.eval import Eval
 from corefit.pipeline.pipeline import BASE, CHOICES, read_as
-from corefit.pipeline.problems import error_of, eval_problems, repeated, reward_problems
+from corefit.pipeline.problems import error_of, eval_problems, layout_problems, repeated, reward_problems
 from corefit.pipeline.reader import Reader, Table
 from corefit.plugins.host import Host
 from corefit.system import public
@@ -134,7 +134,8 @@ class Evaluation:
             for name in repeated(entry.name for entry in entries):
                 yield f"{key}.{name}: two have this name; rename one"
         found = [*error_of("backbone", self.backbone.check)]
-        yield from found or error_of("backbone", lambda: self.backbone.latent_shape(self.size))
+        found = found or [*error_of("backbone", lambda: self.backbone.latent_shape(self.size))]
+        yield from found or layout_problems(self.layout, self.backbone, [self.size])
         for model in self.model:
             yield from error_of(f"model.{model.name}", lambda model=model: model.resolved(self.backbone)[0].check())
         for benchmark in self.benchmark:

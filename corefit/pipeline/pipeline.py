@@ -17,7 +17,7 @@ from corefit.data.settings import Data
 from corefit.errors import ConfigError, near
 from corefit.pipeline.card import Card
 from corefit.pipeline.eval import Eval
-from corefit.pipeline.problems import error_of, eval_problems, repeated, reward_problems
+from corefit.pipeline.problems import error_of, eval_problems, layout_problems, repeated, reward_problems
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
 from corefit.plugins.host import Host
 from corefit.system import public
@@ -158,8 +158,6 @@ class Pipeline:
             yield "stage.base: the base model's results have this name; rename the stage"
         for stage in self.stage:
             yield from (f"stage.{stage.name}.{problem}" for problem in stage.problems())
-        if self.replicate > 1 and not self.shard:
-            yield "replicate: without shards every process has all weights; add shard = true, or remove the key"
         starts = [*self._start_problems(names)]
         yield from starts or self._mode_problems()
         yield from self._offload_problems()
@@ -167,7 +165,8 @@ class Pipeline:
         yield from self._optimizer_problems()
         found = [*error_of("backbone", self.backbone.check)]
         found = found or [*error_of("backbone", lambda: self.backbone.latent_shape(self.data.size))]
-        yield from found or error_of("data", lambda: buckets.sizes(self.data.size, self.data.aspects, self.backbone))
+        found = found or [*error_of("data", self._sizes)]
+        yield from found or layout_problems(self.layout, self.backbone, self._sizes())
         yield from self._data_problems()
         if self.eval:
             yield from eval_problems("eval", self.eval, self.data.size)
@@ -186,6 +185,10 @@ class Pipeline:
         nearest = next(folder for folder in (self.run_folder, *self.run_folder.parents) if folder.exists())
         if not nearest.is_dir():
             yield f"out: {nearest} is a file, and the run's folder would be {self.run_folder}; name another"
+
+    def _sizes(self) -> Sequence[Sequence[int]]:
+        """Return the sizes of media that are trained on."""
+        return buckets.sizes(self.data.size, self.data.aspects, self.backbone)
 
     def _start_problems(self, names: Sequence[str]) -> Iterator[str]:
         """Refuse a `from` that names neither the base nor an earlier stage."""
@@ -291,6 +294,13 @@ def read(path: str | Path, settings: Sequence[str] = (), host: Host | None = Non
 
 def read_as(cls: type[T], path: Path, settings: Sequence[str], host: Host | None) -> T:
     """Read a `cls`, which has a host, a folder and a check as a pipeline has, from a TOML file, and check it."""
+    found: Any = read_unchecked(cls, path, settings, host)
+    found.check()
+    return found
+
+
+def read_unchecked(cls: type[T], path: Path, settings: Sequence[str], host: Host | None = None) -> T:
+    """Do what `read_as` does, and check only each key by itself."""
     tables = load(path)
     override(tables, settings)
     folder, host = path.resolve().parent, host or Host()
@@ -298,7 +308,6 @@ def read_as(cls: type[T], path: Path, settings: Sequence[str], host: Host | None
         host.add_file(folder / file)
     found: Any = Reader(host, folder, CHOICES).read(tables, cls)
     found.host, found.folder = host, folder
-    found.check()
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from corefit.data import cache
 from corefit.errors import CorefitError
 from corefit.pipeline.eval import Eval
-from corefit.types import Reward, Weighted
+from corefit.system.ranks import Layout
+from corefit.types import Backbone, ContextParallel, Reward, Weighted
 
 
 def error_of(where: str, attempt: Callable[[], Any]) -> Iterator[str]:
@@ -33,6 +34,19 @@ def reward_problems(places: Mapping[str, Sequence[Weighted[Reward]]]) -> Iterato
         for entry in entries:
             if check := getattr(entry.value, "check", None):  # a reward of version 0.1 has none
                 yield from error_of(f"{where}.{entry.name}", check)
+
+
+def layout_problems(layout: Layout, backbone: Backbone, sizes: Iterable[Sequence[int]]) -> Iterator[str]:
+    """Yield a message for each key of processes that cannot work with the backbone and with media of these sizes."""
+    if layout.replicate > 1 and not layout.shard:
+        yield "replicate: without shards every process has all weights; add shard = true, or remove the key"
+    if layout.context > 1 and isinstance(backbone, ContextParallel):
+        yield from error_of("context_parallel", lambda: backbone.check_context(layout.context, sizes))
+    elif layout.context > 1:
+        yield (
+            "context_parallel: the backbone cannot split samples (corefit.types.ContextParallel); remove the key, or "
+            "use shard = true for its weights"
+        )
 
 
 def repeated(names: Iterable[str]) -> list[str]:

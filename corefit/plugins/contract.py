@@ -155,6 +155,10 @@ DECLARED: Mapping[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
         ("rows_per_graph", _is_count, COUNT),
         ("copies", _are_copies, "a mapping of names such as 'old' to corefit.Moving"),
     ),
+    "optimizers": (
+        ("shards", lambda value: value in ("no", "numbers", "blocks"), '"no", "numbers" or "blocks"'),
+        ("lr", lambda value: isinstance(value, float), "a number"),
+    ),
     "samplers": (("stochastic", lambda value: isinstance(value, bool), "true or false"),),
 }
 """For each kind, the members that an instance declares: name, check of the value, and what messages say it must be."""

@@ -96,7 +96,7 @@ class GroupObjective(Grouped[Scored]):
         advantages = group_advantages(scores.total, batch, ctx, self.group, global_std=self.global_std).float()
         return Scored(
             x0,
-            advantages.clamp(-self.adv_clip_max, self.adv_clip_max).to(x0.device),
+            advantages.clamp(-self.adv_clip_max, self.adv_clip_max).to(x0.device, non_blocking=True),
             batch.cond,
             batch.rows,
             ctx.rng.of("samples"),

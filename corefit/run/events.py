@@ -22,7 +22,6 @@ from corefit.system.display import Advance, Display
 from corefit.system.energy import EnergyMeter
 from corefit.system.ranks import Ranks
 from corefit.system.signals import Signals
-from corefit.train import weights
 from corefit.train.job import Cost, Listener, Metrics
 from corefit.types import Backbone, Samples, TrainState
 
@@ -181,7 +180,7 @@ class StageEvents(Listener):
         self.tell("checkpoint_saved", step, path=path)
 
     def logged(self, step: int, metrics: Metrics) -> None:
-        """Pass on metrics. With sharded weights all ranks first generate the samples that are due: one alone cannot."""
+        """Pass on metrics. Where one rank alone cannot, all ranks first generate the samples that are due."""
         sample, due = self._samples(), self.stage.samples(step)
         if self.evaluator and not sample and due:
             sample = _constant(self.evaluator.samples(self.backbone))
@@ -225,7 +224,7 @@ class StageEvents(Listener):
 
     def _samples(self) -> Samples | None:
         evaluator = self.evaluator
-        if evaluator is None or weights.is_sharded(self.backbone.transformer):
+        if evaluator is None or self.events.ranks.forwards_together:
             return None
         return functools.cache(lambda: evaluator.samples(self.backbone))
 

@@ -74,8 +74,8 @@ class Measured:
     seconds: float
 
 
-def check(pipeline: Pipeline) -> str:
-    """Return the format of the frozen weights; raise ConfigError where there is nothing to measure."""
+def refuse(pipeline: Pipeline) -> None:
+    """Raise ConfigError where there is nothing to measure."""
     backbone = pipeline.backbone
     bits = backbone.frozen if isinstance(backbone, Quantizable) else None
     if bits is None:
@@ -88,17 +88,17 @@ def check(pipeline: Pipeline) -> str:
             "--measure needs clean media, and the stages train on prompts alone; add [eval], whose steps and guidance "
             "say how to generate some"
         )
-    return bits
 
 
-def measure(pipeline: Pipeline, display: Display) -> Measured:
+def measure(pipeline: Pipeline, display: Display | None = None) -> Measured:
     """Measure the pipeline's frozen format on its first examples; they are encoded first, if they are not cached.
 
     The two networks are in memory one after the other. On a GPU the blocks of the whole one stay in main memory where
     the backbone can do that, because it need not fit.
     """
-    bits, start = check(pipeline), time.monotonic()
-    ranks = join(pipeline.precision)
+    refuse(pipeline)
+    start, display, ranks = time.monotonic(), display or Display.on(), join(pipeline.precision)
+    bits: str = cast(Any, pipeline.backbone).frozen
     with display:
         data, _ = encode(pipeline, ranks, display)
         with display.task(f"measuring {precision(ranks)}") as progress:
@@ -179,7 +179,7 @@ def _generated(pipeline: Pipeline, backbone: Any, batch: Batch, device: torch.de
     """Return clean latents [1, ...] of one prompt, by the steps and the guidance of [eval]."""
     import torch
 
-    assert pipeline.eval is not None, "check has refused this"
+    assert pipeline.eval is not None, "refused before"
     noise = Rng((pipeline.seed, "measure generated"), batch.rows).randn((1, *batch.shape)).to(device)
     steps, scale = pipeline.eval.steps, pipeline.eval.guidance
     with torch.no_grad():
@@ -218,7 +218,14 @@ def show(found: Measured) -> None:
 
     (whole, bits), console = found.names, Console(highlight=False, markup=False)
     made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-    for title in ("noise level", f"loss, {whole}", f"loss, {bits}", "change, 95 %", "velocities differ by"):
+    for title in (
+        "noise level",
+        f"loss, {whole}",
+        f"loss, {bits}",
+        "change",
+        "its 95 % interval",
+        "velocities differ by",
+    ):
         made.add_column(title, justify="right")
     examples, levels = found.moved.shape
     for level in range(levels):
@@ -239,6 +246,6 @@ def _cells(found: Measured, levels: slice) -> list[str]:
     before, after = (each[:, levels].mean(1) for each in found.losses)
     change, whole = after - before, before.mean()
     interval = intervals.of_gain(change, intervals.labels(found.prompts), "unbounded")
-    spread = f" [{interval[0] / whole:+.2%}, {interval[1] / whole:+.2%}]" if interval else ""
+    spread = f"{interval[0] / whole:+.2%} to {interval[1] / whole:+.2%}" if interval else ""
     moved = np.sqrt((found.moved[:, levels] ** 2).mean())
-    return [f"{whole:.5g}", f"{after.mean():.5g}", f"{change.mean() / whole:+.2%}{spread}", f"{moved:.2%}"]
+    return [f"{whole:.5g}", f"{after.mean():.5g}", f"{change.mean() / whole:+.2%}", spread, f"{moved:.2%}"]

@@ -144,6 +144,14 @@ class Ranks:
         shares = every.unflatten(0, (self.world, len(x)))[:: self.layout.context]
         return shares.flatten(0, 1).to(x.device)
 
+    def agree(self, x: Tensor) -> Tensor:
+        """Return rows [B, ...] of the first of the processes that share this one's samples."""
+        if self.layout.context == 1:
+            return x
+        every: Any = self.accelerator.gather(x.to(self.device))
+        first = self.data_rank * self.layout.context
+        return every.unflatten(0, (self.world, len(x)))[first].to(x.device)
+
     def all_gather_object(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank, on each of them."""
         return _all_gather_object(value, self.world, self.host)

@@ -9,6 +9,7 @@ from corefit.testing.checkpoints import tiny_chroma, tiny_flux, tiny_sd3, tiny_w
 from corefit.testing.objectives import check_objective
 from corefit.testing.observers import check_observer
 from corefit.testing.offers import check_noise, check_reward, check_source
+from corefit.testing.optimizers import check_optimizer
 from corefit.testing.samplers import check_sampler
 from corefit.testing.toy import ToyBackbone, ToyReward, toy_batch, toy_context
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_noise",
     "check_objective",
     "check_observer",
+    "check_optimizer",
     "check_reward",
     "check_sampler",
     "check_source",

@@ -203,6 +203,8 @@ def _modes() -> tuple[Any, Any]:
                     result = result.view_as(result)
                 for tensor in _arguments([result]):
                     setattr(tensor, MARK, True)
+            elif held and args and result is args[0]:  # on a CPU it is there already
+                result = result.view_as(result)
             return result
 
     class Operators(TorchDispatchMode):

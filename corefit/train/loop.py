@@ -123,6 +123,8 @@ class Loop:
             rng=Rng((job.seed, stage.name), []),
             rewards=stage.reward,
             reference=frozen(weights.copied(trainable, on_host=on_host)) if "reference" in uses else None,
+            agree=ranks.agree,
+            scores=ranks.leads,
             copies={name: frozen(held.tensors) for name, held in copies.items()},
             steps=stage.steps,
             held_out=stage.held_out,
@@ -382,7 +384,7 @@ class Loop:
         sizes, sharded, where = self.state.sizes, ranks.sharded, f"stage {job.stage.name}, step {self.state.step + 1}"
         return memory.explain_exhaustion(
             f"{where}, {what}",
-            lambda: remedies.step_helps(sizes.sized, job.mode, job.backbone, ranks.world, sharded=sharded),
+            lambda: remedies.step_helps(sizes.sized, job.mode, job.backbone, ranks.data_world, sharded=sharded),
             remedies.KEPT,
         )
 

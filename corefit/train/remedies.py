@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import fields, frozen, has
 
 from corefit.types import ROUNDING
-from corefit.types.objective import weighted_objectives
+from corefit.types.objective import moving_copies, weighted_objectives
+from corefit.types.optimizer import AdamW
 from corefit.types.stage import Full, Lora, Stage
 
 if TYPE_CHECKING:
@@ -19,36 +20,45 @@ if TYPE_CHECKING:
 KEPT = "Checkpoints are whole, and the same command goes on from the newest"
 FILLED = 0.8
 """Share of a device that sharded weights may take; the rest is for activations."""
-BITS = ("bf16", "fp8", "int8", "nf4")
-"""Dtypes of a frozen base, from the most bytes to the fewest; int8 takes as many as fp8 and rounds otherwise."""
-FEWER = {"bf16": "fp8", "fp8": "nf4", "int8": "nf4"}
-"""The next dtype that takes fewer bytes."""
+FEWER = {None: "fp8", "bf16": "fp8", "fp8": "nf4", "int8": "nf4"}
+"""The format of a frozen base that takes fewer bytes than another; int8 takes as many as fp8."""
+LORA = '{ use = "lora" }'
 COSTS = {
-    "micro_batch": "nothing but time where forwards get too small",
-    "encode_batch": "nothing",
-    "batch": "nothing",
+    "micro_batch": "no result; small forwards are slower",
+    "batch": "no result",
     "chunk": "up to 10 % of the time",
     "gradient_checkpointing": "a third more time",
-    "offload_text": "time while prompts are encoded",
-    "copies": "time to copy them each step",
+    "tile": "tiles of the VAE overlap, and differ a little from the whole",
+    "text_encoders": "prompts are encoded slowly, once",
+    "copies": "copies pass to the device in each step",
     "optimizer": "its state is rounded to 8 bits",
-    "frozen": "the base is rounded; `corefit check --measure` shows how much is lost",
+    "frozen": "the base is rounded; `corefit check --measure` says how much is lost",
     "gather": "weights are gathered in each forward and backward",
-    "offload": "time to copy the blocks in each forward",
-    "train": "another way of training: an adapter in place of all weights",
+    "offload": "blocks pass to the device in each forward and backward",
+    "train": "an adapter is trained in place of all weights",
     "shard": "weights are gathered from other devices",
 }
-"""What a key costs, by its last name."""
+"""What a key costs, by its last name, from the least to the most."""
+
+
+def last_name(key: str) -> str:
+    """Return the name by which COSTS has a key: "optimizer" for "stage.soar.optimizer.use"."""
+    return next((name for name in reversed(key.split(".")) if name in COSTS), key)
+
+
+def place(key: str) -> int:
+    """Return the place of a key in the order of what it costs."""
+    return list(COSTS).index(last_name(key)) if last_name(key) in COSTS else 0
 
 
 @frozen
 class Remedy:
     """A key and a value that take less memory.
 
-    key   such as "stage.soar.micro_batch"
-    value as TOML
-    now   the value that it has, where that is worth saying
-    where a remark, such as how many devices it takes
+    key    such as "stage.soar.micro_batch"
+    value  as TOML
+    now    the value that it has, where that is worth saying
+    where  a remark
     """
 
     key: str
@@ -64,7 +74,7 @@ class Remedy:
     @property
     def cost(self) -> str:
         """What it costs, in words."""
-        return COSTS.get(self.key.rpartition(".")[2], "")
+        return COSTS.get(last_name(self.key), "")
 
     def __str__(self) -> str:
         now = "" if self.now is None else f" (now {self.now})"
@@ -74,7 +84,10 @@ class Remedy:
 def ladder(
     stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool, gather: str = "term"
 ) -> Iterator[Remedy]:
-    """Yield what would take less memory in a stage's training and is not set yet, in the order of what it costs."""
+    """Yield what would take less memory in a stage and is not set yet, in the order of what it costs.
+
+    A micro-batch that is not set is none of it: the trainer finds one that fits.
+    """
     name = f"stage.{stage.name}"
     rows = min(stage.micro_batch or 1, max(1, stage.rows // world))
     if rows > 1:
@@ -82,7 +95,7 @@ def ladder(
     for each in weighted_objectives(stage.objective):
         path = f"{name}.objective{f'.of.{each.name}' if each.name else ''}"
         yield from (Remedy(f"{path}.{key}", str(value // 2), value) for key, value in _larger(each.value))
-    if getattr(backbone, "gradient_checkpointing", True) is False:
+    if getattr(backbone, "gradient_checkpointing", True) is False and getattr(backbone, "offload", "none") == "none":
         yield Remedy("backbone.gradient_checkpointing", "true")
     yield from weight_remedies(stage, mode, backbone, world, sharded=sharded, gather=gather)
 
@@ -91,27 +104,29 @@ def weight_remedies(
     stage: Stage | None, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool, gather: str = "term"
 ) -> Iterator[Remedy]:
     """Yield what makes weights, gradients, optimizer state and copies smaller, in the order of what it costs."""
-    if stage is not None:
-        yield from _state_remedies(stage)
-    now = getattr(backbone, "frozen", None)
-    if isinstance(mode, Lora) and now in FEWER:
+    yield from _state_remedies(stage, mode) if stage is not None else ()
+    lora = isinstance(mode, Lora)
+    if lora and (now := getattr(backbone, "frozen", "nf4")) in FEWER:
         yield Remedy("backbone.frozen", f'"{FEWER[now]}"')
-    if sharded and gather != "term":
+    if sharded and world > 1 and gather != "term":
         yield Remedy("gather", '"term"')
-    if getattr(backbone, "offload", "blocks") == "none" and isinstance(mode, Lora):
+    if lora and getattr(backbone, "offload", "blocks") == "none" and not (sharded and world > 1):
         yield Remedy("backbone.offload", '"blocks"')
-    if isinstance(mode, Full):
+    if not lora:
         own = stage is not None and stage.train is not None
-        yield Remedy(f"stage.{stage.name}.train" if own and stage else "backbone.train", '{ use = "lora" }')
-    if not sharded:
+        yield Remedy(f"stage.{stage.name}.train" if stage is not None and own else "backbone.train", LORA)
+    if not sharded and getattr(backbone, "offload", "none") == "none":
         yield Remedy("shard", "true", where="" if world > 1 else " on several devices")
 
 
-def _state_remedies(stage: Stage) -> Iterator[Remedy]:
+def _state_remedies(stage: Stage, mode: Full | Lora) -> Iterator[Remedy]:
+    """Yield what makes copies and the optimizer's state smaller."""
     name = f"stage.{stage.name}"
-    copied = stage.ema is not None or "reference" in stage.objective.uses or getattr(stage.objective, "copies", {})
-    if copied and getattr(stage, "copies", "cpu") != "cpu":
+    copied = stage.ema is not None or "reference" in stage.objective.uses or bool(moving_copies(stage.objective))
+    if copied and stage.copies != "cpu":
         yield Remedy(f"{name}.copies", '"cpu"')
+    if type(stage.optimizer) is AdamW and isinstance(mode, Full):
+        yield Remedy(f"{name}.optimizer.use", '"adamw8bit"')
 
 
 def step_helps(stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool) -> list[str]:
@@ -129,9 +144,9 @@ def room_helps(pipeline: Pipeline, stage: Stage, e: Estimate, device: Device, wo
     mode = pipeline.mode(stage)
     if isinstance(mode, Lora) and not device.half(pipeline.precision):
         yield 'precision = "bf16"'
-    for each in weight_remedies(stage, mode, pipeline.backbone, world, sharded=True, gather=pipeline.gather):
+    for each in weight_remedies(stage, mode, pipeline.backbone, world, sharded=True, gather="term"):
         yield str(each)
-    if stage.ema is not None and getattr(stage, "copies", None) != "cpu":
+    if stage.ema is not None and stage.copies == "cpu":
         yield f"{stage.name}.ema left out"
     if e.rewards:
         yield 'device = "cpu" for a reward'
@@ -143,10 +158,12 @@ def room_helps(pipeline: Pipeline, stage: Stage, e: Estimate, device: Device, wo
 
 def pipeline_ladder(pipeline: Pipeline, stage: Stage, world: int) -> Iterator[Remedy]:
     """Yield what would take less memory in any phase of a stage and is not set yet, in the order of what it costs."""
-    if pipeline.data.encode_batch > 1:
-        yield Remedy("data.encode_batch", str(pipeline.data.encode_batch // 2), pipeline.data.encode_batch)
     if pipeline.eval and pipeline.eval.batch > 1:
         yield Remedy("eval.batch", str(pipeline.eval.batch // 2), pipeline.eval.batch)
+    if getattr(pipeline.backbone, "tile", 0) is None:
+        yield Remedy("backbone.tile", "512")
+    if getattr(pipeline.backbone, "text_encoders", "cpu") == "device":
+        yield Remedy("backbone.text_encoders", '"cpu"')
     sharded = pipeline.shard or world == 1
     gather = pipeline.gather if pipeline.shard and world > 1 else "term"
     yield from ladder(stage, pipeline.mode(stage), pipeline.backbone, world, sharded=sharded, gather=gather)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ROOM = 0.5
 """Share of a device's free memory that may be filled by keeping weights and gradients; the rest is for activations."""
+UPDATE = 3
+"""What an optimizer step adds to a weight that trains, in sizes of it: its gradient and two moments."""
 EXACT = 4
 """Bytes of a number of a gradient, which is float32."""
 
@@ -146,7 +148,9 @@ class Sharding:
         """
         if not is_sharded(transformer):
             return Sharding(transformer)
-        kept = keeps(ranks.layout.gather, kept_bytes(transformer, copies), free_memory(ranks.device))
+        trained = sum(t.nbytes for t in local(p for p in transformer.parameters() if p.requires_grad))
+        free = free_memory(ranks.device) - UPDATE * trained
+        kept = keeps(ranks.layout.gather, kept_bytes(transformer, copies), free)
         return Sharding(transformer, not ranks.any(not kept))
 
     @contextmanager
@@ -211,9 +215,11 @@ def free_memory(device: torch.device) -> float:
 
 
 def _gather(tensor: Any, device: torch.device) -> Tensor:
-    """Return a whole tensor on the device, of a shard that may be in main memory."""
+    """Return the whole of a DTensor, whose shard may be in main memory, on the device of each rank."""
+    from torch.distributed.tensor import Replicate
+
     brought = tensor.to(device, non_blocking=True)
-    return brought.full_tensor() if hasattr(brought, "full_tensor") else brought
+    return brought.redistribute(placements=[Replicate()] * brought.device_mesh.ndim).to_local()
 
 
 def _sharded_modules(transformer: torch.nn.Module) -> Iterator[Any]:

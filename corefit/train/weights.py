@@ -19,7 +19,7 @@ from attrs import define
 from corefit.errors import ConfigError
 from corefit.system.ranks import Ranks
 from corefit.train.sharding import Sharding, fill, is_adapter, is_sharded, local, reshard, shard
-from corefit.types import Backbone, Moving, Offloading, StoredTensors, Streamed
+from corefit.types import Backbone, ContextParallel, Moving, Offloading, StoredTensors, Streamed
 from corefit.types.blame import require_result
 from corefit.types.objective import Objective, moving_copies, weighted_objectives
 from corefit.types.stage import Full, Lora
@@ -67,6 +67,9 @@ def load(
         if isinstance(mode, Lora) and not adapter:
             _materialize_adapter(backbone.transformer)
             seed_adapter(trainable(backbone.transformer), seed)
+    if ranks.layout.context > 1:
+        assert isinstance(backbone, ContextParallel), "the pipeline was not checked"
+        backbone.split_context(ranks.layout.context, ranks.device)
     if ranks.sharded:
         shard(backbone.transformer, ranks.device, ranks.layout.replicate)
         if streamed:

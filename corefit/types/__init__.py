@@ -5,6 +5,7 @@ from corefit.types.optimizer import AdamW, Optimizer, step_each
 from corefit.types.protocols import (
     Backbone,
     Configured,
+    ContextParallel,
     Featured,
     KeyedReward,
     NoiseWeighting,
@@ -52,6 +53,7 @@ __all__ = [
     "Batch",
     "Condition",
     "Configured",
+    "ContextParallel",
     "Example",
     "Featured",
     "KeyedReward",

@@ -37,6 +37,8 @@ class Context:
     gather       all_gather of a tensor [B] of this rank to [global B], in global row order
     copies       the moving copies that the objective declares, by name: frozen, and called like `reference`
     held_out     rewards that `score` and `scoring` report, and whose scores the objective never sees
+    agree        the tensor [B] of the first of the processes that share these rows, on each of them
+    scores       whether this is that process, whose rewards score
     decode       decodes latents without a graph, in parts that fit into memory; by default the backbone's `decode`
     report       receives the scores [B] of held-out rewards by their name in the log, for the trainer's metrics
     step, steps  the number of steps that the stage has finished, and of those that it has in all
@@ -56,6 +58,8 @@ class Context:
     steps: int = 1
     held_out: Sequence[Weighted[Reward]] = ()
     report: Callable[[str, Tensor], None] = lambda name, values: None
+    agree: Callable[[Tensor], Tensor] = lambda x: x
+    scores: bool = True
     decode: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -127,6 +131,8 @@ class Context:
             meta=batch.meta,
             gather=self.gather,
             report=self.report,
+            agree=self.agree,
+            scores=self.scores,
         )
 
 

@@ -126,8 +126,9 @@ def step_each(optimizer: torch.optim.Optimizer, unchanged: Tensor) -> None:
     """Take a step one parameter at a time, and put weight and state back where `unchanged` (bool []) is true.
 
     The device decides, and nothing waits for it; the copies to put back take the memory of one parameter and its state.
-    It serves optimizers that treat each parameter by itself and whose state starts at 0. Numbers in the state, such as
-    the count of steps, are Python's and go on where a step is left out.
+    It serves optimizers that treat each parameter by itself and whose state starts at 0. Where a step is left out, the
+    optimizer sees a gradient of 0. What is not on the device goes on so: numbers in the state, such as the count of
+    steps, and tensors in other memory, such as moments that are paged.
     """
     groups = optimizer.param_groups
     try:
@@ -143,8 +144,9 @@ def step_each(optimizer: torch.optim.Optimizer, unchanged: Tensor) -> None:
 def _step_one(optimizer: torch.optim.Optimizer, parameter: Parameter, unchanged: Tensor) -> None:
     import torch
 
-    held = _tensors(optimizer, parameter)
-    before = {key: tensor.clone() for key, tensor in held.items()}
+    assert parameter.grad is not None, "a parameter without a gradient takes no step"
+    parameter.grad.masked_fill_(unchanged, 0)
+    before = {key: tensor.clone() for key, tensor in _tensors(optimizer, parameter).items()}
     optimizer.step()
     for key, tensor in _tensors(optimizer, parameter).items():
         old = before[key] if key in before else torch.zeros_like(tensor)  # the first step makes the state
@@ -152,9 +154,9 @@ def _step_one(optimizer: torch.optim.Optimizer, parameter: Parameter, unchanged:
 
 
 def _tensors(optimizer: torch.optim.Optimizer, parameter: Parameter) -> dict[str, Tensor]:
-    """Return a parameter and the tensors of its state, by key; the parameter's own key is ""."""
+    """Return a parameter and the tensors of its state on its device, by key; the parameter's own key is ""."""
     import torch
 
     state: Mapping[str, Any] = optimizer.state.get(parameter, {})
-    held = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    return {"": parameter.detach(), **held}
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return {"": parameter.detach(), **{k: t for k, t in tensors.items() if t.device == parameter.device}}

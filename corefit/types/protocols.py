@@ -330,6 +330,29 @@ class Streamed(Protocol):
         ...
 
 
+@runtime_checkable
+class ContextParallel(Protocol):
+    """What a Backbone may implement as well, so that several processes compute a sample together (context_parallel).
+
+    Both methods must be written. Without them the key is refused.
+    """
+
+    @abstractmethod
+    def check_context(self, number: int, sizes: Iterable[Sequence[int]]) -> None:
+        """Raise ConfigError unless `number` processes can share each sample of these sizes, in pixels."""
+        ...
+
+    @abstractmethod
+    def split_context(self, number: int, device: torch.device) -> None:
+        """Let the loaded network compute a part of each sample on each of `number` processes, which follow each other.
+
+        It is called on all processes, which are a multiple of `number`, before the network is wrapped. The processes
+        that share a sample call the network with equal inputs and get equal results, whole. Of a weight's gradient
+        each has a part, which add up to the whole; of the input's gradient each has the whole.
+        """
+        ...
+
+
 @frozen
 class OriginalTensor:
     """How a tensor of a model's original code is made of those in `transformer.state_dict()`."""

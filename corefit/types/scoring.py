@@ -40,6 +40,8 @@ class Scoring:
     held_out  rewards that are reported, and never handed to the objective
     prompts   the prompts of all rows, and `meta` their metadata
     gather    all_gather of a tensor [B] over the ranks
+    agree     the tensor [B] of the first of the processes that share these rows, on each of them
+    scores    whether this is that process; the others neither decode nor score, and take its scores
     report    receives the scores [B] of each held-out reward as "held_out/NAME"
     """
 
@@ -51,6 +53,8 @@ class Scoring:
     decode: Callable[[Tensor], Tensor]
     gather: Callable[[Tensor], Tensor] = lambda x: x
     report: Callable[[str, Tensor], None] = _nowhere
+    agree: Callable[[Tensor], Tensor] = lambda x: x
+    scores: bool = True
     _added: int = field(init=False, default=0)
     _scorers: Sequence[_Scorer] = field(init=False)
 
@@ -71,6 +75,8 @@ class Scoring:
 
         rows = slice(self._added, self._added + len(x0))
         self._added = rows.stop
+        if not self.scores:
+            return
         prompts, meta = self.prompts[rows], self.meta[rows]
         with torch.no_grad():
             media = self.decode(x0)
@@ -87,7 +93,8 @@ class Scoring:
         import torch
 
         assert self._added == len(self.prompts), f"{self._added} of {len(self.prompts)} rows were added"
-        found = [torch.cat(scorer.scores()) for scorer in self._scorers]
+        none = torch.zeros(self._added, dtype=torch.float64)
+        found = [self.agree(torch.cat(scorer.scores()) if self.scores else none) for scorer in self._scorers]
         count = len(self.rewards)
         each = {entry.name: values for entry, values in zip(self.rewards, found[:count], strict=True)}
         held = {entry.name: values for entry, values in zip(self.held_out, found[count:], strict=True)}

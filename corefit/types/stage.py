@@ -103,7 +103,8 @@ class Stage:
     """The optimizer and the schedule of its learning rate; without `use` it is AdamW."""
     copies: Literal["cpu"] | None = field(default=None, metadata=ROUNDING)
     """Set to "cpu" it keeps the average (`ema`), the reference policy and the copies of the weights that an objective
-    declares in main memory. It costs time in each step, and changes no result but for rounding."""
+    declares in main memory. An average or copy crosses to the device and back, one weight at a time, when it moves;
+    one that an objective calls is on the device as a whole for the call. It changes no result but for rounding."""
     max_grad_norm: float = field(default=1.0, validator=positive)
     """A gradient with a larger norm is scaled down to this norm (gradient clipping)."""
     ema: float | None = field(default=None, validator=validators.optional(share))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import activations, soar_step, soar_variants, start, timing
+from benchmarks import activations, soar_step, soar_variants, startup, timing
 from benchmarks.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -127,14 +127,14 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_commands_are_timed_until_they_end_or_take_a_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "SETTLED", 0)
-    start._write(tmp_path)
+    monkeypatch.setattr(startup, "SETTLED", 0)
+    startup._write(tmp_path)
     for name in ("help", "step"):
-        sample = start._waited(start.WAITS[name], tmp_path)
+        sample = startup._waited(startup.WAITS[name], tmp_path)
         assert sample.wall > 0
         assert sample.cpu > 0
     assert (tmp_path / "runs").exists()
     assert not list(tmp_path.glob("runs/*/*/model")), "it ends with the first step"
     (tmp_path / "pipeline.toml").write_text("")
     with pytest.raises(SystemExit, match="backbone is missing"):
-        start._waited(start.WAITS["check"], tmp_path)
+        startup._waited(startup.WAITS["check"], tmp_path)

@@ -92,6 +92,38 @@ def test_a_compiled_network_takes_other_numbers_of_rows_with_and_without_gradien
     assert all((expected[name] - found[name]).abs().max() < 1e-4 for name in expected)
 
 
+def test_another_bucket_or_number_of_rows_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one row, and a forward without a graph, are compiled anew.
+
+    With a graph for each shape, two kinds of block would be at torch's own limit after three numbers of rows, and what
+    samples would never be compiled.
+    """
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **keys: real(block, backend=backend, **keys))
+    torch._dynamo.reset()
+    backbone = loaded(tiny_sd3(tmp_path / "base", words=WORDS, layers=1), compile=True)
+    cond = backbone.encode_text(["a red sky"])
+    found: dict[tuple[bool, int], list[int]] = {}
+    for graph in (True, False):
+        for rows in (2, 1, 3):
+            for size in ([32, 32], [48, 32], [32, 64]):
+                before = len(graphs)
+                with torch.set_grad_enabled(graph):
+                    x = torch.zeros(rows, *backbone.latent_shape(size))
+                    backbone.velocity(x, torch.full((rows,), 0.5), cond.repeat(rows))
+                found.setdefault((graph, rows), []).append(len(graphs) - before)
+    torch._dynamo.reset()
+    assert {key for key, number in found.items() if any(number)} == {(True, 2), (True, 1), (False, 2), (False, 1)}
+    assert all(sum(number) <= 2 and not number[2] for number in found.values())
+    assert torch._dynamo.config.recompile_limit >= 3 * len(graphs)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_computes_the_same_bits(family: str, tmp_path: Path) -> None:
     """With prompts shorter than their number of tokens: a mask that is lost would show."""

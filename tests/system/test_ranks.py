@@ -21,6 +21,7 @@ SUM = (
     f"stage.grpo.objective={{use='sum', of=[{{use='flow_grpo', group=2, steps=4, updates=2}}, {ANCHOR}]}}",
     *GRPO[1:],
 )
+KL = f"stage.grpo.objective={{use='sum', of=[{{use='flow_grpo', group=2, steps=4, updates=2, beta=50.0}}, {ANCHOR}]}}"
 
 
 PIECEMEAL = """
@@ -57,9 +58,14 @@ DTensor.full_tensor = full_tensor
         (two, (*FULL, *SOAR_SDE, *GRPO)),
         (two, (*SFT, *SUM)),
         (by_torchrun, (*FULL, *SOAR_SDE, *GRPO, "shard=true")),
-        (two, ("shard=true", "stage.soar.optimizer.lr=1e-2", *SUM)),
+        (two, ("shard=true", "gather='term'", "stage.soar.optimizer.lr=1e-2", *SUM, KL)),
     ],
-    ids=["ddp full, 3 paths, kl", "ddp lora, sft, sum", "fsdp full, 3 paths, kl, ema", "fsdp lora, 1 path, sum"],
+    ids=[
+        "ddp full, 3 paths, kl",
+        "ddp lora, sft, sum",
+        "fsdp full, 3 paths, kl, ema, gathered a step",
+        "fsdp lora, 1 path, sum, kl, gathered a term",
+    ],
 )
 def test_two_processes_train_as_one_does(project, started, keys):
     """Sharded, neither reads, gathers or saves a network as a whole. Forks share hashes; torchrun's ranks do not."""
@@ -100,6 +106,15 @@ def test_gradients_of_rewards_are_those_of_one_process(project, keys):
     steps = ("stage.grpo.objective.steps=4", "stage.grpo.objective.guidance=2.0", "stage.grpo.micro_batch=1")
     keys = (*keys, *steps, "stage.grpo.steps=3", "stage.grpo.optimizer.lr=1e-2", "stage.soar.objective={use='sft'}")
     as_one(project, keys, two(project, "run", "pipeline.toml", *settings("name='two'", *keys)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gather", ["step", "term"])
+def test_two_groups_of_processes_that_hold_all_shards_train_as_one_process_does(project, gather):
+    """HSDP on four processes: weights are gathered in a pair, gradients and their norm are those of all."""
+    keys = (*FULL, *GRPO, "shard=true", "stage.soar.max_grad_norm=0.01", f"gather='{gather}'")
+    done = two(project, "run", "pipeline.toml", *settings("name='two'", "replicate=2", *keys), number=4)
+    as_one(project, keys, done)
 
 
 def test_accelerate_is_asked_for_fsdp(project, monkeypatch):

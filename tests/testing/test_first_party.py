@@ -175,7 +175,12 @@ def observer(offer: Offer, pictures: Path, tmp_path: Path) -> None:
     check_keys(offer.cls, KINDS["observers"].protocol)
 
 
+def optimizer(offer: Offer, pictures: Path, tmp_path: Path) -> None:
+    testing.check_optimizer(offer.cls())
+
+
 CHECKS = {
+    "optimizers": optimizer,
     "observers": observer,
     "backbones": backbone,
     "objectives": objective,

@@ -167,6 +167,28 @@ def test_a_copy_is_the_network_with_its_weights_and_has_no_graph(job):
     assert torch.equal(found, loop.ctx.backbone.velocity(x, sigma, cond))
 
 
+def test_in_main_memory_they_are_the_same(job):
+    here, there = (walked(job(Drawn(), steps=2, ema=0.5, copies=where))[0].state for where in (None, "cpu"))
+    assert worst(here.ema.average, there.ema.average) == 0
+    for name in ("old", "near"):
+        assert worst(dict(here.copies[name].tensors), dict(there.copies[name].tensors)) == 0
+
+
+def test_those_of_another_memory_are_brought_and_written_back(monkeypatch):
+    """As with a GPU: what is moved is not the copy itself."""
+    brought: list[Tensor] = []
+    held, new = {"w": torch.zeros(3)}, {"w": torch.nn.Parameter(torch.ones(3))}
+
+    class Elsewhere(torch.Tensor):
+        @property
+        def device(self):
+            return torch.device("meta")
+
+    held["w"] = held["w"].as_subclass(Elsewhere)
+    weights.follow(held, new, lambda old, towards: brought.extend(old) or old[0].lerp_(towards[0], 0.25))
+    assert held["w"].tolist() == [0.25] * 3
+
+
 def test_progress_is_told(job):
     seen: list[tuple[int, int]] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from attrs import field, frozen
@@ -21,11 +21,13 @@ from corefit.run.evaluation import diversity, drift, extremes
 from corefit.run.evaluation.partial import PartialScores, RowScores
 from corefit.system import files, memory
 from corefit.system.ranks import Ranks
+from corefit.train.sharding import Sharding
 from corefit.types import Backbone, Batch, Condition, rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 SAMPLES, LAST = "last.safetensors", "last.png"
 Media = tuple[Sequence[str], "Tensor"]
 """Prompts, and the media [n, 3, H, W] or [n, 3, T, H, W] that were generated for them, on the CPU."""
@@ -78,7 +80,9 @@ class Evaluator:
             each = [Rng((seed, "diversity", draw), [row]).randn((1, *batch.shape)) for row, draw in keys]
         noise = torch.cat(each).to(device)
         with torch.no_grad(), _empty_prompt(backbone, self.prompts.null.to(device)):
-            x0 = generate(backbone, noise, batch.cond.to(device), steps=self.eval.steps, guidance=self.eval.guidance)
+            cond, settings = batch.cond.to(device), self.eval
+            with Sharding.of(backbone.transformer, self.ranks).step():
+                x0 = generate(backbone, noise, cond, steps=settings.steps, guidance=settings.guidance)
             return self._decode(backbone, x0)
 
     def _decode(self, backbone: Backbone, x0: Tensor) -> Tensor:
@@ -93,23 +97,23 @@ class Evaluator:
         Return {"values": metric -> [n], "categories": [n], "prompts": [n]}, and on rank 0 the samples: the media of the
         first prompts. With `partial`, the scores that a killed evaluation has left are used, and new ones are written.
         """
-        world, first = self.ranks.world, self.num_samples
+        world, first = self.ranks.data_world, self.num_samples
         before = self.ranks.from_main(partial.read) if partial else {}
         found = {row: each for row, each in before.items() if row >= first}  # the samples themselves are not kept
         rows = range(self.count if self.eval.reward else first)
         size = min(self.eval.batch, -(-len(rows) // world))  # the same batches after a kill give the same bytes
         whole = [rows[start : start + size] for start in range(0, len(rows), size)]
         left = [batch for each in whole if (batch := [row for row in each if row not in found])]
-        mine, scored, kept = left[self.ranks.rank :: world], dict[int, RowScores](), dict[int, Any]()
+        mine, scored, kept = left[self.ranks.data_rank :: world], dict[int, RowScores](), dict[int, Any]()
         for number, batch in enumerate(mine, 1):
             new, media = self._scores(backbone, batch)
-            if partial:
+            if partial and new:
                 partial.add(new)
             scored |= new
             kept |= {row: medium.cpu() for row, medium in zip(batch, media, strict=True) if row < first}
             progress(min(len(rows), size * (len(whole) - len(left) + number * world)), len(rows))
         self._join_forwards(backbone, len(mine), -(-len(left) // world))
-        for share, samples in self.ranks.all_gather_object((scored, kept)):
+        for share, samples in self.ranks.all_gather_object((scored, kept) if self.ranks.leads else ({}, {})):
             found, kept = found | share, kept | samples
         return self._joined(found), self._first(kept) if self.ranks.main else None
 
@@ -140,6 +144,8 @@ class Evaluator:
         """Generate media for some prompts and score them; return the scores of each row, and the media."""
         with memory.explain_exhaustion(f"evaluation, prompts {rows[0] + 1} to {rows[-1] + 1}", self._remedies()):
             batch, media = self.prompts.batch(rows, rows), self.media(backbone, rows)
+            if not self.ranks.leads:  # the first of the processes that share these rows scores them
+                return {}, media
             scores = {e.name: rewards.score(e, media, batch.prompts, batch.meta) for e in self.eval.reward}
         rewards.refuse_non_finite(scores, batch.prompts)
         found: dict[int, RowScores] = {}
@@ -162,7 +168,7 @@ class Evaluator:
         """Return {"rows": [n], "values": metric -> [n]} of n of the held-out `prompts`; every rank does its share."""
         settings = self.eval.diversity
         assert settings is not None, "[eval] diversity is not set"
-        rows, world, rank = diversity.spread(prompts, settings.prompts), self.ranks.world, self.ranks.rank
+        rows, world, rank = diversity.spread(prompts, settings.prompts), self.ranks.data_world, self.ranks.data_rank
         mine = rows[len(rows) * rank // world : len(rows) * (rank + 1) // world]
         pairs = [(row, draw) for row in mine for draw in range(settings.samples)]
         features: list[Any] = []
@@ -176,12 +182,12 @@ class Evaluator:
         self._join_forwards(backbone, -(-len(pairs) // size), -(-most // size))
         starts = range(0, len(pairs), settings.samples)
         found = [diversity.measure(np.stack(features[start : start + settings.samples])) for start in starts]
-        measured = [each for share in self.ranks.all_gather_object(found) for each in share]
+        measured = [each for share in self._by_share(found) for each in share]
         return {"rows": rows, "values": {name: [each[name] for each in measured] for name in diversity.METRICS}}
 
     def drift(self, backbone: Backbone, progress: Progress = _silent) -> dict[str, Any]:
         """Return what `drift.Drifts` holds, measured on examples of the training data; every rank does its share."""
-        settings, data, world, rank = self.eval.drift, self.data, self.ranks.world, self.ranks.rank
+        settings, data, world, rank = self.eval.drift, self.data, self.ranks.data_world, self.ranks.data_rank
         assert settings is not None, "[eval] drift is not set"
         assert data is not None, "there are no data to measure drift on"
         rows = drift.examples(data, settings.samples)
@@ -192,19 +198,23 @@ class Evaluator:
         turns = -(-len(chunks) // world)
         for turn in range(turns):
             mine = turn * world + rank < len(chunks)
-            if mine or self.ranks.sharded:  # every forward of sharded weights needs all ranks
+            if mine or self.ranks.forwards_together:
                 batch = data.batch(chunk := chunks[turn * world + rank if mine else 0], chunk)
                 with memory.explain_exhaustion("evaluation, drift", self._remedies()):
                     grid, values = self._drift_of(backbone, batch, settings.start)
                 found += [(values, batch.prompts)] if mine else []
             progress(turn + 1, turns)
-        gathered = self.ranks.all_gather_object((grid, found))
+        gathered = self._by_share((grid, found))
         parts = [gathered[number % world][1][number // world] for number in range(len(chunks))]
         return {
             "sigmas": gathered[0][0],
             "values": [value for values, _ in parts for value in values],
             "prompts": [prompt for _, prompts in parts for prompt in prompts],
         }
+
+    def _by_share(self, value: T) -> list[T]:
+        """Return the values of the processes that lead the others of their share, in the order of the shares."""
+        return self.ranks.all_gather_object(value)[:: self.ranks.layout.context]
 
     def _drift_of(self, backbone: Backbone, batch: Batch, start: float) -> tuple[list[float], list[list[float]]]:
         """Return the noise levels [levels] and the drift of each example there, [B, levels]."""
@@ -221,8 +231,8 @@ class Evaluator:
         return grid[1:].tolist(), found.double().cpu().tolist()
 
     def _join_forwards(self, backbone: Backbone, done: int, most: int) -> None:
-        """Generate until this rank has generated `most` batches; every forward of sharded weights needs all ranks."""
-        if self.ranks.sharded:
+        """Generate until this rank has generated `most` batches, where every forward needs all ranks."""
+        if self.ranks.forwards_together:
             for _ in range(most - done):
                 self.media(backbone, range(1))
 
@@ -246,7 +256,7 @@ class Evaluator:
         import torch
 
         rows = extremes.choose(values, self.eval.samples)
-        if not rows or not (self.ranks.main or self.ranks.sharded):  # forwards of sharded weights need all ranks
+        if not rows or not (self.ranks.main or self.ranks.forwards_together):
             return rows, None
         starts = range(0, len(rows), self.eval.batch)
         media = [self.media(backbone, rows[start : start + self.eval.batch]).cpu() for start in starts]

@@ -97,7 +97,7 @@ def _trained(tables: Tables, stage: str, examples: int) -> dict[str, Any]:
         "ss_max_train_steps": settings["steps"],
         "ss_total_batch_size": settings.get("batch"),
         "ss_learning_rate": optimizer["lr"],
-        "ss_optimizer": "AdamW",
+        "ss_optimizer": optimizer.get("use", "AdamW"),
         "ss_lr_scheduler": optimizer["schedule"],
         "ss_lr_warmup_steps": optimizer["warmup"],
         "ss_max_grad_norm": settings["max_grad_norm"],

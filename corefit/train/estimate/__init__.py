@@ -2,7 +2,8 @@
 
 from corefit.train.estimate.device import Device
 from corefit.train.estimate.phases import Estimate, Phase
-from corefit.train.estimate.show import refuse, show
+from corefit.train.estimate.search import ROOM, Fit, Search
+from corefit.train.estimate.show import refuse, show, show_fit
 from corefit.train.estimate.stages import estimates
 
-__all__ = ["Device", "Estimate", "Phase", "estimates", "refuse", "show"]
+__all__ = ["ROOM", "Device", "Estimate", "Fit", "Phase", "Search", "estimates", "refuse", "show", "show_fit"]

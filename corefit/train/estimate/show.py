@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Pipeline
 from corefit.system.memory import size
 from corefit.train import remedies
+from corefit.train.estimate import search
 from corefit.train.estimate.device import Device
 from corefit.train.estimate.phases import ORDER, Estimate
+from corefit.train.estimate.search import Fit
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,11 +42,8 @@ def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world:
             )
 
 
-def show(found: Sequence[Estimate], device: Device, helps: Sequence[str] = ()) -> None:
-    """Print a table of the stages, and a line for each that may not fit because of its activations.
-
-    helps  settings that would save memory, which that line names
-    """
+def show(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world: int = 1) -> None:
+    """Print a table of the stages, and a line for each that may not fit, with what would help and is not set yet."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
@@ -52,15 +52,56 @@ def show(found: Sequence[Estimate], device: Device, helps: Sequence[str] = ()) -
         return
     console.print()
     console.print(table(found, device))
-    for e in found:
+    for e, stage in zip(found, pipeline.stage, strict=True):
         if e.peak > device.memory:
             phase = max(e.phases, key=lambda each: each.total, default=None)
             where = f" while {phase.name}" if phase else ""
+            helps = [str(each) for each in remedies.pipeline_ladder(pipeline, stage, world)]
+            would = f"what would help: {', or '.join(helps)}" if helps else "all keys that save memory are set"
             console.print(
-                f"\n{e.stage}: with what its forwards take it may not fit{where}; "
-                f"{' or '.join(helps) or 'all keys that save memory are set'}",
+                f"\n{e.stage}: with what its forwards take it may not fit{where}; {would}. "
+                "corefit check --fit finds the cheapest of them",
                 soft_wrap=True,
             )
+
+
+def show_fit(fit: Fit, device: Device, world: int) -> None:
+    """Print the keys with which a pipeline fits, what each saves and costs, and the table of the stages with them.
+
+    Raises ConfigError where no keys let it fit.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    devices = f"{world} x " if world > 1 else ""
+    room = f"{devices}{size(int(device.memory))}, of which {1 - fit.room / device.memory:.0%} stay free"
+    if not fit.found:
+        raise ConfigError("memory: not known; the backbone does not say what it needs (corefit.types.Sized)")
+    if not fit.fits:
+        raise ConfigError("\n".join(_too_large(fit, room)))
+    console.print(f"\nfits into {room}{', as it is' if not fit.chosen else ' with these keys:'}\n")
+    for line in search.toml(fit.chosen):
+        console.print(line)
+    if fit.chosen:
+        console.print(f"\nor: {' '.join(f'--set {shlex.quote(setting)}' for setting in fit.settings)}\n")
+        for key, saved in fit.saved.items():
+            console.print(f"{key}: takes off {size(int(max(0, saved)))}")
+    unknown = sorted({phase.name for e in fit.found for phase in e.phases if not phase.known})
+    if unknown:
+        console.print(f"not wholly known, and not counted: what forwards take while {', '.join(unknown)}")
+    console.print()
+    console.print(table(fit.found, device))
+
+
+def _too_large(fit: Fit, room: str) -> Iterator[str]:
+    """Yield what is too large whatever is set, and what would help."""
+    yield f"it does not fit into {room}, with all that is known to help: {', '.join(fit.settings) or 'nothing'}"
+    for e in fit.found:
+        for phase in e.phases:
+            if phase.total > fit.room:
+                parts = ", ".join(f"{name} {size(int(part))}" for name, part in phase.parts.items() if part)
+                yield f"stage.{e.stage}: {phase.name} takes {size(int(phase.total))} ({parts})"
+    yield "what would help: a smaller [data] size, fewer frames, a smaller model, or more devices with shard = true"
 
 
 def table(found: Sequence[Estimate], device: Device) -> Table:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import attrs
 from attrs import evolve, frozen
 
-from corefit.data import buckets
+from corefit.data import buckets, coding
 from corefit.pipeline.pipeline import Pipeline
 from corefit.system import memory
 from corefit.train import sharding, weights
@@ -179,8 +179,7 @@ class _Case:
             rows = self.rows * held.guided_rows(self.stage.objective, self.backbone)
             yield self._with(phases.SAMPLING, within, self.forwards.sampling(rows, self.shape))
         if self.beside.decoder is not None:
-            found = self.forwards.decoding(self.rows, self.shape, self.beside)
-            yield self._with(phases.DECODING, within, found)
+            yield self._elastic(phases.DECODING, within, self.rows, self.forwards.decoding(1, self.shape, self.beside))
         yield self._with(phases.TRAINING, {**within, **trained}, e.activations)
         yield Phase(phases.SAVING, {**between, "decoder": e.decoder, "largest weight": e.gathered})
         if self.pipeline.eval:
@@ -189,13 +188,22 @@ class _Case:
     def _with(self, name: str, parts: Mapping[str, float], found: int | None) -> Phase:
         return Phase(name, {**parts, ACTIVATIONS: float(found or 0)}, known=found is not None)
 
+    def _elastic(self, name: str, parts: Mapping[str, float], rows: int, each: int | None) -> Phase:
+        """Return a phase that takes as many of `rows` at once as fit, one at the least (corefit.data.coding)."""
+        if each is None:
+            return self._with(name, parts, None)
+        room = self.device.memory - sum(parts.values())
+        most = min(coding.fitting(rows, each, self.device.memory), max(1, int(room // max(1, each))))
+        return self._with(name, parts, most * each)
+
     def _encoding(self) -> Iterator[Phase]:
         """Yield the phases before the first stage: prompts are encoded, and media where a stage trains on them."""
         if isinstance(self.backbone, SizedText):
             yield Phase(phases.ENCODING_TEXTS, {"text encoders": self.backbone.encoding_bytes(self.device.memory)})
         if self.pipeline.needs_media and (network := held.decoder_of(self.backbone)) is not None:
-            found = self.forwards.encoding(self.pipeline.data.encode_batch, self.size, network)
-            yield self._with(phases.ENCODING_MEDIA, {"encoder": bytes_of(network)}, found)
+            found = self.forwards.encoding(1, self.size, network)
+            rows = self.pipeline.data.encode_batch
+            yield self._elastic(phases.ENCODING_MEDIA, {"encoder": float(bytes_of(network))}, rows, found)
 
     def _evaluating(self, e: Estimate) -> Iterator[Phase]:
         """Yield generating and decoding the samples of [eval]."""
@@ -208,8 +216,8 @@ class _Case:
         shape = self.backbone.latent_shape(self.pipeline.data.size)
         yield self._with(phases.EVAL_SAMPLING, parts, self.forwards.sampling(rows * twice, shape))
         if network is not None:
-            found = self.forwards.decoding(rows, shape, evolve(self.beside, decoder=network))
-            yield self._with(phases.EVAL_DECODING, {**parts, "decoder": bytes_of(network)}, found)
+            found = self.forwards.decoding(1, shape, evolve(self.beside, decoder=network))
+            yield self._elastic(phases.EVAL_DECODING, {**parts, "decoder": bytes_of(network)}, rows, found)
 
     def _host(self, e: Estimate, copies: int) -> float:
         """Return the main memory that the processes of a machine take beside Python's, where the device is a GPU.

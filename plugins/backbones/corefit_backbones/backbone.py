@@ -9,15 +9,15 @@ from functools import cached_property
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from attrs import define, evolve, field, validators
 
 from corefit import ROUNDING, Condition
 from corefit.errors import ModelError
 from corefit.types import ModelPath, OriginalTensor, Suggested
-from corefit_backbones import encoders, network, offloading, original_names, schedule, usual
-from corefit_backbones.classes import diffusers_class as _class
+from corefit_backbones import context, network, offloading, original_names, parts, schedule, turns, usual
+from corefit_backbones.beside import Beside, Codec
 from corefit_backbones.decoding import decode_recomputed
 from corefit_backbones.folder import LONGEST, Checkpoint, link
 from corefit_backbones.single_file import SingleFile
@@ -25,13 +25,6 @@ from corefit_backbones.single_file import SingleFile
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-class Codec(Protocol):
-    """Converts media to the latents that a family is trained on, and back: the module `pictures` or `clips`."""
-
-    def encode(self, vae: Any, media: Tensor) -> Tensor: ...
-    def decode(self, vae: Any, x0: Tensor) -> Tensor: ...
 
 
 @define(eq=False, slots=False)
@@ -86,7 +79,7 @@ class Diffusers(ABC):
     attention: str = field(default="native", metadata=ROUNDING)
     compile: bool = field(default=False, metadata=ROUNDING)
     offload: Literal["none", "blocks"] = field(default="none", metadata=ROUNDING)
-    text_encoders: Literal["device", "cpu"] = field(default="device", metadata=ROUNDING)
+    text_encoders: Literal["device", "cpu", "int8"] = field(default="device", metadata=ROUNDING)
     tile: int | None = field(default=None, validator=validators.optional(validators.ge(64)))
     frozen: Literal["bf16", "fp8", "int8", "nf4"] | None = None
     max_sequence_length: int = field(default=512, validator=[validators.gt(0), validators.le(LONGEST)])
@@ -97,8 +90,8 @@ class Diffusers(ABC):
     """The empty prompt's condition [1, ...]: kept once it was encoded, or set from a cache."""
     _device: Any = field(init=False, default=None)
     _dtype: Any = field(init=False, default=None)
-    _text: Any = field(init=False, default=None)
-    _vae: Any = field(init=False, default=None)
+    _others: Beside | None = field(init=False, default=None)
+    _grids: dict[tuple[int, int], Any] = field(init=False, factory=dict[tuple[int, int], Any])
 
     @property
     def distilled(self) -> bool:
@@ -135,7 +128,10 @@ class Diffusers(ABC):
 
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
         """The pipeline's own noise levels [steps + 1] for latents of `shape`, the last 0; float32, CPU."""
-        return schedule.grid(self.schedule, steps, self.num_tokens(shape), linear=self.linear_grid)
+        key = steps, self.num_tokens(shape)
+        if key not in self._grids:  # diffusers takes as long for it as for a small kernel, in each term of a step
+            self._grids[key] = schedule.grid(self.schedule, *key, linear=self.linear_grid)
+        return self._grids[key]
 
     def shift(self, shape: Sequence[int]) -> float:
         """The scheduler's timestep shift; with dynamic shifting, the one for latents of `shape`."""
@@ -147,6 +143,8 @@ class Diffusers(ABC):
         if self.frozen == "nf4" and find_spec("bitsandbytes") is None:
             raise ModelError("frozen = 'nf4' needs the package bitsandbytes: pip install 'corefit[lowbit]'")
         self._check_class("vae", self.vae_class)
+        if self.tile is not None:
+            self.codec.check_tile(self.checkpoint.config("vae"), self.tile)
         for name in self.networks:
             self._check_class(name, self.transformer_class)
             config = self.checkpoint.config(name)
@@ -189,7 +187,7 @@ class Diffusers(ABC):
 
     def _read(self, name: str, device: torch.device, dtype: torch.dtype) -> Any:
         """The network in folder `name` as it is held: on `device` where it is packed while it is read."""
-        kind = _class(self.transformer_class)
+        kind = parts.of_diffusers(self.transformer_class)
         if self.frozen is None:
             return network.read(kind, self.checkpoint, name, dtype)
         return network.read_packed(kind, self.checkpoint, name, dtype, self.frozen, device)
@@ -200,7 +198,10 @@ class Diffusers(ABC):
 
         self.check_settings()
         configs = [self.checkpoint.config(name) for name in self.networks]
-        empty = [self._swapped(network.empty(_class(self.transformer_class), config, dtype)) for config in configs]
+        empty = [
+            self._swapped(network.empty(parts.of_diffusers(self.transformer_class), config, dtype))
+            for config in configs
+        ]
         self._set_up(self.joined(empty), torch.device("cpu"), dtype)
 
     def _swapped(self, part: Any) -> Any:
@@ -258,14 +259,20 @@ class Diffusers(ABC):
 
     def load_blank_decoder(self) -> Any:
         """Make a VAE without weights, on the meta device, with which `decode` works on fake tensors."""
-        import torch
-
-        self._vae = network.blank(_class(self.vae_class), self.checkpoint.config("vae"), torch.float32)
-        return self._vae.requires_grad_(False)
+        return self._beside().blank_vae()
 
     def routes(self) -> Sequence[Any]:
         """The loaded networks; each sample passes through exactly one of them."""
         return [part for _, part in self._parts()]
+
+    def check_context(self, number: int, sizes: Iterable[Sequence[int]]) -> None:
+        """Raise ConfigError unless `number` processes can share each sample of these sizes, in pixels."""
+        context.check(self, _class(self.transformer_class), number, sizes)
+
+    def split_context(self, number: int, device: torch.device) -> None:
+        """Let the loaded networks compute each sample on `number` processes, a part of its sequence on each."""
+        for part in self.routes():
+            context.split(part, number, device)
 
     def usual(self) -> Suggested:
         """What the family suggests, with the size that the checkpoint was made for."""
@@ -277,7 +284,10 @@ class Diffusers(ABC):
         return self.checkpoint.config_key() + (f"+{single.header_key()}" if single else "")
 
     def _blank(self, dtype: torch.dtype) -> Any:
-        kind, configs = _class(self.transformer_class), [self.checkpoint.config(name) for name in self.networks]
+        kind, configs = (
+            parts.of_diffusers(self.transformer_class),
+            [self.checkpoint.config(name) for name in self.networks],
+        )
         return self.joined([self._swapped(network.blank(kind, config, dtype)) for config in configs])
 
     def _recompute(self) -> None:
@@ -308,13 +318,13 @@ class Diffusers(ABC):
     def load_lora(self, folder: Path) -> None:
         """Add the LoRA that `save` wrote to the loaded transformer: trainable, in float32, all else frozen."""
         for name, part in self._parts():
-            network.load_lora(_class(self.pipeline_class), part, folder, network.lora_file(name))
+            network.load_lora(parts.of_diffusers(self.pipeline_class), part, folder, network.lora_file(name))
 
     def release(self) -> None:
         """Free the text encoders and the VAE. `null` needs neither if `empty` is set."""
         import torch
 
-        self._text = self._vae = None
+        self._others = None
         torch.cuda.empty_cache()
 
     def encoding_key(self) -> Mapping[str, str]:
@@ -326,7 +336,9 @@ class Diffusers(ABC):
         kinds = ("vae", "text_encoder", "tokenizer")
         parts = [name for name in self.checkpoint.parts if name.startswith(kinds)]
         key = {name.replace("tokenizer", "text_tokenizer"): self.checkpoint.key(name) for name in parts}
-        return {**key, "text_dtype": str(self._dtype), "text_length": str(self.max_sequence_length)}
+        changed = {"text_bits": "int8"} if self.text_encoders == "int8" else {}
+        changed |= {"vae_tile": str(self.tile)} if self.tile else {}
+        return {**key, "text_dtype": str(self._dtype), "text_length": str(self.max_sequence_length), **changed}
 
     def encode(self, media: Tensor) -> Tensor:
         """Media [B, 3, H, W] or clips [B, 3, T, H, W] in [0, 1] -> x0 [B, ...]: the mode of the latents, float32."""
@@ -405,13 +417,13 @@ class Diffusers(ABC):
 
     def save_tensors(self, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Do what `save` does with an iterable of tensors, in the order of `transformer.state_dict()`."""
-        adapted, parts = network.has_lora(network.unwrapped(self.transformer)), dict(self._parts())
+        adapted, networks = network.has_lora(network.unwrapped(self.transformer)), dict(self._parts())
         for name, group in groupby(tensors, self._owner):
             own = ((each.removeprefix(self._prefix(name)), tensor) for each, tensor in group)
             if adapted:
                 kept = {each: tensor for each, tensor in own if ".lora_" in each}
-                kind = _class(self.pipeline_class)
-                network.save_lora(kind, parts[name], kept, folder, network.lora_file(name), self.lora_names)
+                kind = parts.of_diffusers(self.pipeline_class)
+                network.save_lora(kind, networks[name], kept, folder, network.lora_file(name), self.lora_names)
             else:
                 network.save_weights(folder / name, own)
         if not adapted:
@@ -452,20 +464,29 @@ class Diffusers(ABC):
 
     def text(self) -> Any:
         """The family's diffusers pipeline with only tokenizers and frozen text encoders, read on first use."""
-        assert self._device is not None, "place or load first"
-        if self._text is None:
-            self._text = encoders.read(_class(self.pipeline_class), self.checkpoint, self._dtype)
-            for name, part in self._text.components.items():
-                if name.startswith("text_encoder") and part is not None:
-                    part.to(self._device).requires_grad_(False)
-        return self._text
+        return self._beside().text()
 
     def vae(self) -> Any:
-        """The VAE in float32, frozen, read on first use."""
-        import torch
+        """The VAE in float32, frozen, read on first use, on the device."""
+        return self._beside().vae()
 
+    @property
+    def text_device(self) -> torch.device:
+        """Where prompts are encoded."""
+        return self._beside().text_device
+
+    def encoder_bytes(self) -> Mapping[str, int]:
+        """The bytes of each text encoder and of the VAE on the device, in the dtype given to `place`."""
+        return self._beside().bytes()
+
+    def encoding_bytes(self, memory: float) -> int:
+        """The most of `encoder_bytes` that are at once on a device of so many bytes."""
+        return turns.most(self.encoder_bytes(), memory)
+
+    def _beside(self) -> Beside:
         assert self._device is not None, "place or load first"
-        if self._vae is None:
-            vae = network.read(_class(self.vae_class), self.checkpoint, "vae", torch.float32)
-            self._vae = vae.to(self._device).requires_grad_(False)
-        return self._vae
+        where = self._device, self._dtype
+        if self._others is None or (self._others.device, self._others.dtype) != where:
+            names = self.pipeline_class, self.vae_class
+            self._others = Beside(self.checkpoint, *names, *where, self.codec, self.text_encoders, self.tile)
+        return self._others

@@ -33,11 +33,11 @@ class Chroma(Packed):
         """Encode prompts as ChromaPipeline.encode_prompt does, in the dtype given to `load`."""
         embeds, _, mask, *_ = self.text().encode_prompt(
             list(prompts),
-            device=self._device,
+            device=self.text_device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
-        return Condition({"prompt_embeds": embeds, "mask": mask})
+        return Condition({"prompt_embeds": embeds, "mask": mask}).to(self._device)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         import torch

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ConfigError
+from corefit_backbones import pictures
+from corefit_backbones.folder import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,16 @@ def latents(size: Sequence[int], every: int) -> int:
             f"{' or '.join(map(str, near))}"
         )
     return (frames - 1) // every + 1
+
+
+def check_tile(config: Settings, side: int) -> None:
+    """Raise a ModelError as `pictures.check_tile` does."""
+    pictures.refuse_tile(side, config.get("scale_factor_spatial", 8))
+
+
+def tile(vae: Any, side: int) -> None:
+    """Let the VAE encode and decode frames larger than `side` pixels in tiles, which overlap by a quarter."""
+    vae.enable_tiling(side, side, 3 * side // 4, 3 * side // 4)
 
 
 def encode(vae: Any, media: Tensor) -> Tensor:

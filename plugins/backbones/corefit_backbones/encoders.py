@@ -43,6 +43,26 @@ def read(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return pipeline
 
 
+def blank(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
+    """A text encoder without weights, on the meta device, as `read` would hold it in `dtype`."""
+    return parts.blank(_class(checkpoint, name), checkpoint.folder / name).to(dtype)
+
+
+def quantize(encoder: Any) -> None:
+    """Hold the weights of all linear layers in int8, with a scale for each row, as `frozen = "int8"` does."""
+    from torch import nn
+
+    from corefit_backbones import lowbit
+
+    for name, linear in [(name, m) for name, m in encoder.named_modules() if type(m) is nn.Linear]:
+        owner, _, own = name.rpartition(".")
+        made = lowbit.LowBitLinear(linear, "int8")
+        if not linear.weight.is_meta:
+            for part, tensor in lowbit.pack(linear.weight.detach(), "int8").items():
+                getattr(made, part).data = tensor
+        setattr(encoder.get_submodule(owner), own, made)
+
+
 def check_length(checkpoint: Checkpoint) -> None:
     """Raise a ModelError if the CLIP tokenizer's number of tokens is not a number."""
     if "tokenizer" in checkpoint.parts:

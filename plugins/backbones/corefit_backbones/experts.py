@@ -78,7 +78,12 @@ class Experts(nn.Module):
 
 
 def _least(expert: Any, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first row, cut to one patch and one token of text: all weights are used, and little is computed."""
+    """The first row, cut to one patch and one token of text: all weights are used, and little is computed.
+
+    A row that processes share cannot be cut.
+    """
+    if getattr(expert, "_parallel_config", None) is not None:
+        return x[:1], timestep[:1], text[:1]
     frames, height, width = expert.config.patch_size
     return x[:1, :, :frames, :height, :width], timestep[:1], text[:1, :1]
 

@@ -55,9 +55,9 @@ class Flux(Packed):
     def encode_text(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts as FluxPipeline.encode_prompt does, in the dtype given to `load`."""
         embeds, pooled, _ = self.text().encode_prompt(
-            list(prompts), None, device=self._device, max_sequence_length=self.max_sequence_length
+            list(prompts), None, device=self.text_device, max_sequence_length=self.max_sequence_length
         )
-        return Condition({"prompt_embeds": embeds, "pooled": pooled})
+        return Condition({"prompt_embeds": embeds, "pooled": pooled}).to(self._device)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         return self._embedded(x, sigma, cond, self.guidance)

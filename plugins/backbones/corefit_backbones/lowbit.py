@@ -32,8 +32,8 @@ from corefit.errors import ModelError
 MISSING = "frozen = 'nf4' needs the package bitsandbytes: pip install 'corefit[lowbit]'"
 BLOCK = 64
 """Numbers of a row that share a scale in nf4."""
-LARGEST = 127
-"""The largest number of int8, which the largest weight of a row becomes."""
+HALF_RANGE = 127.5
+"""Half the distance from -128 to 127 that the numbers of a row are scaled to, as torchao does."""
 SMALLEST = 1e-30
 """A scale that is never divided by less: a row of zeros has the scale 0."""
 Packed = Mapping[str, Tensor]
@@ -112,8 +112,8 @@ def pack(weight: Tensor, bits: str) -> Packed:
         return {"weight": _held(weight.to(torch.float8_e4m3fn).view(torch.uint8))}
     if bits == "int8":
         exact = weight.float()
-        scale = exact.abs().amax(1, keepdim=True) / LARGEST
-        whole = (exact / scale.clamp(min=SMALLEST)).round().to(torch.int8)
+        scale = exact.abs().amax(1, keepdim=True) / HALF_RANGE
+        whole = (exact * (1 / scale.clamp(min=SMALLEST))).round().clamp(-128, 127).to(torch.int8)
         return {"weight": _held(whole.view(torch.uint8)), "scale": scale}
     return _pack_nf4(weight)
 

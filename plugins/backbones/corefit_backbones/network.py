@@ -26,6 +26,8 @@ ATTENTION = (
 MASK = "attention_mask"
 FORWARD_ONLY = re.compile("_?sage.*|_flash_3")
 """Attention backends of diffusers 0.39 that have no backward; sage's stop the gradient without an error."""
+GRAPHS = 64
+"""Graphs of a class of blocks: SD3.5-medium has 3 kinds of block, with and without a graph, of one row and of more."""
 SHARD = 10**9
 """Largest weight file in bytes, and so the main memory needed to save a model whose weights are sharded."""
 
@@ -221,14 +223,20 @@ def _write(file: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, int]
 
 
 def compile_blocks(transformer: Any) -> None:
-    """Compile each block of the outermost ModuleLists in place, so that names and wrappers stay as they are."""
-    from torch import nn
+    """Compile each block of the outermost ModuleLists in place, so that names and wrappers stay as they are.
 
+    Shapes are dynamic from the start, so another bucket or another number of rows compiles nothing; one row, and a
+    forward without a graph, do. All blocks of a class share torch's limit, beyond which it no longer compiles and says
+    so in a warning alone.
+    """
+    from torch import _dynamo, nn
+
+    _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, GRAPHS)
     lists = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.ModuleList)}
     for name, blocks in lists.items():
         if not any(name.startswith(f"{other}.") for other in lists):
             for block in blocks:
-                block.compile()
+                block.compile(dynamic=True)
 
 
 def recompute(transformer: Any) -> None:

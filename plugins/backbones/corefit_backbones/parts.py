@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import sys
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,26 @@ OUTER = "text_model."
 """Prefix of a CLIPTextModel's weights in transformers 4; version 5 leaves it out, and 4 cannot read such names."""
 LISTED = 5
 """Names of tensors that a message lists at most."""
+
+
+def of_diffusers(name: str) -> Any:
+    """A class of diffusers. What the first import makes is not searched for garbage, neither then nor later.
+
+    That would be a fifth of the time to the first step: there are half a million objects, and nearly all of them stay.
+    """
+    first = "diffusers" not in sys.modules and gc.isenabled()
+    if first:
+        gc.collect()
+        gc.disable()
+    try:
+        import diffusers
+
+        return getattr(diffusers, name)
+    finally:
+        if first:
+            gc.freeze()
+            gc.enable()
+            atexit.register(gc.unfreeze)  # or nanobind, in triton, says at the end that all of this leaks
 
 
 def read(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any:
@@ -98,7 +121,7 @@ def _damaged(folder: Path) -> str | None:
 def _wrong_model(kind: Any, folder: Path) -> str | None:
     """A message about the first tensor whose shape does not fit config.json, or None."""
     with described(kind, folder / "config.json"):
-        expected = {name: list(t.shape) for name, t in _blank(kind, folder).state_dict().items()}
+        expected = {name: list(t.shape) for name, t in blank(kind, folder).state_dict().items()}
     for file, shapes in _shapes(folder):
         for name, shape in shapes.items():
             names = (name, f"{OUTER}{name}", name.removeprefix(OUTER))
@@ -120,7 +143,7 @@ def described(kind: Any, file: Path) -> Generator[None]:
         raise ModelError(f"{file}: no {kind.__name__} can be made from it: {e}") from e
 
 
-def _blank(kind: Any, folder: Path) -> Any:
+def blank(kind: Any, folder: Path) -> Any:
     """The model described by config.json, on the meta device."""
     import torch
 

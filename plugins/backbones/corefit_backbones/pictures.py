@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from corefit.errors import ModelError
-from corefit_backbones.folder import Checkpoint
+from corefit_backbones.folder import Checkpoint, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +17,27 @@ def check(checkpoint: Checkpoint) -> None:
     _ = vae["shift_factor"]
     if not vae["scaling_factor"]:
         raise ModelError(f"{vae.file}: scaling_factor is {vae['scaling_factor']}; latents are divided by it")
+
+
+def check_tile(config: Settings, side: int) -> None:
+    """Raise a ModelError unless tiles of `side` pixels, and the quarter in which they overlap, are whole latents."""
+    refuse_tile(side, 2 ** (len(config["block_out_channels"]) - 1))
+
+
+def refuse_tile(side: int, scale: int) -> None:
+    """Raise a ModelError unless a quarter of `side` pixels is a number of latents of `scale` pixels each."""
+    if side % (4 * scale):
+        raise ModelError(
+            f"tile = {side}: must be a multiple of {4 * scale}, so that the quarter in which tiles overlap is whole "
+            f"latents; nearest: {max(1, round(side / (4 * scale))) * 4 * scale}"
+        )
+
+
+def tile(vae: Any, side: int) -> None:
+    """Let the VAE encode and decode pictures larger than `side` pixels in tiles, which overlap by a quarter."""
+    vae.enable_tiling()
+    vae.tile_sample_min_size = side
+    vae.tile_latent_min_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def encode(vae: Any, media: Tensor) -> Tensor:

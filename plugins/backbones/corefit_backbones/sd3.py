@@ -70,11 +70,11 @@ class Sd3(Diffusers):
             list(prompts),
             None,
             None,
-            device=self._device,
+            device=self.text_device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
-        return Condition({"prompt_embeds": embeds, "pooled": pooled})
+        return Condition({"prompt_embeds": embeds, "pooled": pooled}).to(self._device)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         pooled = cond.tensors["pooled"].to(self._dtype)

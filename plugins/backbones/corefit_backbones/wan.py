@@ -95,9 +95,9 @@ class Wan(Diffusers):
             list(prompts),
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
-            device=self._device,
+            device=self.text_device,
         )
-        return Condition({"prompt_embeds": embeds})
+        return Condition({"prompt_embeds": embeds}).to(self._device)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         return self.predict(x, sigma, cond)

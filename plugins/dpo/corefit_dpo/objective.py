@@ -11,7 +11,7 @@ from corefit import Batch, Condition, Context, Objective, Term
 from corefit.flow import interpolate, per_sample
 from corefit.rollout import sample, score_metrics, share_rows
 from corefit.types import Backbone, Moving
-from corefit_dpo.pairs import Pairs, best_and_worst
+from corefit_dpo.pairs import Pairs, best_and_worst, preferred
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +147,7 @@ class OnlineDpo(Preference):
             x0 = sample(batch, ctx, steps=self.steps, guidance=self.guidance, scoring=scoring)
             scores = scoring.result()
         pairs = best_and_worst(x0, scores.total, batch, self.group)
-        metrics = score_metrics(scores, pairs.counted)
-        for epoch, index in enumerate(share_rows(pairs.counted, ctx, 1, epochs=self.epochs)):
+        counted = preferred(scores.total, self.group)  # on the CPU, where reading it costs no wait
+        metrics = score_metrics(scores, counted)
+        for epoch, index in enumerate(share_rows(counted, ctx, 1, epochs=self.epochs)):
             yield evolve(pairs.take(index), metrics={} if epoch else metrics)

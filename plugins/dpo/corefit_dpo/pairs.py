@@ -42,6 +42,11 @@ def best_and_worst(x0: Tensor, reward: Tensor, batch: Batch, group: int) -> Pair
         [start + i for start, i in zip(first, each.tolist(), strict=True)]
         for each in (grouped.argmax(1), grouped.argmin(1))
     )
-    preferred = (advantages(reward, group, global_std=False).reshape(-1, group) != 0).any(1)
     rows = [batch.rows[start] for start in first]
-    return Pairs(x0[best], x0[worst], preferred.to(x0.device), batch.cond[best], rows)
+    counted = preferred(reward, group).to(x0.device, non_blocking=True)
+    return Pairs(x0[best], x0[worst], counted, batch.cond[best], rows)
+
+
+def preferred(reward: Tensor, group: int) -> Tensor:
+    """Return for each group whether its rewards [B] prefer a sample, [B / group] bool, where the rewards are."""
+    return (advantages(reward, group, global_std=False).reshape(-1, group) != 0).any(1)

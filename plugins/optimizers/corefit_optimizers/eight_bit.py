@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 share: Any = [validators.ge(0), validators.lt(1)]
 BLOCK = 256
 """How many numbers share a scale, in bitsandbytes."""
+CODES = 256
+"""How many values a moment's code can stand for."""
 PAGED = 100_000
 """From how many numbers on bitsandbytes pages a state."""
 
@@ -65,9 +67,9 @@ class AdamW8bit(Optimizer):
         return made
 
     def state_bytes(self, parameter: Tensor) -> float:
-        """Return the bytes of the two moments and of their scales."""
+        """Return the bytes of the two moments, of their scales and of what the codes stand for."""
         number = parameter.numel()
-        return 8 * number if number < self.smallest else 2 * number + 2 * 4 * -(-number // BLOCK)
+        return 8 * number if number < self.smallest else 2 * number + 2 * 4 * (-(-number // BLOCK) + CODES)
 
     def step(self, optimizer: torch.optim.Optimizer, unchanged: Tensor) -> None:
         step_each(optimizer, unchanged)
@@ -85,8 +87,8 @@ class PagedAdamW8bit(AdamW8bit):
 
     def state_bytes(self, parameter: Tensor) -> float:
         """Return the bytes that are never paged out: the scales, and the states of small weights."""
-        number = parameter.numel()
-        return super().state_bytes(parameter) - (2 * number if number >= max(self.smallest, PAGED) else 0)
+        paged = parameter.numel() if parameter.device.type != "cpu" else 0
+        return super().state_bytes(parameter) - (2 * paged if paged >= max(self.smallest, PAGED) else 0)
 
 
 def _without_waits(base: Any) -> Any:
@@ -95,10 +97,12 @@ def _without_waits(base: Any) -> Any:
 
     class Quiet(base):
         def make_states(self) -> None:
-            """Make the state of each parameter now, and not in the first step."""
+            """Make the state of each parameter now, and not in the first step; checkpoints hold no shared memory."""
             for index, group in enumerate(self.param_groups):
                 for number, parameter in enumerate(group["params"]):
                     self.init_state(group, parameter, index, number)
+                    state = self.state[parameter]
+                    state |= {key: state[key].clone() for key in ("qmap1", "qmap2") if key in state}
 
         @torch.no_grad()
         def step(self, closure: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""How long the command line lets one wait: for its help, for a check, and for the first step of a run."""
+"""How long the command line lets one wait: for its help, for a check, for the first step, and for that of a resume."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from rich.table import Table
 from benchmarks import timing
 
 PIPELINE = """\
-name = "start"
-plugins = ["start.py"]
+name = "startup"
+plugins = ["startup.py"]
 
 [backbone]
 use = "sd3"
@@ -37,9 +37,10 @@ size = [16, 16]
 
 [[stage]]
 name = "soar"
-steps = 2
+steps = 4
 batch = 4
 log_every = 1
+checkpoint_every = 1
 objective = { use = "soar", points = 2 }
 
 [[stage]]
@@ -81,8 +82,14 @@ def corefit_rewards():
 
 @hookimpl
 def corefit_step_finished(stage, state, metrics):
-    with open("first", "w") as file:
-        file.write(str(time.time()))
+    if os.environ.get("UNTIL") != "checkpoint":
+        with open("first", "w") as file:
+            file.write(str(time.time()))
+        os._exit(0)
+
+
+@hookimpl
+def corefit_checkpoint_saved(stage, state, path):
     os._exit(0)
 '''
 WORDS = ("a", "picture", "of", "red", "sky")
@@ -99,12 +106,14 @@ class Wait:
     arguments  of `python -m corefit`
     target     seconds of the machine's clock
     again      whether what the command before it left is there
+    resumes    whether a run like it was stopped before, after its first checkpoint
     """
 
     says: str
     arguments: tuple[str, ...]
     target: float | None = None
     again: bool = False
+    resumes: bool = False
 
 
 WAITS: Mapping[str, Wait] = {
@@ -112,6 +121,7 @@ WAITS: Mapping[str, Wait] = {
     "check": Wait("the first check of a pipeline", ("check", "pipeline.toml")),
     "check again": Wait("the second one", ("check", "pipeline.toml"), 3.0, again=True),
     "step": Wait("the first step of a run", ("run", "pipeline.toml"), 12.0),
+    "resume": Wait("the next step of a run that was stopped", ("run", "pipeline.toml"), 12.0, resumes=True),
     "judged step": Wait("the same where the base is judged before", ("run", "judged.toml"), 12.0),
 }
 
@@ -128,7 +138,7 @@ class Sample:
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Each starts every command once.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the figures there as well.")
 @click.option("--assert", "strict", is_flag=True, help="Exit status 1 where a target is missed.")
-def start(rounds: int, file: Path | None, strict: bool) -> None:
+def startup(rounds: int, file: Path | None, strict: bool) -> None:
     """Time commands from the start of a process, on a tiny project (3 minutes)."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -142,7 +152,7 @@ def start(rounds: int, file: Path | None, strict: bool) -> None:
     missed = _show(samples)
     if file:
         found = {name: [attrs.asdict(sample) for sample in each] for name, each in samples.items()}
-        file.write_text(json.dumps({"benchmark": "start", "machine": timing.machine(), "samples": found}, indent=1))
+        file.write_text(json.dumps({"benchmark": "startup", "machine": timing.machine(), "samples": found}, indent=1))
     if strict and missed:
         raise SystemExit(1)
 
@@ -154,8 +164,10 @@ def _waited(wait: Wait, folder: Path) -> Sample:
     if not wait.again:
         for name in MADE:
             shutil.rmtree(folder / name, ignore_errors=True)
-    began = time.time()
     command = [sys.executable, "-m", "corefit", *wait.arguments]
+    if wait.resumes:
+        subprocess.run(command, cwd=folder, env={**os.environ, "UNTIL": "checkpoint"}, check=True, capture_output=True)
+    began = time.time()
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None, "it is a pipe"
     said = process.stdout.read()
@@ -180,7 +192,7 @@ def _write(folder: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{number}.png")
         lines.append(json.dumps({"media": f"{number}.png", "prompt": "a picture of a red sky"}) + "\n")
     (folder / "train.jsonl").write_text("".join(lines))
-    (folder / "start.py").write_text(PLUGIN)
+    (folder / "startup.py").write_text(PLUGIN)
     (folder / "pipeline.toml").write_text(PIPELINE)
     (folder / "judged.toml").write_text(PIPELINE + EVAL)
     time.sleep(SETTLED)  # a check keeps nothing of what was written just now
