@@ -20,6 +20,7 @@ from benchmarks.scoring import scoring
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
 from benchmarks.startup import startup
+from benchmarks.texts import texts_
 from benchmarks.trainer import trainer
 
 
@@ -45,6 +46,7 @@ main.add_command(sharding)
 main.add_command(communication)
 main.add_command(hostile)
 main.add_command(startup)
+main.add_command(texts_)
 main.add_command(overhead)
 main.add_command(memory)
 main.add_command(gpu)
