@@ -24,7 +24,7 @@ import attrs
 from attrs import define, field, frozen
 
 from corefit.data import buckets, mds
-from corefit.data.coding import Coder
+from corefit.data.coding import Coder, smaller
 from corefit.data.dataset import COND, DONE, FINGERPRINTS, NULL, ROWS, X0, Dataset, Manifest, TensorSpec, partition_name
 from corefit.data.duplicates import fingerprint
 from corefit.data.encode import Encoder, chunks
@@ -131,8 +131,9 @@ def prepare(
 
     media=False encodes prompts only; `extra` names the further media to encode. Text encoders and VAE are used and then
     released. `progress` is called with two numbers: how many examples this process has encoded, and how many it has to
-    encode; `say` with what there is to say besides. The ranks divide the partitions among them, and those that a killed process completed are kept. DataError
-    for more missing or unreadable media than `skip`, and for values that are not finite.
+    encode; `say` with what there is to say besides. The ranks divide the partitions among them, and those that a killed
+    process completed are kept. DataError for more missing or unreadable media than `skip`, and for values that are not
+    finite.
     """
     hashes = MediaHashes(root / HASHES)
     total, digest = ranks.from_main(lambda: _count_and_key(data, backbone, media, extra, hashes))
@@ -154,6 +155,10 @@ def prepare(
 def _build(builder: CacheBuilder, progress: Progress, ranks: Ranks) -> None:
     size = builder.data.encode_batch
     remedies = [f"encode_batch = {size // 2} (now {size})"] if size > 1 else []
+    if getattr(builder.backbone, "text_encoders", "cpu") != "cpu":
+        remedies.append('backbone.text_encoders = "cpu"')
+    if builder.media:
+        remedies += smaller(builder.backbone)
     try:
         kept = "Partitions that are encoded are kept; the same command continues"
         with memory.explain_exhaustion("encoding", remedies, kept):
