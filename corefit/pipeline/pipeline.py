@@ -231,7 +231,7 @@ class Pipeline:
         if not isinstance(self.backbone, Offloading) or not self.backbone.offloads:
             return
         if self.shard:
-            yield "shard: weights that are sharded cannot wait in main memory; remove the key, or 'offload' of [backbone]"
+            yield "shard: sharded weights cannot wait in main memory; remove the key, or 'offload' from [backbone]"
         for stage in self.stage:
             if isinstance(self.mode(stage), Full):
                 yield (

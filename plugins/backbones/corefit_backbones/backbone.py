@@ -37,20 +37,19 @@ class Diffusers(ABC):
     gradient_checkpointing  recompute activations in backward: less memory, about a third more time
     attention               backend of diffusers' dispatcher: "native" (torch), "flash", "xformers", ...
     compile                 torch.compile for the repeated blocks: faster steps after a first one that takes a minute
-    offload                 "blocks" keeps the frozen weights of the network's blocks in main memory; those of two blocks
-                            are on the device at once. It recomputes as gradient_checkpointing does. Not for full
-                            training
-    text_encoders           where prompts are encoded: on the "device", or on the "cpu", which is slow and takes none of
-                            the device's memory
-    tile                    side in pixels of the tiles in which the VAE encodes and decodes what is larger; tiles overlap
-                            by a quarter. Without it, media go through the VAE whole
+    offload                 "blocks" keeps the frozen weights of the network's blocks in main memory; those of two are
+                            on the device at once. It recomputes as gradient_checkpointing does; not for full training
+    text_encoders           where prompts are encoded: on the "device", there in "int8", or on the "cpu", which is slow
+                            and takes none of the device's memory
+    tile                    side in pixels of the tiles in which the VAE encodes and decodes what is larger; they
+                            overlap by a quarter. By default media go through the VAE whole
     frozen                  format of the frozen weights under a LoRA: "bf16", "fp8", "int8", "nf4"; by default that of
                             the precision. It is for the linear layers of the blocks, and all else stays as it is
     max_sequence_length     number of T5 tokens that every prompt is padded or cut to
 
-    gradient_checkpointing, attention, compile, offload and text_encoders change speed and rounding only. If one of them
-    changes, a finished stage is not run again, and an interrupted one continues. Every other key except `path` is part
-    of what determines a stage's weights.
+    gradient_checkpointing, attention, compile and offload change speed and rounding only, as does text_encoders except
+    for "int8", with which data are encoded anew. If one of them changes, a finished stage is not run again, and an
+    interrupted one continues. Every other key except `path` is part of what determines a stage's weights.
     """
 
     pipeline_class: ClassVar[str]
