@@ -300,7 +300,7 @@ def test_files_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
 
 
 def test_nf4_says_which_package_it_lacks(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, found = builtins.__import__, "corefit_backbones.backbone.find_spec"
+    plain, found = builtins.__import__, "corefit_backbones.network.find_spec"
 
     def without(name: str, *args: Any, **keys: Any) -> Any:
         if name == "bitsandbytes":
