@@ -18,7 +18,7 @@ from corefit.types import ModelPath, OriginalTensor, Suggested
 from corefit_backbones import context, network, offloading, original_names, parts, schedule, turns, usual
 from corefit_backbones.beside import Beside, Codec
 from corefit_backbones.decoding import decode_recomputed
-from corefit_backbones.folder import LONGEST, Checkpoint, link
+from corefit_backbones.folder import LONGEST, Checkpoint
 from corefit_backbones.single_file import SingleFile
 
 if TYPE_CHECKING:
@@ -218,8 +218,8 @@ class Diffusers(ABC):
         if self.attention != "native":
             network.set_attention(self._blank(dtype), self.attention)
         self.transformer = self._blank(dtype)
-        if self.transformer_:  # the header of its file names the tensors
-            with self.stored():
+        if self.transformer_:
+            with self.stored():  # which compares the header of its file
                 pass
         if self.gradient_checkpointing or self.offloads:
             self._recompute()
@@ -262,15 +262,12 @@ class Diffusers(ABC):
         return evolve(self.suggested, size=usual.size(self.checkpoint, self.suggested.size))
 
     def config_key(self) -> str:
-        """Hash of all config files, and of the header of a single file: whatever is read before the weights."""
-        single = self.checkpoint.single
-        return self.checkpoint.config_key() + (f"+{single.header_key()}" if single else "")
+        """Hash of whatever is read before the weights."""
+        return self.checkpoint.config_key()
 
     def _blank(self, dtype: torch.dtype) -> Any:
-        kind, configs = (
-            parts.of_diffusers(self.transformer_class),
-            [self.checkpoint.config(name) for name in self.networks],
-        )
+        kind = parts.of_diffusers(self.transformer_class)
+        configs = [self.checkpoint.config(name) for name in self.networks]
         return self.joined([network.packing(network.blank(kind, config, dtype), self.frozen) for config in configs])
 
     def _recompute(self) -> None:
@@ -410,7 +407,7 @@ class Diffusers(ABC):
             else:
                 network.save_weights(folder / name, own)
         if not adapted:
-            self._link_others(folder)
+            self.checkpoint.link_others(folder, self.networks)
 
     def original(self) -> Mapping[str, Mapping[str, OriginalTensor]]:
         """Say of what each original tensor is made: for one network, or for two, that for noisy levels first."""
@@ -424,13 +421,6 @@ class Diffusers(ABC):
     def original_lora(self, module: str) -> str:
         """The name of diffusers after "transformer.", which ComfyUI knows for SD3 and FLUX."""
         return f"transformer.{module}"
-
-    def _link_others(self, folder: Path) -> None:
-        """Link everything that was not trained into `folder`."""
-        source = self.checkpoint
-        others = [name for name in source.parts if name not in self.networks]
-        for name in ("model_index.json", *(f"{name}/config.json" for name in self.networks), *others):
-            link(source.folder / name, folder / name, self.variant)
 
     def _owner(self, named: tuple[str, Tensor]) -> str:
         """Folder of the network that a (name, tensor) of `transformer` belongs to."""
