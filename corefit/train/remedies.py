@@ -133,9 +133,14 @@ def _state_remedies(stage: Stage, mode: Full | Lora) -> Iterator[Remedy]:
         yield Remedy(f"{name}.optimizer.use", '"adamw8bit"')
 
 
-def step_helps(stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool) -> list[str]:
-    """List the keys of a stage that would save memory in a step and are not set so already."""
-    return [str(each) for each in ladder(stage, mode, backbone, world, sharded=sharded)]
+def step_helps(
+    stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool, gather: str = "term"
+) -> list[str]:
+    """List the keys of a stage that would save memory in a step and are not set so already.
+
+    gather  how long sharded weights stay gathered: "step" or "term"
+    """
+    return [str(each) for each in ladder(stage, mode, backbone, world, sharded=sharded, gather=gather)]
 
 
 def weights_helps(mode: Full | Lora, world: int, *, sharded: bool, backbone: Any = None) -> list[str]:
