@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import plans
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "docs"))
-import plans  # noqa: E402
 
 KEPT: Mapping[str, Any] = {each["task"]: each for each in json.loads(plans.FILE.read_text())}
 QUICK = "Wan2.1-T2V-1.3B, SOAR LoRA"

@@ -19,10 +19,11 @@ def weights(backbone: Any, gpu: bool) -> float:
 
     Weights that wait in main memory are on the device, too, where that is none but main memory.
     """
-    if not (isinstance(backbone, Offloading) and backbone.offloads):
+    waiting: Any = backbone if isinstance(backbone, Offloading) and backbone.offloads else None
+    if waiting is None:
         return whole_weights(backbone)
     if gpu:
-        return backbone.resident_bytes()
+        return waiting.resident_bytes()
     return whole_weights(backbone) + 2 * max(map(_frozen, blocks(backbone.transformer)), default=0.0)
 
 
