@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 from attrs import define, field
 
 WRITES, READS = "may-write-0123456789", "may-read-0123456789"
@@ -37,6 +38,7 @@ class Hub:
     """What the stand-in holds, and what it was asked.
 
     puts    the hashes of the large files that were sent to it, in order
+    gets    the names of the files that were fetched from it, in order
     on_put  is called before a large file is stored, with its number; an exception refuses the file
     """
 
@@ -44,6 +46,7 @@ class Hub:
     repos: dict[str, Repo] = field(factory=dict)
     large: dict[str, bytes] = field(factory=dict)
     puts: list[str] = field(factory=list)
+    gets: list[str] = field(factory=list)
     commits: int = 0
     on_put: Callable[[int], None] = lambda number: None
     lock: Any = field(factory=threading.Lock)
@@ -152,6 +155,8 @@ class Handler(BaseHTTPRequestHandler):
         if name not in files:
             status, headers, data = _json({"error": "Entry not found"}, 404)
             return status, {**headers, "X-Error-Code": "EntryNotFound"}, data
+        if self.command == "GET":
+            self.hub.gets.append(name)
         return 200, {"ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"', "X-Repo-Commit": commit}, files[name]
 
     def _branch(self, repo: str, branch: str) -> tuple[str, dict[str, bytes]]:
@@ -212,6 +217,21 @@ def _oid(data: bytes) -> str:
 
 def _json(content: Any, status: int = 200) -> tuple[int, dict[str, str], bytes]:
     return status, {"Content-Type": "application/json"}, json.dumps(content).encode()
+
+
+def take_for_the_hub(served: Hub, monkeypatch: pytest.MonkeyPatch, token: str = WRITES) -> Hub:
+    """Empty the stand-in, and have huggingface_hub take it for the hub."""
+    import huggingface_hub.constants
+    import huggingface_hub.file_download
+
+    served.__init__(served.url)
+    template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.url)
+    for module in (huggingface_hub.constants, huggingface_hub.file_download):  # where it is read since 1.0, and before
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", token)
+    return served
 
 
 @contextmanager

@@ -16,18 +16,17 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
-from attrs import define, field, frozen
+from attrs import define, field
 
-from corefit.data import buckets, mds
-from corefit.data.coding import Coder
-from corefit.data.dataset import COND, DONE, FINGERPRINTS, NULL, ROWS, X0, Dataset, Manifest, TensorSpec, partition_name
-from corefit.data.duplicates import fingerprint
+from corefit.data import buckets, mds, partition, texts
+from corefit.data.coding import Coder, smaller
+from corefit.data.dataset import DONE, NULL, ROWS, Dataset, Manifest, partition_name
 from corefit.data.encode import Encoder, chunks
+from corefit.data.partition import Record
 from corefit.data.scan import MediaHashes, check_readable, find, scan, too_many_unreadable
 from corefit.data.settings import Data
 from corefit.errors import DataError
@@ -45,9 +44,6 @@ FORMAT = 4
 PARTITION = 512
 """Examples in a partition: the most that a process has to encode again after a kill."""
 SKIPPED = "skipped.json"
-RECORD = "part.json"
-KEYS_0_1 = {"seen", "count", "failed", "enlarged", "cond"}
-"""The keys of part.json as version 0.1 wrote it, without a digest."""
 HASHES = "media.json"
 ABANDONED = 7 * 86400
 """Seconds after which an unfinished cache that no run continues is removed."""
@@ -131,8 +127,9 @@ def prepare(
 
     media=False encodes prompts only; `extra` names the further media to encode. Text encoders and VAE are used and then
     released. `progress` is called with two numbers: how many examples this process has encoded, and how many it has to
-    encode; `say` with what there is to say besides. The ranks divide the partitions among them, and those that a killed process completed are kept. DataError
-    for more missing or unreadable media than `skip`, and for values that are not finite.
+    encode; `say` with what there is to say besides. The ranks divide the partitions among them, and those that a killed
+    process completed are kept. DataError for more missing or unreadable media than `skip`, and for values that are not
+    finite.
     """
     hashes = MediaHashes(root / HASHES)
     total, digest = ranks.from_main(lambda: _count_and_key(data, backbone, media, extra, hashes))
@@ -154,6 +151,10 @@ def prepare(
 def _build(builder: CacheBuilder, progress: Progress, ranks: Ranks) -> None:
     size = builder.data.encode_batch
     remedies = [f"encode_batch = {size // 2} (now {size})"] if size > 1 else []
+    if getattr(builder.backbone, "text_encoders", "cpu") != "cpu":
+        remedies.append('backbone.text_encoders = "cpu"')
+    if builder.media:
+        remedies += smaller(builder.backbone)
     try:
         kept = "Partitions that are encoded are kept; the same command continues"
         with memory.explain_exhaustion("encoding", remedies, kept):
@@ -274,7 +275,7 @@ class CacheBuilder:
 
     def _encode_partition(self, number: int, examples: Sequence[Example], progress: Callable[[int], None]) -> None:
         final, temporary = self.unfinished / partition_name(number), self.unfinished / f".{partition_name(number)}"
-        if final.exists() and (record := PartitionRecord.load(final)):
+        if final.exists() and (record := Record.load(final)):
             self.encoder.failed += record.failed
             return
         shutil.rmtree(final, ignore_errors=True)  # a small file in it is damaged: only this partition is encoded again
@@ -283,11 +284,9 @@ class CacheBuilder:
         encoder, failed, enlarged = self.encoder, len(self.encoder.failed), self.encoder.enlarged
         encoder.texts.clear()  # batching changes the last bits of a result: a partition must not depend on others
         try:
-            count = _write_rows(encoder, temporary, _counted(encoder.rows(examples), progress))
-            hashes = {file.name: sha256(file) for file in temporary.iterdir() if file.name in (ROWS, mds.INDEX)}
+            count = partition.write(temporary, _counted(encoder.rows(examples), progress), encoder)
             enlarged = encoder.enlarged - enlarged
-            record = PartitionRecord(len(examples), count, encoder.failed[failed:], enlarged, encoder.cond, hashes)
-            files.write_json(temporary / RECORD, attrs.asdict(record))
+            Record(len(examples), count, encoder.failed[failed:], enlarged, encoder.cond).write(temporary)
             if len(encoder.failed) <= self.data.skip:
                 files.publish(temporary, final)
         finally:
@@ -306,25 +305,29 @@ class CacheBuilder:
             shutil.rmtree(self.folder)  # it has no manifest, as `prepare` has checked
         files.publish(self.unfinished, self.folder)
 
-    def _records(self) -> Iterator[PartitionRecord]:
+    def _records(self) -> Iterator[Record]:
         number = 0
         while (folder := self.unfinished / partition_name(number)).exists():
-            if (record := PartitionRecord.load(folder)) is None:
-                raise mds.damaged(folder / RECORD, "it was changed after its partition was encoded", rebuildable=True)
+            if (record := Record.load(folder)) is None:
+                raise mds.damaged(
+                    folder / partition.RECORD, "it was changed after its partition was encoded", rebuildable=True
+                )
             yield record
             number += 1
 
-    def _write_small_files(self, records: Sequence[PartitionRecord], failed: Sequence[str]) -> None:
+    def _write_small_files(self, records: Sequence[Record], failed: Sequence[str]) -> None:
         """Write the files that the partitions share: null condition, index, skipped.json and, last, the manifest."""
         from safetensors.torch import save
 
         encoder, names = self.encoder, [partition_name(number) for number in range(len(records))]
+        written = [name for name, record in zip(names, records, strict=True) if record.count]
         encoder.cond = next(dict(record.cond) for record in records if record.cond)
         # safetensors' save_file would ignore the umask and let only the owner read the file
         (self.unfinished / NULL).write_bytes(save(encoder.null()))
-        mds.merge_indexes(self.unfinished, [name for name, record in zip(names, records, strict=True) if record.count])
+        mds.merge_indexes(self.unfinished, written)
+        texts.merge_indexes(self.unfinished, written)
         (self.unfinished / SKIPPED).write_text(json.dumps(failed, indent=1))
-        small_files = [mds.INDEX, NULL, SKIPPED, *(f"{name}/{ROWS}" for name in names)]
+        small_files = [mds.INDEX, texts.INDEX, NULL, SKIPPED, *(f"{name}/{ROWS}" for name in names)]
         Manifest(
             key=self.digest,
             fits=_compatibility(self.data, self.backbone, self.media),
@@ -341,66 +344,10 @@ class CacheBuilder:
         ).write(self.unfinished)
 
 
-@frozen
-class PartitionRecord:
-    """The content of a partition's part.json.
-
-    seen      how many examples the partition covers
-    count     how many of them were encoded; the others' media could not be read
-    failed    a message for each of those others
-    enlarged  how many examples have media that are smaller than their bucket's size
-    cond      dtype and shape of each tensor of a condition
-    files     sha256 of the small files in the same folder, by name; empty as version 0.1 wrote it
-    """
-
-    seen: int
-    count: int
-    failed: Sequence[str]
-    enlarged: int
-    cond: Mapping[str, TensorSpec]
-    files: Mapping[str, str] = field(factory=dict[str, str])
-
-    @staticmethod
-    def load(folder: Path) -> PartitionRecord | None:
-        """Return the record of the partition in `folder`, or None if one of its small files is missing or damaged."""
-        try:
-            raw = files.read_json(folder / RECORD, lambda content: set(content) == KEYS_0_1)
-        except (FileNotFoundError, files.Damaged):
-            return None
-        cond = {name: TensorSpec(s["dtype"], tuple(s["shape"])) for name, s in raw["cond"].items()}
-        record = attrs.evolve(PartitionRecord(**raw), cond=cond)
-        hashes = {file.name: sha256(file) for file in folder.iterdir() if file.name in record.files}
-        return record if hashes == record.files else None
-
-
 def _counted(rows: Iterator[mds.Row], progress: Callable[[int], None]) -> Iterator[mds.Row]:
     for number, row in enumerate(rows):
         progress(number)
         yield row
-
-
-def _write_rows(encoder: Encoder, folder: Path, rows: Iterator[mds.Row]) -> int:
-    """Write the rows and return their number; what is read of all of them at once also goes into a file of its own."""
-    first, lines = next(rows, None), list[str]()
-    if first is not None:
-        with mds.open_writer(folder, _columns(first)) as shards:
-            for row in chain([first], rows):
-                shards.append({name: value for name, value in row.items() if name != "bucket"})
-                captions = [fingerprint(prompt) for prompt in row["prompts"]]
-                line = {"bucket": row["bucket"], "meta": row["meta"], FINGERPRINTS: captions}
-                lines.append(json.dumps(line) + "\n")
-    (folder / ROWS).write_text("".join(lines))
-    return len(lines)
-
-
-def _columns(row: mds.Row) -> dict[str, str]:
-    return {name: _encoding(name) for name in row if name != "bucket"}
-
-
-def _encoding(column: str) -> str:
-    if column.startswith(COND):
-        return "bytes"
-    return "ndarray:float32" if column.startswith(X0) else "json"
 
 
 # locks

@@ -22,6 +22,11 @@ SMALL = 0.05
 MOST = {"encode": 1 << 12, "decode": 1 << 16}
 """Bytes that no VAE takes for a number of media, and for one of latents. FLUX's takes 0.8 KiB and 15 KiB."""
 
+SHORT = {"encode": (17, 25), "decode": (3, 4)}
+"""Frames of media, and of latents, of two short clips. The former less 1 are divided by 8, as video VAEs need it."""
+LONG = {"encode": 33, "decode": 5}
+"""Frames up to which a clip is no long one."""
+
 
 def fitting(rows: int, each: int | None, total: float) -> int:
     """Return how many rows to take at once, of which each takes `each` bytes, on a device of `total` bytes.
@@ -34,11 +39,22 @@ def fitting(rows: int, each: int | None, total: float) -> int:
 def row_bytes(backbone: Backbone, what: str, shape: Sequence[int]) -> int | None:
     """Return the most bytes that encoding or decoding one row holds, besides weights; None where that is not known.
 
-    No weight is read: the VAE is made of fake tensors.
+    No weight is read: the VAE is made of fake tensors. A video VAE goes through a clip piece by piece, so what a long
+    clip takes is told by two short ones, which takes a tenth of the time.
 
     what   "encode" or "decode"
     shape  that of a row of media, or of latents
     """
+    channels, *size = shape
+    if len(size) < 3 or size[0] <= LONG[what]:
+        return _peak(backbone, what, shape)
+    few, more = ((frames, _peak(backbone, what, (channels, frames, *size[1:]))) for frames in SHORT[what])
+    if few[1] is None or more[1] is None:
+        return None
+    return more[1] + (size[0] - more[0]) * (more[1] - few[1]) // (more[0] - few[0])
+
+
+def _peak(backbone: Backbone, what: str, shape: Sequence[int]) -> int | None:
     import torch
 
     blank: Any = evolve(backbone)  # pyright: ignore[reportArgumentType]
@@ -55,6 +71,11 @@ def row_bytes(backbone: Backbone, what: str, shape: Sequence[int]) -> int | None
         return held.peak
 
     return faked(run)
+
+
+def smaller(backbone: Backbone) -> list[str]:
+    """Return what would help where one row does not fit: the VAE's tiles, where there are such and none are set."""
+    return ["backbone.tile = 512"] if getattr(backbone, "tile", 0) is None else []
 
 
 @define(eq=False)

@@ -12,7 +12,7 @@ import attrs
 import numpy as np
 from attrs import define, frozen
 
-from corefit.data import mds
+from corefit.data import lossless, mds, texts
 from corefit.data.filter import Column, Filter, filter_rows
 from corefit.errors import DataError
 from corefit.system import files
@@ -29,6 +29,8 @@ FINGERPRINTS = "captions"
 """The key of the captions' fingerprints in a line of rows.jsonl."""
 X0 = "x0"
 COND = "cond."
+TEXTS = "texts"
+"""The column with the numbers of a row's captions; rows that were written before have the captions' tensors instead."""
 
 
 @frozen
@@ -113,6 +115,7 @@ class Dataset:
     buckets  bucket (an index into `manifest.shapes`) -> indices of its kept examples; buckets without any are left out
     keep     the filter, if there is one
     columns  the metadata that the filter reads
+    texts    the encoded captions; None where they are in the rows, as they were in older caches
     """
 
     manifest: Manifest
@@ -121,6 +124,7 @@ class Dataset:
     buckets: Mapping[int, NDArray[np.int64]]
     keep: Filter | None = None
     columns: Sequence[Column] = ()
+    texts: texts.Texts | None = None
 
     @staticmethod
     def open(
@@ -144,7 +148,8 @@ class Dataset:
         null, buckets, columns = Condition(load_file(folder / NULL)), {0: np.arange(manifest.count)}, list[Column]()
         if keep or len(manifest.sizes) > 1:
             buckets, columns = _filter(_read_rows(folder, manifest), keep)
-        return Dataset(manifest, shards, null, buckets, keep, columns)
+        captions = texts.Texts.open(folder, remote, rebuildable) if texts.INDEX in manifest.files else None
+        return Dataset(manifest, shards, null, buckets, keep, columns, captions)
 
     @property
     def key(self) -> str:
@@ -181,10 +186,7 @@ class Dataset:
             for index, choice in zip(indices, caption_choices or [0.0] * len(indices), strict=True)
         ]
         picked = list(zip((read[index] for index in indices), captions, strict=True))
-        cond = {
-            name: unpack([_caption_bytes(row[COND + name], n, len(row["prompts"])) for row, n in picked], spec)
-            for name, spec in self.manifest.cond.items()
-        }
+        cond = self._conditions([(index, read[index], n) for index, n in zip(indices, captions, strict=True)])
         x0 = self._latents(read, indices, X0) if self.has_media else None
         return Batch(
             x0,
@@ -195,6 +197,34 @@ class Dataset:
             self.shape if x0 is None else tuple(x0.shape[1:]),
             {name: self._latents(read, indices, latents_column(name)) for name in extra},
         )
+
+    def _conditions(self, wanted: Sequence[tuple[int, mds.Row, int]]) -> dict[str, Tensor]:
+        """Return the conditions of captions, of each the number of its row, the row, and its number in the row.
+
+        A caption that several rows share is decoded once.
+        """
+        coded, keys = dict[tuple[str | int, int], mds.Row](), list[tuple[str | int, int]]()
+        for index, row, n in wanted:
+            keys.append((self.shards.partition(index), row[TEXTS][n]) if TEXTS in row else (index, n))
+            if keys[-1] not in coded:
+                coded[keys[-1]] = self._coded(index, row, n)
+        places = {key: place for place, key in enumerate(coded)}
+        order = [places[key] for key in keys] if len(places) < len(keys) else slice(None)
+        try:
+            return {
+                name: texts.restore([row[COND + name] for row in coded.values()], spec)[order]
+                for name, spec in self.manifest.cond.items()
+            }
+        except ValueError as error:
+            raise mds.damaged(self.shards.folder / texts.INDEX, f"a caption cannot be decoded: {error}") from error
+
+    def _coded(self, index: int, row: mds.Row, n: int) -> mds.Row:
+        """Return the coded tensors of caption `n` of a row by column."""
+        if TEXTS in row:
+            assert self.texts is not None, "a row that names captions was written with an index of captions"
+            return self.texts.read(self.shards.partition(index), row[TEXTS][n])
+        of = len(row["prompts"])
+        return {COND + name: lossless.PLAIN + caption_bytes(row[COND + name], n, of) for name in self.manifest.cond}
 
     def view(self, index: int) -> Mapping[str, Any]:
         """Return the "size" of an example's bucket, the size of its "source", and the "crop" of the source.
@@ -228,7 +258,8 @@ def filtered_key(key: str, keep: Filter | None) -> str:
     return key if keep is None else hashlib.sha256(f"{key} {keep.text}".encode()).hexdigest()
 
 
-def _caption_bytes(raw: bytes, number: int, of: int) -> bytes:
+def caption_bytes(raw: bytes, number: int, of: int) -> bytes:
+    """Return the bytes of one caption, of a tensor that has those of several."""
     size = len(raw) // of
     return raw[number * size : (number + 1) * size]
 
@@ -282,14 +313,6 @@ def pack(tensor: Tensor) -> list[bytes]:
 
     rows = tensor.detach().cpu().contiguous().reshape(len(tensor), -1)
     return [row.numpy().tobytes() for row in rows.view(torch.uint8)]
-
-
-def unpack(rows: Sequence[bytes], spec: TensorSpec) -> Tensor:
-    """Return the tensor [B, ...] that `pack` turned into these rows."""
-    import torch
-
-    dtype = getattr(torch, spec.dtype)
-    return torch.frombuffer(bytearray(b"".join(rows)), dtype=dtype).reshape(len(rows), *spec.shape)
 
 
 def _read_manifest(file: Path) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+from bisect import bisect_right
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,33 +76,35 @@ def open_writer(folder: Path, columns: Mapping[str, str]) -> Generator[Writer, N
         mds.cancel_future_jobs()
 
 
-def merge_indexes(folder: Path, partitions: Sequence[str]) -> None:
-    """Write the index of `folder`: the shards of its subfolders `partitions`, in this order."""
+def merge_indexes(folder: Path, subfolders: Sequence[str], name: str = INDEX) -> None:
+    """Write the index `name` of `folder`: the shards of its `subfolders`, in this order."""
     shards: list[dict[str, Any]] = []
-    for partition in partitions:
-        for shard in json.loads((folder / partition / INDEX).read_bytes())["shards"]:
-            shard["raw_data"]["basename"] = f"{partition}/{shard['raw_data']['basename']}"
+    for subfolder in subfolders:
+        for shard in json.loads((folder / subfolder / INDEX).read_bytes())["shards"]:
+            shard["raw_data"]["basename"] = f"{subfolder}/{shard['raw_data']['basename']}"
             shards.append(shard)
-    (folder / INDEX).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    (folder / name).write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
 
 
 @define(eq=False)
 class Shards:
-    """Random access to the rows of a cache. Shard sizes are checked on opening, a shard's hash before its first row.
+    """Random access to the rows of an index. Shard sizes are checked on opening, a shard's hash before its first row.
 
     remote       the URL of the cache that `folder` is a copy of; a shard that is missing or damaged is fetched
     rebuildable  whether corefit wrote the cache and has its source, so that errors may advise to delete it
+    index        the name of the index in `folder`
     """
 
     folder: Path
     remote: str | None = None
     rebuildable: bool = False
+    index: str = INDEX
     shards: list[JointReader] = field(init=False)
     starts: list[int] = field(init=False)
     verified: set[int] = field(init=False, factory=set[int])
 
     def __attrs_post_init__(self) -> None:
-        self.shards = _readers(self.folder, self.rebuildable)
+        self.shards = _readers(self.folder / self.index, self.rebuildable)
         self.starts = [0]
         for shard in self.shards:
             self.starts.append(self.starts[-1] + len(shard))
@@ -113,13 +116,24 @@ class Shards:
 
     def __getitem__(self, index: int) -> Row:
         """Return a decoded row; DataError names a shard that is missing or damaged."""
-        from bisect import bisect_right
-
-        number = bisect_right(self.starts, index) - 1
+        number = self._number(index)
         if number not in self.verified:
             self._verify(self.shards[number])
             self.verified.add(number)
         return self.shards[number].get_item(index - self.starts[number])
+
+    def _number(self, index: int) -> int:
+        """Return the number of the shard that has the row `index`."""
+        return bisect_right(self.starts, index) - 1
+
+    def partition(self, index: int) -> str:
+        """Return the folder of the partition that the row `index` is in."""
+        return self.shards[self._number(index)].raw_data.basename.partition("/")[0]
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all shards."""
+        return sum(shard.raw_data.bytes for shard in self.shards)
 
     def _verify(self, shard: JointReader) -> None:
         """Raise DataError unless the shard is what the index says; a remote one is first fetched again."""
@@ -141,7 +155,7 @@ class Shards:
         if wrong := self._wrong_size(shard):
             return wrong
         same = get_hash(HASH, self._file(shard).read_bytes()) == shard.raw_data.hashes[HASH]
-        return "" if same else f"its {HASH} does not match {INDEX}"
+        return "" if same else f"its {HASH} does not match {self.index}"
 
     def _wrong_size(self, shard: JointReader) -> str:
         file, expected = self._file(shard), shard.raw_data.bytes
@@ -191,7 +205,8 @@ def damaged(file: Path | str, what: str, *, rebuildable: bool = False) -> DataEr
     rebuildable  whether corefit wrote the cache and has its source; only then, and only if the folder has a name that
                  corefit gives, does the message advise to delete it
     """
-    cache = Path(file).parent.parent if Path(file).parent.name.startswith(PARTITION_PREFIX) else Path(file).parent
+    inner = [folder for folder in Path(file).parents[:2] if folder.name.startswith(PARTITION_PREFIX)]
+    cache = inner[0].parent if inner else Path(file).parent
     if rebuildable and CACHE_NAME.fullmatch(cache.name):
         return DataError(f"{file} is damaged: {what}. Delete {cache}; it is then encoded again from the source")
     return DataError(
@@ -199,15 +214,15 @@ def damaged(file: Path | str, what: str, *, rebuildable: bool = False) -> DataEr
     )
 
 
-def _readers(folder: Path, rebuildable: bool) -> list[JointReader]:
+def _readers(index: Path, rebuildable: bool) -> list[JointReader]:
     from streaming.base.format import reader_from_json
 
     try:
-        rows = json.loads((folder / INDEX).read_bytes())["shards"]
-        shards: list[Any] = [reader_from_json(str(folder), None, row) for row in rows]
+        rows = json.loads(index.read_bytes())["shards"]
+        shards: list[Any] = [reader_from_json(str(index.parent), None, row) for row in rows]
         for shard in shards:
             shard.validate(False)
             shard.raw_data.hashes[HASH]
     except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
-        raise damaged(folder / INDEX, f"{type(error).__name__}: {error}", rebuildable=rebuildable) from None
+        raise damaged(index, f"{type(error).__name__}: {error}", rebuildable=rebuildable) from None
     return shards

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Facts = Mapping[str, str]
 """What a rank has, key -> value, both as messages show them."""
 VERSIONS = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "numpy", "safetensors")
-PATHS = ("out", "plugins", "backbone.path")
+PATHS = ("out", "plugins", "backbone.path", "backbone.transformer")
 """Keys that may differ because they are paths on a machine. The content of plugin files and weights is compared."""
 NAMED = 3
 """How many differences a message names; the rest is counted."""

@@ -24,6 +24,8 @@ from corefit.types.stage import Stage
 
 OUTPUT_KEYS = ("log_every", "checkpoint_every", "keep", "sample_every")
 """Keys of a stage that change its output and checkpoints, not its weights."""
+FILES = ("path", "transformer")
+"""Keys of [backbone] that name weights, which are hashed themselves."""
 CHANGED: Mapping[str, str] = {
     "weights": "backbone weights changed",
     "dataset": "its data changed",
@@ -75,7 +77,7 @@ class Identity:
 
 def of_base(pipeline: Pipeline) -> Identity:
     """Return what determines the weights that the first stage starts from."""
-    tables, rounding, former = _tables(pipeline, pipeline.backbone, "backbone", ("path",))
+    tables, rounding, former = _tables(pipeline, pipeline.backbone, "backbone", FILES)
     return Identity.of(
         {
             "weights": pipeline.backbone.weights_key(),
@@ -130,7 +132,7 @@ def of_scores(pipeline: Pipeline, weights: Identity, prompts: str, held: str, da
 
 def of_model(evaluation: Evaluation, backbone: Backbone, lora: Mapping[str, str]) -> Identity:
     """Return what determines the weights of a model that is evaluated; `lora` maps the files of its LoRA to hashes."""
-    tables, rounding, _ = _tables(evaluation, backbone, "backbone", ("path",))
+    tables, rounding, _ = _tables(evaluation, backbone, "backbone", FILES)
     parts = {"weights": backbone.weights_key(), "lora": lora, "backbone": tables, "code": _code(evaluation, backbone)}
     return Identity.of(parts, rounding, {})
 

@@ -80,7 +80,7 @@ def preview(pipeline: Pipeline, data: Any, *, media: bool) -> tuple[str, int, st
 def summary(dataset: Dataset) -> Iterator[str]:
     """Yield lines on a data set: how many examples, their size, the buckets, and the values that `keep` filters by."""
     manifest = dataset.manifest
-    size = sum(shard.raw_data.bytes for shard in dataset.shards.shards)
+    size = dataset.shards.bytes + (dataset.texts.shards.bytes if dataset.texts else 0)
     left_out = [f"{manifest.skipped} unreadable and left out"] if manifest.skipped else []
     enlarged = [f"{manifest.enlarged} smaller than their size"] if manifest.enlarged else []
     each = f"{size / max(1, manifest.count) / 1024:.1f} KiB each"

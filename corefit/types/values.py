@@ -6,7 +6,6 @@ sigma is in [0, 1], where 1 is pure noise and 0 is clean; x = (1 - sigma) x0 + s
 
 from __future__ import annotations
 
-import keyword
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,12 +37,11 @@ Url = NewType("Url", str)
 
 
 def key_of(name: str) -> str:
-    """Return the key of the field `name`: the same, but for the underscore of a name such as `from_`.
+    """Return the key of the field `name`: the same, but for the underscore at the end of a name such as `from_`.
 
-    Python has reserved the word without it.
+    Python has reserved the word without it, or the class has an attribute of that name.
     """
-    word = name.removesuffix("_")
-    return word if keyword.iskeyword(word) else name
+    return name.removesuffix("_")
 
 
 @frozen(eq=False)

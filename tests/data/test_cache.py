@@ -535,7 +535,11 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("harm", [flip, Path.unlink, lambda f: os.truncate(f, 100)], ids=["flip", "missing", "short"])
 @pytest.mark.parametrize(
-    "name", ["part-00000/shard.00000.mds", "part-00000/rows.jsonl", "index.json", "null.safetensors", "done.json"]
+    "name",
+    [
+        *("part-00000/shard.00000.mds", "part-00000/texts/shard.00000.mds", "part-00000/rows.jsonl"),
+        *("index.json", "texts.json", "null.safetensors", "done.json"),
+    ],
 )
 def test_damage_is_named(data: Data, root: Path, name: str, harm: Any) -> None:
     folder = prepare(data, Toy(), root, media=True)
@@ -594,7 +598,7 @@ def killed_before_publishing(data: Data, root: Path, monkeypatch: Any) -> Path:
     return parts
 
 
-@pytest.mark.parametrize("name", ["part.json", "rows.jsonl", "index.json"])
+@pytest.mark.parametrize("name", ["part.json", "rows.jsonl", "index.json", "texts/index.json"])
 def test_only_a_partition_with_a_damaged_small_file_is_encoded_again(
     data: Data, root: Path, monkeypatch: Any, name: str
 ) -> None:

@@ -48,8 +48,13 @@ def title_of(tables: Tables, stage: str) -> str:
 
 
 def hub_name_of_base(tables: Tables) -> str | None:
-    """Return the base's name on the hub, if it is known: from [card], or from the path of [backbone]."""
+    """Return the base's name on the hub, if it is known: from [card], or from the path of [backbone].
+
+    Where the transformer is read from a file of its own, the path says nothing about it.
+    """
     named, path = tables.get("card", {}).get("base_model"), str(tables["backbone"].get("path", ""))
+    if tables["backbone"].get("transformer"):
+        return named
     cached = next((found for part in Path(path).parts if (found := CACHED.fullmatch(part))), None)
     if named or cached is None:
         return named or _hub_name(path)
@@ -62,5 +67,7 @@ def _hub_name(path: str) -> str | None:
 
 
 def name_of_base(tables: Tables) -> str:
-    """Return the base's name on the hub, or else the last name of its folder."""
-    return hub_name_of_base(tables) or Path(tables["backbone"].get("path", BASE)).name
+    """Return the base's name on the hub, or else the last name of its folder or file."""
+    backbone = tables["backbone"]
+    file = Path(backbone.get("transformer") or "").stem
+    return hub_name_of_base(tables) or file or Path(backbone.get("path", BASE)).name

@@ -19,7 +19,8 @@ from corefit.types import ModelPath, OriginalTensor, Suggested
 from corefit_backbones import context, network, offloading, original_names, parts, schedule, turns, usual
 from corefit_backbones.beside import Beside, Codec
 from corefit_backbones.decoding import decode_recomputed
-from corefit_backbones.folder import LONGEST, Checkpoint, fingerprint, link
+from corefit_backbones.folder import LONGEST, Checkpoint, link
+from corefit_backbones.single_file import SingleFile
 
 if TYPE_CHECKING:
     import torch
@@ -36,20 +37,19 @@ class Diffusers(ABC):
     gradient_checkpointing  recompute activations in backward: less memory, about a third more time
     attention               backend of diffusers' dispatcher: "native" (torch), "flash", "xformers", ...
     compile                 torch.compile for the repeated blocks: faster steps after a first one that takes a minute
-    offload                 "blocks" keeps the frozen weights of the network's blocks in main memory; those of two blocks
-                            are on the device at once. It recomputes as gradient_checkpointing does. Not for full
-                            training
-    text_encoders           where prompts are encoded: on the "device", or on the "cpu", which is slow and takes none of
-                            the device's memory
-    tile                    side in pixels of the tiles in which the VAE encodes and decodes what is larger; tiles overlap
-                            by a quarter. Without it, media go through the VAE whole
+    offload                 "blocks" keeps the frozen weights of the network's blocks in main memory; those of two are
+                            on the device at once. It recomputes as gradient_checkpointing does; not for full training
+    text_encoders           where prompts are encoded: on the "device", there in "int8", or on the "cpu", which is slow
+                            and takes none of the device's memory
+    tile                    side in pixels of the tiles in which the VAE encodes and decodes what is larger; they
+                            overlap by a quarter. By default media go through the VAE whole
     frozen                  format of the frozen weights under a LoRA: "bf16", "fp8", "int8", "nf4"; by default that of
                             the precision. It is for the linear layers of the blocks, and all else stays as it is
     max_sequence_length     number of T5 tokens that every prompt is padded or cut to
 
-    gradient_checkpointing, attention, compile, offload and text_encoders change speed and rounding only. If one of them
-    changes, a finished stage is not run again, and an interrupted one continues. Every other key except `path` is part
-    of what determines a stage's weights.
+    gradient_checkpointing, attention, compile and offload change speed and rounding only, as does text_encoders except
+    for "int8", with which data are encoded anew. If one of them changes, a finished stage is not run again, and an
+    interrupted one continues. Every other key except `path` is part of what determines a stage's weights.
     """
 
     pipeline_class: ClassVar[str]
@@ -71,6 +71,9 @@ class Diffusers(ABC):
     variant: str | None = field(
         default=None, validator=validators.optional(validators.matches_re(r"[\w-]+(\.[\w-]+)*"))
     )
+    transformer_: ModelPath | None = field(default=None, kw_only=True)
+    """A .safetensors file with the weights of the transformer, in place of those in the folder: as diffusers or as the
+    original code names them, such as files for ComfyUI. All other parts and its config.json are those of `path`."""
     gradient_checkpointing: bool = field(default=False, metadata=ROUNDING)
     attention: str = field(default="native", metadata=ROUNDING)
     compile: bool = field(default=False, metadata=ROUNDING)
@@ -168,7 +171,8 @@ class Diffusers(ABC):
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.pipeline_class, self.path, self.revision, self.variant)
+        single = SingleFile(Path(self.transformer_), type(self).original_rules) if self.transformer_ else None
+        return Checkpoint(self.pipeline_class, self.path, self.revision, self.variant, single)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Set the device of text encoders and VAE, and the dtype of the text encoders; `load` does this as well."""
@@ -230,6 +234,9 @@ class Diffusers(ABC):
         if self.attention != "native":
             network.set_attention(self._blank(dtype), self.attention)
         self.transformer = self._blank(dtype)
+        if self.transformer_:  # the header of its file names the tensors
+            with self.stored():
+                pass
         if self.gradient_checkpointing or self.offloads:
             self._recompute()
 
@@ -259,7 +266,7 @@ class Diffusers(ABC):
 
     def check_context(self, number: int, sizes: Iterable[Sequence[int]]) -> None:
         """Raise ConfigError unless `number` processes can share each sample of these sizes, in pixels."""
-        context.check(self, _class(self.transformer_class), number, sizes)
+        context.check(self, parts.of_diffusers(self.transformer_class), number, sizes)
 
     def split_context(self, number: int, device: torch.device) -> None:
         """Let the loaded networks compute each sample on `number` processes, a part of its sequence on each."""
@@ -271,8 +278,9 @@ class Diffusers(ABC):
         return evolve(self.suggested, size=usual.size(self.checkpoint, self.suggested.size))
 
     def config_key(self) -> str:
-        """Hash of all config files: whatever is read before the weights is in them."""
-        return self.checkpoint.config_key()
+        """Hash of all config files, and of the header of a single file: whatever is read before the weights."""
+        single = self.checkpoint.single
+        return self.checkpoint.config_key() + (f"+{single.header_key()}" if single else "")
 
     def _blank(self, dtype: torch.dtype) -> Any:
         kind, configs = (
@@ -297,14 +305,14 @@ class Diffusers(ABC):
 
     def from_saved(self, folder: Path) -> Self:
         """The same backbone, not loaded, for the whole pipeline that `save` wrote to `folder`."""
-        return evolve(self, path=ModelPath(str(folder)), revision=None, variant=None)
+        return evolve(self, path=ModelPath(str(folder)), revision=None, variant=None, transformer_=None)
 
     moved = from_saved
     """The name of `from_saved` in version 0.1."""
 
     def weights_key(self) -> str:
         """sha256 of the files of the networks under training."""
-        return "+".join(fingerprint(self.checkpoint.folder / name) for name in self.networks)
+        return "+".join(self.checkpoint.key(name) for name in self.networks)
 
     def load_lora(self, folder: Path) -> None:
         """Add the LoRA that `save` wrote to the loaded transformer: trainable, in float32, all else frozen."""
@@ -324,9 +332,9 @@ class Diffusers(ABC):
         `place` or `load` must be called first, because the dtype is part of it.
         """
         assert self._dtype is not None, "place or load first: the dtype is part of the key"
-        folder, kinds = self.checkpoint.folder, ("vae", "text_encoder", "tokenizer")
+        kinds = ("vae", "text_encoder", "tokenizer")
         parts = [name for name in self.checkpoint.parts if name.startswith(kinds)]
-        key = {name.replace("tokenizer", "text_tokenizer"): fingerprint(folder / name) for name in parts}
+        key = {name.replace("tokenizer", "text_tokenizer"): self.checkpoint.key(name) for name in parts}
         changed = {"text_bits": "int8"} if self.text_encoders == "int8" else {}
         changed |= {"vae_tile": str(self.tile)} if self.tile else {}
         return {**key, "text_dtype": str(self._dtype), "text_length": str(self.max_sequence_length), **changed}
@@ -393,8 +401,7 @@ class Diffusers(ABC):
         with ExitStack() as opened:
             found: dict[str, Any] = {}
             for name, part in self._parts():
-                tensors = opened.enter_context(network.stored(self.checkpoint, name))
-                network.check_stored(part, tensors, self.checkpoint.folder / name)
+                tensors = opened.enter_context(network.stored(self.checkpoint, name, part))
                 held = network.packed(part, tensors, self._dtype)
                 found |= {self._prefix(name) + each: tensor for each, tensor in held.items()}
             yield found

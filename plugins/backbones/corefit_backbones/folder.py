@@ -9,17 +9,20 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
 from corefit.errors import ConfigError, ModelError
+from corefit_backbones import hub
+from corefit_backbones.hashes import digest
+from corefit_backbones.single_file import SingleFile
 
-READ = frozenset({".json", ".txt", ".model", ".safetensors"})
-"""Suffixes of the files that models and tokenizers are read from; pickles are never read."""
-
+HASHED_AT_ONCE = 4
+"""Files that are hashed at the same time."""
 NAMED = 80
 """Characters of a path that a message shows at most."""
 COMPONENT = re.compile(r"(transformer|vae|text_encoder|tokenizer|scheduler)(_\d+)?")
@@ -34,12 +37,14 @@ class Checkpoint:
     path      a diffusers folder, or "organization/model" on the hub
     revision  branch, tag or commit on the hub
     variant   which weight files are read: "fp16" reads model.fp16.safetensors
+    single    the file that the transformer is read from, in place of those in its folder
     """
 
     family: str
     path: str
     revision: str | None = None
     variant: str | None = None
+    single: SingleFile | None = None
 
     @cached_property
     def index(self) -> Mapping[str, bool]:
@@ -81,14 +86,34 @@ class Checkpoint:
     def check_weights(self, *kinds: str) -> None:
         """Raise a ModelError if a part whose name begins with one of `kinds` has no weight files.
 
-        A model on the hub is not checked: its weights are fetched later.
+        A model on the hub is not checked: its weights are fetched later. Neither is the folder of a transformer that is
+        read from another file, which is checked instead.
         """
+        if self.single:
+            self.single.check([part for part in self.parts if part.startswith("transformer")])
         here = _local(self.path, self.revision)
         if here is None:
             return
         for part in self.parts:
-            if part.startswith(kinds) and not any((here / part).glob("*.safetensors")):
+            if part.startswith(kinds) and not self.replaces(part) and not any((here / part).glob("*.safetensors")):
                 raise ModelError(f"{here / part}: no .safetensors file; copy the weights there")
+
+    def replaces(self, part: str) -> bool:
+        """Whether the weights of `part` are read from another file than those in its folder."""
+        return self.single is not None and part == "transformer"
+
+    def weights(self, part: str) -> Path:
+        """What the weights of `part` are read from: its folder, or one file; for messages."""
+        return self.single.file if self.single and self.replaces(part) else self.folder / part
+
+    def key(self, part: str) -> str:
+        """sha256 of the names and contents of all files that a part is read from."""
+        if not self.single or not self.replaces(part):
+            folder = self.folder / part
+            files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+            return fingerprint(folder, hub.used(files, self._library(part), self.variant))
+        config = _described(self.path, self.revision) / part / "config.json"
+        return hashlib.sha256("".join(f"{digest(file)}\n" for file in (config, self.single.file)).encode()).hexdigest()
 
     def config(self, part: str, file: str = "config.json") -> Settings:
         """The JSON settings of one component; ModelError if the model does not have it."""
@@ -101,15 +126,22 @@ class Checkpoint:
         folder, total = _described(self.path, self.revision), hashlib.sha256()
         configs = (file for part in self.parts for file in (folder / part).glob("*config.json"))
         for file in (folder / "model_index.json", *sorted(configs)):
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            total.update(f"{file.relative_to(folder).as_posix()} {digest}\n".encode())
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            total.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
         return total.hexdigest()
 
     @property
     def folder(self) -> Path:
         """The folder with all files; those of a model on the hub are fetched now, including weights."""
         here = _local(self.path, self.revision)
-        return here if here is not None else _fetched(self.path, self.revision, self.variant)
+        if here is not None:
+            return here
+        libraries = tuple((part, self._library(part)) for part in self.parts)
+        return hub.fetched(self.path, self.revision, self.variant, libraries, "transformer" if self.single else None)
+
+    def _library(self, part: str) -> str:
+        """The name of the library that has the class of a part."""
+        return (self.classes[part] or ("",))[0]
 
 
 def check_size(size: Sequence[int], unit: int, largest: int) -> tuple[int, int]:
@@ -126,14 +158,13 @@ def check_size(size: Sequence[int], unit: int, largest: int) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def fingerprint(folder: Path) -> str:
-    """sha256 of the names and contents of all files of `folder` that a component can be read from."""
-    total = hashlib.sha256()
-    for file in sorted(f for f in folder.rglob("*") if f.suffix in READ and f.is_file()):
-        stat = file.stat()
-        digest = _digest(str(file), stat.st_size, stat.st_mtime_ns)
-        total.update(f"{file.relative_to(folder).as_posix()} {digest}\n".encode())
-    return total.hexdigest()
+def fingerprint(folder: Path, names: Sequence[str]) -> str:
+    """sha256 of the names and contents of files of a folder."""
+    files = sorted(folder / name for name in names)
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashlib lets other threads run
+        lines = zip(files, pool.map(digest, files), strict=True)
+        text = "".join(f"{file.relative_to(folder).as_posix()} {found}\n" for file, found in lines)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def link(source: Path, target: Path, variant: str | None = None) -> None:
@@ -143,11 +174,11 @@ def link(source: Path, target: Path, variant: str | None = None) -> None:
     so that `target` loads without `variant`.
     """
     files = [f for f in source.rglob("*") if f.is_file()] if source.is_dir() else [source]
-    for file in sorted(files, key=lambda f: (_plain(f.name, variant) != f.name, f)):
+    for file in sorted(files, key=lambda f: (hub.plain(f.name, variant) != f.name, f)):
         relative = file.relative_to(source)
         _put(
             file,
-            target / relative.with_name(_plain(file.name, variant)) if relative.name else target,
+            target / relative.with_name(hub.plain(file.name, variant)) if relative.name else target,
             variant,
         )
 
@@ -156,16 +187,12 @@ def _put(file: Path, target: Path, variant: str | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     if file.name.endswith(".json") and target.name != file.name:  # an index, which contains the names of weight files
-        target.write_text(_plain(file.read_text(encoding="utf-8"), variant), encoding="utf-8")
+        target.write_text(hub.plain(file.read_text(encoding="utf-8"), variant), encoding="utf-8")
         return
     try:
         os.link(file.resolve(), target)
     except OSError:
         shutil.copy2(file, target)
-
-
-def _plain(text: str, variant: str | None) -> str:
-    return text.replace(f".{variant}", "") if variant else text
 
 
 def _check_family(path: str, found: str, expected: str) -> None:
@@ -279,31 +306,4 @@ def _local(path: str, revision: str | None) -> Path | None:
 def _described(path: str, revision: str | None) -> Path:
     """A folder that has at least the model's JSON files."""
     here = _local(path, revision)
-    return here if here is not None else _fetched_json(path, revision)
-
-
-@cache
-def _fetched_json(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{name}: no such folder here, and the hub did not give a model: {e}") from e
-
-
-@cache
-def _fetched(name: str, revision: str | None, variant: str | None) -> Path:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    try:
-        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{name}: the hub did not give its weights: {e}") from e
-
-
-@cache
-def _digest(file: str, size: int, modified: int) -> str:
-    """sha256 of a file; it is read again only if its size [bytes] or its time of modification [ns] changes."""
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return here if here is not None else hub.fetched_json(path, revision)

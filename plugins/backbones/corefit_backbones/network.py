@@ -38,8 +38,24 @@ def lora_file(part: str) -> str:
 
 
 def read(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> Any:
-    """The model of class `kind` in the folder `part`, converted to `dtype`; errors as in `parts.read`."""
+    """The model of class `kind` in the folder `part`, converted to `dtype`; errors as in `parts.read`.
+
+    If its weights are in another file, they are read from there.
+    """
+    if checkpoint.replaces(part):
+        return _read_single(kind, checkpoint, part, dtype)
     return parts.read(kind, checkpoint.folder / part, dtype, checkpoint.variant)
+
+
+def _read_single(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> Any:
+    import torch
+
+    from corefit_backbones import lowbit
+
+    made = empty(kind, checkpoint.config(part), dtype)
+    with stored(checkpoint, part, made) as found:
+        lowbit.fill(made, found, torch.device("cpu"))
+    return made.requires_grad_(True)
 
 
 def read_packed(
@@ -53,8 +69,7 @@ def read_packed(
     from corefit_backbones import lowbit
 
     made = empty(kind, checkpoint.config(part), dtype)
-    with stored(checkpoint, part) as found:
-        check_stored(made, found, checkpoint.folder / part)
+    with stored(checkpoint, part, made) as found:
         lowbit.swap(made, bits)
         lowbit.fill(made, lowbit.packed(made, found, dtype, device), device)
     return made
@@ -96,13 +111,28 @@ def _made(kind: Any, config: Settings, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def stored(checkpoint: Checkpoint, part: str) -> Generator[Mapping[str, Any]]:
+def stored(checkpoint: Checkpoint, part: str, network: Any) -> Generator[Mapping[str, Any]]:
     """A context with the tensors in the weight files of `part`, by name; a slice is read when indexed.
 
-    ModelError for damaged files.
+    ModelError for damaged files, and unless they hold exactly the tensors of `network`, in their shapes.
     """
+    with _opened(checkpoint, part, network) as found:
+        check_stored(network, found, checkpoint.weights(part))
+        yield found
+
+
+@contextmanager
+def _opened(checkpoint: Checkpoint, part: str, network: Any) -> Generator[Mapping[str, Any]]:
+    """A context with the tensors in the weight files of `part`, by the names of `network`."""
     from safetensors import safe_open
 
+    from corefit_backbones import lowbit
+
+    if checkpoint.single and checkpoint.replaces(part):
+        layers = checkpoint.config(part)["num_layers"]
+        with checkpoint.single.stored(layers, lowbit.original_shapes(network)) as found:
+            yield found
+        return
     folder = checkpoint.folder / part
     with ExitStack() as opened:
         with parts.reading(folder):
@@ -125,8 +155,8 @@ def _of_variant(name: str, variant: str | None) -> str:
     return f"{stem}.{variant}.{suffix}" if variant else name
 
 
-def check_stored(network: Any, found: Mapping[str, Any], folder: Path) -> None:
-    """Raise a ModelError unless the files of `folder` hold exactly the tensors of `network`, in their shapes."""
+def check_stored(network: Any, found: Mapping[str, Any], files: Path) -> None:
+    """Raise a ModelError unless `files` hold exactly the tensors of `network`, in their shapes."""
     from corefit_backbones import lowbit
 
     wanted = lowbit.original_shapes(network)
@@ -141,7 +171,8 @@ def check_stored(network: Any, found: Mapping[str, Any], folder: Path) -> None:
         ),
     ]
     if wrong:
-        raise ModelError(f"{folder}: the weights {', '.join(wrong[:5])}; the folder is damaged, or of another model")
+        what = "folder" if files.is_dir() else "file"
+        raise ModelError(f"{files}: the weights {', '.join(wrong[:5])}; the {what} is damaged, or of another model")
 
 
 def packed(network: Any, found: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:

@@ -31,8 +31,8 @@ def is_kept(name: str) -> bool:
 def apply(networks: Sequence[nn.Module], device: torch.device) -> None:
     """Put networks on `device`, except for the frozen weights of their blocks, which stay in main memory.
 
-    A block is an item of a ModuleList of the network. Its weights are copied to the device before its forward, while the
-    block before it computes, and dropped after it; so those of two blocks are there at most. In the backward pass,
+    A block is an item of a ModuleList of the network. Its weights are copied to the device before its forward, while
+    the block before it computes, and dropped after it; so those of two blocks are there at most. In the backward pass,
     which must recompute each block (gradient checkpointing), they are kept until the block's gradient is computed.
     """
     import torch
@@ -55,9 +55,10 @@ def resident_bytes(networks: Sequence[nn.Module]) -> int:
 
     These are all weights outside of blocks, those of LoRAs, and twice the largest block.
     """
-    sizes = [sum(t.nbytes for _, _, t in _frozen(block)) for each in networks for block in blocks_of(each)]
+    weights = [[t for _, _, t in _frozen(block)] for each in networks for block in blocks_of(each)]
     everything = sum(t.nbytes for each in networks for t in (*each.parameters(), *each.buffers()))
-    return everything - sum(sizes) + 2 * max(sizes, default=0)
+    largest = max((sum(map(_room, block)) for block in weights), default=0)
+    return everything - sum(t.nbytes for block in weights for t in block) + 2 * largest
 
 
 def waiting(network: nn.Module) -> list[str]:
@@ -116,7 +117,7 @@ class _Block:
         slots, size = list[_Slot](), 0
         for owner, name, tensor in _frozen(module):
             slots.append(_Slot(owner, name, tensor, size))
-            size += -(-tensor.nbytes // ALIGNED) * ALIGNED
+            size += _room(tensor)
         block = _Block(module, torch.empty(size, dtype=torch.uint8), slots)
         for slot in slots:
             slot.waiting.data = slot.piece(block.memory).copy_(slot.waiting.detach())
@@ -136,6 +137,11 @@ class _Block:
         """Put the weights that wait back in their places."""
         for slot in self.slots:
             slot.owner[slot.name] = slot.waiting
+
+
+def _room(tensor: Tensor) -> int:
+    """Return the bytes that a weight takes among others of its block."""
+    return -(-tensor.nbytes // ALIGNED) * ALIGNED
 
 
 def _frozen(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
@@ -206,7 +212,7 @@ class _Swaps:
         import torch
 
         if self.stream is None:
-            self.ahead = (block, block.memory.clone(), None)
+            self.ahead = (block, block.memory.to(self.device, copy=True), None)
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):

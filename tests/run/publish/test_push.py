@@ -33,17 +33,7 @@ def served() -> Iterator[Hub]:
 @pytest.fixture
 def hub(served: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """An empty hub that huggingface_hub takes for its own, and a token that may write."""
-    import huggingface_hub.constants
-    import huggingface_hub.file_download
-
-    served.__init__(served.url)
-    template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.url)
-    for module in (huggingface_hub.constants, huggingface_hub.file_download):  # where it is read since 1.0, and before
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", stand_in.WRITES)
-    return served
+    return stand_in.take_for_the_hub(served, monkeypatch)
 
 
 @pytest.fixture
