@@ -295,8 +295,7 @@ class Quantizable(Protocol):
     """
 
     frozen: str | None
-    """The format of the weights under a LoRA; None for that of the pipeline's precision. It is part of what determines
-    a stage's weights: rollouts, training, evaluation and `corefit sample` all read the network in this format."""
+    """The format, None for that of the precision: whatever reads the network of a run reads it in this format."""
 
 
 StoredTensors = Mapping[str, Any]
