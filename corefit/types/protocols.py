@@ -289,10 +289,7 @@ class Preset(Protocol):
 
 @runtime_checkable
 class Quantizable(Protocol):
-    """What a Backbone may offer besides, so that the weights under a LoRA may be held in fewer bits.
-
-    The trainer refuses the key with full training, and `corefit export` reads the weights without it.
-    """
+    """A Backbone with a key by which weights under a LoRA are in fewer bits; `corefit export` reads them without it."""
 
     frozen: str | None
     """The format, None for that of the precision: whatever reads the network of a run reads it in this format."""
