@@ -74,7 +74,7 @@ def read_as(
     made = empty(kind, checkpoint.config(part), dtype)
     with stored(checkpoint, part, made) as found:
         lowbit.swap(made, bits)
-        lowbit.fill(made, lowbit.packed(made, found, dtype, device), device)
+        lowbit.fill(made, lowbit.packed(made, found, dtype), device)
     return made
 
 
