@@ -53,9 +53,7 @@ def test_where_all_fit_none_leaves_and_where_not_the_largest_is_the_peak() -> No
     assert turns.most(sizes, 16.0) == 9
 
 
-def test_encoders_come_one_after_the_other_and_results_are_equal(
-    sd3: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_encoders_come_one_after_the_other_and_results_are_equal(sd3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together, alone = placed(sd3), placed(sd3)
     expected = together.encode_text(PROMPTS).tensors
     alone._beside()._turns.limit = 0
