@@ -12,8 +12,10 @@ from benchmarks.evaluation import evaluation
 from benchmarks.gpu import gpu
 from benchmarks.grpo_step import grpo_step
 from benchmarks.hostile import hostile
+from benchmarks.memory import memory
 from benchmarks.overhead import overhead
 from benchmarks.rollout import rollout
+from benchmarks.scale import scale
 from benchmarks.scoring import scoring
 from benchmarks.sharding import sharding
 from benchmarks.soar_step import soar_step
@@ -36,6 +38,7 @@ main.add_command(trainer)
 main.add_command(rollout)
 main.add_command(evaluation)
 main.add_command(encode)
+main.add_command(scale)
 main.add_command(checkpoints)
 main.add_command(data)
 main.add_command(scoring)
@@ -45,6 +48,7 @@ main.add_command(hostile)
 main.add_command(startup)
 main.add_command(texts_)
 main.add_command(overhead)
+main.add_command(memory)
 main.add_command(gpu)
 
 if __name__ == "__main__":

@@ -121,21 +121,21 @@ class Case:
         return file
 
     def _write_media(self, folder: Path) -> None:
+        """Write pictures, or clips as folders of frames, in one color each, and a line for each."""
         import numpy as np
         from PIL import Image
 
         rows: list[str] = []
         for number in range(EXAMPLES):
             name = list(COLORS)[number % len(COLORS)]
-            pixels = np.full((self.size, self.size, 3), COLORS[name], np.uint8)
-            picture, suffix = Image.fromarray(pixels), "webp" if self.frames > 1 else "png"
-            more = {"save_all": True, "append_images": [picture] * (self.frames - 1)} if self.frames > 1 else {}
-            if self.frames > 1:
-                pixels = np.stack([np.roll(pixels + n, n, 0) for n in range(self.frames)])
-                frames = [Image.fromarray(one) for one in pixels]
-                picture, more = frames[0], {"save_all": True, "append_images": frames[1:]}
-            picture.save(folder / f"{number}.{suffix}", **more)
-            rows.append(json.dumps({"media": f"{number}.{suffix}", "prompt": f"a picture of a {name} sky"}))
+            picture = Image.fromarray(np.full((self.size, self.size, 3), COLORS[name], np.uint8))
+            media = f"{number}" if self.frames > 1 else f"{number}.png"
+            (folder / str(number)).mkdir()
+            for frame in range(self.frames if self.frames > 1 else 0):
+                picture.save(folder / media / f"{frame}.png")
+            if self.frames == 1:
+                picture.save(folder / media)
+            rows.append(json.dumps({"media": media, "prompt": f"a picture of a {name} sky"}))
         (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
 
     def _lines(self) -> Iterator[str]:
@@ -148,7 +148,7 @@ class Case:
         if self.frozen:
             yield f'frozen = "{self.frozen}"'
         size = [self.frames, self.size, self.size] if self.frames > 1 else [self.size, self.size]
-        yield f'[data]\nsource = {{ use = "jsonl", path = "train.jsonl" }}\nsize = {size}\nencode_batch = 4'
+        yield f'[data]\nsource = {{ use = "jsonl", path = "train.jsonl" }}\nsize = {size}\nencode_batch = 1'
         yield f'[[stage]]\nname = "one"\nsteps = 2\nbatch = 4\nmicro_batch = {self.rows}'
         yield {
             "soar": 'objective = { use = "soar", points = 2, chunk = 1 }',
@@ -160,7 +160,8 @@ class Case:
             yield "ema = 0.9"
         if self.evaluated:
             prompts = ["a red sky", "a blue sea", "a green sky", "a red sea"]
-            yield f'[eval]\nprompts = {json.dumps(prompts)}\nsteps = 2\nbatch = {self.rows}\nreward = [{{ use = "bright" }}]'
+            yield f"[eval]\nprompts = {json.dumps(prompts)}\nsteps = 2\nbatch = {self.rows}"
+            yield 'reward = [{ use = "bright" }]'
 
 
 @frozen(kw_only=True)

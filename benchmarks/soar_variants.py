@@ -146,11 +146,11 @@ def _adamw(transformer: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(transformer.parameters(), lr=LR, fused=True)
 
 
-def _corefit(objective: Soar | Sft) -> Callable[[Bench], Callable[[], None]]:
+def corefit_step(objective: Soar | Sft) -> Callable[[Bench], Callable[[], None]]:
     """corefit's own training step, on the same draws each time."""
 
     def ready(bench: Bench) -> Callable[[], None]:
-        batch, loop = bench.inputs.batch, _loop(objective, bench)
+        batch, loop = bench.inputs.batch, loop_of(objective, bench)
 
         def step() -> None:
             loop.take_step(batch)
@@ -160,7 +160,7 @@ def _corefit(objective: Soar | Sft) -> Callable[[Bench], Callable[[], None]]:
     return ready
 
 
-def _loop(objective: Soar | Sft, bench: Bench) -> Loop:
+def loop_of(objective: Soar | Sft, bench: Bench) -> Loop:
     """A training loop that is about to take its first step."""
     backbone = InMemory(ModelPath("in memory"))
     backbone.transformer = bench.transformer
@@ -262,11 +262,11 @@ class Plain:
 
 VARIANTS: Mapping[str, Variant] = {
     "floor": Variant("the same passes in a plain loop", lambda bench: Plain(bench).floor),
-    "soar": Variant("corefit, chunk = 1", _corefit(_soar(1))),
+    "soar": Variant("corefit, chunk = 1", corefit_step(_soar(1))),
     "published": Variant("as published, checkpointing", lambda bench: Plain(bench).published, checkpointing=True),
-    "sft": Variant("corefit's sft, for scale", _corefit(Sft())),
-    "soar 3": Variant("corefit, chunk = 3", _corefit(_soar(3))),
-    "soar 6": Variant("corefit, chunk = 6", _corefit(_soar(6))),
+    "sft": Variant("corefit's sft, for scale", corefit_step(Sft())),
+    "soar 3": Variant("corefit, chunk = 3", corefit_step(_soar(3))),
+    "soar 6": Variant("corefit, chunk = 6", corefit_step(_soar(6))),
     "published, kept": Variant("as published, all graphs kept", lambda bench: Plain(bench).published),
 }
 

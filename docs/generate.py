@@ -28,6 +28,7 @@ from corefit.pipeline.evaluation import Benchmark, Evaluation, Model
 from corefit.pipeline.pipeline import MODES
 from corefit.pipeline.schema import Schema, Writer
 from corefit.plugins import KINDS, Host, Offer
+from corefit.train import remedies
 from corefit.types.former import FORMER
 from corefit.types.stage import Alarm
 
@@ -117,6 +118,34 @@ def _functions(module: str) -> str:
     return "\n".join(
         ["| | |", "|---|---|", *(f"| `{call}` | {text} |" for call, text in zip(calls, summaries, strict=True))]
     )
+
+
+def _remedies(_: str) -> str:
+    """The rows of the table of keys that save memory, in the order of what they cost."""
+    names = {"batch": "[eval] batch", "chunk": "chunk of an objective", "train": 'train = { use = "lora" }'}
+    return "\n".join(f"| `{names.get(name, name)}` | {_cell(cost)} |" for name, cost in remedies.COSTS.items())
+
+
+def _plans(_: str) -> str:
+    """A table of the plans in plans.json."""
+    head = ["what", "size", "GPUs", "keys to set", "largest phases", "main memory"]
+    rows = [_plan(each) for each in json.loads((DOCS / "plans.json").read_text())]
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows])
+
+
+def _plan(plan: Mapping[str, Any]) -> str:
+    largest = sorted(plan["phases"].items(), key=lambda item: -item[1])[:2]
+    keys = [f"`{key}`" for key in plan["keys"]] or ["none"]
+    fits = "" if plan["fits"] else "**does not fit**, nearest: "
+    cells = [
+        plan["task"],
+        " x ".join(map(str, plan["size"])),
+        plan["gpus"],
+        fits + ", ".join(keys),
+        ", ".join(f"{name} {count / 2**30:.1f} GiB" for name, count in largest),
+        f"{plan['host'] / 2**30:.0f} GiB",
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 def _hook(name: str) -> str:
@@ -284,6 +313,8 @@ def _help(name: str) -> str:
 
 
 BLOCKS: Mapping[str, Callable[[str], str]] = {
+    "remedies": _remedies,
+    "plans": _plans,
     "class": _class,
     "functions": _functions,
     "hook": _hook,

@@ -48,6 +48,8 @@ class Drawn:
 class Random:
     """Mixed into a backbone: `load` draws the weights that it would read, and packs them as it would."""
 
+    drawn_vae: Any = field(init=False, default=None)
+
     def load(self: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.check_settings()
         parts = [self._drawn(self.checkpoint.config(name), device, dtype) for name in self.networks]
@@ -68,11 +70,11 @@ class Random:
         """A VAE with random weights."""
         import diffusers
 
-        if self._vae is None:
+        if self.drawn_vae is None:
             with torch.device(self._device):
                 made = getattr(diffusers, self.vae_class).from_config(dict(self.checkpoint.config("vae")))
-            self._vae = made.eval().requires_grad_(False)
-        return self._vae
+            self.drawn_vae = made.eval().requires_grad_(False)
+        return self.drawn_vae
 
 
 @define(eq=False, slots=False)

@@ -23,7 +23,7 @@ import attrs
 from attrs import define, field
 
 from corefit.data import buckets, mds, partition, texts
-from corefit.data.coding import Coder
+from corefit.data.coding import Coder, smaller
 from corefit.data.dataset import DONE, NULL, ROWS, Dataset, Manifest, partition_name
 from corefit.data.encode import Encoder, chunks
 from corefit.data.partition import Record
@@ -151,6 +151,10 @@ def prepare(
 def _build(builder: CacheBuilder, progress: Progress, ranks: Ranks) -> None:
     size = builder.data.encode_batch
     remedies = [f"encode_batch = {size // 2} (now {size})"] if size > 1 else []
+    if getattr(builder.backbone, "text_encoders", "cpu") != "cpu":
+        remedies.append('backbone.text_encoders = "cpu"')
+    if builder.media:
+        remedies += smaller(builder.backbone)
     try:
         kept = "Partitions that are encoded are kept; the same command continues"
         with memory.explain_exhaustion("encoding", remedies, kept):

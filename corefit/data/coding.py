@@ -23,7 +23,7 @@ MOST = {"encode": 1 << 12, "decode": 1 << 16}
 """Bytes that no VAE takes for a number of media, and for one of latents. FLUX's takes 0.8 KiB and 15 KiB."""
 
 SHORT = {"encode": (17, 25), "decode": (3, 4)}
-"""Frames of media, and of latents, of two short clips. 8 divides the former less 1, as the latents of video VAEs need."""
+"""Frames of media, and of latents, of two short clips. The former less 1 are divided by 8, as video VAEs need it."""
 LONG = {"encode": 33, "decode": 5}
 """Frames up to which a clip is no long one."""
 
@@ -71,6 +71,11 @@ def _peak(backbone: Backbone, what: str, shape: Sequence[int]) -> int | None:
         return held.peak
 
     return faked(run)
+
+
+def smaller(backbone: Backbone) -> list[str]:
+    """Return what would help where one row does not fit: the VAE's tiles, where there are such and none are set."""
+    return ["backbone.tile = 512"] if getattr(backbone, "tile", 0) is None else []
 
 
 @define(eq=False)

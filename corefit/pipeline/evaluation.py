@@ -17,7 +17,7 @@ from corefit.pipeline.problems import error_of, eval_problems, layout_problems, 
 from corefit.pipeline.reader import Reader, Table
 from corefit.plugins.host import Host
 from corefit.system import public
-from corefit.system.ranks import Layout
+from corefit.system.layout import Layout
 from corefit.types import Backbone, ModelPath
 
 NAME: Any = validators.matches_re(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")

@@ -21,7 +21,7 @@ from corefit.pipeline.problems import error_of, eval_problems, layout_problems, 
 from corefit.pipeline.reader import TABLE, Reader, Table, checked_path, load, override
 from corefit.plugins.host import Host
 from corefit.system import public
-from corefit.system.ranks import Layout
+from corefit.system.layout import Layout
 from corefit.types import Backbone, Observer, Offloading, Quantizable
 from corefit.types.objective import further_media, reads_media
 from corefit.types.stage import Full, Lora, Optimizer, Stage, Training
@@ -231,7 +231,7 @@ class Pipeline:
         if not isinstance(self.backbone, Offloading) or not self.backbone.offloads:
             return
         if self.shard:
-            yield "shard: weights that are sharded cannot wait in main memory; remove the key, or 'offload' of [backbone]"
+            yield "shard: sharded weights cannot wait in main memory; remove the key, or 'offload' from [backbone]"
         for stage in self.stage:
             if isinstance(self.mode(stage), Full):
                 yield (

@@ -9,7 +9,7 @@ from typing import Any
 from corefit.data import cache
 from corefit.errors import CorefitError
 from corefit.pipeline.eval import Eval
-from corefit.system.ranks import Layout
+from corefit.system.layout import Layout
 from corefit.types import Backbone, ContextParallel, Reward, Weighted
 
 

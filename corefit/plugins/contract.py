@@ -12,8 +12,8 @@ from corefit.errors import PluginError
 from corefit.plugins.kinds import KINDS
 from corefit.types.blame import place, require, require_result
 from corefit.types.former import FORMER
-from corefit.types.objective import Objective, unknown_uses
-from corefit.types.values import MOST, Moving, Term
+from corefit.types.objective import Objective, free_chunks, unknown_uses
+from corefit.types.values import MOST, ROUNDING, Moving, Term
 
 RESERVED = frozenset({"step", "lr", "seconds", "samples_per_second", "skipped", "alarm"})
 """Names of metrics that the trainer logs."""
@@ -62,6 +62,10 @@ def declared(value: Any, kind: str) -> None:
         require_result(found, fine, value, name, wanted)
     for mistake in unknown_uses(value) if kind == "objectives" else ():
         require(False, value, mistake)
+    for key in free_chunks(value) if kind == "objectives" else ():
+        found = next((each for each in attrs.fields(type(value)) if each.name == key), None)
+        free = found is not None and found.metadata.items() >= ROUNDING.items() and getattr(value, key) is None
+        require(free, value, f"has {key!r} in `chunks`, which is no key of it that is marked ROUNDING and None")
 
 
 def term(value: Any, objective: Objective[Any]) -> Term:
@@ -141,6 +145,13 @@ def _are_copies(value: Any) -> bool:
     )
 
 
+def _are_chunks(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and _is_count(each)
+        for name, each in value.items()  # pyright: ignore[reportUnknownVariableType]
+    )
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST
 
@@ -154,6 +165,7 @@ DECLARED: Mapping[str, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
         ("group_size", _is_count, COUNT),
         ("rows_per_graph", _is_count, COUNT),
         ("copies", _are_copies, "a mapping of names such as 'old' to corefit.Moving"),
+        ("chunks", _are_chunks, f"a mapping of keys to {COUNT}"),
     ),
     "optimizers": (
         ("shards", lambda value: value in ("no", "numbers", "blocks"), '"no", "numbers" or "blocks"'),

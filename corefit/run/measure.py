@@ -93,8 +93,8 @@ def refuse(pipeline: Pipeline) -> None:
 def measure(pipeline: Pipeline, display: Display | None = None) -> Measured:
     """Measure the pipeline's frozen format on its first examples; they are encoded first, if they are not cached.
 
-    The two networks are in memory one after the other. On a GPU the blocks of the whole one stay in main memory where
-    the backbone can do that, because it need not fit.
+    The two networks are in memory one after the other. The blocks of the whole one wait in main memory where
+    the backbone has the key `offload`, because it need not fit.
     """
     refuse(pipeline)
     start, display, ranks = time.monotonic(), display or Display.on(), join(pipeline.precision)
@@ -103,7 +103,7 @@ def measure(pipeline: Pipeline, display: Display | None = None) -> Measured:
         data, _ = encode(pipeline, ranks, display)
         with display.task(f"measuring {precision(ranks)}") as progress:
             whole = _loaded(pipeline, ranks, data, None)
-            examples = _examples(pipeline, data, whole, ranks.device)
+            examples = first_examples(pipeline, data, whole, ranks.device)
             before = _read(whole, examples, ranks.device, progress)
         del whole  # before the next one is read
         _free(ranks)
@@ -123,7 +123,7 @@ def measure(pipeline: Pipeline, display: Display | None = None) -> Measured:
 
 
 @frozen(eq=False)
-class _Example:
+class Example:
     """One example at every noise level: a batch [levels, ...] on the CPU, of which all rows have the same x0."""
 
     x0: Tensor
@@ -136,12 +136,12 @@ class _Example:
 
 def _loaded(pipeline: Pipeline, ranks: Ranks, data: Dataset, bits: str | None) -> Any:
     """Return a backbone of its own with the base's weights in the format `bits`, as evaluation reads them."""
-    backbone: Any = evolve(cast(Any, pipeline.backbone), frozen=bits)
-    if bits is None and ranks.device.type == "cuda" and "offload" in fields_dict(type(backbone)):
-        backbone = evolve(backbone, offload="blocks")
+    given: Any = pipeline.backbone
+    waits = {"offload": "blocks"} if bits is None and "offload" in fields_dict(type(given)) else {}
+    backbone: Any = evolve(given, frozen=bits, **waits)
     backbone.place(ranks.device, text_dtype(ranks))
     weights.load(backbone, ranks, frozen_in_bf16=precision(ranks) == "bf16")
-    backbone.transformer = ranks.accelerator.prepare_model(backbone.transformer, evaluation_mode=True)
+    weights.prepare(backbone, ranks, evaluation=True)
     backbone.empty = data.null.to(ranks.device)
     return backbone
 
@@ -151,19 +151,19 @@ def _free(ranks: Ranks) -> None:
     gc.collect()
 
 
-def _examples(pipeline: Pipeline, data: Dataset, backbone: Any, device: torch.device) -> list[_Example]:
+def first_examples(pipeline: Pipeline, data: Dataset, backbone: Any, device: torch.device) -> list[Example]:
     """Return the first examples. Where the data have no media, `backbone` generates them as [eval] says."""
     import torch
 
     noise, levels = pipeline.stage[0].noise or LogitNormal(), len(QUANTILES)
-    found: list[_Example] = []
+    found: list[Example] = []
     for row in range(min(EXAMPLES, len(data))):
         batch, rng = data.batch([row], [row]), Rng((pipeline.seed, "measure"), [row])
         x0 = _generated(pipeline, backbone, batch, device) if batch.x0 is None else batch.x0.float()
         draws = noise.sample(DRAWS, backbone.shift(batch.shape), Rng((pipeline.seed, "measure levels"), range(DRAWS)))
         sigma = torch.quantile(draws, torch.tensor(QUANTILES))
         found.append(
-            _Example(
+            Example(
                 x0.expand(levels, *x0.shape[1:]),
                 rng.randn(x0.shape).expand(levels, *x0.shape[1:]),
                 sigma,
@@ -187,7 +187,7 @@ def _generated(pipeline: Pipeline, backbone: Any, batch: Batch, device: torch.de
 
 
 def _read(
-    backbone: Any, examples: Sequence[_Example], device: torch.device, progress: Callable[[int, int], None]
+    backbone: Any, examples: Sequence[Example], device: torch.device, progress: Callable[[int, int], None]
 ) -> Reading:
     import torch
 
@@ -200,7 +200,7 @@ def _read(
     return Reading(found, sum(p.nbytes for p in backbone.transformer.parameters()))
 
 
-def _losses(examples: Sequence[_Example], found: Reading) -> intervals.Floats:
+def _losses(examples: Sequence[Example], found: Reading) -> intervals.Floats:
     """Return w(sigma) |v - (noise - x0)|^2 [examples, levels], the loss of sft."""
     pairs = zip(examples, found.velocities, strict=True)
     return _stacked(each.weight * per_sample((v - (each.noise - each.x0)) ** 2) for each, v in pairs)
@@ -218,25 +218,19 @@ def show(found: Measured) -> None:
 
     (whole, bits), console = found.names, Console(highlight=False, markup=False)
     made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-    for title in (
-        "noise level",
-        f"loss, {whole}",
-        f"loss, {bits}",
-        "change",
-        "its 95 % interval",
-        "velocities differ by",
-    ):
-        made.add_column(title, justify="right")
+    for title in ("noise level", f"loss, {whole}", f"loss, {bits}", "change", "95 %", "velocity"):
+        made.add_column(title, justify="right", no_wrap=True)
     examples, levels = found.moved.shape
     for level in range(levels):
         made.add_row(f"{found.sigmas[:, level].mean():.3f}", *_cells(found, slice(level, level + 1)))
     made.add_row("all", *_cells(found, slice(None)))
     console.print()
     console.print(made)
-    sizes = ", ".join(f"{name} {size(count)}" for name, count in zip(found.names, found.bytes, strict=True))
+    sizes = " and ".join(f"{size(count)} in {name}" for name, count in zip(found.names, found.bytes, strict=True))
     console.print(
-        f"\n{counted(examples, 'example')}, {levels} noise levels each, without guidance; weights: {sizes}; it took "
-        f"{found.seconds:.0f} s",
+        f"\n{counted(examples, 'example')} at {levels} noise levels, without guidance: the loss of sft, the change of "
+        "its mean with an interval over examples, and the size of the velocity's difference, as a share of it. "
+        f"Weights are {sizes}. It took {found.seconds:.0f} s.",
         soft_wrap=True,
     )
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from attrs import define, frozen
+from attrs import define
 
 from corefit.errors import ConfigError, CorefitError, PluginError, RankError
 from corefit.system import cuda, memory
+from corefit.system.layout import WHOLE, Layout
 
 if TYPE_CHECKING:
     import torch
@@ -53,30 +54,6 @@ ENGINES = {
 """Engines that `accelerate launch` may be set to use and that corefit does not."""
 
 
-@frozen(kw_only=True)
-class Layout:
-    """How the processes of a run share weights and samples: keys of a pipeline.
-
-    shard     whether weights are split over the processes (FSDP2)
-    gather    how long gathered weights are kept: during a "step", during a "term", or by memory
-    replicate number of groups of processes of which each holds all shards (HSDP)
-    context   number of processes that share each sample, a part of its sequence each
-    """
-
-    shard: bool = False
-    gather: Literal["auto", "step", "term"] = "auto"
-    replicate: int = 1
-    context: int = 1
-
-    def check(self, world: int) -> None:
-        """Raise ConfigError where `world` processes cannot be laid out so."""
-        for key, number in (("replicate", self.replicate), ("context_parallel", self.context)):
-            if world % number:
-                raise ConfigError(
-                    f"{key} = {number}: {world} processes are no multiple of it; start as many processes, or change it"
-                )
-
-
 @define(eq=False)
 class Ranks:
     """This process among those of the run.
@@ -96,7 +73,7 @@ class Ranks:
     sharded: bool = False
     host: ProcessGroup | None = None
     joined: Accelerator | None = None
-    layout: Layout = Layout()
+    layout: Layout = WHOLE
 
     @property
     def accelerator(self) -> Accelerator:
@@ -292,7 +269,7 @@ SINGLE = Ranks()
 """A process that writes by itself, with no other rank to take part."""
 
 
-def join(precision: str = "auto", layout: Layout = Layout()) -> Ranks:
+def join(precision: str = "auto", layout: Layout = WHOLE) -> Ranks:
     """Join the run, and return this process's place in it; ConfigError where the processes do not fit the layout.
 
     precision  "fp32", "bf16", or "auto": bf16 where a GPU has it

@@ -36,7 +36,7 @@ from corefit.train.job import Cost, Job
 from corefit.train.meters import NonFiniteGuard
 from corefit.train.optimizer import Steps
 from corefit.train.retry import Retry
-from corefit.train.sharding import Sharding, reshard
+from corefit.train.sharding import Sharding
 from corefit.train.sizes import Sizes
 from corefit.train.state import State
 from corefit.types import Batch, blame
@@ -101,6 +101,7 @@ class Loop:
         with memory.explain_exhaustion(f"stage {job.stage.name}, loading the weights", helps):
             loop = Loop.build(job, ranks)
             loop.state.resume(job.stage.keep)
+        loop.sharding.announce(job.stage.name, ranks)
         return loop
 
     @staticmethod
@@ -113,8 +114,7 @@ class Loop:
         backbone.empty = job.dataset.null.to(device)
         uses, on_host = stage.objective.uses, stage.copies == "cpu"
         copies = weights.MovingCopy.declared(stage.objective, trainable, on_host=on_host)
-        called = len(copies) + ("reference" in uses)
-        sharding = Sharding.of(backbone.transformer, ranks, called)
+        sharding = Sharding.of(backbone.transformer, ranks, len(copies) + ("reference" in uses))
         frozen = functools.partial(weights.called_with, backbone, trainable, sharding=sharding)
         ctx = Context(
             backbone=backbone,
@@ -380,12 +380,11 @@ class Loop:
 
     def _explain_exhaustion(self, what: str) -> AbstractContextManager[None]:
         """Say in which stage and step memory ran out, while `what` was computed."""
-        job, ranks = self.job, self.ranks
-        sizes, sharded, where = self.state.sizes, ranks.sharded, f"stage {job.stage.name}, step {self.state.step + 1}"
+        job, ranks, sizes, gather = self.job, self.ranks, self.state.sizes, self.sharding.gather
+        where = f"stage {job.stage.name}, step {self.state.step + 1}, {what}"
+        helps = functools.partial(remedies.step_helps, sharded=ranks.sharded, gather=gather)
         return memory.explain_exhaustion(
-            f"{where}, {what}",
-            lambda: remedies.step_helps(sizes.sized, job.mode, job.backbone, ranks.data_world, sharded=sharded),
-            remedies.KEPT,
+            where, lambda: helps(sizes.sized, job.mode, job.backbone, ranks.data_world), remedies.KEPT
         )
 
     def report_start(self) -> None:
@@ -441,8 +440,7 @@ class Loop:
             self.job.listener.ended(state.step, self.ended_by)
         backbone.transformer = ranks.accelerator.unwrap_model(state.transformer)
         ranks.accelerator.free_memory()
-        if ranks.sharded:
-            reshard(backbone.transformer)  # sampling leaves the weights of the root module gathered
+        self.sharding.free()  # sampling leaves the weights of the root module gathered
         for name, average in state.ema.average.items() if state.ema else ():
             state.trainable[name].data.copy_(average)
         rows = self.job.stage.rows * state.step

@@ -35,8 +35,8 @@ COSTS = {
     "frozen": "the base is rounded; `corefit check --measure` says how much is lost",
     "gather": "weights are gathered in each forward and backward",
     "offload": "blocks pass to the device in each forward and backward",
-    "train": "an adapter is trained in place of all weights",
     "shard": "weights are gathered from other devices",
+    "train": "an adapter is trained in place of all weights",
 }
 """What a key costs, by its last name, from the least to the most."""
 
@@ -112,11 +112,15 @@ def weight_remedies(
         yield Remedy("gather", '"term"')
     if lora and getattr(backbone, "offload", "blocks") == "none" and not (sharded and world > 1):
         yield Remedy("backbone.offload", '"blocks"')
+    shard = Remedy("shard", "true", where="" if world > 1 else " on several devices")
+    can_shard = not sharded and getattr(backbone, "offload", "none") == "none"
+    if can_shard and world > 1:  # the devices are there; an adapter would be another training
+        yield shard
     if not lora:
         own = stage is not None and stage.train is not None
         yield Remedy(f"stage.{stage.name}.train" if stage is not None and own else "backbone.train", LORA)
-    if not sharded and getattr(backbone, "offload", "none") == "none":
-        yield Remedy("shard", "true", where="" if world > 1 else " on several devices")
+    if can_shard and world == 1:
+        yield shard
 
 
 def _state_remedies(stage: Stage, mode: Full | Lora) -> Iterator[Remedy]:
@@ -129,9 +133,14 @@ def _state_remedies(stage: Stage, mode: Full | Lora) -> Iterator[Remedy]:
         yield Remedy(f"{name}.optimizer.use", '"adamw8bit"')
 
 
-def step_helps(stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool) -> list[str]:
-    """List the keys of a stage that would save memory in a step and are not set so already."""
-    return [str(each) for each in ladder(stage, mode, backbone, world, sharded=sharded)]
+def step_helps(
+    stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool, gather: str = "term"
+) -> list[str]:
+    """List the keys of a stage that would save memory in a step and are not set so already.
+
+    gather  how long sharded weights stay gathered: "step" or "term"
+    """
+    return [str(each) for each in ladder(stage, mode, backbone, world, sharded=sharded, gather=gather)]
 
 
 def weights_helps(mode: Full | Lora, world: int, *, sharded: bool, backbone: Any = None) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import define, field
 
+from corefit.system import memory
 from corefit.system.ranks import Ranks
 from corefit.types import Streamed
 
@@ -135,6 +136,8 @@ class Sharding:
 
     transformer: torch.nn.Module
     kept: bool = False
+    size: int = 0
+    """Bytes that keeping them takes or would take."""
     _active: bool = False
     """Whether weights stay gathered now."""
     _whole: dict[int, Mapping[str, Tensor]] = field(factory=dict[int, "Mapping[str, Tensor]"])
@@ -150,8 +153,21 @@ class Sharding:
             return Sharding(transformer)
         trained = sum(t.nbytes for t in local(p for p in transformer.parameters() if p.requires_grad))
         free = free_memory(ranks.device) - UPDATE * trained
-        kept = keeps(ranks.layout.gather, kept_bytes(transformer, copies), free)
-        return Sharding(transformer, not ranks.any(not kept))
+        size = kept_bytes(transformer, copies)
+        kept = keeps(ranks.layout.gather, size, free)
+        return Sharding(transformer, not ranks.any(not kept), size)
+
+    @property
+    def gather(self) -> str:
+        """How long gathered weights are kept, as the key says it."""
+        return "step" if self.kept else "term"
+
+    def announce(self, stage: str, ranks: Ranks) -> None:
+        """Say what was decided, where weights are sharded."""
+        if is_sharded(self.transformer):
+            size, chosen = memory.size(self.size), ", chosen by memory" if ranks.layout.gather == "auto" else ""
+            how = f"stay gathered within a step, which takes {size}" if self.kept else "are gathered in each term"
+            ranks.accelerator.print(f'stage {stage}: sharded weights {how} (gather = "{self.gather}"{chosen})')
 
     @contextmanager
     def step(self) -> Generator[None]:
@@ -175,6 +191,11 @@ class Sharding:
         """Free what is gathered, before the weights change."""
         if self.kept:
             self._whole = {}
+            reshard(self.transformer)
+
+    def free(self) -> None:
+        """Free what is gathered, whoever left it so."""
+        if is_sharded(self.transformer):
             reshard(self.transformer)
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:

@@ -14,12 +14,13 @@ from attrs import define, evolve, field
 
 from corefit.types import Weighted
 from corefit.types.objective import Objective, Sum, free_chunks, weighted_objectives
+from corefit.types.scoring import is_concurrent
 from corefit.types.stage import Stage
 
 PROVEN = 2
 """A shape is taken to fit after so many steps: in the first one, the optimizer has no state yet."""
 SLICES, LEAST = 4, 8
-"""Where rewards score while the next rows are sampled, the rows are sampled in so many slices, of so many at least."""
+"""Where rewards score while a GPU samples the next rows, it samples in so many slices, of so many rows at least."""
 
 
 @define(eq=False, kw_only=True)
@@ -45,11 +46,9 @@ class Sizes:
     def of(stage: Stage, world: int) -> Sizes:
         """Return the sizes to begin with on a device of unknown memory: all rows at once, in the smallest chunks."""
         share = max(1, stage.rows // world)
-        rows = stage.micro_batch or share
-        if stage.micro_batch is None and any(getattr(each.value, "concurrent", False) for each in stage.reward):
-            rows = max(-(-share // SLICES), min(share, LEAST))
         chunks = {each.name: dict.fromkeys(free_chunks(each.value), 1) for each in weighted_objectives(stage.objective)}
-        return Sizes(stage=stage, share=share, rows=rows, chunks={name: keys for name, keys in chunks.items() if keys})
+        chunks = {name: keys for name, keys in chunks.items() if keys}
+        return Sizes(stage=stage, share=share, rows=stage.micro_batch or share, chunks=chunks)
 
     @property
     def objective(self) -> Objective[Any]:
@@ -95,12 +94,17 @@ class Sizes:
             return
         if self.stage.micro_batch is None:
             each = max(entry.value.rows_per_graph for entry in weighted_objectives(self.stage.objective))
-            self.rows = max(1, min(self.rows, most // each))
+            self.rows = max(1, min(self._overlapping(), most // each))
         for entry in weighted_objectives(self.stage.objective):
             for key, largest in free_chunks(entry.value).items():
                 self.chunks[entry.name][key] = largest
                 while self._large() and self.rows * self._sized(entry).value.rows_per_graph > most:
                     self.chunks[entry.name][key] = -(-self.chunks[entry.name][key] // 2)
+
+    def _overlapping(self) -> int:
+        """Return the rows of a slice that is large enough for a GPU, and that leaves others to score meanwhile."""
+        overlap = any(map(is_concurrent, self.stage.reward))
+        return max(-(-self.share // SLICES), min(self.share, LEAST)) if overlap else self.share
 
     def is_proven(self, shape: object) -> bool:
         """Whether latents of `shape` are taken to fit."""

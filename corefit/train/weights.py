@@ -7,6 +7,7 @@ weights are read and written one tensor at a time: no device and no process ever
 from __future__ import annotations
 
 import copy
+import gc
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -56,6 +57,8 @@ def load(
     dtype = torch.bfloat16 if frozen_in_bf16 else torch.float32
     streamed = backbone if ranks.sharded and isinstance(backbone, Streamed) else None
     waiting = offloading(backbone)
+    if waiting:
+        gc.collect()  # hooks hold the blocks of a network that was used before, which else would take memory still
     if streamed:
         streamed.load_empty(dtype)
     else:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -21,9 +20,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     path = tmp_path_factory.mktemp("soar_step") / "result.json"
-    command = [sys.executable, "-m", "benchmarks", "soar_step", "--quick", "--json", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "settle", lambda: None)  # it would start pytest anew
+        patch.setattr(gc, "freeze", lambda: None)
+        done = CliRunner().invoke(main, ["soar_step", "--quick", "--json", str(path)])
+    assert done.exit_code == 0, done.output
     assert "activations: soar / sft" in done.stdout
     return json.loads(path.read_text())
 

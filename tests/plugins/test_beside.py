@@ -12,6 +12,7 @@ from conftest import WORDS
 from torch import nn
 
 from corefit.errors import ModelError
+from corefit.system import memory
 from corefit.testing import tiny_flux, tiny_sd3, tiny_wan
 from corefit_backbones import turns
 from corefit_backbones.flux import Flux
@@ -126,7 +127,8 @@ def _seam(change: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_reward_gradient_goes_through_tiles_and_is_recomputed(tmp_path: Path) -> None:
-    backbone = placed(tiny_flux(tmp_path / "base", words=WORDS), Flux, tile=64)
+    folder = tiny_flux(tmp_path / "base", words=WORDS)
+    whole, backbone = placed(folder, Flux), placed(folder, Flux, tile=64)
     x0 = torch.randn(1, *backbone.latent_shape([96, 96]), generator=torch.Generator().manual_seed(0)).requires_grad_()
     found: list[Any] = []
     for again in (False, True):
@@ -135,6 +137,14 @@ def test_a_reward_gradient_goes_through_tiles_and_is_recomputed(tmp_path: Path) 
         found.append(x0.grad)
     assert found[0].norm() > 0
     assert torch.equal(*found)
+    peaks: list[int] = []
+    for each in (whole, backbone):
+        each.vae()
+        with memory.track_live_bytes() as held:
+            each.decode(x0, checkpoint=True).square().mean().backward()
+        peaks.append(held.peak)
+    assert peaks[1] < 0.6 * peaks[0]  # a tile has 4/9 of the pixels
+    assert not any("forward" in vars(module) for module in backbone.vae().modules())
 
 
 def test_tiles_are_whole_latents_and_of_another_cache(sd3: Path) -> None:

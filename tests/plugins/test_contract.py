@@ -154,6 +154,8 @@ def test_an_offer_that_lacks_a_member_is_refused_by_name(tmp_path):
         ("num_updates", None, "num_updates of Says"),
         ("group_size", 1j, "is 1j, not a whole number"),
         ("rows_per_graph", True, "is True, not a whole number"),
+        ("chunks", {"chunk": 0}, "is {'chunk': 0}, not a mapping of keys to a whole number"),
+        ("chunks", {"chunk": 4}, "has 'chunk' in `chunks`, which is no key of it that is marked ROUNDING and None"),
     ],
 )
 def test_what_an_objective_declares_is_of_its_type(member, value, said):

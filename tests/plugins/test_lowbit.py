@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from corefit import Batch, Context
+from corefit import Batch, Condition, Context
 from corefit.errors import ModelError
 from corefit.rng import Rng
 from corefit.rollout.noise import LogitNormal
@@ -28,7 +28,7 @@ from corefit.rollout.samplers import FlowSde
 from corefit.system import memory
 from corefit.testing import tiny_chroma, tiny_flux, tiny_sd3, tiny_wan
 from corefit.train import weights
-from corefit.types import Weighted
+from corefit.types import ModelPath, Reward, Weighted
 from corefit.types.stage import Lora
 from corefit_backbones import lowbit
 from corefit_backbones.chroma import Chroma
@@ -49,7 +49,7 @@ LORA = "backbone.train={use='lora', rank=2}"
 
 
 @frozen
-class Bright:
+class Bright(Reward):
     """Mean of all pixels."""
 
     def score(self, media: Tensor, prompts: Any, meta: Any) -> Tensor:
@@ -76,8 +76,12 @@ def adapted(backbone: Any) -> Any:
 
 
 def velocity(backbone: Any) -> Tensor:
-    x = torch.randn(2, *backbone.latent_shape([16, 16]), generator=torch.Generator().manual_seed(0))
-    return backbone.velocity(x, torch.tensor([0.3, 0.95]), backbone.encode_text(["a red sky", "a sea"]))
+    """For conditions that look like text; encoders would take most of the time."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *backbone.latent_shape([16, 16]), generator=draw)
+    shapes = backbone.condition_shapes().items()
+    cond = Condition({n: torch.randn(2, *s, generator=draw) if n != "mask" else torch.ones(2, *s) for n, s in shapes})
+    return backbone.velocity(x, torch.tensor([0.3, 0.95]), cond)
 
 
 def step(backbone: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,7 +144,8 @@ def test_everything_but_these_layers_stays_as_it_is(bases: dict[str, Path]) -> N
 
 @pytest.mark.parametrize("bits", ["bf16", *BITS])
 def test_a_blank_network_has_the_bytes_of_the_loaded_one(bits: str, bases: dict[str, Path]) -> None:
-    backbone, blank = (Sd3(str(bases["sd3"]), frozen=bits, max_sequence_length=8) for _ in range(2))
+    kind: Any = Sd3
+    backbone, blank = (kind(str(bases["sd3"]), frozen=bits, max_sequence_length=8) for _ in range(2))
     backbone.load(CPU, torch.float32)
     blank.load_blank(torch.float32)
     one, other = (
@@ -240,6 +245,23 @@ def test_under_autocast_the_product_is_in_its_dtype(bases: dict[str, Path]) -> N
     assert torch.equal(found, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("bits", BITS)
+def test_a_gpu_packs_and_multiplies_as_the_cpu_does(bits: str) -> None:
+    w, x = weight(64, 320).bfloat16(), torch.randn(5, 320, dtype=torch.bfloat16)
+    products: list[Tensor] = []
+    for device in ("cpu", "cuda"):
+        layer = lowbit.LowBitLinear(nn.Linear(320, 64, device=device, dtype=torch.bfloat16), bits)
+        layer.bias.data.zero_()
+        for name, t in lowbit.pack(w.to(device), bits).items():
+            getattr(layer, name).data = t
+        found = layer(x.to(device))
+        assert torch.equal(found, nn.functional.linear(x.to(device), unpacked(layer, torch.bfloat16), layer.bias))
+        products.append(found.detach().float().cpu())
+    torch.testing.assert_close(*products, rtol=0.02, atol=0.02 * float(products[0].abs().max()))
+
+
 # ---- reading
 
 
@@ -278,14 +300,14 @@ def test_files_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
 
 
 def test_nf4_says_which_package_it_lacks(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, found = builtins.__import__, "corefit_backbones.backbone.find_spec"
+    plain, found = builtins.__import__, "corefit_backbones.network.find_spec"
 
     def without(name: str, *args: Any, **keys: Any) -> Any:
         if name == "bitsandbytes":
             raise ImportError(name)
         return plain(name, *args, **keys)
 
-    backbone = Sd3(str(bases["sd3"]), frozen="nf4")
+    backbone = Sd3(ModelPath(str(bases["sd3"])), frozen="nf4")
     monkeypatch.setattr(found, lambda name: None)
     monkeypatch.setattr(builtins, "__import__", without)
     for call in (backbone.check, lambda: backbone.load(CPU, torch.float32)):
@@ -310,13 +332,24 @@ def test_the_ratio_is_exactly_1_before_the_first_update(bits: str, dtype: torch.
     objective, prompts = FlowGrpo(group=2, steps=3, guidance=1.0), ["a red sky"] * 2
     batch = Batch(None, backbone.encode_text(prompts), prompts, [{}] * 2, [0, 1], backbone.latent_shape([16, 16]))
 
+    rewards: list[Weighted[Reward]] = [Weighted("bright", Bright())]
+
     def context() -> Context:
-        return Context(backbone, FlowSde(0.7), LogitNormal(), Rng((0,), [0, 1]), [Weighted("bright", Bright())])
+        return Context(backbone, FlowSde(0.7), LogitNormal(), Rng((0,), [0, 1]), rewards)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         (part,) = objective.experience(batch, context())
         for term in objective.terms(part, context()):
             assert torch.equal(term.metrics["approx_kl"], torch.zeros(2))
+
+
+def test_packed_blocks_may_wait_in_main_memory(bases: dict[str, Path]) -> None:
+    here, waiting = (adapted(loaded(bases["flux"], Flux, frozen="int8", offload=o)) for o in ("none", "blocks"))
+    waiting.settle(CPU)
+    (v, one), (w, other) = step(here), step(waiting)
+    assert torch.equal(v, w)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_trains_evaluates_and_hands_on_the_same_network(
@@ -340,9 +373,13 @@ def test_a_run_trains_evaluates_and_hands_on_the_same_network(
     first = json.loads((run / "02-grpo" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["approx_kl"] == 0
 
-    lora = run / "02-grpo" / "model"
+    lora = shutil.copytree(run / "02-grpo" / "model", project.folder / "lora")
+    for model, more, held in (("runs/tiny/02-grpo", (), {"nf4"}), ("lora", ("--on", "base"), set[str]())):
+        done = project.main("sample", model, "a red sky", "--steps", "1", *more)
+        assert done.status == 0, done.err
+        assert networks[-1] == held
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(project.folder / "base")
-    pipeline.load_lora_weights(lora)
+    pipeline.load_lora_weights(str(lora))
     base = loaded(project.folder / "base")
     base.load_lora(lora)
     theirs, ours = (

@@ -153,6 +153,25 @@ def test_the_trainer_lets_blocks_wait_and_moves_them_nowhere(tmp_path: Path, mon
     assert seen == [False, None]
 
 
+@pytest.mark.slow
+def test_compiled_blocks_wait_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = torch.compile
+
+    def compile_eagerly(self: torch.nn.Module) -> None:  # so that no C++ compiler is needed
+        self._compiled_call_impl = compiler(self._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    torch._dynamo.utils.counters.clear()
+    plain = adapted("sd3", tmp_path / "base", gradient_checkpointing=True)
+    waiting = adapted("sd3", tmp_path / "base", offload="blocks", compile=True)
+    waiting.settle(CPU)
+    for backbone in (plain, waiting):
+        velocity(backbone).square().mean().backward()
+    expected, got = gradients(plain), gradients(waiting)
+    assert all((expected[name] - got[name]).abs().max() < 1e-6 for name in expected)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 FILE = """
 name = "waits"
 shard = {shard}
@@ -170,7 +189,7 @@ batch = 1
     ("mode", "shard", "expected"),
     [
         ("full", "false", r"stage.soar.train: .* train a LoRA, or remove 'offload'"),
-        ("lora", "true", r"shard: weights that are sharded cannot wait"),
+        ("lora", "true", r"shard: sharded weights cannot wait"),
     ],
 )
 def test_check_refuses_where_weights_cannot_wait(mode: str, shard: str, expected: str, tmp_path: Path) -> None:

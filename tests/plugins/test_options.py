@@ -93,7 +93,7 @@ def test_a_compiled_network_takes_other_numbers_of_rows_with_and_without_gradien
 
 
 def test_another_bucket_or_number_of_rows_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only one row, and a forward without a graph, are compiled anew.
+    """Only a forward without a graph is compiled anew, and one row.
 
     With a graph for each shape, two kinds of block would be at torch's own limit after three numbers of rows, and what
     samples would never be compiled.
@@ -111,7 +111,7 @@ def test_another_bucket_or_number_of_rows_compiles_nothing(tmp_path: Path, monke
     cond = backbone.encode_text(["a red sky"])
     found: dict[tuple[bool, int], list[int]] = {}
     for graph in (True, False):
-        for rows in (2, 1, 3):
+        for rows in (2, 3):
             for size in ([32, 32], [48, 32], [32, 64]):
                 before = len(graphs)
                 with torch.set_grad_enabled(graph):
@@ -119,7 +119,7 @@ def test_another_bucket_or_number_of_rows_compiles_nothing(tmp_path: Path, monke
                     backbone.velocity(x, torch.full((rows,), 0.5), cond.repeat(rows))
                 found.setdefault((graph, rows), []).append(len(graphs) - before)
     torch._dynamo.reset()
-    assert {key for key, number in found.items() if any(number)} == {(True, 2), (True, 1), (False, 2), (False, 1)}
+    assert {key for key, number in found.items() if any(number)} == {(True, 2), (False, 2)}
     assert all(sum(number) <= 2 and not number[2] for number in found.values())
     assert torch._dynamo.config.recompile_limit >= 3 * len(graphs)
 

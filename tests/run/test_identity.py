@@ -72,6 +72,8 @@ def test_what_all_stages_share(project, monkeypatch):
     assert changes(was, identities(project.file, dataset="e")) == {"soar": "its data changed", **LATER}
     backbone = changes(was, identities(project.file, "backbone.max_sequence_length=8"))
     assert backbone == dict.fromkeys(("base", "soar"), "backbone.max_sequence_length 16 -> 8") | LATER
+    frozen = changes(was, identities(project.file, "backbone.frozen='nf4'"))
+    assert frozen == dict.fromkeys(("base", "soar"), "backbone.frozen none -> nf4") | LATER
     monkeypatch.setattr(corefit, "__version__", "9.1")
     version = f"corefit {was['soar'].parts['corefit']} -> 9.1"
     assert changes(was, identities(project.file)) == {
@@ -386,6 +388,7 @@ def test_keys_that_are_new_leave_the_parts_of_a_stage_as_they_were(project):
         *("name", "steps", "objective", "batch", "sampler", "reward", "optimizer", "max_grad_norm", "save_dtype"),
         "on_nan",
     }
+    assert identities(project.file)["base"].parts["backbone"].keys() == {"use", "max_sequence_length"}
 
 
 def test_what_determines_a_held_out_reward_is_not_taken_for_that_of_a_trained_one(project):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from training import Heard
 
 from corefit.errors import TrainingError
@@ -70,14 +70,18 @@ class Saves:
 
 def test_only_what_is_not_set_is_proposed():
     both = Sum(of=(Weighted("sft", Sft()), Weighted("soar", Soar(chunk=4))))
-    stage = Stage(name="s", steps=1, objective=both, batch=8)
+    stage = Stage(name="s", steps=1, objective=both, batch=8, micro_batch=4)
     assert remedies.step_helps(stage, Full(), Saves(False), 2, sharded=False) == [
         "stage.s.micro_batch = 2 (now 4)",
         "stage.s.objective.of.soar.chunk = 2 (now 4)",
         "backbone.gradient_checkpointing = true",
-        'backbone.train = { use = "lora" }',
+        'stage.s.optimizer.use = "adamw8bit"',
         "shard = true",
+        'backbone.train = { use = "lora" }',
     ]
+    quiet = evolve(stage, micro_batch=None)
+    helps = remedies.step_helps(quiet, Full(), Saves(False), 2, sharded=False)
+    assert not any("micro_batch" in each for each in helps), "the trainer finds one that fits"
     small = Stage(name="s", steps=1, objective=Soar(), batch=8, micro_batch=1)
     assert remedies.step_helps(small, Lora(), Saves(True), 2, sharded=True) == []
     assert remedies.step_helps(small, Lora(), None, 1, sharded=False) == ["shard = true on several devices"]

@@ -149,7 +149,7 @@ def test_another_device_has_none(project: Project, kept: Kept, other: Device) ->
 
 def test_a_device_that_learned_bfloat16_has_none(project: Project, kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     learned = not HERE.half("auto")
-    monkeypatch.setattr("corefit.train.estimate.is_half", lambda precision: learned)
+    monkeypatch.setattr("corefit.train.estimate.device.is_half", lambda precision: learned)
     assert again(project) is None
 
 

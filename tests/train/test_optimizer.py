@@ -134,19 +134,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from corefit.system.ranks import join
-from corefit.train import checkpoint, weights
+from corefit.system.ranks import Layout, join
+from corefit.train import checkpoint, sharding
 from corefit.train.optimizer import Steps
 from corefit.types import AdamW
 from corefit_optimizers import AdamW8bit
 
-ranks = join("fp32", shard=True)
+ranks = join("fp32", Layout(shard=True))
 keys = {"AdamW": AdamW(lr=1e-2), "AdamW8bit": AdamW8bit(lr=1e-2, smallest=256)}[sys.argv[1]]
 
 def started():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 73), nn.Linear(73, 1), nn.Linear(1, 3))
-    weights.shard(net, ranks.device)
+    sharding.shard(net, ranks.device)
     return net, Steps.of(keys, dict(net.named_parameters()))
 
 def train(net, steps, numbers):
@@ -169,8 +169,8 @@ found.read({**{f"weights/{name}": p for name, p in net.named_parameters()}, **sl
 steps.restore(slots)
 train(net, steps, range(2, 4))
 one, other = tensors(*whole), tensors(*after)
-same = one.keys() == other.keys() and all(torch.equal(*weights.local([one[name], other[name]])) for name in one)
-moved = not torch.equal(*weights.local([next(before[0].parameters()), next(net.parameters())]))
+same = one.keys() == other.keys() and all(torch.equal(*sharding.local([one[name], other[name]])) for name in one)
+moved = not torch.equal(*sharding.local([next(before[0].parameters()), next(net.parameters())]))
 print("the same" if same and moved else [same, moved])
 """
 

@@ -7,21 +7,25 @@ from pathlib import Path
 import forks
 import pytest
 import torch
+from processes import ended
 from torch import nn
 
 from corefit.train import sharding
 
 RANKS = '''
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from benchmarks.communication import counted
-from corefit.system.ranks import Layout, Ranks, join
-from corefit.train import sharding, weights
+from corefit.system.layout import Layout
+from corefit.system.ranks import join
+from corefit.train import checkpoint, sharding, weights
 from corefit.train.gradients import Gradients
 
 DEVICE = torch.device("cpu")
@@ -70,6 +74,15 @@ for name, tensor in shared.state_dict().items():
     whole = alone.state_dict()[name]
     assert torch.equal(tensor.to_local(), whole[sharding.local_rows(tensor)]), name
     assert len(tensor.to_local()) < len(whole), name
+
+# a checkpoint holds each shard once, and one process can read it
+path = checkpoint.save(Path("checkpoints"), 1, dict(shared.state_dict()), {}, 1, ranks)
+ranks.barrier()
+stored = sum(len(load_file(file)[name].flatten()) for file in path.glob("*.safetensors") for name in load_file(file))
+assert stored == sum(p.numel() for p in alone.parameters())
+read = {name: torch.zeros_like(t) for name, t in alone.state_dict().items()}
+checkpoint.latest(Path("checkpoints"))[0].read(read)
+assert all(torch.equal(t, alone.state_dict()[name]) for name, t in read.items())
 
 # one step: gathered once, exchanged once, the gradient and its norm those of one process
 held = sharding.Sharding.of(shared, ranks)
@@ -120,8 +133,8 @@ ranks.barrier()
 
 def test_a_step_gathers_once_and_exchanges_once_in_both_groups(tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(RANKS)
-    for rank in forks.ranks(*[("ranks.py",)] * 4, cwd=tmp_path):
-        assert rank.wait() == 0, rank.communicate()[1]
+    done = ended(*forks.ranks(*[("ranks.py",)] * 4, cwd=tmp_path))
+    assert done.status == 0, done.err
 
 
 @pytest.fixture

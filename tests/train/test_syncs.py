@@ -58,15 +58,13 @@ SCORES = "cpu() at rewards.py"
     ],
     ids=["sft", "soar", "sum", "reward_gradient", "flow_grpo", "nft", "awm", "online_dpo"],
 )
-@pytest.mark.parametrize("lowered", [False, True], ids=["whole", "in pieces"])
-def test_a_step_waits_for_scores_alone(job, monkeypatch, objective, keys, waits, lowered):
-    """Not for losses, counts, gradients, the optimizer or averages; nor once memory ran out."""
+def test_a_step_waits_for_scores_alone(job, monkeypatch, objective, keys, waits):
+    """Not for losses, counts, gradients, the optimizer or averages; nor once memory ran out and pieces are smaller."""
     monkeypatch.setattr(NonFiniteGuard, "refuse", lambda *_: None)  # called in logged steps, and on a CPU in all
     loop = train.Loop.build(job(objective, steps=3, batch=4, ema=0.9, log_every=100, **keys), ranks.join("fp32"))
     batches = loop.batches()
     loop.take_step(next(batches))
-    if lowered:
-        loop.state.sizes.lower()
+    loop.state.sizes.lower()
     given, state = next(batches), loop.state
     averages = state.ema.average.values() if state.ema else ()
     held = [given, [*state.trainable.values(), *averages, *state.optimizer.tensors().values()], state.guard.found]

@@ -51,6 +51,7 @@ class Choice:
     fps       the rate to which clips are sampled; None for pictures and for slower clips
     micro     rows of a forward
     recompute whether gradient checkpointing is on
+    keys      further lines of [backbone] that save memory
     """
 
     size: tuple[int, ...]
@@ -61,6 +62,7 @@ class Choice:
     rank: int
     micro: int = 1
     recompute: bool = False
+    keys: tuple[str, ...] = ()
 
     @property
     def seen(self) -> float:

@@ -12,11 +12,10 @@ from corefit.errors import ConfigError
 from corefit.pipeline.pipeline import Pipeline
 from corefit.system.memory import size as in_words
 from corefit.train import estimate
-from corefit.train.estimate import Device, Estimate
+from corefit.train.estimate import ROOM, Device, Estimate, Search
 
-ROOM = 0.9
-"""Share of a device that a step may take by the estimate; CUDA itself and fragments of free memory take the rest."""
 RECOMPUTE = "gradient_checkpointing"
+BACKBONE, TRAIN = "backbone.", "backbone.train="
 
 
 @frozen
@@ -40,21 +39,34 @@ class Fitting:
     def fit(self, sizes: Sequence[Choice]) -> Fitted:
         """Return the first of these choices that fits, the largest first, with as many rows a forward as fit.
 
-        Gradient checkpointing is used where a size does not fit without it. ConfigError where nothing fits.
+        Gradient checkpointing is used where a size does not fit without it, and further keys where none fits with it.
+        ConfigError where nothing fits.
         """
         least = self._estimate(sizes[-1], graphs=False)
         if least is None:
             return self._careful(sizes[0], None)
-        if not self._fits(least):
-            raise ConfigError(self._refusal(sizes[-1], least))
         found = least
-        for choice in self._tried(sizes):
+        for choice in self._tried(sizes) if self._fits(least) else ():
             found = self._estimate(choice) or least
             if found.activations is None:
                 return self._careful(choice, found)
             if self._fits(found):
                 return self._with_rows(choice, found)
+        for choice in sizes:
+            if (fitted := self._with_keys(choice)) is not None:
+                return fitted
         raise ConfigError(self._refusal(sizes[-1], found))
+
+    def _with_keys(self, choice: Choice) -> Fitted | None:
+        """Return a choice with the cheapest keys of [backbone] with which it fits; None where it fits with none."""
+
+        def make(settings: Sequence[str]) -> Pipeline:
+            if others := [each for each in settings if not each.startswith(BACKBONE) or each.startswith(TRAIN)]:
+                raise ConfigError(f"{others[0]} is no key of a model that stays as it is")
+            return self.pipeline_of(evolve(choice, keys=_lines(settings)))
+
+        found = Search(make, self.device).fit()
+        return Fitted(evolve(choice, keys=_lines(found.settings)), found.found[0]) if found.fits else None
 
     def _tried(self, sizes: Sequence[Choice]) -> Iterator[Choice]:
         for choice in sizes:
@@ -72,7 +84,7 @@ class Fitting:
         return next(iter(estimate.estimates(self.pipeline_of(choice), self.device, graphs=graphs)), None)
 
     def _fits(self, found: Estimate) -> bool:
-        return max(found.total, found.saved, found.read) <= ROOM * self.device.memory
+        return found.peak <= ROOM * self.device.memory
 
     def _with_rows(self, choice: Choice, one: Estimate) -> Fitted:
         """Raise `micro`, which divides the batch, as far as it fits. `one` is the estimate of a row.
@@ -95,3 +107,8 @@ class Fitting:
             f"{1 - ROOM:.0%} must stay free: to train a LoRA{sample} takes {in_words(int(found.total))} ({named}); "
             "name a larger --gpu, or a smaller --model"
         )
+
+
+def _lines(settings: Sequence[str]) -> tuple[str, ...]:
+    """Return settings of [backbone] as lines of its table."""
+    return tuple(each.removeprefix(BACKBONE).replace("=", " = ", 1) for each in settings)

@@ -83,6 +83,9 @@ class Written:
             if choice.recompute
             else ("# gradient_checkpointing = true # less memory, about a third more time")
         )
+        if choice.keys:
+            yield from comment("The cheapest keys with which this model fits, as `corefit check --fit` finds them.")
+            yield from choice.keys
         yield ""
 
     def _data(self, found: Survey, choice: Choice) -> Iterator[str]:

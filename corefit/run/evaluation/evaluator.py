@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from attrs import field, frozen
 
-from corefit.data.coding import Coder
+from corefit.data.coding import Coder, smaller
 from corefit.data.dataset import Dataset
 from corefit.data.sources import category
 from corefit.pipeline.eval import Eval
@@ -142,7 +142,9 @@ class Evaluator:
 
     def _scores(self, backbone: Backbone, rows: Sequence[int]) -> tuple[dict[int, RowScores], Tensor]:
         """Generate media for some prompts and score them; return the scores of each row, and the media."""
-        with memory.explain_exhaustion(f"evaluation, prompts {rows[0] + 1} to {rows[-1] + 1}", self._remedies()):
+        with memory.explain_exhaustion(
+            f"evaluation, prompts {rows[0] + 1} to {rows[-1] + 1}", self._remedies(backbone)
+        ):
             batch, media = self.prompts.batch(rows, rows), self.media(backbone, rows)
             if not self.ranks.leads:  # the first of the processes that share these rows scores them
                 return {}, media
@@ -174,7 +176,7 @@ class Evaluator:
         features: list[Any] = []
         for start in range(0, len(pairs), self.eval.batch):
             chunk, draws = zip(*pairs[start : start + self.eval.batch], strict=True)
-            with memory.explain_exhaustion("evaluation, diversity", self._remedies()):
+            with memory.explain_exhaustion("evaluation, diversity", self._remedies(backbone)):
                 features += [*diversity.features(self.media(backbone, chunk, draws), self.eval.featured)]
             progress(len(features), len(pairs))
         size = self.eval.batch
@@ -200,7 +202,7 @@ class Evaluator:
             mine = turn * world + rank < len(chunks)
             if mine or self.ranks.forwards_together:
                 batch = data.batch(chunk := chunks[turn * world + rank if mine else 0], chunk)
-                with memory.explain_exhaustion("evaluation, drift", self._remedies()):
+                with memory.explain_exhaustion("evaluation, drift", self._remedies(backbone)):
                     grid, values = self._drift_of(backbone, batch, settings.start)
                 found += [(values, batch.prompts)] if mine else []
             progress(turn + 1, turns)
@@ -236,8 +238,9 @@ class Evaluator:
             for _ in range(most - done):
                 self.media(backbone, range(1))
 
-    def _remedies(self) -> list[str]:
-        return [f"eval.batch = {self.eval.batch // 2} (now {self.eval.batch})"] if self.eval.batch > 1 else []
+    def _remedies(self, backbone: Backbone) -> list[str]:
+        fewer = [f"eval.batch = {self.eval.batch // 2} (now {self.eval.batch})"] if self.eval.batch > 1 else []
+        return [*fewer, *smaller(backbone)]
 
     def samples(self, backbone: Backbone) -> Media:
         """Return the first prompts, and the media that the backbone generates for them, on the CPU."""

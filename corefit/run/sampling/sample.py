@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
-from corefit.data.coding import Coder
+from corefit.data.coding import Coder, smaller
 from corefit.data.encode import chunks
 from corefit.errors import ConfigError, counted
 from corefit.rollout.loop import generate
@@ -23,7 +23,7 @@ from corefit.system import files, memory
 from corefit.system.display import Display
 from corefit.system.ranks import Ranks, join
 from corefit.train import weights
-from corefit.types import Condition
+from corefit.types import Backbone, Condition
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +122,7 @@ class Sampling:
         self._load(subject)
         with self.display.task(f"{subject.name}: {counted(len(wanted), 'picture')}") as progress:
             for number, batch in enumerate(chunks(wanted, settings.batch), 1):
-                with memory.explain_exhaustion("sampling", self._remedies()), torch.no_grad():
+                with memory.explain_exhaustion("sampling", self._remedies(backbone)), torch.no_grad():
                     noise = torch.cat([noise_of(each.seed, each.row, shape) for each in batch]).to(self._ranks.device)
                     cond = condition_of([each.prompt for each in batch]).to(self._ranks.device)
                     x0 = generate(backbone, noise, cond, steps=settings.steps, guidance=settings.guidance)
@@ -161,10 +161,10 @@ class Sampling:
                 weights.load(backbone, ranks, frozen_in_bf16=half, adapter=lora)
         weights.prepare(backbone, ranks, evaluation=True)
 
-    def _remedies(self) -> list[str]:
+    def _remedies(self, backbone: Backbone) -> list[str]:
         size, batch = self.sampled.settings.size, self.sampled.settings.eval.batch
         fewer = [f"--batch {batch // 2} (now {batch})"] if batch > 1 else []
-        return [*fewer, f"a --size smaller than {','.join(map(str, size))}"]
+        return [*fewer, *smaller(backbone), f"a --size smaller than {','.join(map(str, size))}"]
 
     def _write(self, subject: Subject, picture: Picture, medium: Tensor) -> None:
         still = medium[:, 0] if medium.ndim == 4 and medium.shape[1] == 1 else medium

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from attrs import evolve, has
+
 from corefit.types import Offloading, SizedDecoder
-from corefit.types.objective import Supervised, moving_copies, reads_media
+from corefit.types.objective import Supervised, moving_copies, reads_media, weighted_objectives
 from corefit.types.stage import Stage
 
 MOMENT = 4
 """Bytes of a number of AdamW's moments."""
 
 
-def weights(backbone: Any) -> float:
-    """Return the bytes of a blank backbone's weights that are on the device, buffers included."""
-    if isinstance(backbone, Offloading) and backbone.offloads:
-        return backbone.resident_bytes()
-    return whole_weights(backbone)
+def weights(backbone: Any, gpu: bool) -> float:
+    """Return the bytes of a blank backbone's weights that are on the device at once, buffers included.
+
+    Weights that wait in main memory are on the device, too, where that is none but main memory.
+    """
+    waiting: Any = backbone if isinstance(backbone, Offloading) and backbone.offloads else None
+    if waiting is None:
+        return whole_weights(backbone)
+    if gpu:
+        return waiting.resident_bytes()
+    return whole_weights(backbone) + 2 * max(map(_frozen, blocks(backbone.transformer)), default=0.0)
 
 
 def whole_weights(backbone: Any) -> float:
@@ -47,9 +55,9 @@ def copies(stage: Stage) -> int:
     return (stage.ema is not None) + ("reference" in stage.objective.uses) + len(moving_copies(stage.objective))
 
 
-def copies_on_cpu(stage: Stage) -> bool:
-    """Return whether the copies are in main memory."""
-    return getattr(stage, "copies", None) == "cpu"
+def copies_wait(stage: Stage, gpu: bool) -> bool:
+    """Return whether the copies are in main memory, and not on the device."""
+    return gpu and stage.copies == "cpu"
 
 
 def samples(objective: Any) -> bool:
@@ -74,6 +82,18 @@ def copies_conditions(objective: Any) -> int:
     return 0 if isinstance(objective, Supervised) else 1
 
 
+def graph_rows(objective: Any, backbone: Any) -> int:
+    """Return how many rows a term's graph has for each row of a micro-batch; a distilled network is guided by one."""
+    each = [one.value for one in weighted_objectives(objective)]
+    if backbone.distilled:
+        each = [evolve(one, guidance=1.0) if _is_guided(one) else one for one in each]
+    return max(one.rows_per_graph for one in each)
+
+
+def _is_guided(objective: Any) -> bool:
+    return has(type(objective)) and getattr(objective, "guidance", None) is not None
+
+
 def guided_rows(objective: Any, backbone: Any) -> int:
     """Return how many rows a call of the network has for each row that an objective samples."""
     return 1 if backbone.distilled or getattr(objective, "guidance", 4.5) == 1 else 2
@@ -89,20 +109,24 @@ def two_blocks(network: Any) -> float:
 
     Of a block that computes its backward the gradients are whole, too.
     """
+    every = blocks(network)
+    inside = {id(p) for block in every for p in block.parameters()}
+    rest = sum(_gathered(p) for p in network.parameters() if id(p) not in inside)
+    return 2 * max((sum(map(_gathered, block.parameters())) for block in every), default=0.0) + rest
+
+
+def blocks(network: Any) -> list[Any]:
+    """Return the items of a network's outermost ModuleLists."""
     from torch import nn
 
     lists = {name: m for name, m in network.named_modules() if isinstance(m, nn.ModuleList)}
     outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    blocks = [block for each in outer for block in each]
-    largest = max((_whole(block) for block in blocks), default=0.0)
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    rest = sum(_gathered(p) for p in network.parameters() if id(p) not in inside)
-    return 2 * largest + rest
-
-
-def _whole(module: Any) -> float:
-    return sum(_gathered(p) for p in module.parameters())
+    return [block for each in outer for block in each]
 
 
 def _gathered(parameter: Any) -> float:
     return parameter.numel() * (parameter.element_size() + (MOMENT if parameter.requires_grad else 0))
+
+
+def _frozen(block: Any) -> float:
+    return sum(p.numel() * p.element_size() for p in block.parameters() if not p.requires_grad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from attrs import field, frozen
 
@@ -71,7 +71,10 @@ class Search:
     device: Device
     world: int = 1
     room: float = ROOM
-    memo: Memo = field(factory=Memo)
+    memo: Memo = field(factory=dict[Hashable, "int | None"])
+    _made: dict[frozenset[str], Sequence[Estimate]] = field(
+        init=False, factory=dict[frozenset[str], Sequence[Estimate]]
+    )
 
     def fit(self) -> Fit:
         """Return the cheapest keys with which all fits; where nothing does, those that come nearest."""
@@ -135,8 +138,11 @@ class Search:
         return max(e.peak for e in without) - max(e.peak for e in found)
 
     def _estimates(self, chosen: Mapping[str, Remedy]) -> Sequence[Estimate]:
-        pipeline = self.make([each.setting for each in chosen.values()])
-        return estimates(pipeline, self.device, self.world, memo=self.memo)
+        key = frozenset(each.setting for each in chosen.values())
+        if key not in self._made:
+            pipeline = self.make([each.setting for each in chosen.values()])
+            self._made[key] = estimates(pipeline, self.device, self.world, memo=self.memo)
+        return self._made[key]
 
 
 def toml(chosen: Mapping[str, Remedy]) -> Iterator[str]:

@@ -53,6 +53,7 @@ class _Case:
     share  rows of a step on one process
     shape  latents of a row, of the bucket that has most
     size   media of that bucket, in pixels
+    vae    the blank VAE that the backbone decodes and encodes with; None where it does not say what that is
     """
 
     pipeline: Pipeline
@@ -66,6 +67,7 @@ class _Case:
     share: int
     shape: tuple[int, ...]
     size: tuple[int, ...]
+    vae: Any
 
     @staticmethod
     def of(pipeline: Pipeline, stage: Stage, device: Device, world: int, memo: Memo) -> _Case:
@@ -74,18 +76,20 @@ class _Case:
         share = max(1, stage.rows // max(1, world // pipeline.context_parallel))
         sizes = buckets.sizes(pipeline.data.size, pipeline.data.aspects, backbone)
         size = max(sizes, key=lambda each: math.prod(backbone.latent_shape(each)))
+        beside = Frozen.of(pipeline, stage, backbone)
         return _Case(
             pipeline=pipeline,
             stage=stage,
             device=device,
             world=world,
             backbone=backbone,
-            beside=Frozen.of(pipeline, stage, backbone),
+            beside=beside,
             forwards=Forwards(backbone, _key(pipeline, stage, half, device.gpu), half, device.gpu, memo),
             rows=min(stage.micro_batch or 1, share),
             share=share,
             shape=backbone.latent_shape(size),
             size=tuple(size),
+            vae=beside.decoder or held.decoder_of(backbone),  # only the last one made is what the backbone uses
         )
 
     @property
@@ -108,11 +112,11 @@ class _Case:
             stage=stage.name,
             parameters=held.numbers(self.backbone.transformer),
             trainable=trainable,
-            weights=held.weights(self.backbone) / self.parts,
+            weights=held.weights(self.backbone, self.device.gpu) / self.parts,
             gradients=sums * trainable * MASTER / self.parts,
             optimizer=sum(held.optimizer(stage, p) for p in trained) / self.parts,
             exchanged=trainable * MASTER if self.world > self.parts and not self.pipeline.shard else 0.0,
-            copies=0.0 if held.copies_on_cpu(stage) else copies * trainable * MASTER / self.parts,
+            copies=0.0 if held.copies_wait(stage, self.device.gpu) else copies * trainable * MASTER / self.parts,
             gathered=max(p.numel() for p in parameters) * MASTER if self.parts > 1 else 0.0,
             decoder=bytes_of(self.beside.decoder) if self.beside.decoder else 0.0,
             rewards=sum(map(bytes_of, self.beside.rewards)),
@@ -157,7 +161,7 @@ class _Case:
         """Estimate what a term's forward and backward take; a compiled network takes less, for it recomputes some."""
         if not self.backbone.condition_shapes():
             return None
-        each = self.stage.objective.rows_per_graph
+        each = held.graph_rows(self.stage.objective, self.backbone)
         scored = self.beside if "reward_gradient" in self.stage.objective.uses else None
         found = self.forwards.training(self.rows, each, self.shape, scored)
         if found is None:
@@ -198,16 +202,21 @@ class _Case:
 
     def _encoding(self) -> Iterator[Phase]:
         """Yield the phases before the first stage: prompts are encoded, and media where a stage trains on them."""
+        network, beside = self.vae, 0.0
         if isinstance(self.backbone, SizedText):
-            yield Phase(phases.ENCODING_TEXTS, {"text encoders": self.backbone.encoding_bytes(self.device.memory)})
-        if self.pipeline.needs_media and (network := held.decoder_of(self.backbone)) is not None:
+            every = sum(self.backbone.encoder_bytes().values())
+            most = self.backbone.encoding_bytes(self.device.memory)
+            beside = every - bytes_of(network) if network is not None and most >= every else 0.0  # or they take turns
+            yield Phase(phases.ENCODING_TEXTS, {"text encoders": most})
+        if self.pipeline.needs_media and network is not None:
             found = self.forwards.encoding(1, self.size, network)
             rows = self.pipeline.data.encode_batch
-            yield self._elastic(phases.ENCODING_MEDIA, {"encoder": float(bytes_of(network))}, rows, found)
+            parts = {"encoder": float(bytes_of(network)), "text encoders": max(0.0, beside)}
+            yield self._elastic(phases.ENCODING_MEDIA, parts, rows, found)
 
     def _evaluating(self, e: Estimate) -> Iterator[Phase]:
         """Yield generating and decoding the samples of [eval]."""
-        settings, network = self.pipeline.eval, held.decoder_of(self.backbone)
+        settings, network = self.pipeline.eval, self.vae
         assert settings is not None
         rows = settings.batch
         parts = {"weights": e.weights, "gathered": e.unsharded, "rewards": e.rewards}
@@ -228,9 +237,9 @@ class _Case:
             return 0.0
         here = min(self.world, MACHINE)
         read = 0.0 if self.parts > 1 else held.whole_weights(self.backbone)
-        stays = copies * e.trainable * MASTER / self.parts if held.copies_on_cpu(self.stage) else 0.0
+        stays = copies * e.trainable * MASTER / self.parts if held.copies_wait(self.stage, self.device.gpu) else 0.0
         waiting = 2 * self.share * (held.media(self.stage.objective) * self._row() + self._condition())
-        offloaded = read if held.weights(self.backbone) < read else 0.0
+        offloaded = read if held.weights(self.backbone, True) < read else 0.0
         return here * (max(read, waiting + offloaded) + stays)
 
 

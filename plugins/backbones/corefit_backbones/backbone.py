@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -37,20 +36,19 @@ class Diffusers(ABC):
     gradient_checkpointing  recompute activations in backward: less memory, about a third more time
     attention               backend of diffusers' dispatcher: "native" (torch), "flash", "xformers", ...
     compile                 torch.compile for the repeated blocks: faster steps after a first one that takes a minute
-    offload                 "blocks" keeps the frozen weights of the network's blocks in main memory; those of two blocks
-                            are on the device at once. It recomputes as gradient_checkpointing does. Not for full
-                            training
-    text_encoders           where prompts are encoded: on the "device", or on the "cpu", which is slow and takes none of
-                            the device's memory
-    tile                    side in pixels of the tiles in which the VAE encodes and decodes what is larger; tiles overlap
-                            by a quarter. Without it, media go through the VAE whole
+    offload                 "blocks" keeps the frozen weights of the network's blocks in main memory; those of two are
+                            on the device at once. It recomputes as gradient_checkpointing does; not for full training
+    text_encoders           where prompts are encoded: on the "device", there in "int8", or on the "cpu", which is slow
+                            and takes none of the device's memory
+    tile                    side in pixels of the tiles in which the VAE encodes and decodes what is larger; they
+                            overlap by a quarter. By default media go through the VAE whole
     frozen                  format of the frozen weights under a LoRA: "bf16", "fp8", "int8", "nf4"; by default that of
                             the precision. It is for the linear layers of the blocks, and all else stays as it is
     max_sequence_length     number of T5 tokens that every prompt is padded or cut to
 
-    gradient_checkpointing, attention, compile, offload and text_encoders change speed and rounding only. If one of them
-    changes, a finished stage is not run again, and an interrupted one continues. Every other key except `path` is part
-    of what determines a stage's weights.
+    gradient_checkpointing, attention, compile and offload change speed and rounding only, as does text_encoders except
+    for "int8", with which data are encoded anew. If one of them changes, a finished stage is not run again, and an
+    interrupted one continues. Every other key except `path` is part of what determines a stage's weights.
     """
 
     pipeline_class: ClassVar[str]
@@ -140,8 +138,7 @@ class Diffusers(ABC):
     def check(self) -> None:
         """Raise a ModelError for settings that do not fit this family, and for parts without weights."""
         self.check_settings()
-        if self.frozen == "nf4" and find_spec("bitsandbytes") is None:
-            raise ModelError("frozen = 'nf4' needs the package bitsandbytes: pip install 'corefit[lowbit]'")
+        network.check_format(self.frozen)
         self._check_class("vae", self.vae_class)
         if self.tile is not None:
             self.codec.check_tile(self.checkpoint.config("vae"), self.tile)
@@ -182,15 +179,9 @@ class Diffusers(ABC):
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read the transformer in `dtype`; ModelError for a folder or file that cannot be used."""
         self.check_settings()
-        read = [self._read(name, device, dtype) for name in self.networks]
-        self._set_up(self.joined(read).to(device), device, dtype)
-
-    def _read(self, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-        """The network in folder `name` as it is held: on `device` where it is packed while it is read."""
         kind = parts.of_diffusers(self.transformer_class)
-        if self.frozen is None:
-            return network.read(kind, self.checkpoint, name, dtype)
-        return network.read_packed(kind, self.checkpoint, name, dtype, self.frozen, device)
+        read = [network.read_as(kind, self.checkpoint, each, dtype, self.frozen, device) for each in self.networks]
+        self._set_up(self.joined(read).to(device), device, dtype)
 
     def load_empty(self, dtype: torch.dtype) -> None:
         """Do what `load` does, with parameters on the meta device and real buffers on the CPU."""
@@ -199,18 +190,10 @@ class Diffusers(ABC):
         self.check_settings()
         configs = [self.checkpoint.config(name) for name in self.networks]
         empty = [
-            self._swapped(network.empty(parts.of_diffusers(self.transformer_class), config, dtype))
+            network.packing(network.empty(parts.of_diffusers(self.transformer_class), config, dtype), self.frozen)
             for config in configs
         ]
         self._set_up(self.joined(empty), torch.device("cpu"), dtype)
-
-    def _swapped(self, part: Any) -> Any:
-        """A network without weights, with the layers that `frozen` asks for."""
-        if self.frozen is not None:
-            from corefit_backbones import lowbit
-
-            lowbit.swap(part, self.frozen)
-        return part
 
     def _set_up(self, transformer: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Make a new network `self.transformer`, with the attention, checkpointing and compilation configured."""
@@ -285,7 +268,7 @@ class Diffusers(ABC):
     def _blank(self, dtype: torch.dtype) -> Any:
         kind = parts.of_diffusers(self.transformer_class)
         configs = [self.checkpoint.config(name) for name in self.networks]
-        return self.joined([self._swapped(network.blank(kind, config, dtype)) for config in configs])
+        return self.joined([network.packing(network.blank(kind, config, dtype), self.frozen) for config in configs])
 
     def _recompute(self) -> None:
         for _, part in self._parts():

@@ -16,15 +16,13 @@ from corefit.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     import torch
 
-    from corefit_backbones.backbone import Diffusers
-
 PATH = "context_parallel"
 
 
-def check(backbone: Diffusers, kind: Any, number: int, sizes: Iterable[Sequence[int]]) -> None:
+def check(backbone: Any, kind: Any, number: int, sizes: Iterable[Sequence[int]]) -> None:
     """Raise ConfigError unless `number` processes can share each sample of these sizes, in pixels.
 
-    kind  diffusers' class of the network
+    backbone  a family of diffusers (Diffusers), and `kind` diffusers' class of its network
     """
     plan = getattr(kind, "_cp_plan", None)
     if not plan:
@@ -43,7 +41,7 @@ def check(backbone: Diffusers, kind: Any, number: int, sizes: Iterable[Sequence[
             raise ConfigError(f"the {count} {what} are no multiple of {number}; choose another number of processes")
 
 
-def _tokens(backbone: Diffusers, net: Mapping[str, Any], shape: Sequence[int]) -> int:
+def _tokens(backbone: Any, net: Mapping[str, Any], shape: Sequence[int]) -> int:
     """Number of tokens that the network makes of latents of `shape`, (C, ...)."""
     patch = net.get("patch_size", 1)
     if isinstance(patch, int):
@@ -64,15 +62,15 @@ def split(transformer: Any, number: int, device: torch.device) -> None:
         raise ModelError(f"{PATH}: it needs diffusers 0.39 or newer: {error}") from error
     mesh = _mesh(device.type, number)
     # enable_parallelism would ask for a GPU
-    config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=number, mesh=mesh))
+    context = ContextParallelConfig(ulysses_degree=number, mesh=mesh)
+    config = ParallelConfig(context_parallel_config=context)
     config.setup(mesh.get_rank(), mesh.size(), device, mesh=mesh)
     transformer._parallel_config = config
     for module in transformer.modules():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):
             _check_attention(processor)
             processor._parallel_config = config
-    context: Any = config.context_parallel_config
     apply_context_parallel(transformer, context, _plan(transformer))
     transformer.register_forward_pre_hook(
         functools.partial(_sum_gradient, mesh["ulysses"].get_group()), with_kwargs=True
@@ -98,10 +96,11 @@ def _plan(transformer: Any) -> dict[str, Any]:
 
 def _check_attention(processor: Any) -> None:
     """Raise ModelError for an attention backend with which diffusers cannot split samples."""
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+    from diffusers.models import attention_dispatch
 
-    name = AttentionBackendName(processor._attention_backend or "native")
-    if not _AttentionBackendRegistry._is_context_parallel_available(name):
+    registry: Any = getattr(attention_dispatch, "_AttentionBackendRegistry")  # noqa: B009
+    name = attention_dispatch.AttentionBackendName(processor._attention_backend or "native")
+    if not registry._is_context_parallel_available(name):
         raise ModelError(f"{PATH}: attention = {name.value!r} does not split samples; remove one of the two keys")
 
 
@@ -125,8 +124,8 @@ def _summed(x: Any, group: Any) -> Any:
             return x.view_as(x)
 
         @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-            total = grad.clone(memory_format=torch.contiguous_format)
+        def backward(ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
+            total = grad_outputs[0].clone(memory_format=torch.contiguous_format)
             dist.all_reduce(total, group=group)
             return total
 

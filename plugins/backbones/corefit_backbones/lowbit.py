@@ -65,7 +65,7 @@ class LowBitLinear(nn.Linear):
         """The product in the dtype of autocast, or else in that of `input` [..., in_features]."""
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
+        bias = self.bias.to(dtype) if isinstance(self.bias, Tensor) else None  # pyright: ignore[reportUnnecessaryIsInstance]
         return _Product.apply(input.to(dtype), self.weight, self.scale, bias, self.in_features, self.bits)
 
     def extra_repr(self) -> str:

@@ -31,8 +31,8 @@ def is_kept(name: str) -> bool:
 def apply(networks: Sequence[nn.Module], device: torch.device) -> None:
     """Put networks on `device`, except for the frozen weights of their blocks, which stay in main memory.
 
-    A block is an item of a ModuleList of the network. Its weights are copied to the device before its forward, while the
-    block before it computes, and dropped after it; so those of two blocks are there at most. In the backward pass,
+    A block is an item of a ModuleList of the network. Its weights are copied to the device before its forward, while
+    the block before it computes, and dropped after it; so those of two blocks are there at most. In the backward pass,
     which must recompute each block (gradient checkpointing), they are kept until the block's gradient is computed.
     """
     import torch

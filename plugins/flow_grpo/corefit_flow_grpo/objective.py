@@ -112,6 +112,11 @@ class FlowGrpo(Grouped[Rollouts]):
         return 1 if self.guidance == 1 else 2
 
     @property
+    def latents_per_row(self) -> int:
+        """Return the states that a rollout keeps, and their means, twice: all of them, and those of an update."""
+        return 1 + 2 * (self._length + 1 + self._length * self.keeps_means)
+
+    @property
     def keeps_means(self) -> bool:
         """Whether rollouts keep the means of their transitions, which `log_ratio` then finds in `part.means`."""
         return self.ratio == "guard"

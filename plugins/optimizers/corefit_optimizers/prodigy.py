@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
 share: Any = [validators.ge(0), validators.lt(1)]
+Weights = list[tuple[Any, dict[str, Any]]]
+"""Each weight that has a gradient, with its state."""
 
 
 @frozen(kw_only=True)
@@ -62,13 +64,16 @@ class Prodigy(Optimizer):
         made: Any = optimizer
         made.step_unless(unchanged)
 
+    @property
+    def decays(self) -> tuple[float, float, float]:
+        """The decay rates of both running means, and of the sums that the estimate is made of."""
+        beta1, beta2 = self.betas
+        return beta1, beta2, math.sqrt(beta2) if self.beta3 is None else self.beta3
+
 
 def _made(keys: Prodigy, parameters: Mapping[str, Parameter]) -> Any:
     """Return the optimizer; its group holds the estimate d, and what it is made of, as float64 [] on the device."""
     import torch
-
-    beta1, beta2 = keys.betas
-    beta3 = math.sqrt(beta2) if keys.beta3 is None else keys.beta3
 
     class Made(torch.optim.Optimizer):
         def __init__(self) -> None:
@@ -86,49 +91,55 @@ def _made(keys: Prodigy, parameters: Mapping[str, Parameter]) -> Any:
 
         @torch.no_grad()
         def step_unless(self, unchanged: Tensor) -> None:
-            """Take a step; where `unchanged` (bool []), every gradient counts as 0 and every decay as 1."""
             group = self.param_groups[0]
-            d, lr = group["d"], group["lr"]
-            bias = (1 - beta2 ** (group["k"] + 1)).sqrt() / (1 - beta1 ** (group["k"] + 1))
-            dlr = d * lr * (bias if keys.use_bias_correction else 1.0)
-            delta, denominator = self._gather(unchanged, dlr)
-            moves = ~unchanged & (denominator > 0)
-            numerator = group["numerator"] * beta3 + delta
-            found = torch.where(moves, keys.d_coef * numerator / denominator, d)
-            first = torch.where(d == keys.d0, torch.maximum(d, found), d)
-            highest = torch.maximum(group["d_max"], found)
-            after = torch.minimum(highest, first * (math.inf if keys.growth_rate is None else keys.growth_rate))
-            self._move(after, torch.where(moves, dlr, 0.0))
-            new = {"d": after, "d_max": highest, "numerator": numerator, "k": group["k"] + 1}
-            for key, value in new.items():
-                group[key].copy_(torch.where(moves, value, group[key]))
-
-        def _gather(self, unchanged: Tensor, dlr: Tensor) -> tuple[Tensor, Tensor]:
-            """Take the gradients into the state; return what they add to the numerator, and the denominator."""
-            group = self.param_groups[0]
-            d = group["d"]
-            weight = d / keys.d0 * (d if keys.safeguard_warmup else dlr)
-            delta = denominator = torch.zeros_like(d)
-            decays = [torch.where(unchanged, 1.0, beta) for beta in (beta1, beta2, beta3)]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state, g = self.state[p], p.grad.masked_fill_(unchanged, 0.0)
-                delta = delta + d / keys.d0 * dlr * torch.dot(g.flatten(), (state["p0"] - p).flatten())
-                state["s"].mul_(decays[2]).add_(g * weight.float())
-                denominator = denominator + state["s"].abs().sum()
-                g.mul_(d.float())
-                state["exp_avg"].mul_(decays[0]).add_(g, alpha=1 - beta1)
-                state["exp_avg_sq"].mul_(decays[1]).addcmul_(g, g, value=1 - beta2)
-            return delta, denominator
-
-        def _move(self, d: Tensor, dlr: Tensor) -> None:
-            """Move the weights by `dlr` [], which is 0 where they stay, with the new estimate `d` []."""
-            for p in self.param_groups[0]["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    divisor = state["exp_avg_sq"].sqrt().add_((d * keys.eps).float())
-                    p.mul_((1 - keys.weight_decay * dlr).float())
-                    p.sub_((state["exp_avg"] / divisor).mul_(dlr.float()))
+            weights = [(p, self.state[p]) for p in group["params"] if p.grad is not None]
+            _take_step(keys, group, weights, unchanged)
 
     return Made()
+
+
+def _take_step(keys: Prodigy, group: dict[str, Any], weights: Weights, unchanged: Tensor) -> None:
+    """Take a step; where `unchanged` (bool []), every gradient counts as 0 and every decay as 1."""
+    import torch
+
+    d, k = group["d"], group["k"] + 1
+    beta1, beta2, beta3 = keys.decays
+    bias = (1 - beta2**k).sqrt() / (1 - beta1**k) if keys.use_bias_correction else 1.0
+    dlr = d * group["lr"] * bias
+    delta, denominator = _gather(keys, d, dlr, weights, unchanged)
+    moves = ~unchanged & (denominator > 0)
+    numerator = group["numerator"] * beta3 + delta
+    found = torch.where(moves, keys.d_coef * numerator / denominator, d)
+    first = torch.where(d == keys.d0, torch.maximum(d, found), d)
+    highest = torch.maximum(group["d_max"], found)
+    after = torch.minimum(highest, first * (math.inf if keys.growth_rate is None else keys.growth_rate))
+    _move(keys, after, torch.where(moves, dlr, 0.0), weights)
+    for key, value in {"d": after, "d_max": highest, "numerator": numerator, "k": k}.items():
+        group[key].copy_(torch.where(moves, value, group[key]))
+
+
+def _gather(keys: Prodigy, d: Tensor, dlr: Tensor, weights: Weights, unchanged: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the gradients into the state; return what they add to the numerator, and the denominator."""
+    import torch
+
+    beta1, beta2, _ = keys.decays
+    weight = d / keys.d0 * (d if keys.safeguard_warmup else dlr)
+    delta = denominator = torch.zeros_like(d)
+    kept1, kept2, kept3 = (torch.where(unchanged, 1.0, beta) for beta in keys.decays)
+    for p, state in weights:
+        g = p.grad.masked_fill_(unchanged, 0.0)
+        delta = delta + d / keys.d0 * dlr * torch.dot(g.flatten(), (state["p0"] - p).flatten())
+        state["s"].mul_(kept3).add_(g * weight.float())
+        denominator = denominator + state["s"].abs().sum()
+        g.mul_(d.float())
+        state["exp_avg"].mul_(kept1).add_(g, alpha=1 - beta1)
+        state["exp_avg_sq"].mul_(kept2).addcmul_(g, g, value=1 - beta2)
+    return delta, denominator
+
+
+def _move(keys: Prodigy, d: Tensor, dlr: Tensor, weights: Weights) -> None:
+    """Move the weights by `dlr` [], which is 0 where they stay, with the new estimate `d` []."""
+    for p, state in weights:
+        divisor = state["exp_avg_sq"].sqrt().add_((d * keys.eps).float())
+        p.mul_((1 - keys.weight_decay * dlr).float())
+        p.sub_((state["exp_avg"] / divisor).mul_(dlr.float()))
