@@ -23,7 +23,8 @@ from rich.table import Table
 
 from benchmarks import timing
 from corefit.data import mds, texts
-from corefit.data.dataset import TensorSpec, pack
+from corefit.data.dataset import pack
+from corefit.data.mds import TensorSpec
 
 WIDTH = 4096
 """Of T5-XXL and UMT5-XXL."""

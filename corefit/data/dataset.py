@@ -14,6 +14,7 @@ from attrs import define, frozen
 
 from corefit.data import lossless, mds, texts
 from corefit.data.filter import Column, Filter, filter_rows
+from corefit.data.mds import TensorSpec
 from corefit.errors import DataError
 from corefit.system import files
 from corefit.types import Batch, Condition
@@ -31,14 +32,6 @@ X0 = "x0"
 COND = "cond."
 TEXTS = "texts"
 """The column with the numbers of a row's captions; rows that were written before have the captions' tensors instead."""
-
-
-@frozen
-class TensorSpec:
-    """The dtype (a name of torch's) and the shape of one row of a tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @frozen

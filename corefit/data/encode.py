@@ -14,8 +14,8 @@ from attrs import Factory, define, field, frozen
 
 from corefit.data.buckets import Size, nearest
 from corefit.data.coding import Coder
-from corefit.data.dataset import COND, TensorSpec, latents_column, pack
-from corefit.data.mds import Row
+from corefit.data.dataset import COND, latents_column, pack
+from corefit.data.mds import Row, TensorSpec
 from corefit.data.settings import Data
 from corefit.data.sources import dimensions, listed, view
 from corefit.errors import DataError, Unreachable

@@ -39,6 +39,14 @@ SHARD_BYTES = 1 << 26
 Row = Mapping[str, Any]
 
 
+@frozen
+class TensorSpec:
+    """The dtype (a name of torch's) and the shape of one row of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 @frozen(eq=False)
 class Writer:
     """Appends rows to the shards in `folder`; `open_writer` opens one."""

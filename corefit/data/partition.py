@@ -16,8 +16,9 @@ import attrs
 from attrs import field, frozen
 
 from corefit.data import mds, texts
-from corefit.data.dataset import COND, FINGERPRINTS, ROWS, TEXTS, X0, TensorSpec, caption_bytes
+from corefit.data.dataset import COND, FINGERPRINTS, ROWS, TEXTS, X0, caption_bytes
 from corefit.data.duplicates import fingerprint
+from corefit.data.mds import TensorSpec
 from corefit.system import files
 from corefit.system.files import sha256
 

@@ -15,7 +15,7 @@ from corefit.data import lossless, mds
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from corefit.data.dataset import TensorSpec
+    from corefit.data.mds import TensorSpec
 
 FOLDER = "texts"
 """The folder of a partition that holds the shards of its captions."""

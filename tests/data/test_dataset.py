@@ -16,8 +16,9 @@ from torch import Tensor
 
 from corefit.data import lossless
 from corefit.data.cache import prepare
-from corefit.data.dataset import Dataset, TensorSpec, pack
+from corefit.data.dataset import Dataset, pack
 from corefit.data.loader import batches
+from corefit.data.mds import TensorSpec
 from corefit.data.order import BatchSampler, check_batch
 from corefit.data.settings import Data
 from corefit.data.texts import restore

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from corefit.data import lossless
-from corefit.data.dataset import TensorSpec, pack
+from corefit.data.dataset import pack
+from corefit.data.mds import TensorSpec
 from corefit.data.texts import restore
 
 
