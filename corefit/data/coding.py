@@ -57,9 +57,9 @@ def row_bytes(backbone: Backbone, what: str, shape: Sequence[int]) -> int | None
 def _peak(backbone: Backbone, what: str, shape: Sequence[int]) -> int | None:
     import torch
 
-    blank: Any = evolve(backbone)  # pyright: ignore[reportArgumentType]
-    if not isinstance(blank, SizedDecoder):
+    if not isinstance(backbone, SizedDecoder):
         return None
+    blank: Any = evolve(backbone)  # pyright: ignore[reportArgumentType]
     blank.place(torch.device("cpu"), torch.float32)
     vae = blank.load_blank_decoder()
 

@@ -29,7 +29,8 @@ class Layout:
         for key, number in (("replicate", self.replicate), ("context_parallel", self.context)):
             if world % number:
                 raise ConfigError(
-                    f"{key} = {number}: {world} processes are no multiple of it; start as many processes, or change it"
+                    f"{key} = {number}: the number of processes, {world}, is no multiple of it; start a multiple, or "
+                    "change the key"
                 )
 
 

@@ -15,7 +15,8 @@ from corefit.types.stage import Full, Lora, Stage
 
 if TYPE_CHECKING:
     from corefit.pipeline.pipeline import Pipeline
-    from corefit.train.estimate import Device, Estimate
+    from corefit.train.estimate.device import Device
+    from corefit.train.estimate.phases import Estimate
 
 KEPT = "Checkpoints are whole, and the same command goes on from the newest"
 FILLED = 0.8

@@ -2,29 +2,31 @@
 
 from corefit.types.observer import Observer, PipelineView, Scored
 from corefit.types.optimizer import AdamW, Optimizer, step_each
-from corefit.types.protocols import (
-    Backbone,
+from corefit.types.optional import (
     Configured,
     ContextParallel,
-    Featured,
-    KeyedReward,
-    NoiseWeighting,
     Offloading,
     Original,
     OriginalTensor,
     Preset,
     Quantizable,
-    Reward,
-    Sampler,
     Sized,
     SizedDecoder,
-    SizedReward,
-    SizedScore,
     SizedText,
-    Source,
     Specified,
     StoredTensors,
     Streamed,
+)
+from corefit.types.protocols import (
+    Backbone,
+    Featured,
+    KeyedReward,
+    NoiseWeighting,
+    Reward,
+    Sampler,
+    SizedReward,
+    SizedScore,
+    Source,
 )
 from corefit.types.stage import Samples, TrainState
 from corefit.types.values import (

@@ -1,4 +1,4 @@
-"""The benchmarks against bare loops: both sides compute the same, floors are judged, and a wrong side is not reported."""
+"""The benchmarks against bare loops: both sides compute the same, floors are judged, a wrong side is not reported."""
 
 from __future__ import annotations
 

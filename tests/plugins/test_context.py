@@ -130,4 +130,4 @@ def test_a_family_without_a_plan_is_refused(project):
 def test_one_process_cannot_share_its_samples(clips):
     ended = clips.main("run", "pipeline.toml", *settings(SIZE, "context_parallel=2"))
     assert ended.status == 2
-    assert "context_parallel = 2: 1 processes are no multiple of it" in ended.err
+    assert "context_parallel = 2: the number of processes, 1, is no multiple of it" in ended.err

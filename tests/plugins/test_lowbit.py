@@ -245,6 +245,23 @@ def test_under_autocast_the_product_is_in_its_dtype(bases: dict[str, Path]) -> N
     assert torch.equal(found, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("bits", BITS)
+def test_a_gpu_packs_and_multiplies_as_the_cpu_does(bits: str) -> None:
+    w, x = weight(64, 320).bfloat16(), torch.randn(5, 320, dtype=torch.bfloat16)
+    products: list[Tensor] = []
+    for device in ("cpu", "cuda"):
+        layer = lowbit.LowBitLinear(nn.Linear(320, 64, device=device, dtype=torch.bfloat16), bits)
+        layer.bias.data.zero_()
+        for name, t in lowbit.pack(w.to(device), bits).items():
+            getattr(layer, name).data = t
+        found = layer(x.to(device))
+        assert torch.equal(found, nn.functional.linear(x.to(device), unpacked(layer, torch.bfloat16), layer.bias))
+        products.append(found.detach().float().cpu())
+    torch.testing.assert_close(*products, rtol=0.02, atol=0.02 * float(products[0].abs().max()))
+
+
 # ---- reading
 
 
@@ -283,7 +300,7 @@ def test_files_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
 
 
 def test_nf4_says_which_package_it_lacks(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, found = builtins.__import__, "corefit_backbones.backbone.find_spec"
+    plain, found = builtins.__import__, "corefit_backbones.network.find_spec"
 
     def without(name: str, *args: Any, **keys: Any) -> Any:
         if name == "bitsandbytes":

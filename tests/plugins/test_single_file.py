@@ -14,6 +14,8 @@ from conftest import Project
 from safetensors.torch import load_file, save_file
 
 from corefit.errors import ModelError
+from corefit.pipeline import read
+from corefit.run import identity
 from corefit.run.publish.export import put_together
 from corefit.testing import tiny_chroma, tiny_flux, tiny_sd3, tiny_wan
 from corefit_backbones.chroma import Chroma
@@ -192,3 +194,15 @@ def test_check_says_what_is_wrong_with_the_file(pipeline: Project, name: str) ->
     assert ended.status == 2
     assert message in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_a_stage_starts_anew_when_the_file_changes_and_not_when_it_moves(pipeline: Project) -> None:
+    file = pipeline.folder / "tuned.safetensors"
+    before = identity.of_base(read(pipeline.file))
+    moved = file.rename(file.with_name("renamed.safetensors"))
+    pipeline.swap(("tuned.safetensors", moved.name))
+    assert identity.of_base(read(pipeline.file)).hash == before.hash
+    tensors = load_file(moved)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, moved, {"format": "pt"})
+    assert identity.of_base(read(pipeline.file)).changes_since(before.parts) == "backbone weights changed"

@@ -79,22 +79,25 @@ def logs(job: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
 
 
 @pytest.mark.parametrize(
-    ("objective", "keys", "limit", "graph", "rows"),
+    ("objective", "keys", "limit", "rows"),
     [
-        (Sft(), {}, 3, True, 2),
-        (Soar(points=3), {}, 4, True, 4),
-        (SUM, {}, 4, True, 4),
-        (FlowGrpo(**RL), SDE, 4, False, 2),
-        (Awm(**RL, train_timesteps=1), SDE, 2, True, 2),
+        (Sft(), {}, {"rows": 3}, 2),
+        (Soar(points=3), {}, {"rows": 4, "after": 2}, 4),
+        (SUM, {}, {"rows": 4, "after": 4}, 4),
+        (FlowGrpo(**RL), SDE, {"rows": 4, "graph": False}, 2),
+        (Awm(**RL, train_timesteps=1), SDE, {"rows": 2}, 2),
     ],
     ids=["sft", "soar", "sum", "grpo's rollouts", "awm"],
 )
-def test_the_result_is_that_of_the_micro_batch_that_fits(job, monkeypatch, capsys, objective, keys, limit, graph, rows):
-    """To the bit, metrics too: the step is taken again from its beginning, and draws what it drew."""
+def test_the_result_is_that_of_the_micro_batch_that_fits(job, monkeypatch, capsys, objective, keys, limit, rows):
+    """To the bit, metrics too: the step is taken again from its beginning, and draws what it drew.
+
+    What other terms and another objective have added until memory runs out is taken back.
+    """
     keys = {"steps": 2, "log_every": 1, **keys}
     expected = logs(job(objective, micro_batch=rows, **keys))
     assert not capsys.readouterr().out
-    device = Limit(monkeypatch, limit, graph=graph)
+    device = Limit(monkeypatch, **limit)
     found = logs(job(objective, **keys))
     assert device.exceeded > 0
     assert worst(found[0], expected[0]) == 0

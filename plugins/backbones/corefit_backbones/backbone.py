@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -19,7 +18,7 @@ from corefit.types import ModelPath, OriginalTensor, Suggested
 from corefit_backbones import context, network, offloading, original_names, parts, schedule, turns, usual
 from corefit_backbones.beside import Beside, Codec
 from corefit_backbones.decoding import decode_recomputed
-from corefit_backbones.folder import LONGEST, Checkpoint, link
+from corefit_backbones.folder import LONGEST, Checkpoint
 from corefit_backbones.single_file import SingleFile
 
 if TYPE_CHECKING:
@@ -139,8 +138,7 @@ class Diffusers(ABC):
     def check(self) -> None:
         """Raise a ModelError for settings that do not fit this family, and for parts without weights."""
         self.check_settings()
-        if self.frozen == "nf4" and find_spec("bitsandbytes") is None:
-            raise ModelError("frozen = 'nf4' needs the package bitsandbytes: pip install 'corefit[lowbit]'")
+        network.check_format(self.frozen)
         self._check_class("vae", self.vae_class)
         if self.tile is not None:
             self.codec.check_tile(self.checkpoint.config("vae"), self.tile)
@@ -181,15 +179,9 @@ class Diffusers(ABC):
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Read the transformer in `dtype`; ModelError for a folder or file that cannot be used."""
         self.check_settings()
-        read = [self._read(name, device, dtype) for name in self.networks]
-        self._set_up(self.joined(read).to(device), device, dtype)
-
-    def _read(self, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-        """The network in folder `name` as it is held: on `device` where it is packed while it is read."""
         kind = parts.of_diffusers(self.transformer_class)
-        if self.frozen is None:
-            return network.read(kind, self.checkpoint, name, dtype)
-        return network.read_packed(kind, self.checkpoint, name, dtype, self.frozen, device)
+        read = [network.read_as(kind, self.checkpoint, each, dtype, self.frozen, device) for each in self.networks]
+        self._set_up(self.joined(read).to(device), device, dtype)
 
     def load_empty(self, dtype: torch.dtype) -> None:
         """Do what `load` does, with parameters on the meta device and real buffers on the CPU."""
@@ -198,18 +190,10 @@ class Diffusers(ABC):
         self.check_settings()
         configs = [self.checkpoint.config(name) for name in self.networks]
         empty = [
-            self._swapped(network.empty(parts.of_diffusers(self.transformer_class), config, dtype))
+            network.packing(network.empty(parts.of_diffusers(self.transformer_class), config, dtype), self.frozen)
             for config in configs
         ]
         self._set_up(self.joined(empty), torch.device("cpu"), dtype)
-
-    def _swapped(self, part: Any) -> Any:
-        """A network without weights, with the layers that `frozen` asks for."""
-        if self.frozen is not None:
-            from corefit_backbones import lowbit
-
-            lowbit.swap(part, self.frozen)
-        return part
 
     def _set_up(self, transformer: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Make a new network `self.transformer`, with the attention, checkpointing and compilation configured."""
@@ -234,8 +218,8 @@ class Diffusers(ABC):
         if self.attention != "native":
             network.set_attention(self._blank(dtype), self.attention)
         self.transformer = self._blank(dtype)
-        if self.transformer_:  # the header of its file names the tensors
-            with self.stored():
+        if self.transformer_:
+            with self.stored():  # which compares the header of its file
                 pass
         if self.gradient_checkpointing or self.offloads:
             self._recompute()
@@ -278,16 +262,13 @@ class Diffusers(ABC):
         return evolve(self.suggested, size=usual.size(self.checkpoint, self.suggested.size))
 
     def config_key(self) -> str:
-        """Hash of all config files, and of the header of a single file: whatever is read before the weights."""
-        single = self.checkpoint.single
-        return self.checkpoint.config_key() + (f"+{single.header_key()}" if single else "")
+        """Hash of whatever is read before the weights."""
+        return self.checkpoint.config_key()
 
     def _blank(self, dtype: torch.dtype) -> Any:
-        kind, configs = (
-            parts.of_diffusers(self.transformer_class),
-            [self.checkpoint.config(name) for name in self.networks],
-        )
-        return self.joined([self._swapped(network.blank(kind, config, dtype)) for config in configs])
+        kind = parts.of_diffusers(self.transformer_class)
+        configs = [self.checkpoint.config(name) for name in self.networks]
+        return self.joined([network.packing(network.blank(kind, config, dtype), self.frozen) for config in configs])
 
     def _recompute(self) -> None:
         for _, part in self._parts():
@@ -426,7 +407,7 @@ class Diffusers(ABC):
             else:
                 network.save_weights(folder / name, own)
         if not adapted:
-            self._link_others(folder)
+            self.checkpoint.link_others(folder, self.networks)
 
     def original(self) -> Mapping[str, Mapping[str, OriginalTensor]]:
         """Say of what each original tensor is made: for one network, or for two, that for noisy levels first."""
@@ -440,13 +421,6 @@ class Diffusers(ABC):
     def original_lora(self, module: str) -> str:
         """The name of diffusers after "transformer.", which ComfyUI knows for SD3 and FLUX."""
         return f"transformer.{module}"
-
-    def _link_others(self, folder: Path) -> None:
-        """Link everything that was not trained into `folder`."""
-        source = self.checkpoint
-        others = [name for name in source.parts if name not in self.networks]
-        for name in ("model_index.json", *(f"{name}/config.json" for name in self.networks), *others):
-            link(source.folder / name, folder / name, self.variant)
 
     def _owner(self, named: tuple[str, Tensor]) -> str:
         """Folder of the network that a (name, tensor) of `transformer` belongs to."""

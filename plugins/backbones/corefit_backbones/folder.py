@@ -122,13 +122,16 @@ class Checkpoint:
         return _json(_described(self.path, self.revision) / part / file, f"{part} cannot be read without it")
 
     def config_key(self) -> str:
-        """sha256 over the names and bytes of model_index.json and of all config files of the parts."""
+        """sha256 over the names and bytes of model_index.json and of all config files of the parts.
+
+        That of a single file's header follows, which has the names and shapes of its tensors.
+        """
         folder, total = _described(self.path, self.revision), hashlib.sha256()
         configs = (file for part in self.parts for file in (folder / part).glob("*config.json"))
         for file in (folder / "model_index.json", *sorted(configs)):
             content = hashlib.sha256(file.read_bytes()).hexdigest()
             total.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
-        return total.hexdigest()
+        return total.hexdigest() + (f"+{self.single.header_key()}" if self.single else "")
 
     @property
     def folder(self) -> Path:
@@ -138,6 +141,12 @@ class Checkpoint:
             return here
         libraries = tuple((part, self._library(part)) for part in self.parts)
         return hub.fetched(self.path, self.revision, self.variant, libraries, "transformer" if self.single else None)
+
+    def link_others(self, target: Path, networks: Sequence[str]) -> None:
+        """Link everything but the weights of `networks` into the folder `target`."""
+        others = [name for name in self.parts if name not in networks]
+        for name in ("model_index.json", *(f"{name}/config.json" for name in networks), *others):
+            link(self.folder / name, target / name, self.variant)
 
     def _library(self, part: str) -> str:
         """The name of the library that has the class of a part."""

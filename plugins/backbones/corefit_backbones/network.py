@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,21 +59,38 @@ def _read_single(kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtyp
     return made.requires_grad_(True)
 
 
-def read_packed(
-    kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype, bits: str, device: torch.device
+def read_as(
+    kind: Any, checkpoint: Checkpoint, part: str, dtype: torch.dtype, bits: str | None, device: torch.device
 ) -> Any:
-    """Do what `read` does, onto `device`, with the large layers in the format `bits` of the module lowbit.
+    """Do what `read` does, or read onto `device`, with the large layers in the format `bits` of the module lowbit.
 
-    One tensor at a time is read and packed, so that neither main memory nor the device holds the network as it is in
-    the files.
+    One tensor at a time is packed then, so that neither main memory nor the device holds the network as it is in the
+    files.
     """
+    if bits is None:
+        return read(kind, checkpoint, part, dtype)
     from corefit_backbones import lowbit
 
     made = empty(kind, checkpoint.config(part), dtype)
     with stored(checkpoint, part, made) as found:
         lowbit.swap(made, bits)
-        lowbit.fill(made, lowbit.packed(made, found, dtype, device), device)
+        lowbit.fill(made, lowbit.packed(made, found, dtype), device)
     return made
+
+
+def packing(network: Any, bits: str | None) -> Any:
+    """Give a network without weights the layers of the format `bits`, if there is one, and return it."""
+    if bits is not None:
+        from corefit_backbones import lowbit
+
+        lowbit.swap(network, bits)
+    return network
+
+
+def check_format(bits: str | None) -> None:
+    """Raise a ModelError if the package that a format of frozen weights needs is not installed."""
+    if bits == "nf4" and find_spec("bitsandbytes") is None:
+        raise ModelError("frozen = 'nf4' needs the package bitsandbytes: pip install 'corefit[lowbit]'")
 
 
 def blank(kind: Any, config: Settings, dtype: torch.dtype) -> Any:

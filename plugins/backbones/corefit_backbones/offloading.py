@@ -147,7 +147,7 @@ def _room(tensor: Tensor) -> int:
 def _frozen(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     """Yield the dictionary, the name in it and the tensor of each frozen weight and buffer of a block."""
     for prefix, each in module.named_modules():
-        for owner in (each._parameters, each._buffers):
+        for owner in (vars(each)["_parameters"], vars(each)["_buffers"]):
             for name, tensor in owner.items():
                 if tensor is not None and not is_kept(f"{prefix}.{name}"):
                     yield owner, name, tensor
@@ -184,10 +184,11 @@ class _Swaps:
         def leave(*_: Any) -> None:
             block.leave()
 
-        if block.module._compiled_call_impl is not None:
-            enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
-        block.module.register_forward_pre_hook(enter)
-        block.module.register_forward_hook(leave, always_call=True)  # recomputation ends some blocks by an exception
+        compiled = block.module._compiled_call_impl is not None
+        before_it, after_it = (torch.compiler.disable(each) if compiled else each for each in (enter, leave))
+        block.module.register_forward_pre_hook(before_it)
+        # always: recomputation ends some blocks by an exception
+        block.module.register_forward_hook(after_it, always_call=True)
 
     def _taken(self, block: _Block) -> Tensor:
         """Return the weights of a block on the device, whether or not they were fetched ahead."""
