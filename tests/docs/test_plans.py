@@ -10,7 +10,7 @@ import plans
 import pytest
 
 KEPT: Mapping[str, Any] = {each["task"]: each for each in json.loads(plans.FILE.read_text())}
-QUICK = "Wan2.1-T2V-1.3B, SOAR LoRA"
+QUICK = "Wan2.1-T2V-14B, SOAR LoRA"
 TASKS = {task.name: task for task in plans.tasks()}
 
 

@@ -387,8 +387,8 @@ def test_what_cannot_fit_is_refused_with_what_helps(project: Project) -> None:
 def test_how_many_devices_would_help_does_not_depend_on_how_many_there_are(project: Project) -> None:
     """Sharded gradients are not held twice, as DDP holds them."""
     one, eight = (project.main("check", "pipeline.toml", *FULL, "--ranks", n).err for n in ("1", "8"))
-    assert "shard = true on 3 devices" in one
-    assert "shard = true on 3 devices" in eight
+    assert "shard = true on 4 devices" in one
+    assert "shard = true on 4 devices" in eight
     shared = ("--set", "shard=true", "--ranks")
     assert "error: stage.grpo: " in (three := project.main("check", "pipeline.toml", *FULL, *shared, "3")).err
     assert "shard = true on 6 devices" in three.err, "each has the whole decoder, which the first stage does not need"
