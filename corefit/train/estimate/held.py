@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from attrs import evolve, has
 
@@ -19,12 +19,13 @@ def weights(backbone: Any, gpu: bool) -> float:
 
     Weights that wait in main memory are on the device, too, where that is none but main memory.
     """
-    waiting: Any = backbone if isinstance(backbone, Offloading) and backbone.offloads else None
+    network = backbone.transformer
+    waiting = cast(Any, backbone if isinstance(backbone, Offloading) and backbone.offloads else None)
     if waiting is None:
         return whole_weights(backbone)
     if gpu:
         return waiting.resident_bytes()
-    return whole_weights(backbone) + 2 * max(map(_frozen, blocks(backbone.transformer)), default=0.0)
+    return whole_weights(backbone) + 2 * max(map(_frozen, blocks(network)), default=0.0)
 
 
 def whole_weights(backbone: Any) -> float:
