@@ -91,6 +91,12 @@ class Eval:
         found = [entry.value for entry in self.reward if self.diversity and entry.name == self.diversity.features]
         return found[0] if found and isinstance(found[0], Featured) else None
 
+    @property
+    def shown(self) -> int:
+        """The most prompts that the sample grids can show, as far as that is known without reading a file of them."""
+        listed = len(self.prompts) if isinstance(self.prompts, tuple) else self.samples
+        return min(self.samples, self.limit or self.samples, listed)
+
     def count(self, available: int) -> int:
         """Return how many of so many prompts are used: without a reward only those that the sample grids show."""
         used = min(available, self.limit or available)

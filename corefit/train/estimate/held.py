@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from attrs import evolve, has
 
@@ -15,17 +15,21 @@ MOMENT = 4
 
 
 def weights(backbone: Any, gpu: bool) -> float:
-    """Return the bytes of a blank backbone's weights that are on the device at once, buffers included.
+    """Return the bytes of a blank backbone's weights that are on the device, buffers included.
 
     Weights that wait in main memory are on the device, too, where that is none but main memory.
     """
+    if gpu and isinstance(backbone, Offloading) and backbone.offloads:
+        return float(backbone.resident_bytes())
+    return whole_weights(backbone)
+
+
+def fetched(backbone: Any, gpu: bool) -> float:
+    """Return the bytes, beside `weights`, of the blocks that a forward or backward fetches: two at once."""
     network = backbone.transformer
-    waiting = cast(Any, backbone if isinstance(backbone, Offloading) and backbone.offloads else None)
-    if waiting is None:
-        return whole_weights(backbone)
-    if gpu:
-        return waiting.resident_bytes()
-    return whole_weights(backbone) + 2 * max(map(_frozen, blocks(network)), default=0.0)
+    if gpu or not (isinstance(backbone, Offloading) and backbone.offloads):
+        return 0.0  # a GPU's are among those that are resident
+    return 2.0 * max(map(_frozen, blocks(network)), default=0.0)
 
 
 def whole_weights(backbone: Any) -> float:

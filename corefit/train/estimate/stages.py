@@ -26,6 +26,8 @@ MASTER = 4
 """Bytes of a trainable number, of its gradient and of each of its moments: all are float32."""
 MACHINE = 8
 """Processes on one machine, at most."""
+PIXEL = 12
+"""Bytes of a pixel: three colors in float32."""
 LOSS = 6
 """Latents that a loss holds for each row of a graph beside what the network keeps: input, target, error, square."""
 
@@ -177,14 +179,15 @@ class _Case:
         if self.stage is self.pipeline.stage[0]:
             yield from self._encoding()
         yield Phase(phases.READING, {"weights": e.weights, "rewards": e.rewards})
+        fetched = {"fetched blocks": held.fetched(self.backbone, self.device.gpu)}
         trained = {"gradients": e.gradients, "exchanged gradients": e.exchanged}
         within = {**between, "gathered": e.unsharded, "rows": e.kept, "decoder": e.decoder}
         if held.samples(self.stage.objective):
             rows = self.rows * held.guided_rows(self.stage.objective, self.backbone)
-            yield self._with(phases.SAMPLING, within, self.forwards.sampling(rows, self.shape))
+            yield self._with(phases.SAMPLING, {**within, **fetched}, self.forwards.sampling(rows, self.shape))
         if self.beside.decoder is not None:
             yield self._elastic(phases.DECODING, within, self.rows, self.forwards.decoding(1, self.shape, self.beside))
-        yield self._with(phases.TRAINING, {**within, **trained}, e.activations)
+        yield self._with(phases.TRAINING, {**within, **fetched, **trained}, e.activations)
         yield Phase(phases.SAVING, {**between, "decoder": e.decoder, "largest weight": e.gathered})
         if self.pipeline.eval:
             yield from self._evaluating(e)
@@ -215,18 +218,25 @@ class _Case:
             yield self._elastic(phases.ENCODING_MEDIA, parts, rows, found)
 
     def _evaluating(self, e: Estimate) -> Iterator[Phase]:
-        """Yield generating and decoding the samples of [eval]."""
+        """Yield generating and decoding the samples of [eval]; the decoder stays from the first batch on.
+
+        Samples that are shown wait in main memory.
+        """
         settings, network = self.pipeline.eval, self.vae
         assert settings is not None
-        rows = settings.batch
+        rows, size = settings.batch, self.pipeline.data.size
         parts = {"weights": e.weights, "gathered": e.unsharded, "rewards": e.rewards}
         parts["rows"] = rows * (2 * self._row() + self._condition())
+        parts["decoder"] = float(bytes_of(network)) if network is not None else 0.0
+        if not self.device.gpu:
+            parts["samples"] = settings.shown * PIXEL * math.prod(size)
         twice = 1 if settings.guidance == 1 or self.backbone.distilled else 2
-        shape = self.backbone.latent_shape(self.pipeline.data.size)
-        yield self._with(phases.EVAL_SAMPLING, parts, self.forwards.sampling(rows * twice, shape))
+        shape = self.backbone.latent_shape(size)
+        fetched = {"fetched blocks": held.fetched(self.backbone, self.device.gpu)}
+        yield self._with(phases.EVAL_SAMPLING, {**parts, **fetched}, self.forwards.sampling(rows * twice, shape))
         if network is not None:
             found = self.forwards.decoding(1, shape, evolve(self.beside, decoder=network))
-            yield self._elastic(phases.EVAL_DECODING, {**parts, "decoder": bytes_of(network)}, rows, found)
+            yield self._elastic(phases.EVAL_DECODING, parts, rows, found)
 
     def _host(self, e: Estimate, copies: int) -> float:
         """Return the main memory that the processes of a machine take beside Python's, where the device is a GPU.

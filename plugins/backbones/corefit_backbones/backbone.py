@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -305,6 +306,7 @@ class Diffusers(ABC):
         import torch
 
         self._others = None
+        gc.collect()  # diffusers' pipelines and their parts refer to each other, and gigabytes would stay
         torch.cuda.empty_cache()
 
     def encoding_key(self) -> Mapping[str, str]:
