@@ -242,6 +242,7 @@ class Run:
             survived = self._save(stage, folder, backbone, listener.last_step)
         listener.finished()
         backbone.transformer = None
+        memory.free_networks()
         self.ranks.barrier()
         return attrs.evolve(cost, survived=survived), listener.ending
 

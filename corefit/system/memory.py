@@ -61,6 +61,18 @@ def uncollected(library: str) -> Generator[None]:
         atexit.register(gc.unfreeze)  # or nanobind, in triton, says at the end that all of this leaks
 
 
+def free_networks() -> None:
+    """Free networks that nothing uses any more. Hooks refer back to them, so without this they wait for a collection.
+
+    What a GPU's allocator keeps of them is freed as well.
+    """
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def reset_peak(device: torch.device) -> None:
     """Forget the peak so far. The peak of main memory can be reset on Linux alone; elsewhere it stays."""
     import torch

@@ -16,7 +16,7 @@ from corefit.run.evaluation.evaluator import LAST, SAMPLES, Evaluator, Media
 from corefit.run.evaluation.partial import PARTIAL, PartialScores
 from corefit.run.events import grid_of
 from corefit.run.plan import DRIFT, SCORES, Target
-from corefit.system import files
+from corefit.system import files, memory
 from corefit.system.display import Display
 from corefit.train import weights
 from corefit.train.job import Cost
@@ -50,6 +50,7 @@ def score(
         shutil.rmtree(target.folder / PARTIAL, ignore_errors=True)
     saved.backbone.release()
     saved.backbone.transformer = None
+    memory.free_networks()
     return found
 
 
