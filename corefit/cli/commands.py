@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -425,8 +426,14 @@ def _status() -> int:
     return 2
 
 
+NOISY = ("bitsandbytes", "diffusers.quantizers")
+"""Loggers of libraries that say on import what they would like to be installed, whether it is needed or not."""
+
+
 def _called() -> int | None:
     """Run the typed command; a plugin's exit, a missing package and a file system that refuses become CorefitError."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return cli(standalone_mode=False)
     except (Exception, SystemExit):

@@ -154,7 +154,7 @@ def _build(builder: CacheBuilder, progress: Progress, ranks: Ranks) -> None:
     if getattr(builder.backbone, "text_encoders", "cpu") != "cpu":
         remedies.append('backbone.text_encoders = "cpu"')
     if builder.media:
-        remedies += smaller(builder.backbone)
+        remedies += smaller(builder.backbone, builder.data.size)
     try:
         kept = "Partitions that are encoded are kept; the same command continues"
         with memory.explain_exhaustion("encoding", remedies, kept):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SHARE = 0.4
 """Share of a device's memory that what is computed of the rows may take. The rest is for weights, which may be all that
 encoding needs, or those of a network that trains."""
+TILES = (512, 256)
+"""Sides of tiles that are proposed, in pixels."""
 SMALL = 0.05
 """No estimate is made of rows that could not take more than this share of the memory."""
 MOST = {"encode": 1 << 12, "decode": 1 << 16}
@@ -73,9 +75,10 @@ def _peak(backbone: Backbone, what: str, shape: Sequence[int]) -> int | None:
     return faked(run)
 
 
-def smaller(backbone: Backbone) -> list[str]:
-    """Return what would help where one row does not fit: the VAE's tiles, where there are such and none are set."""
-    return ["backbone.tile = 512"] if getattr(backbone, "tile", 0) is None else []
+def smaller(backbone: Backbone, size: Sequence[int]) -> list[str]:
+    """Return what would help where one row of media of `size` does not fit: smaller tiles of the VAE, if it has any."""
+    found = next((tile for tile in TILES if tile < max(size[-2:])), None)
+    return [f"backbone.tile = {found}"] if found and getattr(backbone, "tile", 0) is None else []
 
 
 @define(eq=False)

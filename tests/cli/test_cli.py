@@ -12,6 +12,7 @@ import pytest
 
 from corefit.cli import commands as cli
 from corefit.plugins import Host
+from corefit.types import key_of
 
 HEAVY = ("accelerate", "diffusers", "matplotlib", "peft", "streaming", "torch", "torchvision", "transformers")
 """Packages that only a run needs."""
@@ -234,7 +235,7 @@ def test_plugins_lists_every_offer_with_its_keys(project):
         assert f"{kind.replace('_', ' ')}" in ended.out
         for name, offer in offers.items():
             assert f"\n  {name}  ({offer.owner})" in ended.out
-            keys = [field.name for field in offer.cls.__attrs_attrs__ if field.init]
+            keys = [key_of(field.name) for field in offer.cls.__attrs_attrs__ if field.init]
             assert [key for key in keys if f"\n      {key}: " not in ended.out] == []
 
 
@@ -258,7 +259,7 @@ def test_interrupted(project, monkeypatch):
 def test_what_is_no_fault_of_the_user_keeps_its_traceback(project, monkeypatch):
     monkeypatch.chdir(project.folder)
     monkeypatch.setattr(sys, "argv", ["corefit", "check", "pipeline.toml"])
-    monkeypatch.setattr("corefit.pipeline.pipeline.read", lambda *args: 1 / 0)
+    monkeypatch.setattr("corefit.cli.checking.read", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main()
 

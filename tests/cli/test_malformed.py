@@ -508,7 +508,7 @@ def test_a_file_that_may_not_be_read_is_named(project, monkeypatch):
     def closed(*args, **keys):
         raise PermissionError(13, "Permission denied", "/data/train.jsonl")
 
-    monkeypatch.setattr("corefit.pipeline.pipeline.read", closed)
+    monkeypatch.setattr("corefit.cli.checking.read", closed)
     ended = project.main("check", "pipeline.toml")
     assert (ended.status, ended.err) == (
         2,

@@ -21,6 +21,7 @@ from corefit.pipeline.meanings import meanings
 from corefit.plugins import KINDS
 from corefit.plugins.host import HOOKS
 from corefit.rollout.samplers import Cps, DanceSde, FlowSde
+from corefit.types import key_of
 from corefit_backbones import schedule
 
 PAGE_OF = {key: kind.word for key, kind in KINDS.items()}
@@ -130,7 +131,7 @@ def test_every_key_of_every_offer_is_in_the_reference() -> None:
     for offer in OFFERS:
         section = text.split(f"### {KINDS[offer.kind].name} `{offer.name}`\n")[1].split("\n#")[0]
         listed = re.findall(r"^\| `(\w+)` \|", section, re.M)
-        assert listed == [f.name for f in attrs.fields(offer.cls) if f.init]
+        assert listed == [key_of(f.name) for f in attrs.fields(offer.cls) if f.init]
 
 
 @pytest.mark.parametrize("page", KINDS_OF_PAGES, ids=name)

@@ -84,7 +84,7 @@ def test_encoders_in_8_bits_are_smaller_near_and_of_another_cache(sd3: Path) -> 
     expected, found = exact.encode_text(PROMPTS).tensors, rounded.encode_text(PROMPTS).tensors
     for name, t in expected.items():
         assert not torch.equal(found[name], t)
-        assert (found[name] - t).norm() < 0.02 * t.norm()
+        assert (found[name] - t).norm() < 0.05 * t.norm()
     assert rounded.encoding_key() == {**exact.encoding_key(), "text_bits": "int8"}
     for backbone in (exact, rounded):
         parts = backbone._beside().text().components

@@ -137,7 +137,7 @@ def test_what_changes_nothing(project, setting):
     ("setting", "name", "said"),
     [
         ("stage.soar.micro_batch=2", "soar", "micro_batch none -> 2"),
-        ("stage.soar.objective.chunk=2", "soar", "objective.chunk 1 -> 2"),
+        ("stage.soar.objective.chunk=2", "soar", "objective.chunk none -> 2"),
         ("backbone.gradient_checkpointing=true", "soar", "backbone.gradient_checkpointing false -> true"),
         ("backbone.attention='flash'", "grpo", "backbone.attention native -> flash"),
         ("backbone.compile=true", "grpo", "backbone.compile false -> true"),

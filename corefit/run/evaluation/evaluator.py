@@ -143,7 +143,7 @@ class Evaluator:
     def _scores(self, backbone: Backbone, rows: Sequence[int]) -> tuple[dict[int, RowScores], Tensor]:
         """Generate media for some prompts and score them; return the scores of each row, and the media."""
         with memory.explain_exhaustion(
-            f"evaluation, prompts {rows[0] + 1} to {rows[-1] + 1}", self._remedies(backbone)
+            f"evaluation, prompts {rows[0] + 1} to {rows[-1] + 1}", lambda: self._remedies(backbone)
         ):
             batch, media = self.prompts.batch(rows, rows), self.media(backbone, rows)
             if not self.ranks.leads:  # the first of the processes that share these rows scores them
@@ -176,7 +176,7 @@ class Evaluator:
         features: list[Any] = []
         for start in range(0, len(pairs), self.eval.batch):
             chunk, draws = zip(*pairs[start : start + self.eval.batch], strict=True)
-            with memory.explain_exhaustion("evaluation, diversity", self._remedies(backbone)):
+            with memory.explain_exhaustion("evaluation, diversity", lambda: self._remedies(backbone)):
                 features += [*diversity.features(self.media(backbone, chunk, draws), self.eval.featured)]
             progress(len(features), len(pairs))
         size = self.eval.batch
@@ -202,7 +202,7 @@ class Evaluator:
             mine = turn * world + rank < len(chunks)
             if mine or self.ranks.forwards_together:
                 batch = data.batch(chunk := chunks[turn * world + rank if mine else 0], chunk)
-                with memory.explain_exhaustion("evaluation, drift", self._remedies(backbone)):
+                with memory.explain_exhaustion("evaluation, drift", lambda: self._remedies(backbone)):
                     grid, values = self._drift_of(backbone, batch, settings.start)
                 found += [(values, batch.prompts)] if mine else []
             progress(turn + 1, turns)
@@ -240,7 +240,7 @@ class Evaluator:
 
     def _remedies(self, backbone: Backbone) -> list[str]:
         fewer = [f"eval.batch = {self.eval.batch // 2} (now {self.eval.batch})"] if self.eval.batch > 1 else []
-        return [*fewer, *smaller(backbone)]
+        return [*fewer, *smaller(backbone, self.prompts.manifest.sizes[0])]
 
     def samples(self, backbone: Backbone) -> Media:
         """Return the first prompts, and the media that the backbone generates for them, on the CPU."""

@@ -164,7 +164,7 @@ class Sampling:
     def _remedies(self, backbone: Backbone) -> list[str]:
         size, batch = self.sampled.settings.size, self.sampled.settings.eval.batch
         fewer = [f"--batch {batch // 2} (now {batch})"] if batch > 1 else []
-        return [*fewer, *smaller(backbone), f"a --size smaller than {','.join(map(str, size))}"]
+        return [*fewer, *smaller(backbone, size), f"a --size smaller than {','.join(map(str, size))}"]
 
     def _write(self, subject: Subject, picture: Picture, medium: Tensor) -> None:
         still = medium[:, 0] if medium.ndim == 4 and medium.shape[1] == 1 else medium

@@ -149,7 +149,13 @@ def test_every_prompt_has_samples_of_its_own_noise(tmp_path, world: int, named: 
     made: dict[str, Any] = {}
     for rank in range(world):
         ranks: Any = SimpleNamespace(
-            world=world, rank=rank, sharded=True, device="cpu", all_gather_object=lambda part: gathered(parts, part)
+            world=world,
+            data_world=world,
+            data_rank=rank,
+            leads=True,
+            sharded=True,
+            device="cpu",
+            all_gather_object=lambda part: gathered(parts, part),
         )
         before = backbone.calls
         dataset: Any = Prompts()

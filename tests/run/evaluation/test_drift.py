@@ -130,7 +130,13 @@ def test_drift_is_of_the_examples_whatever_number_of_ranks(tmp_path, world: int)
     forwards, made = set[int](), dict[str, Any]()
     for rank in range(world):
         ranks: Any = SimpleNamespace(
-            world=world, rank=rank, sharded=True, device="cpu", all_gather_object=lambda part: gathered(parts, part)
+            world=world,
+            data_world=world,
+            data_rank=rank,
+            leads=True,
+            sharded=True,
+            device="cpu",
+            all_gather_object=lambda part: gathered(parts, part),
         )
         before = backbone.calls
         of: Any = Evaluator(Eval(**keys, drift=Drift(samples=7, start=0.9)), data, ranks, data)

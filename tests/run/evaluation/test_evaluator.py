@@ -74,7 +74,9 @@ def test_scores_and_categories_are_of_their_own_prompts(monkeypatch, tmp_path, l
     """What each rank gives to the others."""
 
     def scored(rank: int, gather: Any) -> Any:
-        ranks: Any = SimpleNamespace(world=world, rank=rank, main=rank == 0, sharded=False, all_gather_object=gather)
+        ranks: Any = SimpleNamespace(
+            data_world=world, data_rank=rank, leads=True, main=rank == 0, sharded=False, all_gather_object=gather
+        )
         return attrs.evolve(of, ranks=ranks).score(None)
 
     def gather(part: Any) -> list[Any]:
@@ -112,7 +114,13 @@ class Dies(Told):
 
 def single() -> Any:
     return SimpleNamespace(
-        world=1, rank=0, main=True, sharded=False, all_gather_object=lambda part: [part], from_main=lambda ask: ask()
+        data_world=1,
+        data_rank=0,
+        leads=True,
+        main=True,
+        sharded=False,
+        all_gather_object=lambda part: [part],
+        from_main=lambda ask: ask(),
     )
 
 
