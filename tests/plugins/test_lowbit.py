@@ -412,6 +412,7 @@ def test_full_training_is_refused(project: Project) -> None:
     assert "'nf4'" in done.err
 
 
+@pytest.mark.slow
 def test_two_processes_share_packed_weights(project: Project) -> None:
     """With FSDP2: each reads and packs its own rows."""
     keys = (LORA, "backbone.frozen='nf4'", "shard=true")

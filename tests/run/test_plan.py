@@ -689,8 +689,8 @@ def contents(folder: Path) -> Mapping[str, bytes]:
     [
         ([], ""),
         pytest.param(["stage.soar.optimizer.lr=5e-4"], "", marks=pytest.mark.slow),
-        ([], "grpo"),
-        (["stage.grpo.optimizer.lr=5e-4"], "soar"),
+        pytest.param([], "grpo", marks=pytest.mark.slow),
+        pytest.param(["stage.grpo.optimizer.lr=5e-4"], "soar", marks=pytest.mark.slow),
         (["stage.grpo.from=base"], "soar"),
         (["eval.diversity={prompts=2, samples=2}", "eval.drift={samples=3}"], ""),
     ],

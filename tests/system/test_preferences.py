@@ -72,7 +72,7 @@ def margins(stage: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     "keys",
-    [("shard=true",), ("backbone.train={use='full'}",)],
+    [pytest.param(("shard=true",), marks=pytest.mark.slow), ("backbone.train={use='full'}",)],
     ids=["fsdp lora", "ddp full"],
 )
 def test_two_processes_train_as_one_does(preferences, keys):

@@ -42,6 +42,7 @@ def test_what_fits_as_it_is_needs_no_keys(large: Project) -> None:
     assert found.before == found.found
 
 
+@pytest.mark.slow
 def test_keys_are_as_many_as_are_needed_and_each_is(large: Project) -> None:
     whole = max(e.peak for e in fit(large, 1e12).found)
     found = fit(large, 0.2 * whole)
@@ -60,6 +61,7 @@ def test_what_costs_nothing_comes_first(large: Project) -> None:
     assert {remedies.last_name(key) for key in found.chosen} <= {"micro_batch", "chunk"}
 
 
+@pytest.mark.slow
 def test_more_devices_share_before_another_training_is_proposed(large: Project) -> None:
     keys = [*KEYS, "backbone.train={use='full'}"]
     alone = fit(large, 1e12, keys=keys).found
@@ -84,6 +86,7 @@ def test_the_command_prints_keys_that_fit(large: Project) -> None:
     assert again.status == 0, again.err
 
 
+@pytest.mark.slow
 def test_what_fits_nowhere_is_said(large: Project) -> None:
     ended = large.main("check", "pipeline.toml", "--fit", "0.3MiB")
     assert ended.status == 2

@@ -203,7 +203,7 @@ def differ(one: Path, other: Path, strict: bool = False) -> dict[str, tuple[floa
 @pytest.mark.parametrize(
     ("mode", "shard"),
     [
-        pytest.param("lora", "false", id="ddp lora"),
+        pytest.param("lora", "false", id="ddp lora", marks=pytest.mark.slow),
         pytest.param("full", "true", id="fsdp full"),
         pytest.param("full", "false", id="ddp full", marks=pytest.mark.slow),
         pytest.param("lora", "true", id="fsdp lora", marks=pytest.mark.slow),

@@ -305,8 +305,9 @@ class Diffusers(ABC):
         """Free the text encoders and the VAE. `null` needs neither if `empty` is set."""
         import torch
 
-        self._others = None
-        gc.collect()  # diffusers' pipelines and their parts refer to each other, and gigabytes would stay
+        if self._others is not None:
+            self._others = None
+            gc.collect()  # diffusers' pipelines and their parts refer to each other, and gigabytes would stay
         torch.cuda.empty_cache()
 
     def encoding_key(self) -> Mapping[str, str]:

@@ -153,7 +153,8 @@ def test_every_prompt_has_samples_of_its_own_noise(tmp_path, world: int, named: 
             data_world=world,
             data_rank=rank,
             leads=True,
-            sharded=True,
+            forwards_together=True,
+            layout=SimpleNamespace(context=1),
             device="cpu",
             all_gather_object=lambda part: gathered(parts, part),
         )

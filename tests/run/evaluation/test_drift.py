@@ -134,7 +134,8 @@ def test_drift_is_of_the_examples_whatever_number_of_ranks(tmp_path, world: int)
             data_world=world,
             data_rank=rank,
             leads=True,
-            sharded=True,
+            forwards_together=True,
+            layout=SimpleNamespace(context=1),
             device="cpu",
             all_gather_object=lambda part: gathered(parts, part),
         )

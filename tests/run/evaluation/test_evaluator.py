@@ -75,7 +75,12 @@ def test_scores_and_categories_are_of_their_own_prompts(monkeypatch, tmp_path, l
 
     def scored(rank: int, gather: Any) -> Any:
         ranks: Any = SimpleNamespace(
-            data_world=world, data_rank=rank, leads=True, main=rank == 0, sharded=False, all_gather_object=gather
+            data_world=world,
+            data_rank=rank,
+            leads=True,
+            main=rank == 0,
+            forwards_together=False,
+            all_gather_object=gather,
         )
         return attrs.evolve(of, ranks=ranks).score(None)
 
@@ -118,7 +123,7 @@ def single() -> Any:
         data_rank=0,
         leads=True,
         main=True,
-        sharded=False,
+        forwards_together=False,
         all_gather_object=lambda part: [part],
         from_main=lambda ask: ask(),
     )
@@ -160,7 +165,7 @@ def test_media_are_of_their_own_prompt_and_noise(tmp_path):
         return Batch(None, backbone.encode_text(texts), texts, [{}] * len(rows), rows, backbone.shape)
 
     def media(rows: Any, **keys: Any) -> Tensor:
-        ranks: Any = SimpleNamespace(device=torch.device("cpu"))
+        ranks: Any = SimpleNamespace(device=torch.device("cpu"), forwards_together=False)
         dataset: Any = SimpleNamespace(batch=batch, null=backbone.encode_text([""]))
         eval = Eval(prompts=tmp_path / "p.txt", reward=(), **{"steps": 3, "guidance": 2.0, **keys})
         return Evaluator(eval, dataset, ranks).media(backbone, rows)
