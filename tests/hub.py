@@ -223,6 +223,7 @@ def take_for_the_hub(served: Hub, monkeypatch: pytest.MonkeyPatch, token: str = 
     """Empty the stand-in, and have huggingface_hub take it for the hub."""
     import huggingface_hub.constants
     import huggingface_hub.file_download
+    import huggingface_hub.utils
 
     served.__init__(served.url)
     template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -230,6 +231,8 @@ def take_for_the_hub(served: Hub, monkeypatch: pytest.MonkeyPatch, token: str = 
     for module in (huggingface_hub.constants, huggingface_hub.file_download):  # where it is read since 1.0, and before
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    for name in ("reset_sessions", "close_session"):  # a session that began while a test was offline stays so
+        getattr(huggingface_hub.utils, name, bool)()
     monkeypatch.setenv("HF_TOKEN", token)
     return served
 

@@ -426,8 +426,8 @@ def _status() -> int:
     return 2
 
 
-NOISY = ("bitsandbytes", "diffusers.quantizers")
-"""Loggers of libraries that say on import what they would like to be installed, whether it is needed or not."""
+NOISY = ("bitsandbytes", "diffusers.quantizers", "torch.utils._pytree")
+"""Loggers of libraries that complain on import of what else is installed, or is not, whether it is used or not."""
 
 
 def _called() -> int | None:

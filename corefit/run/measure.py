@@ -157,7 +157,8 @@ def first_examples(pipeline: Pipeline, data: Dataset, backbone: Any, device: tor
 
     noise, levels = pipeline.stage[0].noise or LogitNormal(), len(QUANTILES)
     found: list[Example] = []
-    for row in range(min(EXAMPLES, len(data))):
+    kept = sorted(int(row) for rows in data.buckets.values() for row in rows)
+    for row in kept[:EXAMPLES]:
         batch, rng = data.batch([row], [row]), Rng((pipeline.seed, "measure"), [row])
         x0 = _generated(pipeline, backbone, batch, device) if batch.x0 is None else batch.x0.float()
         draws = noise.sample(DRAWS, backbone.shift(batch.shape), Rng((pipeline.seed, "measure levels"), range(DRAWS)))

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 ASKED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
 """Finds the size in messages of both of torch's allocators: "2.50 GiB" of CUDA's, "2684354560 bytes" of the CPU's."""
-CPU = "DefaultCPUAllocator: can't allocate memory"
+SAID = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+"""What errors say that are of no class of their own."""
 
 
 def keep_freed() -> None:
@@ -215,7 +221,7 @@ def is_exhausted(error: BaseException) -> bool:
     """Return whether the error means that main memory or a device's ran out."""
     import torch
 
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(each in str(error) for each in SAID)
 
 
 def total() -> int:

@@ -224,6 +224,7 @@ class Loop:
         if not sizes.chosen and sizes.are_free:
             most = measuring.rows_that_fit(self.job.backbone, self.state, self.sharding, batch, shapes)
             sizes.choose(most)
+        self.state.guard.terms = term_names(sizes.objective)
 
     def _set_learning_rate(self) -> None:
         """Give the optimizer the learning rate of the step that begins."""

@@ -37,7 +37,7 @@ def rows_that_fit(
     try:
         most = _measured(backbone, state, sharding, batch) / largest
     except OutOfMemory:
-        if ranks.sharded:  # the others wait in a gather
+        if ranks.forwards_together:  # the others wait in an exchange of the forward
             raise
         most = 1.0
     for p in state.trainable.values():

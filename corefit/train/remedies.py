@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from attrs import fields, frozen, has
@@ -130,7 +131,7 @@ def _state_remedies(stage: Stage, mode: Full | Lora) -> Iterator[Remedy]:
     copied = stage.ema is not None or "reference" in stage.objective.uses or bool(moving_copies(stage.objective))
     if copied and stage.copies != "cpu":
         yield Remedy(f"{name}.copies", '"cpu"')
-    if type(stage.optimizer) is AdamW and isinstance(mode, Full):
+    if type(stage.optimizer) is AdamW and isinstance(mode, Full) and find_spec("bitsandbytes"):
         yield Remedy(f"{name}.optimizer.use", '"adamw8bit"')
 
 
@@ -170,7 +171,7 @@ def pipeline_ladder(pipeline: Pipeline, stage: Stage, world: int) -> Iterator[Re
     """Yield what would take less memory in any phase of a stage and is not set yet, in the order of what it costs."""
     if pipeline.eval and pipeline.eval.batch > 1:
         yield Remedy("eval.batch", str(pipeline.eval.batch // 2), pipeline.eval.batch)
-    if getattr(pipeline.backbone, "tile", 0) is None:
+    if getattr(pipeline.backbone, "tile", 0) is None and pipeline.data.encoded is None:  # it was encoded without
         yield Remedy("backbone.tile", "512")
     if getattr(pipeline.backbone, "text_encoders", "cpu") == "device":
         yield Remedy("backbone.text_encoders", '"cpu"')

@@ -68,7 +68,7 @@ class Sizes:
     @property
     def are_free(self) -> bool:
         """Whether the pipeline leaves any of them to the trainer."""
-        return self.stage.micro_batch is None or bool(self.chunks)
+        return (self.stage.micro_batch is None and self.share > 1) or bool(self.chunks)
 
     @property
     def can_lower(self) -> bool:
@@ -98,7 +98,7 @@ class Sizes:
         for entry in weighted_objectives(self.stage.objective):
             for key, largest in free_chunks(entry.value).items():
                 self.chunks[entry.name][key] = largest
-                while self._large() and self.rows * self._sized(entry).value.rows_per_graph > most:
+                while self.chunks[entry.name][key] > 1 and self.rows * self._sized(entry).value.rows_per_graph > most:
                     self.chunks[entry.name][key] = -(-self.chunks[entry.name][key] // 2)
 
     def _overlapping(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from attrs import field, frozen
 
-from corefit.errors import ConfigError
+from corefit.errors import CorefitError
 from corefit.pipeline.pipeline import Pipeline
 from corefit.train import remedies
 from corefit.train.estimate.device import Device
@@ -26,6 +26,12 @@ DROPPED = (
     *("chunk", "optimizer", "tile", "micro_batch", "batch"),
 )
 """Last names of keys from the most to the least that they cost: in this order it is tried to do without."""
+
+
+def _dropped(key: str) -> int:
+    """Return the place of a key among those that are tried to be left out; keys of plugins come last."""
+    name = remedies.last_name(key)
+    return DROPPED.index(name) if name in DROPPED else len(DROPPED)
 
 
 @frozen(kw_only=True)
@@ -100,7 +106,7 @@ class Search:
         for remedy in self._remedies(chosen):
             try:
                 found = self._estimates({**chosen, remedy.key: remedy})
-            except ConfigError:  # the key does not go with others
+            except CorefitError:  # the key does not go with others
                 continue
             if excess(found, self._bytes) <= (1 - NOTICED) * much:
                 return remedy, found
@@ -118,11 +124,11 @@ class Search:
     ) -> tuple[dict[str, Remedy], Sequence[Estimate]]:
         """Drop the keys without which all fits, those first that cost most."""
         kept = dict(chosen)
-        for key in sorted(chosen, key=lambda each: DROPPED.index(remedies.last_name(each))):
+        for key in sorted(chosen, key=lambda each: _dropped(each)):
             fewer = {other: remedy for other, remedy in kept.items() if other != key}
             try:
                 without = self._estimates(fewer)
-            except ConfigError:
+            except CorefitError:
                 continue
             if not excess(without, self._bytes):
                 kept, found = fewer, without
@@ -133,7 +139,7 @@ class Search:
         fewer = {other: remedy for other, remedy in chosen.items() if other != key}
         try:
             without = self._estimates(fewer)
-        except ConfigError:
+        except CorefitError:
             return 0.0
         return max(e.peak for e in without) - max(e.peak for e in found)
 

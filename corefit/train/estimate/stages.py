@@ -205,13 +205,13 @@ class _Case:
 
     def _encoding(self) -> Iterator[Phase]:
         """Yield the phases before the first stage: prompts are encoded, and media where a stage trains on them."""
-        network, beside = self.vae, 0.0
-        if isinstance(self.backbone, SizedText):
+        network, beside, encoded = self.vae, 0.0, self.pipeline.data.encoded is not None
+        if isinstance(self.backbone, SizedText) and (self.pipeline.eval or not encoded):
             every = sum(self.backbone.encoder_bytes().values())
             most = self.backbone.encoding_bytes(self.device.memory)
             beside = every - bytes_of(network) if network is not None and most >= every else 0.0  # or they take turns
             yield Phase(phases.ENCODING_TEXTS, {"text encoders": most})
-        if self.pipeline.needs_media and network is not None:
+        if self.pipeline.needs_media and network is not None and not encoded:
             found = self.forwards.encoding(1, self.size, network)
             rows = self.pipeline.data.encode_batch
             parts = {"encoder": float(bytes_of(network)), "text encoders": max(0.0, beside)}

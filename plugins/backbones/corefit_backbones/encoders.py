@@ -45,7 +45,9 @@ def read(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 def blank(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
     """A text encoder without weights, on the meta device, as `read` would hold it in `dtype`."""
-    return parts.blank(_class(checkpoint, name), checkpoint.folder / name).to(dtype)
+    kind, file = _class(checkpoint, name), checkpoint.config(name).file  # of a model on the hub, JSON alone is fetched
+    with parts.described(kind, file):
+        return parts.blank(kind, file.parent).to(dtype)
 
 
 def quantize(encoder: Any) -> None:
@@ -100,7 +102,7 @@ def _class(checkpoint: Checkpoint, part: str) -> Any:
     kind = getattr(module, name, None)
     if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
         raise ModelError(
-            f"{checkpoint.folder}: model_index.json names {name} of {library} for {part}, which the installed "
+            f"{checkpoint.path}: model_index.json names {name} of {library} for {part}, which the installed "
             "diffusers and transformers do not have"
         )
     return kind
