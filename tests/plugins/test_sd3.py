@@ -538,7 +538,8 @@ def test_a_hub_that_gives_nothing_is_told(monkeypatch):
 def test_the_fields_are_the_keys_and_resolve():
     keys = {f.name for f in attrs.fields(Sd3) if f.init}
     speed = {"gradient_checkpointing", "attention", "compile"}
-    assert keys >= {"path", "revision", "variant", "transformer_", "max_sequence_length", *speed}
+    size = {"frozen", "offload", "text_encoders", "tile"}
+    assert keys == {"path", "revision", "variant", "transformer_", "max_sequence_length", *speed, *size}
     assert keys < typing.get_type_hints(Sd3).keys()
 
 
