@@ -115,9 +115,24 @@ def cli() -> None:
     help="Run STAGE and all stages that descend from it anew.",
     shell_complete=completion.stages,
 )
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="STAGE",
+    help="Train STAGE and those it starts from, no others. May be given several times.",
+    shell_complete=completion.stages,
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done and why, and do nothing.")
 @TRACE
-def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str, dry_run: bool, trace: bool) -> None:
+def run(
+    pipeline: Path,
+    settings: tuple[str, ...],
+    out: Path | None,
+    again: str,
+    only: tuple[str, ...],
+    dry_run: bool,
+    trace: bool,
+) -> None:
     """Train the stages of PIPELINE in order, and evaluate each.
 
     The same command continues a run that was stopped. PIPELINE is pipeline.toml if none is named.
@@ -128,9 +143,9 @@ def run(pipeline: Path, settings: tuple[str, ...], out: Path | None, again: str,
     from corefit.run import run as running
 
     if dry_run:
-        running.dry_run(checked, again=again)
+        running.dry_run(checked, again=again, only=only)
         return
-    where = running.run(checked, again=again)
+    where = running.run(checked, again=again, only=only)
     if os.environ.get("RANK", "0") == "0":
         click.echo(plain(f"all of it is in {where}"))
 

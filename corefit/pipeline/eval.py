@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from attrs import field, frozen, validators
 
 from corefit.data.settings import Data
 from corefit.data.sources import Listed, prompt_source
+from corefit.errors import counted
 from corefit.types import ROUNDING, Featured, Reward, Weighted
 
 positive: Any = validators.gt(0)
@@ -46,6 +49,27 @@ class Drift:
     choice."""
 
 
+def _check_distinct(_: object, attribute: attrs.Attribute[Any], value: Sequence[float]) -> None:
+    if len(set(value)) < len(value):
+        raise ValueError(f"{attribute.name!r} names {max(value, key=value.count):g} twice; remove one")
+
+
+@frozen(kw_only=True)
+class Also:
+    """Sample some prompts once more, from the same noise, with other numbers of sampling steps and other guidance."""
+
+    prompts: int = field(default=256, validator=countable)
+    """How many prompts to use, evenly spread over the held-out ones; repeated prompts count once."""
+    steps: tuple[int, ...] = field(default=(), validator=[validators.deep_iterable(countable), _check_distinct])
+    """Numbers of sampling steps; by default that of `[eval]`. Each is combined with each scale of guidance."""
+    guidance: tuple[float, ...] = field(default=(), validator=[validators.deep_iterable(positive), _check_distinct])
+    """Scales of guidance; by default that of `[eval]`."""
+
+    def __attrs_post_init__(self) -> None:
+        if not self.steps and not self.guidance:
+            raise ValueError("name 'steps' or 'guidance', such as steps = [8, 50]")
+
+
 @frozen(kw_only=True)
 class Eval:
     """`[eval]`: how the base model and the result of every stage are evaluated."""
@@ -75,6 +99,8 @@ class Eval:
     """Measure how alike the samples of one prompt are, as the metrics `vendi` and `distance`; by default not."""
     drift: Drift | None = None
     """Measure the exposure bias, as a curve over noise levels in `drift.json`; by default not."""
+    also: Also | None = None
+    """Score samples with other numbers of sampling steps and other guidance, too, as metrics of their own."""
 
     def __attrs_post_init__(self) -> None:
         name = self.diversity.features if self.diversity else "pixels"
@@ -90,6 +116,18 @@ class Eval:
         """The reward whose features diversity is measured by; None where it is measured by pixels."""
         found = [entry.value for entry in self.reward if self.diversity and entry.name == self.diversity.features]
         return found[0] if found and isinstance(found[0], Featured) else None
+
+    @property
+    def others(self) -> Mapping[str, Eval]:
+        """The settings of `also` that differ from these, by their names: "8 steps", "guidance 1", or both."""
+        steps = (self.also and self.also.steps) or (self.steps,)
+        scales = (self.also and self.also.guidance) or (self.guidance,)
+        found: dict[str, Eval] = {}
+        for number, scale in itertools.product(steps, scales):
+            parts = [*([counted(number, "step")] if number != self.steps else [])]
+            parts += [f"guidance {scale:g}"] if scale != self.guidance else []
+            found[", ".join(parts)] = attrs.evolve(self, steps=number, guidance=scale, also=None)
+        return {name: each for name, each in found.items() if name}
 
     @property
     def shown(self) -> int:

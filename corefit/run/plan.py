@@ -239,28 +239,63 @@ class Rerun:
 
 def _folders_from(pipeline: Pipeline, stage: str, also: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the folder names of a stage and of all that descend from it, and of the other stages those in `also`."""
-    names = {f"{number:02d}-{s.name}": s for number, s in enumerate(pipeline.stage, 1)}
-    again = {name for name, s in names.items() if stage in (each.name for each in pipeline.lineage(s))}
-    return tuple(name for name in names if name in again or name in also)
+    names = {f"{number:02d}-{s.name}": s.name for number, s in enumerate(pipeline.stage, 1)}
+    again = _descendants(pipeline, stage)
+    return tuple(folder for folder, name in names.items() if name in again or folder in also)
 
 
-def check_stage(pipeline: Pipeline, name: str) -> None:
-    """Raise ConfigError if the pipeline has no stage `name`; "" means that none was given."""
+def check_stages(pipeline: Pipeline, again: str, only: Sequence[str] = ()) -> None:
+    """Raise ConfigError if `--from` or `--only` name a stage that the pipeline has not, or contradict each other.
+
+    again  the STAGE of `--from`, "" if there is none
+    """
     names = [stage.name for stage in pipeline.stage]
-    if name and name not in names:
-        raise ConfigError(
-            f"--from {name}: there is no stage {name!r}{near(name, names)}; there are: {', '.join(names)}"
-        )
+    for option, name in [*([("--from", again)] if again else []), *(("--only", each) for each in only)]:
+        if name not in names:
+            raise ConfigError(
+                f"{option} {name}: there is no stage {name!r}{near(name, names)}; there are: {', '.join(names)}"
+            )
+    if again and only:
+        left = [name for name in _descendants(pipeline, again) if name not in chosen(pipeline, only)]
+        if left:
+            raise ConfigError(
+                f"--from {again} runs {', '.join(left)} anew, which --only leaves out; name it with --only, too"
+            )
+
+
+def chosen(pipeline: Pipeline, only: Sequence[str]) -> frozenset[str]:
+    """Return the names of the stages that `--only` names and of all that they come from; of all stages without it."""
+    wanted = [stage for stage in pipeline.stage if not only or stage.name in only]
+    return frozenset(each.name for stage in wanted for each in pipeline.lineage(stage))
+
+
+def is_done(target: Target, rerun: Rerun) -> bool:
+    """Return whether a stage is finished and evaluated, so that a run uses all of it as it is."""
+    return decide_training(target, rerun).reuse and (target.scores is None or decide_evaluation(target).reuse)
+
+
+def _descendants(pipeline: Pipeline, name: str) -> list[str]:
+    """Return the names of a stage and of all that descend from it."""
+    return [s.name for s in pipeline.stage if name in (each.name for each in pipeline.lineage(s))]
 
 
 # --dry-run
 
 
-def listing(pipeline: Pipeline, found: Sequence[Target], rerun: Rerun, prompts: int) -> Iterator[tuple[str, str]]:
-    """Yield (what, what a run would do and why) for base and stages; `prompts` is the number of held-out prompts."""
+def listing(
+    pipeline: Pipeline, found: Sequence[Target], rerun: Rerun, prompts: int, chosen: frozenset[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield (what, what a run would do and why) for base and stages.
+
+    prompts  the number of held-out prompts
+    chosen   the names of the stages that may be trained
+    """
     base, *stages = found
     yield from _evaluation_line(base, prompts)
     for stage, target in zip(pipeline.stage, stages, strict=True):
+        if target.name not in chosen and not is_done(target, rerun):
+            yield target.folder.name, "leave out: --only does not name it"
+            continue
         decision = decide_training(target, rerun)
         yield target.folder.name, _training_line(stage, target.folder, decision)
         yield from _evaluation_line(target, prompts, superseded=decision.supersede)

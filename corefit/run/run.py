@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,36 +38,46 @@ from corefit.types import Backbone, Scored, blame
 T = TypeVar("T")
 
 
-def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") -> Path:
+def run(
+    pipeline: Pipeline, display: Display | None = None, *, again: str = "", only: Sequence[str] = ()
+) -> Path:
     """Run the stages that are not finished, and return the run's folder. Raises CorefitError; Stopped after a signal.
 
     again  the STAGE of `--from`: it and the stages that descend from it are run anew, even if they are finished
+    only   the STAGEs of `--only`: the stages that are not finished are run only if they are among these, or if one of
+           these descends from them
     """
     ranks = join(pipeline.precision, pipeline.layout)
-    ranks.all_or_none(lambda: plan.check_stage(pipeline, again))
+    ranks.all_or_none(lambda: plan.check_stages(pipeline, again, only))
     display = display or Display.on(ranks.main)
     signals = Signals(display.print, echo(ranks.world))
     folder, events = pipeline.run_folder, Events(pipeline, ranks, display)
     with signals.handled():
-        agreement.check(ranks, pipeline, f"run --from {again}" if again else "run")
+        agreement.check(ranks, pipeline, " ".join(["run", *_options(again, only)]))
         with locked(folder, ranks), display, files.explain_write_errors(folder):
             homes = Homes.find(folder, ranks)
             refuse_homes(homes, folder)
             notes = ranks.share_failures(folder, keeper=homes.local.main)
             with events.ending(), notes, blame.no_exit(), files.explain_write_errors(folder):
                 rerun = Rerun.load(pipeline, again)
-                Run(pipeline, ranks, homes, display, signals, events, rerun).execute()
+                Run(pipeline, ranks, homes, display, signals, events, rerun, plan.chosen(pipeline, only)).execute()
             if ranks.main:  # last of all: after a kill before it, the same command goes on and does not begin again
                 rerun.finish()
     return pipeline.run_folder
 
 
-def dry_run(pipeline: Pipeline, display: Display | None = None, *, again: str = "") -> None:
+def _options(again: str, only: Sequence[str]) -> list[str]:
+    return [*([f"--from {again}"] if again else []), *(f"--only {stage}" for stage in only)]
+
+
+def dry_run(
+    pipeline: Pipeline, display: Display | None = None, *, again: str = "", only: Sequence[str] = ()
+) -> None:
     """Print what `run` would do and why, a line for each step; nothing is written, no weights are loaded."""
-    plan.check_stage(pipeline, again)
+    plan.check_stages(pipeline, again, only)
     ranks = join(pipeline.precision, pipeline.layout)
     display = display or Display.on(ranks.main)
-    lines = list(_dry_run_lines(pipeline, ranks, Rerun.load(pipeline, again)))
+    lines = list(_dry_run_lines(pipeline, ranks, Rerun.load(pipeline, again), plan.chosen(pipeline, only)))
     width = max(len(name) for name, _ in lines)
     for name, what in lines:
         display.print(f"{name:{width}}  {what}")
@@ -85,6 +95,8 @@ class Run:
     signals: Signals
     events: Events
     rerun: Rerun
+    chosen: frozenset[str]
+    """The names of the stages that may be trained; the others are in the results if they are finished."""
     dataset: Dataset = field(init=False)
     evaluator: Evaluator | None = field(init=False, default=None)
     duplicates: int | None = field(init=False, default=None)
@@ -117,10 +129,19 @@ class Run:
         self._evaluate(base, left[base.name], Cost(0, 0, 0))
         if self.main:
             self.rerun.write()
+        done = [base]
         for stage, target in zip(self.pipeline.stage, targets, strict=True):
-            left[stage.name] = self._run_stage(stage, target, left[target.start])
+            if self._is_run(target, left):
+                left[stage.name] = self._run_stage(stage, target, left[target.start])
+                done.append(target)
         if self.main:
-            self._report([base, *targets])
+            self._report(done)
+
+    def _is_run(self, target: Target, left: Mapping[str, Weights]) -> bool:
+        """Return whether a stage is run: it was chosen, or it is finished and costs nothing more."""
+        if target.name in self.chosen:
+            return True
+        return target.start in left and self.ranks.from_main(lambda: plan.is_done(target, self.rerun))
 
     def _refuse_too_large(self) -> None:
         device, world = estimate.Device.here(), self.ranks.world
@@ -329,7 +350,9 @@ def _newest(checkpoints: Path) -> str:
     return newest.path.name if newest else ""
 
 
-def _dry_run_lines(pipeline: Pipeline, ranks: Ranks, rerun: Rerun) -> Iterator[tuple[str, str]]:
+def _dry_run_lines(
+    pipeline: Pipeline, ranks: Ranks, rerun: Rerun, chosen: frozenset[str]
+) -> Iterator[tuple[str, str]]:
     """Yield (what, what would be done with it and why), in order."""
     eval, prompts, num_prompts = pipeline.eval, None, 0
     pipeline.backbone.place(ranks.device, text_dtype(ranks))
@@ -340,4 +363,4 @@ def _dry_run_lines(pipeline: Pipeline, ranks: Ranks, rerun: Rerun) -> Iterator[t
         yield "prompts", text
         num_prompts = eval.count(count)
     targets = plan.targets(pipeline, dataset, prompts, precision(ranks))
-    yield from plan.listing(pipeline, targets, rerun, num_prompts)
+    yield from plan.listing(pipeline, targets, rerun, num_prompts, chosen)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import attrs
 import numpy as np
 from attrs import field, frozen
 
@@ -186,6 +187,30 @@ class Evaluator:
         found = [diversity.measure(np.stack(features[start : start + settings.samples])) for start in starts]
         measured = [each for share in self._by_share(found) for each in share]
         return {"rows": rows, "values": {name: [each[name] for each in measured] for name in diversity.METRICS}}
+
+    def also(self, backbone: Backbone, prompts: Sequence[str], progress: Progress = _silent) -> dict[str, Any]:
+        """Return {"rows": [n], "values": metric -> [n]} of n of the held-out `prompts`, with the settings of `also`.
+
+        A metric's name is that of the reward and of the settings, such as "ocr, 8 steps". Every rank does its share.
+        """
+        assert self.eval.also is not None, "[eval] also is not set"
+        rows, world = diversity.spread(prompts, self.eval.also.prompts), self.ranks.data_world
+        size = min(self.eval.batch, -(-len(rows) // world))
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        mine, others = chunks[self.ranks.data_rank :: world], self.eval.others
+        values: dict[str, list[float]] = {}
+        for number, (name, settings) in enumerate(others.items()):
+            changed, scored = attrs.evolve(self, eval=settings), dict[int, RowScores]()
+            for done, chunk in enumerate(mine, 1):
+                scored |= changed._scores(backbone, chunk)[0]
+                progress(number * len(mine) + done, len(others) * len(mine))
+            changed._join_forwards(backbone, len(mine), -(-len(chunks) // world))
+            found: dict[int, RowScores] = {}
+            for share in self._by_share(scored):
+                found |= share
+            for entry in self.eval.reward:
+                values[f"{entry.name}, {name}"] = [found[row]["values"][entry.name] for row in rows]
+        return {"rows": rows, "values": values}
 
     def drift(self, backbone: Backbone, progress: Progress = _silent) -> dict[str, Any]:
         """Return what `drift.Drifts` holds, measured on examples of the training data; every rank does its share."""

@@ -84,6 +84,9 @@ def _score(
     if evaluator.eval.diversity:
         with display.task(f"{target.name}: diversity") as progress:
             scored["diversity"] = evaluator.diversity(backbone, scored["prompts"], progress)
+    if evaluator.eval.others and evaluator.eval.reward:
+        with display.task(f"{target.name}: other settings") as progress:
+            scored["also"] = evaluator.also(backbone, scored["prompts"], progress)
     if evaluator.eval.drift:
         with display.task(f"{target.name}: drift") as progress:
             scored["drift"] = evaluator.drift(backbone, progress)

@@ -54,6 +54,9 @@ class Soar(Supervised):
     """Number of sampling steps K that determines the length of the rollout's step: 1/K in unshifted time."""
     weight: float = field(default=1.0, validator=validators.ge(0))
     """Weight of the correction points, lambda."""
+    displacement: float = field(default=1.0, validator=[validators.ge(0), validators.le(10)])
+    """Factor by which the step's distance off the trajectory is multiplied. With 0 there is no rollout, and the points
+    lie on the trajectory, at the noise levels that SOAR's have: a control that tells the states from the levels."""
     normalize: Literal["items", "weighted"] = "items"
     """Divide the loss by B + N_aux, as in eq. 15, or by B + lambda N_aux, as in the published code."""
     chunk: int | None = field(
@@ -105,7 +108,7 @@ class Soar(Supervised):
         yield Term.of(base, base=base)
         if self.weight:
             del base
-            v = self._guided(z, s, cond, v, ctx)
+            v = self._guided(z, s, cond, v, ctx) if self.displacement else v
             yield from self._corrections(Rollout(z0, eps, s, s_star, above_zero, shift, cond, v), ctx)
 
     def _guided(self, z: Tensor, s: Tensor, cond: Condition, v: Tensor, ctx: Context) -> Tensor:
@@ -131,11 +134,12 @@ class Soar(Supervised):
         rows in which a stochastic path would end at sigma 0 are left out, because there is no noise at that level.
         """
         if path == 0:
-            return deviation(roll.v, roll.z0, roll.eps, roll.s, roll.s_star), roll.s > 0
+            delta = deviation(roll.v, roll.z0, roll.eps, roll.s, roll.s_star)
+            return delta * self.displacement, roll.s > 0
         z = interpolate(roll.z0, roll.eps, roll.s)
         step = ctx.sampler.step(z, roll.v, roll.s, roll.s_star)
         z = step.mean + expand_like(step.std, z) * ctx.randn_like(z)
-        return z - interpolate(roll.z0, roll.eps, roll.s_star), roll.above_zero
+        return (z - interpolate(roll.z0, roll.eps, roll.s_star)) * self.displacement, roll.above_zero
 
     def _correction(
         self,
