@@ -54,6 +54,8 @@ Thing = tuple[str, int]
 """A colour and a digit."""
 Written = Mapping[Cell, tuple[str, "NDArray[np.float32]"]]
 """The cells that are not empty: a colour and a handwritten image [8, 8]."""
+LAYOUTS = ("any", "diagonal")
+"""Where the things of a scene without a relation may be; "diagonal" puts the first of two above the other, across."""
 MISTAKES = ("digit", "colour", "count", "place", "swap")
 """How the rejected picture of a pair can be wrong; see `spoil`."""
 
@@ -84,6 +86,11 @@ class Scene:
         """The scene of `meta`, as the property made it."""
         things = tuple((str(t["colour"]), int(t["digit"])) for t in meta["things"])
         return Scene(meta["category"], things, meta["relation"])
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the scene has two different things, and its prompt does not say where they are."""
+        return len(set(self.things)) == 2 and not self.relation
 
     @property
     def held_out(self) -> bool:
@@ -141,9 +148,12 @@ def digit_images(part: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     return (images[rows] / 16).astype(np.float32).reshape(-1, CELL, CELL), classes[rows]
 
 
-def place(scene: Scene, rng: np.random.Generator) -> list[Cell]:
-    """A cell (row, column) for each thing of the scene, drawn from those that satisfy its relation."""
+def place(scene: Scene, rng: np.random.Generator, layout: str = "any") -> list[Cell]:
+    """A cell (row, column) for each thing of the scene, drawn from those that satisfy its relation and the layout."""
     cells = list(product(range(2), range(2)))
+    if layout == "diagonal" and scene.is_pair:
+        column = int(rng.integers(2))
+        return [(0, column), (1, 1 - column)]
     if not scene.relation:
         return [cells[i] for i in rng.permutation(4)[: len(scene.things)]]
     lane = int(rng.integers(2))
@@ -157,9 +167,9 @@ def draw(scene: Scene, rng: np.random.Generator, part: str = "train") -> NDArray
     return paint(write(scene, rng, part))
 
 
-def write(scene: Scene, rng: np.random.Generator, part: str = "train") -> Written:
+def write(scene: Scene, rng: np.random.Generator, part: str = "train", layout: str = "any") -> Written:
     """Place the things of the scene, each written with a digit of `part`."""
-    cells = place(scene, rng)
+    cells = place(scene, rng, layout)
     return {cell: (c, handwritten(d, rng, part)) for cell, (c, d) in zip(cells, scene.things, strict=True)}
 
 
@@ -226,13 +236,15 @@ class DigitScenes:
     """In turn; one that is named twice has twice as many scenes."""
     wrong: tuple[str, ...] = field(default=(), validator=validators.deep_iterable(validators.in_(MISTAKES)))
     """Kinds of mistakes: each scene comes with a picture that has one of them, as its medium "rejected"."""
+    layout: str = field(default="any", validator=validators.in_(LAYOUTS))
+    """Where the things of a pair without a relation are; see LAYOUTS."""
 
     def examples(self) -> Iterator[Example]:
         for i in range(self.count):
             rng = np.random.Generator(np.random.Philox(key=[self.seed, i]))
             choices = scenes(self.categories[i % len(self.categories)], held_out=False)
             scene = choices[rng.integers(len(choices))]
-            written = write(scene, rng)
+            written = write(scene, rng, layout=self.layout)
             rejected = {"rejected": paint(spoil(scene, written, self.wrong, rng))} if self.wrong else {}
             yield Example(scene.prompt, paint(written), scene.meta, rejected)
 
@@ -261,6 +273,8 @@ class Evaluator:
 
     strict: bool = True
     """True: 1 for a picture that is wholly right, else 0. False: the share of the facts that hold."""
+    layout: str = field(default="any", validator=validators.in_(LAYOUTS))
+    """With "diagonal" it is one more fact of a pair that its things are placed so."""
 
     def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Mapping[str, Any]]) -> Tensor:
         """Rewards [B] for media [B, 3, 16, 16] in [0, 1]; a fact is a digit, a colour, the count, the place."""
@@ -270,7 +284,7 @@ class Evaluator:
             raise ValueError(f"the judge reads media [B, 3, {SIZE}, {SIZE}], not {list(media.shape)}")
         pictures = media.detach().float().cpu().numpy().transpose(0, 2, 3, 1)
         seen = look(pictures)
-        shares = [share_right(Scene.of(m), found) for m, found in zip(meta, seen, strict=True)]
+        shares = [share_right(Scene.of(m), found, self.layout) for m, found in zip(meta, seen, strict=True)]
         rewards = torch.tensor(shares, dtype=torch.float32, device=media.device)
         return (rewards == 1).float() if self.strict else rewards
 
@@ -279,7 +293,7 @@ Found = Mapping[Cell, tuple[str | None, int | None]]
 """The cells of one picture that are not empty: colour and digit, None where unclear."""
 
 
-def share_right(scene: Scene, found: Found) -> float:
+def share_right(scene: Scene, found: Found, layout: str = "any") -> float:
     """Share in [0, 1] of the scene's facts that hold, for the kindest pairing of its things with the cells."""
     wanted = scene.things
     blanks: list[Cell | None] = [None] * max(0, len(wanted) - len(found))
@@ -287,8 +301,9 @@ def share_right(scene: Scene, found: Found) -> float:
     for cells in set(permutations([*found, *blanks], len(wanted))):
         got = [found[cell] if cell else (None, None) for cell in cells]
         right = sum((c == colour) + (d == digit) for (c, d), (colour, digit) in zip(got, wanted, strict=True))
-        best = max(best, right + (bool(scene.relation) and _holds(scene.relation, cells)))
-    facts = 2 * len(wanted) + 1 + bool(scene.relation)
+        placed = scene.is_pair and layout == "diagonal" and _across(cells)
+        best = max(best, right + placed + (bool(scene.relation) and _holds(scene.relation, cells)))
+    facts = 2 * len(wanted) + 1 + bool(scene.relation) + (scene.is_pair and layout == "diagonal")
     return (best + (len(found) == len(wanted))) / facts
 
 
@@ -298,6 +313,12 @@ def _holds(relation: str, cells: Sequence[Cell | None]) -> bool:
     axis = 1 if relation in ("left of", "right of") else 0
     step = cells[1][axis] - cells[0][axis]
     return step > 0 if relation in ("left of", "above") else step < 0
+
+
+def _across(cells: Sequence[Cell | None]) -> bool:
+    """Whether the first of two cells is above the other, and in the other column."""
+    first, other = cells
+    return first is not None and other is not None and (first[0], other[0]) == (0, 1) and first[1] != other[1]
 
 
 def look(pictures: NDArray[np.float32]) -> list[Found]:
