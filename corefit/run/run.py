@@ -38,9 +38,7 @@ from corefit.types import Backbone, Scored, blame
 T = TypeVar("T")
 
 
-def run(
-    pipeline: Pipeline, display: Display | None = None, *, again: str = "", only: Sequence[str] = ()
-) -> Path:
+def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "", only: Sequence[str] = ()) -> Path:
     """Run the stages that are not finished, and return the run's folder. Raises CorefitError; Stopped after a signal.
 
     again  the STAGE of `--from`: it and the stages that descend from it are run anew, even if they are finished
@@ -70,9 +68,7 @@ def _options(again: str, only: Sequence[str]) -> list[str]:
     return [*([f"--from {again}"] if again else []), *(f"--only {stage}" for stage in only)]
 
 
-def dry_run(
-    pipeline: Pipeline, display: Display | None = None, *, again: str = "", only: Sequence[str] = ()
-) -> None:
+def dry_run(pipeline: Pipeline, display: Display | None = None, *, again: str = "", only: Sequence[str] = ()) -> None:
     """Print what `run` would do and why, a line for each step; nothing is written, no weights are loaded."""
     plan.check_stages(pipeline, again, only)
     ranks = join(pipeline.precision, pipeline.layout)
@@ -350,9 +346,7 @@ def _newest(checkpoints: Path) -> str:
     return newest.path.name if newest else ""
 
 
-def _dry_run_lines(
-    pipeline: Pipeline, ranks: Ranks, rerun: Rerun, chosen: frozenset[str]
-) -> Iterator[tuple[str, str]]:
+def _dry_run_lines(pipeline: Pipeline, ranks: Ranks, rerun: Rerun, chosen: frozenset[str]) -> Iterator[tuple[str, str]]:
     """Yield (what, what would be done with it and why), in order."""
     eval, prompts, num_prompts = pipeline.eval, None, 0
     pipeline.backbone.place(ranks.device, text_dtype(ranks))

@@ -4,7 +4,7 @@
 
 No prompt of either is in ../digits/heldout.jsonl, on which the settings of the digits example were chosen. The pairs
 and positions are combinations that no training scene shows; so few combinations of the other categories are held out
-that those are taken which training may show. No two prompts of the two files ask for the same things in the same places.
+that those are taken which training may show. No arrangement of things is in both files.
 """
 
 from __future__ import annotations

@@ -243,3 +243,25 @@ def test_the_base_draws_about_half_of_the_prompts_right(base, held_out):
     ).images
     share = digits.Evaluator().score(images, [], wanted).mean()
     assert 0.3 < share < 0.75
+
+
+def test_a_layout_is_one_more_fact_of_pairs():
+    """Pairs of the layout are drawn so and judged so; other scenes are as they are without it."""
+    drawn = list(digits.DigitScenes(60, 3, layout="diagonal").examples())
+    usual = list(digits.DigitScenes(60, 3).examples())
+    media = torch.from_numpy(np.stack([e.media for e in [*drawn, *usual]])).permute(0, 3, 1, 2) / 255
+    meta = [e.meta for e in [*drawn, *usual]]
+    free, bound = (digits.Evaluator(layout=layout).score(media, [], meta) for layout in digits.LAYOUTS)
+    pairs = torch.tensor([digits.Scene.of(m).is_pair for m in meta])
+    assert torch.equal(free[~pairs], bound[~pairs])
+    first, second = pairs[:60], pairs[60:]
+    assert 15 < int(first.sum()) < 35
+    assert torch.equal(free[:60][first], bound[:60][first]), "all pairs of this layout are placed so"
+    assert free[60:][second].mean() > 0.8
+    assert bound[60:][second].mean() < 0.5, "any layout has few"
+    assert [e.prompt for e in drawn] == [e.prompt for e in usual]
+    plain = [e.media for e, pair in zip(drawn, first, strict=True) if not pair]
+    assert all(
+        (a == b.media).all()
+        for a, b in zip(plain, [e for e, p in zip(usual, first, strict=True) if not p], strict=True)
+    )

@@ -437,6 +437,37 @@ def test_weight_0_is_sft(dropout, noise):
     assert torch.equal(soar[2], sft[2])
 
 
+@pytest.mark.parametrize("paths", [1, 2])
+def test_without_displacement_the_points_are_sft_at_their_levels(paths):
+    """The control has the levels, weights and counts of SOAR, and states on the line to the noise."""
+    seen = []
+
+    class Spy(Analytic):
+        def velocity(self, x, sigma, cond):
+            seen.append((x.detach().clone(), sigma.clone()))
+            return super().velocity(x, sigma, cond)
+
+    batch, keys = some(), {"paths": paths, "chunk": 2, "points": 4, "max_gain": NO_BOUND}
+    terms = list(Soar(displacement=0.0, **keys).terms(batch, context(Spy())))
+    control = [level for _, level in seen]
+    eps = context(model()).randn_like(batch.x0)
+    for x, level in seen[1:]:
+        times = len(x) // len(batch)
+        torch.testing.assert_close(x, interpolate(batch.x0.repeat(times, 1, 1, 1), eps.repeat(times, 1, 1, 1), level))
+    seen.clear()
+    displaced = list(Soar(**keys).terms(batch, context(Spy())))
+    assert torch.equal(torch.cat(control), torch.cat([level for _, level in [seen[0], *seen[2:]]])), "one call less"
+    assert [float(t.count) for t in terms] == [float(t.count) for t in displaced]
+    assert torch.equal(terms[0].total, displaced[0].total)
+    assert not torch.equal(terms[1].total, displaced[1].total)
+
+
+def test_displacement_1_is_the_paper():
+    half, whole, default = (gradient(soar, some()) for soar in (Soar(displacement=0.5), Soar(displacement=1), Soar()))
+    assert torch.equal(whole[2], default[2])
+    assert not torch.allclose(half[2], whole[2])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     points=st.integers(1, 7),
@@ -463,6 +494,7 @@ def test_as_many_terms_as_promised(points, paths, chunk, weight, noise):
         (Soar(guidance=1.0), [4] + [4] * 6),
         (Soar(paths=2, points=2), [4, 4] + [4] * 4),
         (Soar(weight=0), [4]),
+        (Soar(displacement=0.0, chunk=3), [4, 12, 12]),
     ],
     ids=str,
 )

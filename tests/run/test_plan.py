@@ -69,10 +69,17 @@ class Toy:
         """The whole run, or until `stop`."""
         self.again(self.pipeline(*settings), again)
 
-    def foreseen(self, *settings: str, again: str = "") -> dict[str, str]:
+    def only(self, *stages: str, settings: tuple[str, ...] = ()) -> dict[str, str]:
+        """A run with --only, after the dry listing of it, which is returned."""
+        lines = self.foreseen(*settings, only=stages)
+        self.trained = []
+        run.run(self.pipeline(*settings), only=stages)
+        return lines
+
+    def foreseen(self, *settings: str, again: str = "", only: tuple[str, ...] = ()) -> dict[str, str]:
         """The dry listing."""
         before, _ = self.project.tree(), self.said
-        run.dry_run(self.pipeline(*settings), again=again)
+        run.dry_run(self.pipeline(*settings), again=again, only=only)
         assert self.project.tree() == before, "a dry run writes nothing"
         return dict(re.split(r"  +", line, maxsplit=1) for line in self.said)
 
@@ -583,6 +590,52 @@ def test_from_joins_what_an_interrupted_one_has_left(branches):
     branches.interrupted("soar", 1, again="soar")
     branches.again(branches.pipeline(), "grpo")
     assert branches.trained == [("soar", 1), ("grpo", 0), ("late", 0)]
+
+
+# --only
+
+
+LEFT_OUT = "leave out: --only does not name it"
+
+
+def rows_of(toy: Toy) -> list[str]:
+    return list(dict.fromkeys(row["stage"] for row in json.loads((toy.folder / "results.json").read_text())))
+
+
+def test_only_runs_what_it_names_and_what_that_comes_from(branches):
+    shutil.rmtree(branches.folder)
+    lines = branches.only("grpo")
+    assert [lines["01-soar"], lines["03-late"]] == [LEFT_OUT, LEFT_OUT]
+    assert branches.trained == [("grpo", 0)]
+    assert rows_of(branches) == ["base", "grpo"]
+    branches.only("late")
+    assert branches.trained == [("soar", 0), ("late", 0)]
+    assert rows_of(branches) == ["base", "soar", "grpo", "late"], "what is finished stays in the results"
+    assert branches.only("late")["02-grpo"].startswith("use as it is")
+    assert branches.trained == []
+    tree = branches.project.tree()
+    branches.run()
+    assert branches.trained == []
+    assert branches.project.tree().keys() == tree.keys(), "all stages are finished, one after the other"
+
+
+def test_only_leaves_what_has_changed_as_it_is(branches):
+    branches.run()
+    changed = ("stage.soar.optimizer.lr=5e-4", "stage.grpo.optimizer.lr=5e-4")
+    lines = branches.only("grpo", settings=changed)
+    assert [lines["01-soar"], lines["03-late"]] == [LEFT_OUT, LEFT_OUT]
+    assert branches.trained == [("grpo", 0)]
+    assert superseded(branches) == {"02-grpo-1"}
+    assert rows_of(branches) == ["base", "grpo"]
+
+
+def test_only_names_stages(branches):
+    shutil.rmtree(branches.folder)
+    with pytest.raises(ConfigError, match=r"--only lat: there is no stage 'lat' \(did you mean 'late'\?\)"):
+        run.run(branches.pipeline(), only=("lat",))
+    with pytest.raises(ConfigError, match="--from soar runs late anew, which --only leaves out"):
+        run.run(branches.pipeline(), again="soar", only=("soar",))
+    assert not branches.folder.exists()
 
 
 # --from

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from corefit.pipeline.eval import Also
 from corefit.rng import Rng
 from corefit.rollout import generate
 from corefit.run.evaluation.evaluator import Eval, Evaluator
@@ -206,3 +207,69 @@ def test_drawing_leaves_training_its_own_empty_prompt(job, dataset, tmp_path):
     _, media = evaluator.samples(backbone)
     assert backbone.empty is own
     assert torch.equal(media, usual)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_other_settings_are_scored_on_their_own_prompts(monkeypatch, tmp_path, world):
+    reward = (Weighted("told", Told()),)
+    also = Also(prompts=5, steps=(6, 12), guidance=(1.0,))
+    of, _ = evaluator(monkeypatch, tmp_path, (3, 4, 4), reward=reward, batch=2, steps=12, guidance=3.0, also=also)
+    used: list[tuple[int, float]] = []
+    shown = Evaluator.media
+
+    def media(self: Evaluator, backbone: Any, rows: Any) -> Tensor:
+        used.append((self.eval.steps, self.eval.guidance))
+        return shown(self, backbone, rows)
+
+    monkeypatch.setattr(Evaluator, "media", media)
+    sent: list[list[Any]] = [[], []]
+
+    def also_of(rank: int, gather: Any) -> dict[str, Any]:
+        layout = SimpleNamespace(context=1)
+        keys = {"data_world": world, "data_rank": rank, "leads": True, "forwards_together": False, "layout": layout}
+        ranks: Any = SimpleNamespace(all_gather_object=gather, **keys)
+        return attrs.evolve(of, ranks=ranks).also(None, [f"prompt {n}" for n in range(7)])
+
+    for rank in range(world):
+        with suppress(KeyError):  # alone, a rank has not the scores of the others
+
+            def gather(part: Any, rank: int = rank) -> list[Any]:
+                sent[rank].append(part)
+                return [part]
+
+            also_of(rank, gather)
+    settings = list(dict.fromkeys(used))
+    assert settings == ([(6, 1.0), (12, 1.0)] if world == 1 else [(6, 1.0)])
+    if world == 1:
+        rows = [0, 1, 2, 4, 5]
+        assert also_of(0, lambda part: [part]) == {
+            "rows": rows,
+            "values": {"told, 6 steps, guidance 1": rows, "told, guidance 1": rows},
+        }
+    else:
+        assert sorted([*sent[0][0], *sent[1][0]]) == [0, 1, 2, 4, 5], "each row by one rank"
+
+
+def test_settings_that_are_those_of_eval_are_not_scored_twice(tmp_path):
+    settings = Eval(prompts=("a",), steps=12, guidance=3.0, also=Also(steps=(6, 12, 1), guidance=(1.0, 3.0)))
+    assert {name: (each.steps, each.guidance) for name, each in settings.others.items()} == {
+        "6 steps, guidance 1": (6, 1.0),
+        "6 steps": (6, 3.0),
+        "guidance 1": (12, 1.0),
+        "1 step, guidance 1": (1, 1.0),
+        "1 step": (1, 3.0),
+    }
+    assert Eval(prompts=("a",)).others == {}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "name 'steps' or 'guidance'"),
+        ({"steps": (6, 6)}, "'steps' names 6 twice"),
+        ({"steps": (0,)}, "must be > 0"),
+    ],
+)
+def test_other_settings_that_make_no_sense_are_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        Also(**keys)
