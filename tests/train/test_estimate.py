@@ -13,6 +13,7 @@ import torch
 from attrs import evolve, frozen
 from conftest import BRIGHT, WORDS, Project
 from published import tiny_clip
+from rich.console import Console
 from transformers import CLIPModel
 
 from corefit import Batch, Condition, Context
@@ -26,6 +27,7 @@ from corefit.system import memory
 from corefit.testing import tiny_chroma, tiny_flux, tiny_sd3, tiny_wan
 from corefit.train import weights
 from corefit.train.estimate import Device, Estimate, estimates, refuse
+from corefit.train.estimate.show import print_tables
 from corefit.train.estimate.stages import LOSS
 from corefit.types import Moving
 from corefit_backbones.sd3 import Sd3
@@ -322,6 +324,22 @@ def test_a_backbone_that_does_not_say_is_not_estimated(project: Project, monkeyp
     ended = project.main("check", "pipeline.toml")
     assert ended.status == 0
     assert "memory: not known" in ended.out
+
+
+def test_many_stages_are_shown_as_few_columns(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stages that need the same share a column, and what is wider than the terminal goes on below."""
+    pipeline = read(project.file)
+    one = of(pipeline)
+    device = Device("this device", 2**34, gpu=False)
+    alike = [evolve(one, stage=f"arm{number}") for number in range(7)]
+    others = [evolve(one, stage=f"other{number}", copies=float(2**20 * number)) for number in range(1, 12)]
+    print_tables([*alike, *others], device, Console(width=80))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    heads = "\n".join(line for line in lines if not re.search(r"\d [MGK]iB|─|activations|parameters|train", line))
+    assert [name for name in ("arm0", "arm3", "and 3 more", "other1", "other11") if heads.count(name) < 1] == []
+    assert "arm4" not in heads
+    assert sum(line.startswith("while training") for line in lines) > 1, "several tables"
 
 
 def test_checkpointing_keeps_less(project: Project) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from corefit.errors import ConfigError
@@ -16,7 +16,11 @@ from corefit.train.estimate.phases import ORDER, Estimate
 from corefit.train.estimate.search import Fit
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
+
+LISTED = 5
+"""The most lines of a column's head; more stages than that are counted."""
 
 
 def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world: int = 1) -> None:
@@ -51,7 +55,7 @@ def show(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world: i
         console.print("memory: not known; the backbone does not say what it needs (corefit.types.Sized)")
         return
     console.print()
-    console.print(table(found, device))
+    print_tables(found, device, console)
     for e, stage in zip(found, pipeline.stage, strict=True):
         if e.peak > device.memory:
             phase = max(e.phases, key=lambda each: each.total, default=None)
@@ -90,7 +94,7 @@ def show_fit(fit: Fit, device: Device, world: int) -> None:
     if unknown:
         console.print(f"not wholly known, and not counted: what forwards take while {', '.join(unknown)}")
     console.print()
-    console.print(table(fit.found, device))
+    print_tables(fit.found, device, console)
 
 
 def _too_large(fit: Fit, room: str) -> Iterator[str]:
@@ -104,13 +108,56 @@ def _too_large(fit: Fit, room: str) -> Iterator[str]:
     yield "what would help: a smaller [data] size, fewer frames, a smaller model, or more devices with shard = true"
 
 
-def table(found: Sequence[Estimate], device: Device) -> Table:
-    """Make a table with a column for each stage: what is held, and the most in each phase."""
+def print_tables(found: Sequence[Estimate], device: Device, console: Console) -> None:
+    """Print one table, or where it is too wide as many as it takes; none has fewer than one column of figures."""
+    rows, heads = _columns(found, device)
+    start = 0
+    while start < len(heads):
+        end = len(heads)
+        options = console.options.update(width=10_000)
+        while (
+            end > start + 1
+            and console.measure(_table(rows, heads, start, end), options=options).maximum > console.width
+        ):
+            end -= 1
+        console.print(_table(rows, heads, start, end))
+        start = end
+
+
+def _columns(found: Sequence[Estimate], device: Device) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the rows with their cells, and the heads of the columns; stages with equal cells share a column."""
+    rows = _rows(found, device)
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for index in range(len(found)):
+        alike.setdefault(tuple(cells[index] for cells in rows.values()), []).append(index)
+    heads = list[str]()
+    for indices in alike.values():
+        names = [found[index].stage for index in indices]
+        shown = names if len(names) <= LISTED else [*names[: LISTED - 1], f"and {len(names) - LISTED + 1} more"]
+        heads.append("\n".join(shown))
+    firsts = [indices[0] for indices in alike.values()]
+    return {name: [cells[index] for index in firsts] for name, cells in rows.items()}, heads
+
+
+def _table(rows: Mapping[str, Sequence[str]], heads: Sequence[str], start: int, end: int) -> Table:
+    """Make a table of the columns from `start` up to `end`; rows that are zero in all columns are left out."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    rows = {
+    made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
+    made.add_column("each process")
+    for head in heads[start:end]:
+        made.add_column(Text(head), justify="right")
+    for name, cells in rows.items():
+        if any(cell != size(0) for cell in cells):
+            made.add_row(name, *cells[start:end])
+    return made
+
+
+def _rows(found: Sequence[Estimate], device: Device) -> dict[str, list[str]]:
+    """Return a row for each thing that is held, and for the most in each phase, with a cell for each stage."""
+    return {
         "parameters": [count(e.parameters) for e in found],
         "that train": [count(e.trainable) for e in found],
         "weights": [size(int(e.weights)) for e in found],
@@ -127,14 +174,6 @@ def table(found: Sequence[Estimate], device: Device) -> Table:
         f"of {device.name}": [size(int(device.memory)) for _ in found],
         "main memory a machine": [size(int(e.host)) for e in found],
     }
-    made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-    made.add_column("each process")
-    for e in found:
-        made.add_column(Text(e.stage), justify="right")
-    for name, cells in rows.items():
-        if any(cell != size(0) for cell in cells):
-            made.add_row(name, *cells)
-    return made
 
 
 def _while(found: Sequence[Estimate]) -> dict[str, list[str]]:
