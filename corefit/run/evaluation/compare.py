@@ -185,8 +185,7 @@ def _scores(run: Compared, stage: Evaluated, metrics: Sequence[str], units: Mapp
         stage.categories,
         prompts=stage.prompts,
         units=units,
-        rows=stage.rows,
-        diversity={name: stage.diversity[name] for name in metrics if name in stage.diversity},
+        blocks=[evolve(b, values={name: b.values[name] for name in metrics if name in b.values}) for b in stage.blocks],
         start=run.name(stage.files.start),
         **costs,
     )

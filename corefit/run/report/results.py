@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 from attrs import field, frozen
@@ -15,6 +15,34 @@ from corefit.errors import DataError
 from corefit.run.report import intervals
 from corefit.run.report.intervals import Floats
 from corefit.system.files import write_whole
+
+BLOCKS = ("diversity", "also")
+"""Keys of scores.json that hold metrics with rows of their own: {"rows": [n], "values": metric -> [n]}."""
+
+
+@frozen
+class Block:
+    """Metrics that were measured on some of the held-out prompts.
+
+    rows    numbers of these prompts
+    values  metric -> one value for each of `rows`
+    """
+
+    rows: Sequence[int]
+    values: Mapping[str, Sequence[float]]
+
+
+def blocks_of(scored: Mapping[str, Any]) -> tuple[Block, ...]:
+    """Return the blocks in the content of scores.json; one that it lacks has no rows and no values."""
+    found = [scored.get(key) or {"rows": (), "values": {}} for key in BLOCKS]
+    return tuple(Block(block["rows"], block["values"]) for block in found)
+
+
+def unit_of(metric: str, units: Mapping[str, str]) -> str:
+    """Return the unit of a metric: that of its reward, which "ocr, 6 steps" has at the front of its name."""
+    if metric in units:
+        return units[metric]
+    return next((unit for name, unit in units.items() if metric.startswith(f"{name}, ")), "")
 
 
 @frozen
@@ -26,8 +54,7 @@ class Scores:
     categories          one per prompt, or empty; "" and "all" mean no category besides "all"
     prompts             the prompts, or empty if all differ; equal ones are one cluster
     units               metric -> its reward's unit; "" is left out
-    rows                numbers of the prompts on which diversity was measured
-    diversity           metric -> one value for each of `rows`
+    blocks              metrics with rows of their own, such as those of diversity
     seconds             training time; 0 for the base
     samples_per_second  speed of training; 0 if unknown
     peak_memory         bytes; 0 if unknown
@@ -39,8 +66,7 @@ class Scores:
     categories: Sequence[str] = ()
     prompts: Sequence[str] = ()
     units: Mapping[str, str] = field(factory=dict[str, str])
-    rows: Sequence[int] = ()
-    diversity: Mapping[str, Sequence[float]] = field(factory=dict[str, Sequence[float]])
+    blocks: Sequence[Block] = ()
     seconds: float = 0.0
     samples_per_second: float = 0.0
     peak_memory: int = 0
@@ -128,14 +154,14 @@ class _Table:
 def _tables(stages: Sequence[Scores]) -> Iterator[_Table]:
     first = stages[0]
     n = len(next(iter(first.values.values()), first.prompts))
-    for metrics, rows in (("values", np.arange(n)), ("diversity", np.array(first.rows, np.intp))):
-        columns: list[Mapping[str, Sequence[float]]] = [getattr(stage, metrics) for stage in stages]
+    for blocks in zip(*([Block(range(n), stage.values), *stage.blocks] for stage in stages), strict=True):
+        rows, columns = np.array(blocks[0].rows, np.intp), [block.values for block in blocks]
         assert all(each.keys() == columns[0].keys() for each in columns), "metrics differ"
-        assert all(list(stage.rows) == list(first.rows) for stage in stages), "diversity of different prompts"
+        assert not columns[0] or all([*block.rows] == [*blocks[0].rows] for block in blocks), "different prompts"
         prompts = [first.prompts[int(row)] if first.prompts else str(row) for row in rows]
         for metric in columns[0]:
             values = _values(stages, metric, [each[metric] for each in columns])
-            unit = first.units.get(metric, "")
+            unit = unit_of(metric, first.units)
             clusters, groups = intervals.labels(prompts), _groups(stages, rows)
             yield _Table(metric, unit, _kind(unit, np.stack([*values.values()])), values, clusters, groups)
 
