@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from corefit.errors import ConfigError, DataError
 from corefit.run import identity, plan, report
@@ -37,6 +37,8 @@ class Evaluated:
     samples: str = ""
     """The SHA-256 of the kept samples."""
     blocks: Sequence[report.Block] = ()
+    drift: Mapping[str, Any] = field(factory=dict[str, Any])
+    """What the exposure-bias meter measured: {"sigmas", "values", "prompts"}, or nothing."""
 
     @property
     def run(self) -> Path:
@@ -109,6 +111,7 @@ def read(stage: StageFiles) -> Evaluated | None:
         content["parts"],
         content.get("samples", ""),
         report.blocks_of(content),
+        content.get("drift") or {},
     )
 
 

@@ -40,11 +40,11 @@ def of_gain(differences: Floats, clusters: Labels, kind: Kind) -> Interval | Non
 
 
 def _within(values: Floats, clusters: Labels, bounds: Interval | None) -> Interval | None:
-    """Return Student's interval within `bounds`; where all agree, what the bounds allow."""
+    """Return Student's interval within `bounds`; where seeds and clusters agree, what the bounds allow."""
     mean, groups = float(values.mean()), len(np.unique(clusters))
-    if np.ptp(values) <= 1e-9 * np.abs(values).max() or groups == 1:
+    variance, df = spread(values, clusters) if groups > 1 else (0.0, 1.0)
+    if math.sqrt(variance) <= 1e-9 * np.abs(values).max():
         return intervals.agreeing(mean, groups, bounds) if bounds else None
-    variance, df = spread(values, clusters)
     half = intervals.student(df) * math.sqrt(variance)
     return (max(mean - half, bounds[0]), min(mean + half, bounds[1])) if bounds else (mean - half, mean + half)
 
@@ -68,4 +68,6 @@ def spread(values: Floats, clusters: Labels) -> tuple[float, float]:
         for factor, found in ((few, by_seed), (some, by_cluster), (few * some, rest))
     )
     variance = max(of_seeds + of_clusters - of_rest, of_seeds, of_clusters)
-    return variance, variance**2 / (of_seeds**2 / (seeds - 1) + of_clusters**2 / (groups - 1))
+    if not variance:
+        return 0.0, 1.0
+    return variance, 1 / ((of_seeds / variance) ** 2 / (seeds - 1) + (of_clusters / variance) ** 2 / (groups - 1))

@@ -140,9 +140,9 @@ def effective_size(values: Floats, clusters: Labels) -> float:
 
 
 def student(df: float) -> float:
-    """Return the 97.5 % quantile of Student's t (Abramowitz and Stegun, 26.7.5), to 0.2 %; between whole numbers to 0.7 %.
+    """Return the 97.5 % quantile of Student's t (Abramowitz and Stegun, 26.7.5), to 0.2 % for whole numbers.
 
-    Between one and two degrees of freedom it is interpolated, and up to 3 % too large.
+    It is to 0.7 % between whole numbers; below two degrees of freedom it is interpolated, and up to 3 % too large.
     """
     one, two = math.tan(0.475 * math.pi), 0.95 * math.sqrt(2 / (1 - 0.95**2))
     if df <= 2:

@@ -34,7 +34,7 @@ class Block:
 
 def blocks_of(scored: Mapping[str, Any]) -> tuple[Block, ...]:
     """Return the blocks in the content of scores.json; one that it lacks has no rows and no values."""
-    found = [scored.get(key) or {"rows": (), "values": {}} for key in BLOCKS]
+    found: list[Mapping[str, Any]] = [scored.get(key) or {"rows": (), "values": {}} for key in BLOCKS]
     return tuple(Block(block["rows"], block["values"]) for block in found)
 
 
@@ -59,6 +59,7 @@ class Scores:
     samples_per_second  speed of training; 0 if unknown
     peak_memory         bytes; 0 if unknown
     survived            share of the update that rounding has left, None if nothing was rounded
+    steps, samples      what it was trained on; 0 if unknown, as in the table of one run, which does not show them
     """
 
     stage: str
@@ -71,6 +72,8 @@ class Scores:
     samples_per_second: float = 0.0
     peak_memory: int = 0
     survived: float | None = None
+    steps: float = 0.0
+    samples: float = 0.0
     start: str = ""
 
 
@@ -154,6 +157,7 @@ class _Table:
 def _tables(stages: Sequence[Scores]) -> Iterator[_Table]:
     first = stages[0]
     n = len(next(iter(first.values.values()), first.prompts))
+    assert all([*stage.categories] == [*first.categories] for stage in stages), "categories differ between stages"
     for blocks in zip(*([Block(range(n), stage.values), *stage.blocks] for stage in stages), strict=True):
         rows, columns = np.array(blocks[0].rows, np.intp), [block.values for block in blocks]
         assert all(each.keys() == columns[0].keys() for each in columns), "metrics differ"
@@ -162,11 +166,12 @@ def _tables(stages: Sequence[Scores]) -> Iterator[_Table]:
         for metric in columns[0]:
             values = _values(stages, metric, [each[metric] for each in columns])
             unit = unit_of(metric, first.units)
-            clusters, groups = intervals.labels(prompts), _groups(stages, rows)
-            yield _Table(metric, unit, _kind(unit, np.stack([*values.values()])), values, clusters, groups)
+            names = [first.categories[int(row)] for row in rows] if first.categories else []
+            clusters, groups = intervals.labels(prompts), groups_of(names, len(rows))
+            yield _Table(metric, unit, kind_of(unit, np.stack([*values.values()])), values, clusters, groups)
 
 
-def _kind(unit: str, values: Floats) -> intervals.Kind:
+def kind_of(unit: str, values: Floats) -> intervals.Kind:
     """Return the kind of a metric's values: those of an undeclared unit are binary if both 0 and 1 occur, no others."""
     if bool(np.isin(values, (0.0, 1.0)).all()) and (unit == SHARE or np.ptp(values) > 0):
         return "binary"
@@ -212,10 +217,7 @@ def _values(stages: Sequence[Scores], metric: str, columns: Sequence[Sequence[fl
     return {stage.stage: v for stage, v in zip(stages, values, strict=True)}
 
 
-def _groups(stages: Sequence[Scores], rows: NDArray[np.intp]) -> dict[str, NDArray[np.intp]]:
-    """Return category -> the places in `rows` of its prompts."""
-    names = list(stages[0].categories)
-    assert all(list(stage.categories) == names for stage in stages), "categories differ between stages"
-    names = [names[row] for row in rows] if names else []
-    named = [name for name in dict.fromkeys(names) if name not in ("", "all")]
-    return {"all": np.arange(len(rows))} | {c: np.flatnonzero([name == c for name in names]) for c in named}
+def groups_of(categories: Sequence[str], count: int) -> dict[str, NDArray[np.intp]]:
+    """Return category -> the numbers of its prompts, of `count`, whose categories are given, or none."""
+    named = [name for name in dict.fromkeys(categories) if name not in ("", "all")]
+    return {"all": np.arange(count)} | {c: np.flatnonzero([name == c for name in categories]) for c in named}
