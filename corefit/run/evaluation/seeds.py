@@ -18,13 +18,12 @@ from corefit.run.evaluation import records, replicates
 from corefit.run.evaluation.compare import LONGEST, refuse_run
 from corefit.run.evaluation.replicates import Replicate, Source
 from corefit.run.report import seeds, seeds_table
+from corefit.run.report.forest import drift_curves, forest
 from corefit.run.report.page import is_run
 from corefit.run.report.page.folder import STAGE
 from corefit.run.report.page.memo import Memo
 from corefit.system import files
 from corefit.system.display import Display
-
-DRIFT = "drift"
 
 
 def compare_seeds(places: Sequence[Path], over: str, out: Path | None, display: Display) -> Path:
@@ -126,6 +125,7 @@ def _write(folder: Path, found: Source, metrics: Sequence[str], over: str, displ
         report.write_results(folder / "results.json", rows)
         files.write_whole(folder / "results.csv", seeds_table.csv_text(rows).encode())
         files.write_whole(folder / "results.md", seeds_table.markdown(rows, costs).encode())
+        forest(rows, folder / "comparison.png")
         _write_drift(folder, drifts, starts)
     report.print_table(costs, rows, display.console)
     seeds_table.print_pairs(rows, display.console)
@@ -186,8 +186,11 @@ def _costs(name: str, every: Sequence[Replicate]) -> report.Scores:
 
 
 def _write_drift(folder: Path, drifts: seeds.Drifts | None, starts: Mapping[str, str]) -> None:
-    file = folder / f"{DRIFT}.json"
+    data, picture = folder / "drift.json", folder / "drift.png"
     if drifts is None:
-        file.unlink(missing_ok=True)
+        for former in (data, picture):
+            former.unlink(missing_ok=True)
         return
-    files.write_json(file, {"stages": drifts.curves(starts)})
+    curves = drifts.curves(starts)
+    files.write_json(data, {"stages": curves})
+    drift_curves(curves, picture)
