@@ -12,7 +12,7 @@ from attrs import frozen
 from safetensors.numpy import save_file
 
 from corefit.run.report import MetricsLog, grid
-from corefit.run.report.results import Scores, results, write_results
+from corefit.run.report.results import Block, Scores, results, write_results
 from corefit.system import files
 
 CATEGORIES = ("single", "two", "counting")
@@ -85,8 +85,7 @@ def _scores(stage: Stage) -> Scores:
         [CATEGORIES[i % len(PROMPTS) // 4] for i in range(n)],
         prompts=prompts,
         units={"ocr": "share", "pickscore": ""},
-        rows=range(12),
-        diversity={"vendi": vendi},
+        blocks=[Block(range(12), {"vendi": vendi})],
         start=stage.start,
     )
 
@@ -100,7 +99,7 @@ def _evaluate(place: Path, stage: Stage, size: int) -> None:
         "values": scores.values,
         "categories": scores.categories,
         "prompts": scores.prompts,
-        "diversity": {"rows": list(scores.rows), "values": scores.diversity},
+        "diversity": {"rows": [*scores.blocks[0].rows], "values": scores.blocks[0].values},
         "samples": files.sha256(place / "samples" / "last.safetensors"),
     }
     parts = {"model": files.json_digest({"stage": stage.name}), "prompts": "p", "seed": 0, "eval": EVAL, "code": {}}

@@ -53,13 +53,24 @@ def evaluate(evaluation: Path, settings: tuple[str, ...], out: Path | None, only
     metavar="FOLDER",
     help="Folder to write [compare/NAME-NAME beside the folder of the runs].",
 )
-def compare(runs: tuple[Path, ...], out: Path | None) -> None:
+@click.option("--seeds", is_flag=True, help="RUNs differ in their seed alone: show means over them.")
+@click.option("--over", default="", metavar="STAGE", help="With --seeds, show gains over this stage, too.")
+def compare(runs: tuple[Path, ...], out: Path | None, seeds: bool, over: str) -> None:
     """Compare RUNs in one table, one picture and one page.
 
     RUN is the folder of a run, such as runs/NAME, or of one of its stages, such as runs/NAME/01-soar. All must have
     been evaluated on the same prompts and the same noise. Nothing is generated again.
+
+    With --seeds, stages of one name are one row: the mean over the seeds, with intervals over seeds and prompts. FOLDER
+    then also has data.json.gz, from which the same command makes the same table without the runs: RUN may be such a
+    FOLDER, too.
     """
     from corefit.run.evaluation.compare import compare as comparing
+    from corefit.run.evaluation.seeds import compare_seeds
     from corefit.system.display import Display
 
-    click.echo(plain(f"all of it is in {comparing(runs, out, Display.on())}"))
+    if over and not seeds:
+        raise click.UsageError("--over goes with --seeds")
+    display = Display.on()
+    folder = compare_seeds(runs, over, out, display) if seeds else comparing(runs, out, display)
+    click.echo(plain(f"all of it is in {folder}"))

@@ -33,7 +33,7 @@ from corefit.run.report import (
     write_results,
 )
 from corefit.run.report.intervals import wilson
-from corefit.run.report.results import KEYS
+from corefit.run.report.results import KEYS, Block, blocks_of
 from corefit.run.report.sheets import _Text
 from corefit.run.report.table import Numbers, direction, duration
 from corefit.system.memory import size
@@ -215,13 +215,25 @@ def test_repeated_prompts_are_one_cluster():
     assert (widths(clustered) > 1.8 * widths(ignorant)).all()
 
 
+def test_a_block_beside_diversity_has_rows_and_the_unit_of_its_reward():
+    """`also` holds the same reward at other sampling steps, on the prompts 1 and 2 alone."""
+    written = {"diversity": {"rows": [0], "values": {"vendi": [2.0]}}}
+    written["also"] = {"rows": [1, 2], "values": {"ocr, 6 steps": [1.0, 0.0]}}
+    stages = [Scores("base", {"ocr": [0.0, 1, 1]}, ["x", "y", "y"], units={"ocr": "share"}, blocks=blocks_of(written))]
+    found = {(row["metric"], row["category"]): (row["value"], row["n"], row.get("unit")) for row in results(stages)}
+    assert found["ocr, 6 steps", "all"] == found["ocr, 6 steps", "y"] == (0.5, 2, "share")
+    assert found["vendi", "all"] == (2.0, 1, "")
+    assert ("vendi", "y") not in found
+    assert [block.values for block in blocks_of({})] == [{}, {}]
+
+
 def test_diversity_has_rows_of_its_own_prompts():
     """The prompts 0, 2 and 3 of five, in their categories; without a reward there are no others."""
     categories, prompts = ["x", "x", "y", "x", "y"], list("abcde")
     base, soar = ([3.0, 1.0, 2.0], [4.0, 1.5, 2.0])
     for values in ({"r": [0.0, 1.0, 1.0, 0.0, 1.0]}, {}):
         stages = [
-            Scores(name, values, categories, prompts=prompts, rows=[0, 2, 3], diversity={"vendi": found})
+            Scores(name, values, categories, prompts=prompts, blocks=[Block([0, 2, 3], {"vendi": found})])
             for name, found in (("base", base), ("soar", soar))
         ]
         found = [row for row in results(chained(*stages)) if row["metric"] == "vendi" and row["stage"] == "soar"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from corefit.system.display import Display
 AGAIN = "run it again, which evaluates alone"
 OTHERS = ("model", "prompts", "seed", "rewards")
 """Parts of the identity of scores that are compared one by one."""
-COUNTED = ("reward", "limit", "samples", "diversity")
+COUNTED = ("reward", "limit", "samples", *report.BLOCKS)
 """Keys of [eval] likewise."""
 
 
@@ -35,8 +36,9 @@ class Evaluated:
     """What determined the scores."""
     samples: str = ""
     """The SHA-256 of the kept samples."""
-    rows: Sequence[int] = ()
-    diversity: Mapping[str, Sequence[float]] = field(factory=dict[str, Sequence[float]])
+    blocks: Sequence[report.Block] = ()
+    drift: Mapping[str, Any] = field(factory=dict[str, Any])
+    """What the exposure-bias meter measured: {"sigmas", "values", "prompts"}, or nothing."""
 
     @property
     def run(self) -> Path:
@@ -53,11 +55,22 @@ class Evaluated:
 
     def measure(self, metric: str) -> Any:
         """Return what determines a metric, besides the samples."""
-        if metric in self.diversity:
-            return self.eval.get("diversity")
+        if metric in self.values:
+            return self._reward(metric)
+        key, block = next(found for found in zip(report.BLOCKS, self.blocks, strict=True) if metric in found[1].values)
+        return self._reward(metric), [*block.rows], self.eval.get(key) if key == "diversity" else None
+
+    def _reward(self, metric: str) -> Any:
+        """Return what determines the scores of the reward that a metric's name is, or begins with."""
         entries = {entry.get("name", entry["use"]): entry for entry in self.eval.get("reward", ())}
-        entry = {key: value for key, value in entries.get(metric, {}).items() if key not in ("name", "weight")}
-        return entry, self.parts.get("rewards", {}).get(metric)
+        name = next((name for name in entries if f"{metric}, ".startswith(f"{name}, ")), "")
+        entry = {key: value for key, value in entries.get(name, {}).items() if key not in ("name", "weight")}
+        return entry, self.parts.get("rewards", {}).get(name)
+
+    @property
+    def columns(self) -> Mapping[str, Sequence[float]]:
+        """The values of all metrics."""
+        return dict(chain(self.values.items(), *(block.values.items() for block in self.blocks)))
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -86,7 +99,6 @@ def read(stage: StageFiles) -> Evaluated | None:
     if not file.is_file():
         return None
     content, problem = plan.read(file)
-    more = content.get("diversity", {"rows": [], "values": {}})
     lengths = {len(values) for values in content.get("values", {}).values()} | {len(content.get("categories", ()))}
     if problem or len(lengths) > 1:
         problem = problem or f"its {file.name} has values of different numbers of prompts"
@@ -98,8 +110,8 @@ def read(stage: StageFiles) -> Evaluated | None:
         content.get("prompts", ()),
         content["parts"],
         content.get("samples", ""),
-        more["rows"],
-        more["values"],
+        report.blocks_of(content),
+        content.get("drift") or {},
     )
 
 
@@ -149,8 +161,8 @@ def differences(first: Evaluated, others: Sequence[Evaluated]) -> list[str]:
 
 def metrics(every: Sequence[Evaluated]) -> Metrics:
     """Return the metrics that all evaluations have measured alike."""
-    has = [{*each.values, *each.diversity} for each in every]
-    named = dict.fromkeys(name for each in every for name in (*each.values, *each.diversity))
+    has = [each.columns.keys() for each in every]
+    named = dict.fromkeys(name for each in every for name in each.columns)
     common, left_out = list[str](), list[str]()
     for name in named:
         lacking = [each for each, has_it in zip(every, has, strict=True) if name not in has_it]
@@ -172,7 +184,7 @@ def base_difference(first: Evaluated, other: Evaluated, metrics: Sequence[str]) 
         return f"{two} started from another base than {one}"
     if first.settings != other.settings:
         return f"the base of {two} was evaluated otherwise than that of {one}"
-    columns = [{**each.values, **each.diversity} for each in (first, other)]
+    columns = [each.columns for each in (first, other)]
     if any(columns[0][name] != columns[1][name] for name in metrics):
         return f"the base of {two} is that of {one}, but was scored in another rounding"
     return ""

@@ -138,10 +138,15 @@ def _output(out: Path | None, runs: Sequence[Compared], chosen: Mapping[Path, Se
         if len(name) > LONGEST:
             raise ConfigError("so many runs are compared that their names make no folder's; name one with --out")
         out = runs[0].files.folder.parent.parent / "compare" / name
+    refuse_run(out)
+    return out
+
+
+def refuse_run(out: Path) -> None:
+    """Raise ConfigError if a folder to be written is that of a run, or of a stage."""
     run = out.parent if STAGE.fullmatch(out.resolve().name) else out
     if any((run / name).exists() for name in ("pipeline.toml", "evaluation.toml", "run.json", "00-base")):
         raise ConfigError(f"{out} is the folder of a run, which a comparison would overwrite; name another with --out")
-    return out
 
 
 def _with_base(runs: Sequence[Compared], metrics: Sequence[str], display: Display) -> Sequence[Compared]:
@@ -185,8 +190,7 @@ def _scores(run: Compared, stage: Evaluated, metrics: Sequence[str], units: Mapp
         stage.categories,
         prompts=stage.prompts,
         units=units,
-        rows=stage.rows,
-        diversity={name: stage.diversity[name] for name in metrics if name in stage.diversity},
+        blocks=[evolve(b, values={name: b.values[name] for name in metrics if name in b.values}) for b in stage.blocks],
         start=run.name(stage.files.start),
         **costs,
     )

@@ -56,15 +56,13 @@ def score(
 
 def scores_of(target: Target, scored: Mapping[str, Any], evaluator: Evaluator, cost: Cost) -> report.Scores:
     """Return the content of scores.json for the table."""
-    diversity = scored.get("diversity", {"rows": (), "values": {}})
     return report.Scores(
         target.name,
         scored["values"],
         scored["categories"],
         prompts=scored.get("prompts") or evaluator.texts()["prompts"],  # version 0.1 wrote none
         units={entry.name: getattr(entry.value, "unit", "") for entry in evaluator.eval.reward},
-        rows=diversity["rows"],
-        diversity=diversity["values"],
+        blocks=report.blocks_of(scored),
         start=target.start,
         **attrs.asdict(cost),
     )

@@ -4,15 +4,28 @@ from corefit.run.report.curves import curves
 from corefit.run.report.export import csv_text, markdown
 from corefit.run.report.metrics import MetricsLog, read_metrics
 from corefit.run.report.page import comparison_page, page
-from corefit.run.report.results import Row, Scores, read_results, results, write_results
+from corefit.run.report.results import (
+    BLOCKS,
+    Block,
+    Row,
+    Scores,
+    blocks_of,
+    read_results,
+    results,
+    unit_of,
+    write_results,
+)
 from corefit.run.report.sheets import animation, comparison, grid, visible_frames
 from corefit.run.report.table import print_table
 
 __all__ = [
+    "BLOCKS",
+    "Block",
     "MetricsLog",
     "Row",
     "Scores",
     "animation",
+    "blocks_of",
     "comparison",
     "comparison_page",
     "csv_text",
@@ -24,6 +37,7 @@ __all__ = [
     "read_metrics",
     "read_results",
     "results",
+    "unit_of",
     "visible_frames",
     "write_results",
 ]

@@ -8,52 +8,60 @@ import re
 from collections.abc import Iterator, Sequence
 
 from corefit.run.report.results import Row
-from corefit.run.report.table import Numbers, gain_columns, names
+from corefit.run.report.seeds import SeedsRow
+from corefit.run.report.table import MISSING, Numbers, gain_columns, names, one_seed, over_columns, title
 
 MARKUP = re.compile(r"([\\`*<|\[])")
 """Characters by which Markdown would take a name for something else."""
 
 
-def csv_text(rows: Sequence[Row]) -> str:
+def csv_text(rows: Sequence[Row | SeedsRow], keys: Sequence[str] = tuple(Row.__annotations__)) -> str:
     """Return a line for each row, under a line with the names of all keys; a key that a row lacks is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(Row.__annotations__), restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, keys, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row | SeedsRow]) -> str:
     """Return a table for each metric, with the numbers of the printed one: a line a stage, a column a category."""
     tables = [[row for row in rows if row["metric"] == metric] for metric in names(rows, "metric")]
     return "\n\n".join("\n".join(_table(of_metric)) for of_metric in tables) + "\n" if tables else ""
 
 
-def _table(rows: Sequence[Row]) -> Iterator[str]:
+def _table(rows: Sequence[Row | SeedsRow]) -> Iterator[str]:
     """Yield the title and the lines of the table of one metric."""
     numbers, categories = Numbers.of(rows), names(rows, "category")
-    gains = gain_columns({row["stage"]: row.get("start", "") for row in rows})
-    yield f"**{_text(rows[0]['metric'])}**, {rows[0]['n']} held-out prompts, 95 % intervals\n"
-    yield _line(["stage", *categories, *gains])
-    yield f"|---|{'---:|' * (len(categories) + len(gains))}"
+    gains, over = gain_columns({row["stage"]: row.get("start", "") for row in rows}), over_columns(rows)
+    seeds = ["seeds"] if any("seeds" in row for row in rows) else []
+    metric = rows[0]["metric"]
+    yield f"**{text(metric)}**{title(rows).removeprefix(metric)}\n"
+    yield line(["stage", *seeds, *categories, *gains, *over])
+    yield f"|---|{'---:|' * len([*seeds, *categories, *gains, *over])}"
     for stage in names(rows, "stage"):
         found = {row["category"]: row for row in rows if row["stage"] == stage}
-        values = [_cell(*numbers.value(found[each])) if each in found else "" for each in categories]
+        values = [cell(*numbers.value(found[each])) if each in found else "" for each in categories]
         row = next(iter(found.values()))
-        over = [_cell(*numbers.gain(row))]
+        cells = [cell(*numbers.gain(row))]
         if len(gains) > 1:
-            over = [row.get("start", "-"), *over, _cell(*numbers.gain(row, "base_gain"))]
-        yield _line([stage, *values, *over])
+            cells = [row.get("start", MISSING), *cells, cell(*numbers.gain(row, "base_gain"))]
+        cells += [cell(*numbers.gain(row, "over_gain"))] if over else []
+        yield line([stage, *([str(row.get("seeds", MISSING))] if seeds else []), *values, *cells])
+    if note := one_seed(rows):
+        yield f"\n{text(note)}"
 
 
-def _cell(main: str, interval: str) -> str:
+def cell(main: str, interval: str) -> str:
+    """Return a number with its interval, if it has one."""
     return f"{main} ({interval})" if interval else main
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_text, cells))} |"
+def line(cells: Sequence[str]) -> str:
+    """Return a line of a table."""
+    return f"| {' | '.join(map(text, cells))} |"
 
 
-def _text(name: str) -> str:
+def text(name: str) -> str:
     """Return a name as Markdown shows it unchanged, in one line."""
     return MARKUP.sub(r"\\\1", " ".join(name.split()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 from attrs import field, frozen
@@ -15,6 +15,34 @@ from corefit.errors import DataError
 from corefit.run.report import intervals
 from corefit.run.report.intervals import Floats
 from corefit.system.files import write_whole
+
+BLOCKS = ("diversity", "also")
+"""Keys of scores.json that hold metrics with rows of their own: {"rows": [n], "values": metric -> [n]}."""
+
+
+@frozen
+class Block:
+    """Metrics that were measured on some of the held-out prompts.
+
+    rows    numbers of these prompts
+    values  metric -> one value for each of `rows`
+    """
+
+    rows: Sequence[int]
+    values: Mapping[str, Sequence[float]]
+
+
+def blocks_of(scored: Mapping[str, Any]) -> tuple[Block, ...]:
+    """Return the blocks in the content of scores.json; one that it lacks has no rows and no values."""
+    found: list[Mapping[str, Any]] = [scored.get(key) or {"rows": (), "values": {}} for key in BLOCKS]
+    return tuple(Block(block["rows"], block["values"]) for block in found)
+
+
+def unit_of(metric: str, units: Mapping[str, str]) -> str:
+    """Return the unit of a metric: that of its reward, which "ocr, 6 steps" has at the front of its name."""
+    if metric in units:
+        return units[metric]
+    return next((unit for name, unit in units.items() if metric.startswith(f"{name}, ")), "")
 
 
 @frozen
@@ -26,12 +54,12 @@ class Scores:
     categories          one per prompt, or empty; "" and "all" mean no category besides "all"
     prompts             the prompts, or empty if all differ; equal ones are one cluster
     units               metric -> its reward's unit; "" is left out
-    rows                numbers of the prompts on which diversity was measured
-    diversity           metric -> one value for each of `rows`
+    blocks              metrics with rows of their own, such as those of diversity
     seconds             training time; 0 for the base
     samples_per_second  speed of training; 0 if unknown
     peak_memory         bytes; 0 if unknown
     survived            share of the update that rounding has left, None if nothing was rounded
+    steps, samples      what it was trained on; 0 if unknown, as in the table of one run, which does not show them
     """
 
     stage: str
@@ -39,12 +67,13 @@ class Scores:
     categories: Sequence[str] = ()
     prompts: Sequence[str] = ()
     units: Mapping[str, str] = field(factory=dict[str, str])
-    rows: Sequence[int] = ()
-    diversity: Mapping[str, Sequence[float]] = field(factory=dict[str, Sequence[float]])
+    blocks: Sequence[Block] = ()
     seconds: float = 0.0
     samples_per_second: float = 0.0
     peak_memory: int = 0
     survived: float | None = None
+    steps: float = 0.0
+    samples: float = 0.0
     start: str = ""
 
 
@@ -128,19 +157,21 @@ class _Table:
 def _tables(stages: Sequence[Scores]) -> Iterator[_Table]:
     first = stages[0]
     n = len(next(iter(first.values.values()), first.prompts))
-    for metrics, rows in (("values", np.arange(n)), ("diversity", np.array(first.rows, np.intp))):
-        columns: list[Mapping[str, Sequence[float]]] = [getattr(stage, metrics) for stage in stages]
+    assert all([*stage.categories] == [*first.categories] for stage in stages), "categories differ between stages"
+    for blocks in zip(*([Block(range(n), stage.values), *stage.blocks] for stage in stages), strict=True):
+        rows, columns = np.array(blocks[0].rows, np.intp), [block.values for block in blocks]
         assert all(each.keys() == columns[0].keys() for each in columns), "metrics differ"
-        assert all(list(stage.rows) == list(first.rows) for stage in stages), "diversity of different prompts"
+        assert not columns[0] or all([*block.rows] == [*blocks[0].rows] for block in blocks), "different prompts"
         prompts = [first.prompts[int(row)] if first.prompts else str(row) for row in rows]
         for metric in columns[0]:
             values = _values(stages, metric, [each[metric] for each in columns])
-            unit = first.units.get(metric, "")
-            clusters, groups = intervals.labels(prompts), _groups(stages, rows)
-            yield _Table(metric, unit, _kind(unit, np.stack([*values.values()])), values, clusters, groups)
+            unit = unit_of(metric, first.units)
+            names = [first.categories[int(row)] for row in rows] if first.categories else []
+            clusters, groups = intervals.labels(prompts), groups_of(names, len(rows))
+            yield _Table(metric, unit, kind_of(unit, np.stack([*values.values()])), values, clusters, groups)
 
 
-def _kind(unit: str, values: Floats) -> intervals.Kind:
+def kind_of(unit: str, values: Floats) -> intervals.Kind:
     """Return the kind of a metric's values: those of an undeclared unit are binary if both 0 and 1 occur, no others."""
     if bool(np.isin(values, (0.0, 1.0)).all()) and (unit == SHARE or np.ptp(values) > 0):
         return "binary"
@@ -186,10 +217,7 @@ def _values(stages: Sequence[Scores], metric: str, columns: Sequence[Sequence[fl
     return {stage.stage: v for stage, v in zip(stages, values, strict=True)}
 
 
-def _groups(stages: Sequence[Scores], rows: NDArray[np.intp]) -> dict[str, NDArray[np.intp]]:
-    """Return category -> the places in `rows` of its prompts."""
-    names = list(stages[0].categories)
-    assert all(list(stage.categories) == names for stage in stages), "categories differ between stages"
-    names = [names[row] for row in rows] if names else []
-    named = [name for name in dict.fromkeys(names) if name not in ("", "all")]
-    return {"all": np.arange(len(rows))} | {c: np.flatnonzero([name == c for name in names]) for c in named}
+def groups_of(categories: Sequence[str], count: int) -> dict[str, NDArray[np.intp]]:
+    """Return category -> the numbers of its prompts, of `count`, whose categories are given, or none."""
+    named = [name for name in dict.fromkeys(categories) if name not in ("", "all")]
+    return {"all": np.arange(count)} | {c: np.flatnonzero([name == c for name in categories]) for c in named}

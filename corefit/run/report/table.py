@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import frozen
 
-from corefit.errors import plain
+from corefit.errors import counted, plain
 from corefit.run.report.results import SHARE
 from corefit.system import memory
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from corefit.run.report.results import Row, Scores
+    from corefit.run.report.seeds import SeedsRow
+
+    AnyRow = Row | SeedsRow
+Over = Literal["gain", "base_gain", "over_gain"]
 
 MISSING = "-"
 UNKNOWN = "no interval"
@@ -38,7 +42,7 @@ class Numbers:
     decimals: int = 1
 
     @staticmethod
-    def of(rows: Sequence[Row]) -> Numbers:
+    def of(rows: Sequence[AnyRow]) -> Numbers:
         """Choose percentages for shares; in files of version 0.1, which name no unit, if all numbers are in [0, 1]."""
         seen = [value for row in rows for key in ("value", "low", "high") if (value := row.get(key)) is not None]
         units = {row["unit"] for row in rows if "unit" in row}
@@ -50,17 +54,22 @@ class Numbers:
         narrowest = _digits(min((width for width in widths if width), default=math.inf))
         return Numbers(percent=False, decimals=min(6, max(0, 2 - largest, min(1 - narrowest, 3 - largest))))
 
-    def value(self, row: Row) -> tuple[str, str]:
+    def value(self, row: AnyRow) -> tuple[str, str]:
         """Return the value and its interval."""
         unit, to = (" %", "-") if self.percent else ("", " to ")
         return self._plain(row["value"]) + unit, self._interval(row.get("low"), row.get("high"), to)
 
-    def gain(self, row: Row, over: Literal["gain", "base_gain"] = "gain") -> tuple[str, str]:
-        """Return the gain over what the stage starts from, or over the base, and its interval; a dash if none."""
-        gain, low, high = (row.get(f"{over}{end}") for end in ("", "_low", "_high"))
+    def gain(self, row: AnyRow, over: Over = "gain") -> tuple[str, str]:
+        """Return the gain over what the stage starts from, or over another one, and its interval; a dash if none.
+
+        Where fewer seeds than the stage has are in the gain, their number is beside the interval.
+        """
+        gain, low, high, seeds = (row.get(f"{over}{end}") for end in ("", "_low", "_high", "_seeds"))
         if gain is None:
             return MISSING, ""
-        return self._plain(gain, "+") + (" pp" if self.percent else ""), self._interval(low, high, " to ", "+")
+        fewer = f", {counted(seeds, 'seed')}" if seeds != row.get("seeds", seeds) and seeds else ""
+        interval = self._interval(low, high, " to ", "+") + fewer
+        return self._plain(gain, "+") + (" pp" if self.percent else ""), interval
 
     def rounded(self, value: float) -> float:
         """Return the number that is printed for a value: a percentage, or the value itself."""
@@ -81,7 +90,7 @@ def _digits(value: float) -> int:
     return math.floor(math.log10(value)) if 0 < value < math.inf else 0
 
 
-def direction(row: Row, numbers: Numbers, over: Literal["gain", "base_gain"] = "gain") -> str:
+def direction(row: AnyRow, numbers: Numbers, over: Over = "gain") -> str:
     """Return "up" or "down" if the interval of the gain, as it is printed, excludes 0, else ""."""
     low, high = (numbers.rounded(row.get(f"{over}_{end}", 0.0)) for end in ("low", "high"))
     return "up" if low > 0 else "down" if high < 0 else ""
@@ -101,13 +110,31 @@ def gain_columns(starts: Mapping[str, str]) -> list[str]:
     return ["paired\ngain"]
 
 
-def names(rows: Sequence[Row], key: Literal["stage", "metric", "category"]) -> list[str]:
+def over_columns(rows: Sequence[AnyRow]) -> list[str]:
+    """Return the head of the column of gains over a stage that was named, if one was."""
+    over = next((row["over"] for row in rows if "over" in row), "")
+    return [f"gain\nover {plain(over)}"] if over else []
+
+
+def title(rows: Sequence[AnyRow]) -> str:
+    """Return the title of the table of one metric."""
+    first, seeds = rows[0], " over seeds and prompts" if any("seeds" in row for row in rows) else ""
+    return f"{first['metric']}, {first['n']} {first.get('of', 'held-out prompts')}, 95 % intervals{seeds}"
+
+
+def one_seed(rows: Sequence[AnyRow]) -> str:
+    """Return what is to be said of stages that have one seed alone; "" if there are none."""
+    alone = list(dict.fromkeys(row["stage"] for row in rows if row.get("seeds") == 1))
+    return f"one seed: {', '.join(alone)}; these intervals are over prompts alone" if alone else ""
+
+
+def names(rows: Sequence[AnyRow], key: Literal["stage", "metric", "category"]) -> list[str]:
     """Return the distinct stages, metrics or categories, in order."""
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-def print_table(stages: Sequence[Scores], rows: Sequence[Row], console: Console, benchmark: str = "") -> None:
-    """Print a table per metric, one row per stage; categories that are too many for the console get tables below.
+def print_table(stages: Sequence[Scores], rows: Sequence[AnyRow], console: Console, benchmark: str = "") -> None:
+    """Print a table per metric, one row per stage that has it; categories that are too many get tables below.
 
     benchmark  the name of what was evaluated on, for the titles
     """
@@ -115,14 +142,15 @@ def print_table(stages: Sequence[Scores], rows: Sequence[Row], console: Console,
 
     for metric in names(rows, "metric"):
         of_metric = [row for row in rows if row["metric"] == metric]
-        title = f"{f'{benchmark}: ' if benchmark else ''}{metric}, {of_metric[0]['n']} held-out prompts, 95 % intervals"
-        console.print(Text(plain(f"\n{title}\n"), "bold"))
+        console.print(Text(plain(f"\n{f'{benchmark}: ' if benchmark else ''}{title(of_metric)}\n"), "bold"))
         for table in _fitting(stages, of_metric, console):
             console.print(table)
             console.print()
+        if note := one_seed(of_metric):
+            console.print(Text(plain(f"{note}\n")))
 
 
-def _fitting(stages: Sequence[Scores], rows: Sequence[Row], console: Console) -> list[Table]:
+def _fitting(stages: Sequence[Scores], rows: Sequence[AnyRow], console: Console) -> list[Table]:
     """Return one table if the console is wide enough; else "all" with gains and costs, then the categories, split."""
     every, *others = names(rows, "category")
     whole = _table(stages, rows, [every, *others], gains=True, costs=True)
@@ -149,7 +177,12 @@ def _width(console: Console, table: Table) -> int:
 
 
 def _table(
-    stages: Sequence[Scores], rows: Sequence[Row], columns: Sequence[str], *, gains: bool = False, costs: bool = False
+    stages: Sequence[Scores],
+    rows: Sequence[AnyRow],
+    columns: Sequence[str],
+    *,
+    gains: bool = False,
+    costs: bool = False,
 ) -> Table:
     from rich import box
     from rich.table import Table
@@ -158,37 +191,63 @@ def _table(
     numbers, lines = Numbers.of(rows), {(row["stage"], row["category"]): row for row in rows}
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     table.add_column("stage", overflow="fold")
-    rounded = any(stage.survived is not None for stage in stages)
-    gain_heads = gain_columns({stage.stage: stage.start for stage in stages})
+    seeded = any("seeds" in row for row in rows)
+    gain_heads, over_heads = gain_columns({stage.stage: stage.start for stage in stages}), over_columns(rows)
     branched = len(gain_heads) > 1
-    costs = costs and any(stage.seconds for stage in stages)
-    cost_heads = ["time", "samples\n/ s", "peak\nmemory", *(["update kept\nin bf16"] if rounded else [])]
-    for head in (*map(plain, columns), *(gain_heads if gains else []), *(cost_heads if costs else [])):
+    over: list[Over] = ["gain", *(["base_gain"] if branched else []), *(["over_gain"] if over_heads else [])]
+    cost_heads, cost_cells = _cost_columns(stages) if costs and any(stage.seconds for stage in stages) else ([], {})
+    heads = [*map(plain, columns), *([*gain_heads, *over_heads] if gains else []), *cost_heads]
+    for head in (["seeds"] if seeded else []) + heads:
         named = head.startswith("starts")  # long names are broken, numbers never
         table.add_column(Text(head), justify="right", no_wrap=not named, overflow="fold" if named else "ellipsis")
     for stage in stages:
-        cells = [_cell(*numbers.value(lines[stage.stage, c])) for c in columns]
-        over = _gains(lines[stage.stage, "all"], numbers, *(("gain", "base_gain") if branched else ("gain",)))
-        over = [*([Text(stage.start or MISSING)] if branched else []), *over]
-        spent = [*_costs(stage), *([Text(_share(stage.survived))] if rounded else [])]
-        table.add_row(Text(stage.stage, "bold"), *cells, *(over if gains else []), *(spent if costs else []))
+        if (row := lines.get((stage.stage, "all"))) is None:  # only some stages have been scored by a new metric
+            continue
+        cells = [Text(str(row.get("seeds", MISSING)))] if seeded else []
+        cells += [_cell(*numbers.value(lines[stage.stage, c])) for c in columns]
+        cells += [Text(stage.start or MISSING)] if gains and branched else []
+        cells += gain_cells(row, numbers, over) if gains else []
+        table.add_row(Text(stage.stage, "bold"), *cells, *cost_cells.get(stage.stage, []))
     return table
 
 
-def _share(share: float | None) -> str:
-    return MISSING if share is None else f"{100 * share:.1f} %"
-
-
-def _gains(row: Row, numbers: Numbers, *over: Literal["gain", "base_gain"]) -> list[Text]:
+def gain_cells(row: AnyRow, numbers: Numbers, over: Sequence[Over]) -> list[Text]:
+    """Return a cell for each gain, green if the stage is better; less drift is better."""
     colors = {"up": "green", "down": "red", "": ""}
+    if "of" in row:
+        colors = {"up": "red", "down": "green", "": ""}
     return [_cell(*numbers.gain(row, each), colors[direction(row, numbers, each)]) for each in over]
 
 
-def _costs(stage: Scores) -> list[Text]:
+def _cost_columns(stages: Sequence[Scores]) -> tuple[list[str], dict[str, list[Text]]]:
+    """Return the heads of what training took, as far as it is known of any stage, and the cells of each stage."""
     from rich.text import Text
 
-    speed = f"{stage.samples_per_second:.1f}" if stage.samples_per_second else MISSING
-    return [Text(duration(stage.seconds)), Text(speed), Text(memory.size(stage.peak_memory))]
+    found = costs_of(stages)
+    return [*found], {stage.stage: [Text(cells[i]) for cells in found.values()] for i, stage in enumerate(stages)}
+
+
+def costs_of(stages: Sequence[Scores]) -> dict[str, list[str]]:
+    """Return the columns of what training took, head -> a cell for each stage."""
+
+    def number(value: float, digits: int = 0) -> str:
+        return f"{value:.{digits}f}" if value else MISSING
+
+    found = {
+        "time": [duration(stage.seconds) for stage in stages],
+        "samples\n/ s": [number(stage.samples_per_second, 1) for stage in stages],
+        "peak\nmemory": [memory.size(stage.peak_memory) for stage in stages],
+    }
+    if any(stage.survived is not None for stage in stages):
+        shares = [stage.survived for stage in stages]
+        found["update kept\nin bf16"] = [MISSING if share is None else f"{100 * share:.1f} %" for share in shares]
+    if any(stage.steps for stage in stages):
+        found = {
+            "steps": [number(stage.steps) for stage in stages],
+            "samples": [number(stage.samples) for stage in stages],
+            **found,
+        }
+    return found
 
 
 def _cell(main: str, below: str, style: str = "") -> Text:

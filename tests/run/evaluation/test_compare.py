@@ -258,6 +258,23 @@ def test_a_metric_that_one_lacks_or_measures_otherwise_is_left_out(runs, typed):
     assert {row["metric"] for row in read_results(runs.parent / "compare" / "a-b" / "results.json")} == {"ocr"}
 
 
+def test_a_reward_at_other_steps_is_a_metric_with_prompts_of_its_own(runs, typed):
+    for stage in (*(runs / "a").glob("0*"), *(runs / "b").glob("0*")):
+        content = files.read_json(stage / "scores.json")
+        more = {"rows": [0, 2], "values": {"ocr, 6 steps": [1.0, 0.0]}}
+        files.write_json(stage / "scores.json", {**content, "also": more})
+    rows = compared(runs / "a", runs / "b")[1]
+    found = [row for row in rows if row["metric"] == "ocr, 6 steps"]
+    assert {(row["stage"], row["n"], row["unit"]) for row in found if row["category"] == "all"} == {
+        (name, 2, "share") for name in ("base", "a: soar", "a: grpo", "b: sft", "b: soar")
+    }
+    for stage in (runs / "b").glob("0*"):
+        content = files.read_json(stage / "scores.json")
+        files.write_json(stage / "scores.json", {**content, "also": {**content["also"], "rows": [0, 3]}})
+    status, said = typed("compare", runs / "a", runs / "b")
+    assert (status, "metric ocr, 6 steps is left out: its keys differ" in said) == (0, True)
+
+
 def test_runs_without_rewards_are_compared_by_their_pictures(runs, typed):
     for run in ("a", "b"):
         change_run(runs / run, values={}, diversity={"rows": [], "values": {}}, eval__reward=[])

@@ -15,7 +15,7 @@ from attrs import field, frozen
 from corefit.errors import CorefitError
 from corefit.run.report.metrics import read_metrics
 from corefit.run.report.page.memo import Memo, stamp
-from corefit.run.report.results import Row, Scores, read_results, results
+from corefit.run.report.results import Row, Scores, blocks_of, read_results, results
 
 STAGE = re.compile(r"\d\d+-(.+)")
 BASE = "base"
@@ -202,15 +202,13 @@ def _is_sound(row: Mapping[str, Any]) -> bool:
 
 def _scores(stage: StageFiles, units: Mapping[str, str]) -> Scores:
     found = stage.scores
-    diversity: Mapping[str, Any] = found.get("diversity") or {"rows": (), "values": {}}
     return Scores(
         stage.name,
         found["values"],
         found.get("categories", ()),
         prompts=found.get("prompts", ()),
         units=units,
-        rows=diversity["rows"],
-        diversity=diversity["values"],
+        blocks=blocks_of(found),
         start=stage.start,
     )
 
