@@ -1,0 +1,89 @@
+"""The study: its arms are the same everywhere, its prompts are apart, and its page is what its data say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parents[2] / "examples" / "study"
+STARTS = ("under", "saturated", "curated", "curated_lora")
+
+
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pipeline(start: str) -> dict[str, Any]:
+    return tomllib.loads((HERE / f"{start}.toml").read_text())
+
+
+@pytest.mark.parametrize("start", STARTS[1:])
+def test_the_arms_differ_in_nothing_but_the_learning_rate(start):
+    def arms(name: str) -> list[dict[str, Any]]:
+        return [{**stage, "optimizer": {**stage["optimizer"], "lr": 0}} for stage in pipeline(name)["stage"]]
+
+    def evaluated(name: str) -> dict[str, Any]:
+        return {key: value for key, value in pipeline(name)["eval"].items() if key != "reward"}
+
+    assert arms(start) == arms("under")
+    assert evaluated(start) == evaluated("under")
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_learning_rates_were_chosen_for_three_families(start):
+    rates: dict[str, set[float]] = {}
+    for stage in pipeline(start)["stage"]:
+        name = stage["name"]
+        family = "soar" if "soar" in name or name == "matched" else "short" if name in ("sft", "sft_items") else "sft"
+        rates.setdefault(family, set()).add(stage["optimizer"]["lr"])
+    assert {family: len(found) for family, found in rates.items()} == {"soar": 1, "short": 1, "sft": 1}
+
+
+def test_no_prompt_was_used_before(tmp_path, monkeypatch):
+    prompts = load("prompts")
+    rows = {
+        name: [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("heldout", "validation")
+    }
+    used = {json.loads(line)["prompt"] for line in (HERE.parent / "digits" / "heldout.jsonl").read_text().splitlines()}
+    scenes = {name: [prompts.Scene.of(row) for row in found] for name, found in rows.items()}
+    for name, found in scenes.items():
+        assert len({scene.prompt for scene in found}) == len(found), name
+        unseen = [scene for scene in found if scene.category in ("two", "position")]
+        assert all(scene.held_out and scene.prompt not in used for scene in unseen)
+    arranged = [{repr(prompts.arrangement(scene)) for scene in found} for found in scenes.values()]
+    singles = {
+        repr(prompts.arrangement(scene)) for found in scenes.values() for scene in found if len(scene.things) == 1
+    }
+    assert arranged[0] & arranged[1] == set() != singles
+    monkeypatch.setattr(prompts, "HERE", tmp_path)
+    prompts.main()
+    for name in rows:
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (HERE / f"{name}.jsonl").read_bytes()
+
+
+def test_the_page_has_what_its_data_say():
+    tables, page = load("tables"), (HERE / "README.md").read_text()
+    assert tables.filled(page) == page, "run python tables.py"
+    cited = set(re.findall(r"\b[USCL]\d+\b|\b[uscl]\d+\b", page.partition("## Verdict")[2].partition("\n## ")[0]))
+    named = set(re.findall(r"^\| ([USCLuscl]\d+) \|", page, re.M))
+    assert cited <= named, "the verdict cites rows that are there"
+
+
+def test_every_sentence_of_the_verdict_points_at_a_row():
+    verdict = (HERE / "README.md").read_text().partition("## Verdict")[2].partition("\n## ")[0]
+    sentences = [each for each in re.split(r"(?<=[.:])\s+(?=[A-Z*\[])", verdict.strip()) if each]
+    assert sentences
+    assert [each for each in sentences if not re.search(r"\b[USCLuscl]\d+\b", each)] == []
