@@ -78,7 +78,8 @@ def measures(results: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         yield f"|---|---|{'---|' * len(there)}"
         for number, key in enumerate(keys, 1):
             cells = [gain(by_key[arm, *key], "over_gain") if (arm, *key) in by_key else "" for arm in there]
-            yield f"| {letter.lower()}{number} | {key[0]}{'' if key[1] == 'all' else f': {key[1]}'} | {' | '.join(cells)} |"
+            name = key[0] if key[1] == "all" else f"{key[0]}: {key[1]}"
+            yield f"| {letter.lower()}{number} | {name} | {' | '.join(cells)} |"
 
 
 def shown(metric: str, category: str, primary: str) -> bool:
