@@ -4,7 +4,7 @@
 #     bash choose.sh under "5e-4 1e-3 2e-3"
 set -euo pipefail
 cd "$(dirname "$0")"
-for arm in sft_compute soar; do
+for arm in sft sft_compute soar; do
   for lr in $2; do
     corefit run "$1.toml" --only "$arm" --set "name=choose-$1-$arm-$lr" --set seed=1000 \
       --set eval.prompts=validation.jsonl --set "stage.$arm.optimizer.lr=$lr" \
