@@ -55,6 +55,7 @@ class Source:
     base: Mapping[str, Any]
     """What determines the base's weights."""
     units: Mapping[str, str]
+    """Metric -> its reward's unit; files of version 0.1 tell none."""
 
 
 def rounded(value: Any) -> Any:
@@ -90,7 +91,7 @@ def of_run(place: Path, memo: Memo, display: Display) -> Source | None:
     if waiting:
         listed = ", ".join(waiting[:NAMED]) + (f" and {len(waiting) - NAMED} more" if len(waiting) > NAMED else "")
         display.print(f"{place}: {counted(len(waiting), 'stage')} without scores yet: {listed}")
-    units = {row["metric"]: unit for row in run.rows if (unit := row.get("unit"))}
+    units = {row["metric"]: row["unit"] for row in run.rows if "unit" in row}
     return Source(place, [*found.values()], _base_of(run, found), units) if found else None
 
 

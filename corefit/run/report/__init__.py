@@ -37,7 +37,6 @@ __all__ = [
     "read_metrics",
     "read_results",
     "results",
-    "unit_of",
     "visible_frames",
     "write_results",
 ]

@@ -48,6 +48,7 @@ class Metric:
 
     prompts     of what it is measured on; equal ones are one cluster
     categories  one for each prompt, or empty
+    unit        that of the metric's reward; None if it is not known
     of          as in SeedsRow, or ""
     """
 
@@ -55,7 +56,7 @@ class Metric:
     values: Mapping[str, Columns]
     prompts: Sequence[str]
     categories: Sequence[str] = ()
-    unit: str = ""
+    unit: str | None = ""
     of: str = ""
 
 
@@ -106,7 +107,7 @@ class _Table:
         }
         every = np.stack([column for columns in values.values() for column in columns.values()])
         groups = groups_of(metric.categories, len(metric.prompts))
-        return _Table(metric, values, kind_of(metric.unit, every), intervals.labels(metric.prompts), groups)
+        return _Table(metric, values, kind_of(metric.unit or "", every), intervals.labels(metric.prompts), groups)
 
 
 def _finite(metric: Metric, stage: str, seed: int, column: Sequence[float]) -> Floats:
@@ -122,7 +123,8 @@ def _row(compared: Compared, stage: str, table: _Table, category: str, rows: NDA
     now, clusters = _stacked(columns, rows), table.clusters[rows]
     if not start and (now == now[0]).all():  # the base is evaluated in every run, and is always the same
         now = now[:1]
-    row: dict[str, Any] = {"stage": stage, "metric": metric.name, "category": category, "unit": metric.unit}
+    row: dict[str, Any] = {"stage": stage, "metric": metric.name, "category": category}
+    row |= {} if metric.unit is None else {"unit": metric.unit}
     row |= {"value": float(now.mean()), "n": len(rows)} | _ends("", crossed.of_mean(now, clusters, table.kind))
     if metric.of:
         row["of"] = metric.of
