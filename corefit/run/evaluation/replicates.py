@@ -216,17 +216,16 @@ def _refuse_other_settings(first: Replicate, other: Replicate) -> None:
 
 def differences(sources: Sequence[Source]) -> list[str]:
     """Return what may be known but is no reason to refuse: other versions and other code, a sentence for each run."""
-    every = [each for source in sources for each in source.replicates]
-    found = comparable.differences(every[0].evaluated, [each.evaluated for each in every[1:]])
     firsts: dict[str, Replicate] = {}
-    said: dict[Path, str] = {}
-    for each in every:
+    said: dict[tuple[Path, str], str] = {}
+    for each in (each for source in sources for each in source.replicates):
         first = firsts.setdefault(each.name, each)
-        both = sorted(name for name in first.code.keys() & each.code.keys() if first.code[name] != each.code[name])
-        if both:
+        for line in comparable.differences(first.evaluated, [each.evaluated]):
+            said.setdefault((each.evaluated.run, "evaluated"), line)
+        if both := sorted(name for name in first.code.keys() & each.code.keys() if first.code[name] != each.code[name]):
             text = f"{each.evaluated.place} was trained with other code than {first.evaluated.place}: {', '.join(both)}"
-            said.setdefault(each.evaluated.run, text)
-    return [*found, *said.values()]
+            said.setdefault((each.evaluated.run, "trained"), text)
+    return [*said.values()]
 
 
 # one replicate for each stage and seed

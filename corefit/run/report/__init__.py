@@ -12,7 +12,6 @@ from corefit.run.report.results import (
     blocks_of,
     read_results,
     results,
-    unit_of,
     write_results,
 )
 from corefit.run.report.sheets import animation, comparison, grid, visible_frames

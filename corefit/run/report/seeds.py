@@ -24,14 +24,14 @@ class SeedsRow(Row):
     """One entry of results.json, as for a single run, and the seeds from which each number is.
 
     seeds       number of seeds; the base, which is not trained, has none
-    each        the value of every seed, in the order of the seeds
+    each        the value of every seed, by the seed
     of          what the metric was measured on, where that is not the held-out prompts
     over        the stage that `over_gain` is over
     gain_seeds  number of seeds that both have, a stage and what it starts from; likewise for the other gains
     """
 
     seeds: NotRequired[int]
-    each: NotRequired[list[float]]
+    each: NotRequired[dict[str, float]]
     of: NotRequired[str]
     gain_seeds: NotRequired[int]
     base_gain_seeds: NotRequired[int]
@@ -129,7 +129,8 @@ def _row(compared: Compared, stage: str, table: _Table, category: str, rows: NDA
     if metric.of:
         row["of"] = metric.of
     if start:
-        row |= {"start": start, "seeds": len(now), "each": now.mean(1).tolist()}
+        each = dict(zip(map(str, sorted(columns)), now.mean(1).tolist(), strict=True))
+        row |= {"start": start, "seeds": len(now), "each": each}
     if compared.over:
         row["over"] = compared.over
     for key, other in _others(compared, stage):
@@ -138,7 +139,14 @@ def _row(compared: Compared, stage: str, table: _Table, category: str, rows: NDA
             gains = _stacked(both, rows)
             row |= {key: float(gains.mean()), f"{key}_seeds": len(gains)}
             row |= _ends(f"{key}_", crossed.of_gain(gains, clusters, table.kind))
-    return cast(SeedsRow, row)
+    return cast(SeedsRow, {key: _digits(value) for key, value in row.items()})
+
+
+def _digits(value: Any) -> Any:
+    """Return numbers with nine digits: processors differ in the last of sixteen, and files are to have equal bytes."""
+    if isinstance(value, dict):
+        return {key: _digits(each) for key, each in cast(dict[str, Any], value).items()}
+    return (float(f"{value:.9g}") if abs(value) > 1e-12 else 0.0) if isinstance(value, float) else value
 
 
 def _others(compared: Compared, stage: str) -> Iterator[tuple[str, str]]:
