@@ -33,7 +33,6 @@ def write(folder: Path, source: Source, metrics: Sequence[str]) -> None:
     rows = [next((block.rows for block in each if block.values), ()) for each in blocks]
     content = {
         "format": FORMAT,
-        "parts": {key: part for key, part in first.parts.items() if key != "model"},
         "base": source.base,
         "units": source.units,
         "prompts": [*first.prompts],
@@ -55,6 +54,7 @@ def _stage(replicates: Sequence[Replicate], metrics: Sequence[str]) -> dict[str,
         "start": first.start,
         "settings": first.settings,
         "code": first.code,
+        "parts": {key: part for key, part in first.evaluated.parts.items() if key != "model"},
         "seeds": [_seed(each, metrics) for each in replicates],
     }
 
@@ -99,7 +99,7 @@ def _source(file: Path, content: Mapping[str, Any]) -> Source:
             place = StageFiles("", stage["name"], "", stage["start"], file.resolve(), 0, {}, {}, {}, ())
             blocks = [report.Block(content["rows"][key], each[key]) for key in report.BLOCKS]
             drift = {**content["drift"], "values": each["drift"]} if each["drift"] else {}
-            parts = {**content["parts"], **({} if stage["start"] else {"model": content["base"].get("model")})}
+            parts = {**stage["parts"], **({} if stage["start"] else {"model": content["base"].get("model")})}
             evaluated = Evaluated(
                 place, each["values"], content["categories"], content["prompts"], parts, blocks=blocks, drift=drift
             )

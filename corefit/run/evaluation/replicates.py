@@ -55,6 +55,7 @@ class Source:
     base: Mapping[str, Any]
     """What determines the base's weights."""
     units: Mapping[str, str]
+    """Metric -> its reward's unit; files of version 0.1 tell none."""
 
 
 def rounded(value: Any) -> Any:
@@ -90,7 +91,7 @@ def of_run(place: Path, memo: Memo, display: Display) -> Source | None:
     if waiting:
         listed = ", ".join(waiting[:NAMED]) + (f" and {len(waiting) - NAMED} more" if len(waiting) > NAMED else "")
         display.print(f"{place}: {counted(len(waiting), 'stage')} without scores yet: {listed}")
-    units = {row["metric"]: unit for row in run.rows if (unit := row.get("unit"))}
+    units = {row["metric"]: row["unit"] for row in run.rows if "unit" in row}
     return Source(place, [*found.values()], _base_of(run, found), units) if found else None
 
 
@@ -215,17 +216,16 @@ def _refuse_other_settings(first: Replicate, other: Replicate) -> None:
 
 def differences(sources: Sequence[Source]) -> list[str]:
     """Return what may be known but is no reason to refuse: other versions and other code, a sentence for each run."""
-    every = [each for source in sources for each in source.replicates]
-    found = comparable.differences(every[0].evaluated, [each.evaluated for each in every[1:]])
     firsts: dict[str, Replicate] = {}
-    said: dict[Path, str] = {}
-    for each in every:
+    said: dict[tuple[Path, str], str] = {}
+    for each in (each for source in sources for each in source.replicates):
         first = firsts.setdefault(each.name, each)
-        both = sorted(name for name in first.code.keys() & each.code.keys() if first.code[name] != each.code[name])
-        if both:
+        for line in comparable.differences(first.evaluated, [each.evaluated]):
+            said.setdefault((each.evaluated.run, "evaluated"), line)
+        if both := sorted(name for name in first.code.keys() & each.code.keys() if first.code[name] != each.code[name]):
             text = f"{each.evaluated.place} was trained with other code than {first.evaluated.place}: {', '.join(both)}"
-            said.setdefault(each.evaluated.run, text)
-    return [*found, *said.values()]
+            said.setdefault((each.evaluated.run, "trained"), text)
+    return [*said.values()]
 
 
 # one replicate for each stage and seed

@@ -12,7 +12,6 @@ from corefit.run.report.results import (
     blocks_of,
     read_results,
     results,
-    unit_of,
     write_results,
 )
 from corefit.run.report.sheets import animation, comparison, grid, visible_frames
@@ -37,7 +36,6 @@ __all__ = [
     "read_metrics",
     "read_results",
     "results",
-    "unit_of",
     "visible_frames",
     "write_results",
 ]

@@ -79,7 +79,7 @@ def _panel(axes: Any, found: Mapping[str, SeedsRow], stages: Sequence[str]) -> N
             ends = [scale * row.get("low", row["value"]), scale * row.get("high", row["value"])]
             axes.plot(ends, [place, place], color=color, linewidth=1.6, solid_capstyle="butt")
             axes.plot([scale * row["value"]], [place], "D", color=color, markersize=4.5)
-            each = [scale * value for value in row.get("each", [])]
+            each = [scale * value for value in row.get("each", {}).values()]
             axes.plot(each, [place + 0.25] * len(each), "o", color="0.35", markersize=3.2, alpha=0.7, markeredgewidth=0)
     if over in found:
         axes.axvline(scale * found[over]["value"], color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))

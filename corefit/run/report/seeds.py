@@ -24,14 +24,14 @@ class SeedsRow(Row):
     """One entry of results.json, as for a single run, and the seeds from which each number is.
 
     seeds       number of seeds; the base, which is not trained, has none
-    each        the value of every seed, in the order of the seeds
+    each        the value of every seed, by the seed
     of          what the metric was measured on, where that is not the held-out prompts
     over        the stage that `over_gain` is over
     gain_seeds  number of seeds that both have, a stage and what it starts from; likewise for the other gains
     """
 
     seeds: NotRequired[int]
-    each: NotRequired[list[float]]
+    each: NotRequired[dict[str, float]]
     of: NotRequired[str]
     gain_seeds: NotRequired[int]
     base_gain_seeds: NotRequired[int]
@@ -48,6 +48,7 @@ class Metric:
 
     prompts     of what it is measured on; equal ones are one cluster
     categories  one for each prompt, or empty
+    unit        that of the metric's reward; None if it is not known
     of          as in SeedsRow, or ""
     """
 
@@ -55,7 +56,7 @@ class Metric:
     values: Mapping[str, Columns]
     prompts: Sequence[str]
     categories: Sequence[str] = ()
-    unit: str = ""
+    unit: str | None = ""
     of: str = ""
 
 
@@ -106,7 +107,7 @@ class _Table:
         }
         every = np.stack([column for columns in values.values() for column in columns.values()])
         groups = groups_of(metric.categories, len(metric.prompts))
-        return _Table(metric, values, kind_of(metric.unit, every), intervals.labels(metric.prompts), groups)
+        return _Table(metric, values, kind_of(metric.unit or "", every), intervals.labels(metric.prompts), groups)
 
 
 def _finite(metric: Metric, stage: str, seed: int, column: Sequence[float]) -> Floats:
@@ -122,12 +123,14 @@ def _row(compared: Compared, stage: str, table: _Table, category: str, rows: NDA
     now, clusters = _stacked(columns, rows), table.clusters[rows]
     if not start and (now == now[0]).all():  # the base is evaluated in every run, and is always the same
         now = now[:1]
-    row: dict[str, Any] = {"stage": stage, "metric": metric.name, "category": category, "unit": metric.unit}
+    row: dict[str, Any] = {"stage": stage, "metric": metric.name, "category": category}
+    row |= {} if metric.unit is None else {"unit": metric.unit}
     row |= {"value": float(now.mean()), "n": len(rows)} | _ends("", crossed.of_mean(now, clusters, table.kind))
     if metric.of:
         row["of"] = metric.of
     if start:
-        row |= {"start": start, "seeds": len(now), "each": now.mean(1).tolist()}
+        each = dict(zip(map(str, sorted(columns)), now.mean(1).tolist(), strict=True))
+        row |= {"start": start, "seeds": len(now), "each": each}
     if compared.over:
         row["over"] = compared.over
     for key, other in _others(compared, stage):
@@ -136,7 +139,14 @@ def _row(compared: Compared, stage: str, table: _Table, category: str, rows: NDA
             gains = _stacked(both, rows)
             row |= {key: float(gains.mean()), f"{key}_seeds": len(gains)}
             row |= _ends(f"{key}_", crossed.of_gain(gains, clusters, table.kind))
-    return cast(SeedsRow, row)
+    return cast(SeedsRow, {key: _digits(value) for key, value in row.items()})
+
+
+def _digits(value: Any) -> Any:
+    """Return numbers with nine digits: processors differ in the last of sixteen, and files are to have equal bytes."""
+    if isinstance(value, dict):
+        return {key: _digits(each) for key, each in cast(dict[str, Any], value).items()}
+    return (float(f"{value:.9g}") if abs(value) > 1e-12 else 0.0) if isinstance(value, float) else value
 
 
 def _others(compared: Compared, stage: str) -> Iterator[tuple[str, str]]:

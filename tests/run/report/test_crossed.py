@@ -39,6 +39,10 @@ def test_intervals_cover(seeds: int, sd: float):
     assert 0.92 <= coverage(seeds, sd, prompts=480, each=8) <= 0.98
 
 
+def test_two_seeds_cover_less():
+    assert 0.86 <= coverage(2, 0.1) <= 0.98
+
+
 def test_intervals_of_shares_cover():
     assert 0.92 <= coverage(5, 0.05, "binary") <= 0.98
 
