@@ -270,3 +270,14 @@ def test_a_gpu_begins_with_what_it_has_room_for(job, monkeypatch, objective, bat
     assert 16 <= rows < 64, (rows, live.peak)
     assert room / 2 < live.peak < room
     assert worst(plain, dict(loop.state.trainable)) < 1e-6
+
+
+@pytest.mark.parametrize(("room", "rows"), [(1 << 30, 8), (1 << 10, 1)], ids=["room for all", "for one row"])
+def test_sharded_ranks_try_two_rows_only_where_they_fit(job, monkeypatch, room, rows):
+    """A rank that ran out of memory in a forward would leave the others waiting; all of them go on with one row."""
+    loop = train.Loop.build(job(), ranks.join("fp32"))
+    monkeypatch.setattr(memory, "room", lambda device: room)
+    monkeypatch.setattr(ranks.Ranks, "forwards_together", property(lambda self: True))
+    device = Limit(monkeypatch, rows)
+    loop.take_step(next(loop.batches()))
+    assert (device.exceeded, loop.state.sizes.rows) == (0, rows)
