@@ -37,7 +37,7 @@ from corefit.train.meters import NonFiniteGuard
 from corefit.train.optimizer import Steps
 from corefit.train.retry import Retry
 from corefit.train.sharding import Sharding
-from corefit.train.sizes import Sizes
+from corefit.train.sizes import Sizes, conditions
 from corefit.train.state import State
 from corefit.types import Batch, blame
 from corefit.types.objective import (
@@ -141,7 +141,7 @@ class Loop:
             optimizer=Steps.of(stage.optimizer, trainable),
             ema=weights.Ema.of(trainable, stage.ema, on_host=on_host) if stage.ema is not None else None,
             guard=NonFiniteGuard.none(device, term_names(stage.objective), stage.skips),
-            sizes=Sizes.of(stage, ranks.data_world),
+            sizes=Sizes.of(stage, ranks.data_world, conditions(stage, backbone, ranks)),
             copies=copies,
             watch=Watch(stage.watch) if stage.watch else None,
         )

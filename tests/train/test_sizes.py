@@ -19,8 +19,9 @@ from corefit import Reward
 from corefit.errors import TrainingError
 from corefit.rollout.samplers import FlowSde
 from corefit.system import memory, ranks
+from corefit.system.layout import Layout
 from corefit.train import loop as train
-from corefit.train.sizes import Sizes
+from corefit.train.sizes import Sizes, conditions
 from corefit.types import Weighted
 from corefit.types.objective import Sum
 from corefit.types.stage import Optimizer, Stage
@@ -127,8 +128,8 @@ def test_chunks_are_lowered_before_rows(job, monkeypatch, capsys):
 def _of_all_points(real: Callable[..., Sizes]) -> Callable[..., Sizes]:
     """Sizes that a GPU of much memory would begin with."""
 
-    def of(_: object, stage: Stage, world: int) -> Sizes:
-        sizes = real(stage, world)
+    def of(_: object, stage: Stage, world: int, on: Mapping[str, str]) -> Sizes:
+        sizes = real(stage, world, on)
         sizes.choose(1 << 20)
         return sizes
 
@@ -179,10 +180,55 @@ def test_a_resumed_run_begins_with_what_was_found(checkpoint, dataset, tmp_path,
     trained(job_of(checkpoint, dataset, tmp_path / "parts", steps=2))
     assert "from here on micro_batch = 2" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "parts/checkpoints/step-000002/manifest.json").read_text())
-    assert manifest["info"]["sizes"] == {"rows": 2, "chunks": {}, "proven": {"(4, 8, 8)": 2}}
+    found = manifest["info"]["sizes"]
+    assert found == {"rows": 2, "chunks": {}, "proven": {"(4, 8, 8)": 2}, "on": found["on"]}
     resumed = trained(job_of(checkpoint, dataset, tmp_path / "parts", steps=3))
     assert "out of memory" not in capsys.readouterr().out
     assert worst(resumed, whole) == 0
+
+
+def _go_on(job: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> Sizes:
+    """The sizes with which a stage goes on under other keys, after a step in which a row at a time fitted."""
+    loop = train.Loop.build(job(Soar(points=2), **before), ranks.join("fp32"))
+    loop.state.sizes.choose(1)
+    loop.state.sizes.fitted((4, 8, 8))
+    loop.state.step = 1
+    loop.save()
+    later = attrs.evolve(job(Soar(points=2), **after), folder=loop.job.folder)
+    resumed = train.Loop.resume(later, ranks.join("fp32"))
+    assert resumed.state.step == 1
+    return resumed.state.sizes
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rows"),
+    [({}, {}, 1), ({"micro_batch": 2}, {}, 8), ({}, {"micro_batch": 4}, 4), ({}, {"copies": "cpu"}, 8)],
+    ids=["nothing changed", "micro_batch was removed", "micro_batch was added", "copies were moved"],
+)
+def test_sizes_are_found_anew_where_a_key_has_changed(job, before, after, rows):
+    sizes = _go_on(job, before, after)
+    stays = before == after
+    assert (sizes.rows, sizes.chosen, sizes.proven) == (rows, stays, {"(4, 8, 8)": 1} if stays else {})
+
+
+def test_sizes_are_found_anew_on_other_devices(job, monkeypatch):
+    """Also with another layout of the processes, and where a checkpoint of an earlier version does not say."""
+    loop = train.Loop.build(job(), ranks.join("fp32"))
+    here, backbone = loop.state.sizes, loop.job.backbone
+    here.choose(2)
+    kept = json.loads(json.dumps(here.state()))
+
+    def goes_on(state: Mapping[str, Any], on: ranks.Ranks) -> bool:
+        again = Sizes.of(here.stage, 1, conditions(here.stage, backbone, on))
+        again.restore(state)
+        assert again.rows == (here.rows if again.chosen else 8)
+        return again.chosen
+
+    assert goes_on(kept, loop.ranks)
+    assert not goes_on(kept, attrs.evolve(loop.ranks, layout=Layout(replicate=2)))
+    assert not goes_on({name: value for name, value in kept.items() if name != "on"}, loop.ranks)
+    monkeypatch.setattr(memory, "described", lambda device: "NVIDIA H100, 79.6 GiB")
+    assert not goes_on(kept, loop.ranks)
 
 
 def test_on_a_gpu_rewards_in_threads_score_while_the_next_rows_are_sampled(job, monkeypatch):
