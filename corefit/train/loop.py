@@ -267,7 +267,8 @@ class Loop:
                 is_last = start == starts[-1]
                 count = count + self._backward(each.value, micro_batch, bound, prefix, terms_before, is_last=is_last)
             terms_before += each.value.num_terms
-            self.retry.exchange()
+            with self._explain_exhaustion("the exchange of gradients"):
+                self.retry.exchange()
             total = self._global_count(count)
             # DDP and FSDP2 give the mean of the ranks' gradients: times world, it is their sum
             scale = torch.where(total > 0, each.weight * self.ranks.world / total, 0)

@@ -21,6 +21,7 @@ from corefit.rollout.samplers import FlowSde
 from corefit.system import memory, ranks
 from corefit.system.layout import Layout
 from corefit.train import loop as train
+from corefit.train.retry import Retry
 from corefit.train.sizes import Sizes, conditions
 from corefit.types import Weighted
 from corefit.types.objective import Sum
@@ -146,6 +147,15 @@ def test_what_the_pipeline_sets_stays(job, monkeypatch):
         trained(job(micro_batch=3))
 
 
+def test_the_exchange_of_gradients_is_explained_too(job, monkeypatch):
+    def exchange(retry: Retry) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Retry, "exchange", exchange)
+    with pytest.raises(TrainingError, match=r"stage s, step 1, the exchange of gradients: out of memory; 2.50 GiB"):
+        trained(job(micro_batch=3))
+
+
 def test_where_one_row_does_not_fit_the_error_names_other_keys(job, monkeypatch):
     Limit(monkeypatch, 0)
     with pytest.raises(TrainingError, match=r"term 0: out of memory; 2.50 GiB") as error:
@@ -249,6 +259,7 @@ import torch
 from attrs import frozen
 from training import job_of, prepared, trained
 
+from corefit.train.gradients import Gradients
 from corefit_sft import Sft
 
 
@@ -271,16 +282,24 @@ class Narrow(Sft):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB")
 
 
+def complete(gradients):
+    real(gradients)
+    if where == "exchange" and os.environ["RANK"] == "1" and not asked:
+        asked.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB")
+
+
+real, asked, Gradients.complete = Gradients.complete, [], complete
 checkpoint, folder = map(Path, sys.argv[2:])
 dataset = prepared(checkpoint, folder / "cache")
-for where in ("terms", "experience"):
+for where in ("terms", "experience", "exchange"):
     made = job_of(checkpoint, dataset, folder / where, Narrow(where=where), steps=3, batch=4)
     torch.save(trained(made), folder / f"{where}-{os.environ['RANK']}.pt")
 """
 
 
 def test_all_ranks_try_again_where_one_ran_out(job, checkpoint, tmp_path):
-    """In a term, and before a gather of the experience; else the others would wait for it in an exchange.
+    """In a term, before a gather of the experience, or before gradients are exchanged; else the others would wait.
 
     The first two steps are exchanged once all ranks agree, and the third one in DDP's backward.
     """
@@ -292,8 +311,8 @@ def test_all_ranks_try_again_where_one_ran_out(job, checkpoint, tmp_path):
     done = ended(*forks.ranks(command, command, cwd=tmp_path))
     assert done.status == 0, done.err
     said = "stage s, step 1: out of memory; from here on micro_batch = 1 (before: 2)\n"
-    assert done.out.count(said) == 2
-    for where in ("terms", "experience"):
+    assert done.out.count(said) == 3
+    for where in ("terms", "experience", "exchange"):
         first, second = (torch.load(tmp_path / f"{where}-{rank}.pt") for rank in (0, 1))
         assert worst(first, second) == 0
         assert worst(first, alone) < 1e-5
