@@ -176,6 +176,7 @@ class Loop:
         self._set_learning_rate()
         number = self.job.stage.objective.num_updates
         moves = iter(range(self.state.step * number + 1, (self.state.step + 1) * number + 1))
+        done = False
         try:
             with self.sharding.step():
                 for scale, no_items in self._gradients(batch):
@@ -183,9 +184,11 @@ class Loop:
                         self.gradients.merge()
                         self._apply_gradient(scale, no_items)
                     self.state.move_copies("update", next(moves))
-        except NonFinite:  # raised by the experience: no weight has changed because of it
+            done = True
+        except NonFinite:  # raised by the experience or by terms: no weight has changed because of it
             if self._skipped_too_many():
                 raise
+            self.gradients.drop()
         if self._draws is not None:
             self.ranks.refuse_same_noise(self._draws, self.job.stage.name)
         for move in moves:  # the copies' schedule does not depend on what was skipped
@@ -194,7 +197,8 @@ class Loop:
         self.state.move_copies("batch", self.state.step)
         if self.ranks.device.type == "cpu":  # where looking costs no wait
             self.state.guard.refuse(self.job.stage.name, self.ranks)
-        self.state.sizes.fitted(batch.shape)
+        if done:  # a step that ended early says nothing of its memory
+            self.state.sizes.fitted(batch.shape)
         self.state.add_time(self.job.stage.rows, time.perf_counter() - started)
         self._is_first_step = False
 
