@@ -45,7 +45,7 @@ COSTS = {
 
 def last_name(key: str) -> str:
     """Return the name by which COSTS has a key: "optimizer" for "stage.soar.optimizer.use"."""
-    return next((name for name in reversed(key.split(".")) if name in COSTS), key)
+    return key.removesuffix(".use").rpartition(".")[2]
 
 
 def place(key: str) -> int:
