@@ -97,7 +97,8 @@ class Loop:
     @staticmethod
     def resume(job: Job, ranks: Ranks) -> Loop:
         """Build the loop and continue from the stage's newest whole checkpoint, if there is one."""
-        helps = remedies.weights_helps(job.mode, ranks.world, sharded=ranks.sharded)
+        gpu = ranks.device.type != "cpu"
+        helps = remedies.weights_helps(job.mode, ranks.world, sharded=ranks.sharded, gpu=gpu)
         with memory.explain_exhaustion(f"stage {job.stage.name}, loading the weights", helps):
             loop = Loop.build(job, ranks)
             loop.state.resume(job.stage.keep)
@@ -388,7 +389,8 @@ class Loop:
         """Say in which stage and step memory ran out, while `what` was computed."""
         job, ranks, sizes, gather = self.job, self.ranks, self.state.sizes, self.sharding.gather
         where = f"stage {job.stage.name}, step {self.state.step + 1}, {what}"
-        helps = functools.partial(remedies.step_helps, sharded=ranks.sharded, gather=gather)
+        gpu = ranks.device.type != "cpu"
+        helps = functools.partial(remedies.step_helps, sharded=ranks.sharded, gather=gather, gpu=gpu)
         return memory.explain_exhaustion(
             where, lambda: helps(sizes.sized, job.mode, job.backbone, ranks.data_world), remedies.KEPT
         )
