@@ -30,7 +30,7 @@ from corefit.data.partition import Record
 from corefit.data.scan import MediaHashes, check_readable, find, scan, too_many_unreadable
 from corefit.data.settings import Data
 from corefit.errors import DataError
-from corefit.system import files, memory
+from corefit.system import cuda, files, memory
 from corefit.system.files import portable, sha256
 from corefit.system.ranks import SINGLE, Ranks
 from corefit.types import ROUNDING, KeyedReward
@@ -151,7 +151,7 @@ def prepare(
 def _build(builder: CacheBuilder, progress: Progress, ranks: Ranks) -> None:
     size = builder.data.encode_batch
     remedies = [f"encode_batch = {size // 2} (now {size})"] if size > 1 else []
-    if getattr(builder.backbone, "text_encoders", "cpu") != "cpu":
+    if cuda.may_be_there() and getattr(builder.backbone, "text_encoders", "cpu") != "cpu":
         remedies.append('backbone.text_encoders = "cpu"')
     if builder.media:
         remedies += smaller(builder.backbone, builder.data.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,9 @@ class Coder:
     backbone: Backbone
     say: Callable[[str], None] = lambda text: None
     _rows: dict[Hashable, int] = field(init=False, factory=dict[Hashable, int])
+    """What is coded and the shape of a row -> how many of them fit, however many the first batch had."""
+    _unsaid: dict[Hashable, str] = field(init=False, factory=dict[Hashable, str])
+    """The estimates by which they were found, until they are said."""
 
     def encode(self, media: Tensor) -> Tensor:
         """Do what the backbone's `encode` does."""
@@ -119,23 +123,25 @@ class Coder:
 
     def _at_once(self, what: str, given: Tensor) -> int:
         """Return how many rows to take at once, of all that are given."""
-        key = (what, *given.shape[1:])
+        key, asked = (what, *given.shape[1:]), len(given)
         if key not in self._rows:
-            total, asked = memory.total(), len(given)
+            total = memory.total()
             if asked == 1 or asked * given[0].numel() * MOST[what] < SMALL * total:
                 return asked
             each = row_bytes(self.backbone, what, given.shape[1:])
-            self._rows[key] = fitting(asked, each, total) if each else asked
-            if each and self._rows[key] < asked:
-                needed, there = memory.size(each), memory.size(int(total))
-                self.say(f"{what}: {self._rows[key]} of {asked} at once ({needed} each, of {there})")
-        return min(self._rows[key], len(given))
+            self._rows[key] = fitting(sys.maxsize, each, total)
+            self._unsaid[key] = f"({memory.size(each)} each, of {memory.size(int(total))})" if each else ""
+        if self._rows[key] < asked and (why := self._unsaid.pop(key, "")):
+            self.say(f"{what}: {self._rows[key]} of {asked} at once {why}")
+        return min(self._rows[key], asked)
 
     def _lower(self, what: str, given: Tensor, rows: int) -> None:
         """Take half as many rows from now on; memory has run out."""
         import torch
 
-        self._rows[what, *given.shape[1:]] = rows // 2
+        key = (what, *given.shape[1:])
+        self._rows[key] = rows // 2
+        self._unsaid.pop(key, None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.say(f"{what}: out of memory with {rows} at once; {rows // 2} from now on")

@@ -232,6 +232,17 @@ def total() -> int:
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
 
 
+def described(device: torch.device) -> str:
+    """Return the name of a device and the memory that this process may take of it, such as "NVIDIA H200, 139.8 GiB"."""
+    import psutil
+    import torch
+
+    if device.type != "cuda":
+        return f"{device.type}, {size(psutil.virtual_memory().total)}"
+    limit = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.mem_get_info(device)[1]
+    return f"{torch.cuda.get_device_name(device)}, {size(int(limit))}"
+
+
 def size(count: int) -> str:
     """Write a number of bytes in MiB or GiB; a dash for 0."""
     if not count:

@@ -72,13 +72,20 @@ class Gradients:
         for p in self.trainable.values():
             p.grad = None
 
-    def average(self) -> None:
-        """Replace each gradient by its mean over all ranks, as DDP's exchange does in a backward."""
+    def complete(self) -> None:
+        """Give parameters without a gradient one of zeros: `average` then needs no memory, and so cannot run out."""
         import torch
 
         for p in self.trainable.values():
-            mine = torch.zeros_like(p) if p.grad is None else p.grad
-            p.grad = self.ranks.all_reduce(mine / self.ranks.world)
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+    def average(self) -> None:
+        """Replace each gradient by its mean over all ranks, as DDP's exchange does in a backward; they are complete."""
+        import torch.distributed as dist
+
+        for p in self.trainable.values():
+            assert p.grad is not None
+            dist.all_reduce(p.grad.div_(self.ranks.world))
 
     def _local(self) -> list[Tensor]:
         return weights.local(p.grad for p in self.trainable.values() if p.grad is not None)

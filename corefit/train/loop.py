@@ -37,7 +37,7 @@ from corefit.train.meters import NonFiniteGuard
 from corefit.train.optimizer import Steps
 from corefit.train.retry import Retry
 from corefit.train.sharding import Sharding
-from corefit.train.sizes import Sizes
+from corefit.train.sizes import Sizes, conditions
 from corefit.train.state import State
 from corefit.types import Batch, blame
 from corefit.types.objective import (
@@ -97,7 +97,8 @@ class Loop:
     @staticmethod
     def resume(job: Job, ranks: Ranks) -> Loop:
         """Build the loop and continue from the stage's newest whole checkpoint, if there is one."""
-        helps = remedies.weights_helps(job.mode, ranks.world, sharded=ranks.sharded)
+        gpu = ranks.device.type != "cpu"
+        helps = remedies.weights_helps(job.mode, ranks.world, sharded=ranks.sharded, gpu=gpu)
         with memory.explain_exhaustion(f"stage {job.stage.name}, loading the weights", helps):
             loop = Loop.build(job, ranks)
             loop.state.resume(job.stage.keep)
@@ -141,7 +142,7 @@ class Loop:
             optimizer=Steps.of(stage.optimizer, trainable),
             ema=weights.Ema.of(trainable, stage.ema, on_host=on_host) if stage.ema is not None else None,
             guard=NonFiniteGuard.none(device, term_names(stage.objective), stage.skips),
-            sizes=Sizes.of(stage, ranks.data_world),
+            sizes=Sizes.of(stage, ranks.data_world, conditions(stage, backbone, ranks)),
             copies=copies,
             watch=Watch(stage.watch) if stage.watch else None,
         )
@@ -176,6 +177,7 @@ class Loop:
         self._set_learning_rate()
         number = self.job.stage.objective.num_updates
         moves = iter(range(self.state.step * number + 1, (self.state.step + 1) * number + 1))
+        done = False
         try:
             with self.sharding.step():
                 for scale, no_items in self._gradients(batch):
@@ -183,9 +185,11 @@ class Loop:
                         self.gradients.merge()
                         self._apply_gradient(scale, no_items)
                     self.state.move_copies("update", next(moves))
-        except NonFinite:  # raised by the experience: no weight has changed because of it
+            done = True
+        except NonFinite:  # raised by the experience or by terms: no weight has changed because of it
             if self._skipped_too_many():
                 raise
+            self.gradients.drop()
         if self._draws is not None:
             self.ranks.refuse_same_noise(self._draws, self.job.stage.name)
         for move in moves:  # the copies' schedule does not depend on what was skipped
@@ -194,7 +198,8 @@ class Loop:
         self.state.move_copies("batch", self.state.step)
         if self.ranks.device.type == "cpu":  # where looking costs no wait
             self.state.guard.refuse(self.job.stage.name, self.ranks)
-        self.state.sizes.fitted(batch.shape)
+        if done:  # a step that ended early says nothing of its memory
+            self.state.sizes.fitted(batch.shape)
         self.state.add_time(self.job.stage.rows, time.perf_counter() - started)
         self._is_first_step = False
 
@@ -267,7 +272,8 @@ class Loop:
                 is_last = start == starts[-1]
                 count = count + self._backward(each.value, micro_batch, bound, prefix, terms_before, is_last=is_last)
             terms_before += each.value.num_terms
-            self.retry.exchange()
+            with self._explain_exhaustion("the exchange of gradients"):
+                self.retry.exchange()
             total = self._global_count(count)
             # DDP and FSDP2 give the mean of the ranks' gradients: times world, it is their sum
             scale = torch.where(total > 0, each.weight * self.ranks.world / total, 0)
@@ -383,7 +389,8 @@ class Loop:
         """Say in which stage and step memory ran out, while `what` was computed."""
         job, ranks, sizes, gather = self.job, self.ranks, self.state.sizes, self.sharding.gather
         where = f"stage {job.stage.name}, step {self.state.step + 1}, {what}"
-        helps = functools.partial(remedies.step_helps, sharded=ranks.sharded, gather=gather)
+        gpu = ranks.device.type != "cpu"
+        helps = functools.partial(remedies.step_helps, sharded=ranks.sharded, gather=gather, gpu=gpu)
         return memory.explain_exhaustion(
             where, lambda: helps(sizes.sized, job.mode, job.backbone, ranks.data_world), remedies.KEPT
         )

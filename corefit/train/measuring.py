@@ -37,7 +37,7 @@ def rows_that_fit(
     try:
         most = _measured(backbone, state, sharding, batch) / largest
     except OutOfMemory:
-        if ranks.forwards_together:  # the others wait in an exchange of the forward
+        if ranks.forwards_together:  # not even one row fits; the others wait in an exchange
             raise
         most = 1.0
     for p in state.trainable.values():
@@ -56,13 +56,26 @@ def _measured(backbone: Backbone, state: State, sharding: Sharding, batch: Batch
 
     sharding.exchange(False)
     run(1)  # gradients, workspaces and compiled kernels are there from now on
-    one, two = (memory.taken(device, lambda rows=rows: run(rows)) for rows in (1, 2))
-    row = max(1, two - one)
-    absent = sum(t.nbytes for t in weights.local(p for p in state.trainable.values() if p.grad is None))
-    room = (memory.room(device) or 0.0) * USABLE - state.optimizer.missing_bytes() - absent - (one - row)
+    one = memory.taken(device, lambda: run(1))
+    most = 1.0
+    if _may_try_two(state, one):
+        row = max(1, memory.taken(device, lambda: run(2)) - one)
+        absent = sum(t.nbytes for t in weights.local(p for p in state.trainable.values() if p.grad is None))
+        room = (memory.room(device) or 0.0) * USABLE - state.optimizer.missing_bytes() - absent - (one - row)
+        most = room / row
     sharding.exchange(True)
     run(1)  # whole gradients of sharded weights, if they were kept, are freed by it
-    return room / row
+    return most
+
+
+def _may_try_two(state: State, one: int) -> bool:
+    """Return, on all ranks alike, whether two rows can be tried, where one row takes `one` bytes.
+
+    Where a forward needs several ranks, one that runs out of memory would leave the others waiting, so two rows are
+    tried only if twice the bytes of one are free on all of them; two take less than that.
+    """
+    ranks = state.ranks
+    return not ranks.forwards_together or not ranks.any((memory.room(ranks.device) or 0.0) * USABLE < 2 * one)
 
 
 def _not_exchanged(state: State) -> AbstractContextManager[None]:

@@ -41,11 +41,13 @@ COSTS = {
     "train": "an adapter is trained in place of all weights",
 }
 """What a key costs, by its last name, from the least to the most."""
+TO_HOST = ("offload", "copies", "text_encoders")
+"""Last names of keys that move something to main memory, which takes nothing off where a device has no other."""
 
 
 def last_name(key: str) -> str:
     """Return the name by which COSTS has a key: "optimizer" for "stage.soar.optimizer.use"."""
-    return next((name for name in reversed(key.split(".")) if name in COSTS), key)
+    return key.removesuffix(".use").rpartition(".")[2]
 
 
 def place(key: str) -> int:
@@ -84,9 +86,9 @@ class Remedy:
 
 
 def ladder(
-    stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool, gather: str = "term"
+    stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool, gather: str = "term", gpu: bool = True
 ) -> Iterator[Remedy]:
-    """Yield what would take less memory in a stage and is not set yet, in the order of what it costs.
+    """Yield what would take less memory of a device in a stage and is not set yet, in the order of what it costs.
 
     A micro-batch that is not set is none of it: the trainer finds one that fits.
     """
@@ -99,13 +101,27 @@ def ladder(
         yield from (Remedy(f"{path}.{key}", str(value // 2), value) for key, value in _larger(each.value))
     if getattr(backbone, "gradient_checkpointing", True) is False and getattr(backbone, "offload", "none") == "none":
         yield Remedy("backbone.gradient_checkpointing", "true")
-    yield from weight_remedies(stage, mode, backbone, world, sharded=sharded, gather=gather)
+    yield from weight_remedies(stage, mode, backbone, world, sharded=sharded, gather=gather, gpu=gpu)
 
 
 def weight_remedies(
-    stage: Stage | None, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool, gather: str = "term"
+    stage: Stage | None,
+    mode: Full | Lora,
+    backbone: Any,
+    world: int,
+    *,
+    sharded: bool,
+    gather: str = "term",
+    gpu: bool = True,
 ) -> Iterator[Remedy]:
     """Yield what makes weights, gradients, optimizer state and copies smaller, in the order of what it costs."""
+    found = _weight_remedies(stage, mode, backbone, world, sharded, gather)
+    yield from (each for each in found if gpu or last_name(each.key) not in TO_HOST)
+
+
+def _weight_remedies(
+    stage: Stage | None, mode: Full | Lora, backbone: Any, world: int, sharded: bool, gather: str
+) -> Iterator[Remedy]:
     yield from _state_remedies(stage, mode) if stage is not None else ()
     lora = isinstance(mode, Lora)
     if lora and (now := getattr(backbone, "frozen", "nf4")) in FEWER:
@@ -136,18 +152,18 @@ def _state_remedies(stage: Stage, mode: Full | Lora) -> Iterator[Remedy]:
 
 
 def step_helps(
-    stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool, gather: str = "term"
+    stage: Stage, mode: Full | Lora, backbone: Any, world: int, *, sharded: bool, gather: str = "term", gpu: bool = True
 ) -> list[str]:
     """List the keys of a stage that would save memory in a step and are not set so already.
 
     gather  how long sharded weights stay gathered: "step" or "term"
     """
-    return [str(each) for each in ladder(stage, mode, backbone, world, sharded=sharded, gather=gather)]
+    return [str(each) for each in ladder(stage, mode, backbone, world, sharded=sharded, gather=gather, gpu=gpu)]
 
 
-def weights_helps(mode: Full | Lora, world: int, *, sharded: bool, backbone: Any = None) -> list[str]:
+def weights_helps(mode: Full | Lora, world: int, *, sharded: bool, backbone: Any = None, gpu: bool = True) -> list[str]:
     """List the keys that would make weights, gradients and optimizer state smaller and are not set so already."""
-    return [str(each) for each in weight_remedies(None, mode, backbone, world, sharded=sharded)]
+    return [str(each) for each in weight_remedies(None, mode, backbone, world, sharded=sharded, gpu=gpu)]
 
 
 def room_helps(pipeline: Pipeline, stage: Stage, e: Estimate, device: Device, world: int) -> Iterator[str]:
@@ -155,11 +171,11 @@ def room_helps(pipeline: Pipeline, stage: Stage, e: Estimate, device: Device, wo
     mode = pipeline.mode(stage)
     if isinstance(mode, Lora) and not device.half(pipeline.precision):
         yield 'precision = "bf16"'
-    for each in weight_remedies(stage, mode, pipeline.backbone, world, sharded=True, gather="term"):
+    for each in weight_remedies(stage, mode, pipeline.backbone, world, sharded=True, gather="term", gpu=device.gpu):
         yield str(each)
     if stage.ema is not None and stage.copies == "cpu":
         yield f"{stage.name}.ema left out"
-    if e.rewards:
+    if e.rewards and device.gpu:
         yield 'device = "cpu" for a reward'
     each = e.decoder + e.rewards  # which are not sharded
     whole, room = (e.certain - e.exchanged - each) * (world if pipeline.shard else 1), device.memory * FILLED - each
@@ -167,17 +183,17 @@ def room_helps(pipeline: Pipeline, stage: Stage, e: Estimate, device: Device, wo
         yield f"shard = true on {math.ceil(whole / room)} devices or more"
 
 
-def pipeline_ladder(pipeline: Pipeline, stage: Stage, world: int) -> Iterator[Remedy]:
+def pipeline_ladder(pipeline: Pipeline, stage: Stage, world: int, *, gpu: bool = True) -> Iterator[Remedy]:
     """Yield what would take less memory in any phase of a stage and is not set yet, in the order of what it costs."""
     if pipeline.eval and pipeline.eval.batch > 1:
         yield Remedy("eval.batch", str(pipeline.eval.batch // 2), pipeline.eval.batch)
     if getattr(pipeline.backbone, "tile", 0) is None and pipeline.data.encoded is None:  # it was encoded without
         yield Remedy("backbone.tile", "512")
-    if getattr(pipeline.backbone, "text_encoders", "cpu") == "device":
+    if gpu and getattr(pipeline.backbone, "text_encoders", "cpu") == "device":
         yield Remedy("backbone.text_encoders", '"cpu"')
     sharded = pipeline.shard or world == 1
     gather = pipeline.gather if pipeline.shard and world > 1 else "term"
-    yield from ladder(stage, pipeline.mode(stage), pipeline.backbone, world, sharded=sharded, gather=gather)
+    yield from ladder(stage, pipeline.mode(stage), pipeline.backbone, world, sharded=sharded, gather=gather, gpu=gpu)
 
 
 def _larger(plugin: Any) -> Iterator[tuple[str, int]]:

@@ -77,6 +77,7 @@ class Retry:
     def exchange(self) -> None:
         """Exchange gradients, once the ranks have agreed; nothing where a backward has done it."""
         if self.agrees:
+            self.gradients.complete()
             self._agree()
             self.gradients.average()
 

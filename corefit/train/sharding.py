@@ -7,6 +7,7 @@ gradients whole, where memory allows (`Sharding`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,17 +37,24 @@ def shard(transformer: torch.nn.Module, device: torch.device, copies: int = 1) -
     """
     import torch.distributed as dist
     from torch import nn
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    world = dist.get_world_size()
-    shape, names = ((world,), ("shard",)) if copies == 1 else ((copies, world // copies), ("replicate", "shard"))
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    mesh = _mesh(device.type, copies, dist.group.WORLD)
     lists = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.ModuleList)}
     outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     for block in (block for blocks in outer for block in blocks):
         fully_shard(block, mesh=mesh)
     fully_shard(transformer, mesh=mesh)
+
+
+@functools.cache
+def _mesh(kind: str, copies: int, every: Any) -> Any:
+    """Return the mesh of the processes of the group `every`, the default one; groups within it are made once."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    world = every.size()
+    shape, names = ((world,), ("shard",)) if copies == 1 else ((copies, world // copies), ("replicate", "shard"))
+    return init_device_mesh(kind, shape, mesh_dim_names=names)
 
 
 def is_sharded(transformer: torch.nn.Module) -> bool:

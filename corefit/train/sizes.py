@@ -2,17 +2,20 @@
 
 The keys are `micro_batch` of the stage, and those that an objective names in `chunks`. The trainer begins with what it
 expects to fit. Where memory runs out before a weight has changed, it halves one of them and takes the step again; draws
-are keyed, so the step that is taken again draws the same numbers. What was found is in the checkpoints.
+are keyed, so the step that is taken again draws the same numbers. What was found is in the checkpoints, and is used
+again as long as devices, processes and keys stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from attrs import define, evolve, field
+from attrs import define, evolve, field, fields, has
 
-from corefit.types import Weighted
+from corefit.system import memory
+from corefit.system.ranks import Ranks
+from corefit.types import ROUNDING, Weighted
 from corefit.types.objective import Objective, Sum, free_chunks, weighted_objectives
 from corefit.types.scoring import is_concurrent
 from corefit.types.stage import Stage
@@ -33,6 +36,7 @@ class Sizes:
     chunks  the values of keys of objectives: name of the objective ("" unless in a sum) -> key -> value
     proven  shape of latents -> number of steps that fitted with these sizes
     chosen  whether the trainer has chosen sizes, or a checkpoint had them
+    on      what memory depends on, as `conditions` gives it; sizes that were found elsewhere are not taken over
     """
 
     stage: Stage
@@ -41,14 +45,15 @@ class Sizes:
     chunks: dict[str, dict[str, int]]
     proven: dict[str, int] = field(factory=dict[str, int])
     chosen: bool = False
+    on: Mapping[str, str] = field(factory=dict[str, str])
 
     @staticmethod
-    def of(stage: Stage, world: int) -> Sizes:
+    def of(stage: Stage, world: int, on: Mapping[str, str] | None = None) -> Sizes:
         """Return the sizes to begin with on a device of unknown memory: all rows at once, in the smallest chunks."""
         share = max(1, stage.rows // world)
         chunks = {each.name: dict.fromkeys(free_chunks(each.value), 1) for each in weighted_objectives(stage.objective)}
         chunks = {name: keys for name, keys in chunks.items() if keys}
-        return Sizes(stage=stage, share=share, rows=stage.micro_batch or share, chunks=chunks)
+        return Sizes(stage=stage, share=share, rows=stage.micro_batch or share, chunks=chunks, on=on or {})
 
     @property
     def objective(self) -> Objective[Any]:
@@ -116,15 +121,15 @@ class Sizes:
 
     def state(self) -> Mapping[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"rows": self.rows, "chunks": self.chunks, "proven": self.proven}
+        return {"rows": self.rows, "chunks": self.chunks, "proven": self.proven, "on": dict(self.on)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the sizes of a checkpoint, except those that the pipeline has set since."""
+        """Take the sizes of a checkpoint if they were found under the same conditions; else begin anew."""
+        if state.get("on") != self.on:
+            return
         self.chosen = True
-        if self.stage.micro_batch is None:
-            self.rows = min(int(state["rows"]), self.share)
-        for name, keys in self.chunks.items():
-            keys |= {key: value for key, value in state["chunks"].get(name, {}).items() if key in keys}
+        self.rows = int(state["rows"])
+        self.chunks = {name: dict(keys) for name, keys in state["chunks"].items()}
         self.proven = dict(state["proven"])
 
     def _sized(self, entry: Weighted[Objective[Any]]) -> Weighted[Objective[Any]]:
@@ -135,3 +140,29 @@ class Sizes:
     def _large(self) -> list[tuple[str, str]]:
         """Return the keys of objectives that can be lowered, as (name of the objective, key)."""
         return [(name, key) for name, keys in self.chunks.items() for key, value in keys.items() if value > 1]
+
+
+def conditions(stage: Stage, backbone: Any, ranks: Ranks) -> Mapping[str, str]:
+    """Return what the memory of a step depends on and a checkpoint's identity does not, on all ranks alike.
+
+    These are the devices, the processes and what they share, and the keys that change rounding alone, `micro_batch`
+    among them.
+    """
+    held = {"stage": stage, "backbone": backbone, **{each.name: each.value for each in _objectives(stage)}}
+    return {
+        "devices": ", ".join(sorted({*ranks.all_gather_object(memory.described(ranks.device))})),
+        "processes": f"{ranks.world}, sharded: {ranks.sharded}, {ranks.layout}",
+        **{f"{name}.{key}": str(value) for name, plugin in held.items() for key, value in _rounding(plugin).items()},
+    }
+
+
+def _objectives(stage: Stage) -> Iterator[Weighted[Objective[Any]]]:
+    """Yield the stage's objectives under the names that their keys have in a pipeline."""
+    for each in weighted_objectives(stage.objective):
+        yield evolve(each, name=".".join(filter(None, ("objective", each.name))))
+
+
+def _rounding(plugin: Any) -> Mapping[str, Any]:
+    """Return the keys of a plugin that change rounding alone, with their values."""
+    every = fields(type(plugin)) if has(type(plugin)) else ()
+    return {each.name: getattr(plugin, each.name) for each in every if each.metadata.items() >= ROUNDING.items()}

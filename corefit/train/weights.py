@@ -23,6 +23,7 @@ from corefit.train.sharding import Sharding, fill, is_adapter, is_sharded, local
 from corefit.types import Backbone, ContextParallel, Moving, Offloading, StoredTensors, Streamed
 from corefit.types.blame import require_result
 from corefit.types.objective import Objective, moving_copies, weighted_objectives
+from corefit.types.pinned import copies_on_host
 from corefit.types.stage import Full, Lora
 
 if TYPE_CHECKING:
@@ -318,18 +319,10 @@ class Ema:
 
 def copied(trained: Mapping[str, Tensor], *, on_host: bool = False) -> dict[str, Tensor]:
     """Return a copy of the weights as they are now, on their device or in main memory."""
-    return {name: _on_host(p.detach()) if on_host else p.detach().clone() for name, p in trained.items()}
-
-
-def _on_host(tensor: Any) -> Any:
-    """Return a copy in main memory, pinned where there is a GPU, so that nothing waits for what is moved."""
-    held = tensor.to("cpu", copy=True)
-    if tensor.device.type == "cpu":
-        return held
-    if not hasattr(held, "to_local"):
-        return held.pin_memory()
-    held._local_tensor = held.to_local().pin_memory()
-    return held
+    held = {name: p.detach() for name, p in trained.items()}
+    if on_host and any(t.device.type == "cuda" for t in held.values()):
+        return copies_on_host(held)
+    return {name: t.to("cpu", copy=True) if on_host else t.clone() for name, t in held.items()}
 
 
 def follow(

@@ -62,6 +62,19 @@ def test_rows_that_fit() -> None:
     assert fitting(16, None, total) == 16
 
 
+def test_a_small_first_batch_is_no_limit_for_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that fit are those of the estimate, which is said when a batch is first cut for it."""
+    monkeypatch.setattr(coding, "row_bytes", lambda *_: 100)
+    monkeypatch.setattr(memory, "total", lambda: int(400 / coding.SHARE))
+    toy, said = Toy(room=99), list[str]()
+    coder, media = Coder(toy, said.append), torch.ones(9, 1)  # type: ignore[arg-type]
+    for rows in (2, 3, 9, 9):
+        coder.encode(media[:rows])
+    assert toy.calls == [2, 3, *(4, 4, 1) * 2]
+    assert len(said) == 1
+    assert said[0].startswith("encode: 4 of 9 at once (")
+
+
 def test_what_an_estimate_allows_is_taken_at_once_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone: Any = Sd3(str(tiny_sd3(tmp_path / "base", words=WORDS, layers=1)))
     backbone.place(torch.device("cpu"), torch.float32)

@@ -105,6 +105,21 @@ def test_what_was_fetched_is_found_without_the_hub(hub: Hub, monkeypatch: pytest
     Sd3(NAME).load(CPU, torch.float32)
 
 
+@pytest.mark.parametrize("had", ["JSON alone", "all but one file", "one shard of two"])
+def test_a_part_of_a_model_is_not_taken_for_it_without_the_hub(hub, folder, tmp_path, monkeypatch, had) -> None:
+    backbone = Sd3(NAME)
+    backbone.latent_shape([16, 16])
+    if had != "JSON alone":
+        backbone.load(CPU, torch.float32)
+        (file,) = (tmp_path / "cache").rglob(f"snapshots/*/{TRANSFORMER}")
+        file.rename(file.with_name("diffusion_pytorch_model-00001-of-00002.safetensors" if "shard" in had else "gone"))
+    for fetch in (hub_of_models.fetched, hub_of_models.fetched_json):
+        fetch.cache_clear()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ModelError, match=rf"{NAME}: the hub did not give its weights: .*(127.0.0.1|[Cc]onnect)"):
+        Sd3(NAME).load(CPU, torch.float32)
+
+
 def test_a_hub_that_gives_no_weights_is_told(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="other/model: the hub did not give its weights"):
         hub_of_models.fetched("other/model", None, None, (), None)

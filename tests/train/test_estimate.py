@@ -26,7 +26,7 @@ from corefit.rollout.samplers import Ode
 from corefit.system import memory
 from corefit.testing import tiny_chroma, tiny_flux, tiny_sd3, tiny_wan
 from corefit.train import weights
-from corefit.train.estimate import Device, Estimate, estimates, refuse
+from corefit.train.estimate import Device, Estimate, estimates, refuse, stages
 from corefit.train.estimate.show import print_tables
 from corefit.train.estimate.stages import LOSS
 from corefit.types import Moving
@@ -268,6 +268,16 @@ def test_more_velocities_in_a_graph_take_more(project: Project) -> None:
     assert one is not None
     assert three is not None
     assert three > one
+
+
+def test_what_text_encoders_compute_is_not_known(project: Project) -> None:
+    """Their weights are counted; on the CPU they take nothing of a GPU."""
+    gpu = Device("a GPU", 1e12, gpu=True, planned=True)
+    for where, known in (("device", False), ("cpu", True)):
+        pipeline = read(project.file, [f"backbone.text_encoders='{where}'"])
+        phase = next(stages._Case.of(pipeline, pipeline.stage[0], gpu, 1, {})._encoding())
+        assert (phase.name, phase.known) == ("encoding texts", known)
+        assert (phase.total == 0) is known
 
 
 def test_the_largest_aspect_counts(project: Project) -> None:

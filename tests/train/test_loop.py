@@ -169,24 +169,40 @@ def test_skipped_steps_are_counted_over_a_resume(job):
 
 @frozen
 class Unrewarded(Supervised):
-    """SFT whose experience is not finite in one step, as a reward may be."""
+    """SFT whose experience is not finite in one step, as a reward may be, or the terms of its second half are not."""
 
     at: int = 1
+    where: str = "experience"
 
     def experience(self, batch: Batch, ctx: Context) -> Iterator[Batch]:
-        if batch.rows[0] // 8 == self.at:
-            raise NonFinite("reward 'x' is not finite for ['a red 1']")
+        self.score(batch, "experience")
         yield batch
 
     def terms(self, batch: Batch, ctx: Context) -> Iterator[Term]:
+        if batch.rows[0] % 8 == 4:
+            self.score(batch, "terms")
         yield from Sft().terms(batch, ctx)
 
+    def score(self, batch: Batch, where: str) -> None:
+        if where == self.where and batch.rows[0] // 8 == self.at:
+            raise NonFinite("reward 'x' is not finite for ['a red 1']")
 
-def test_an_experience_that_is_not_finite_stops_or_is_skipped(job):
+
+@pytest.mark.parametrize("where", ["experience", "terms"])
+def test_scores_that_are_not_finite_stop_the_stage_or_are_skipped(job, where):
+    """The gradient that the first half of a batch has left by then is dropped, and the step proves no sizes."""
     with pytest.raises(NonFinite, match="reward 'x'"):
-        trained(job(Unrewarded()))
-    left = trained(job(Unrewarded(), on_nan="skip"))
-    assert worst(left, trained(job(Empty(at=1)))) == 0
+        trained(job(Unrewarded(where=where), micro_batch=4))
+    skipping = job(Unrewarded(where=where), on_nan="skip", micro_batch=4)
+    assert worst(trained(skipping), trained(job(Empty(at=1), micro_batch=4))) == 0
+    once = job(Unrewarded(where=where), on_nan="skip", micro_batch=4, steps=2)
+    loop = train.Loop.build(once, ranks.join("fp32"))
+    for _, batch in zip(range(2), loop.batches(), strict=False):
+        loop.take_step(batch)
+    assert list(loop.state.sizes.proven.values()) == [1]
+
+
+def test_an_experience_that_is_never_finite_stops_the_stage(job):
     with pytest.raises(NonFinite, match="reward 'x'"):
         trained(job(Always(), on_nan="skip", max_skips=1))
 

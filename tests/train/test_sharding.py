@@ -69,6 +69,11 @@ alone, shared = Net(), Net()
 every = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(1))
 sharding.shard(shared, DEVICE, 2)
 
+# the network of a later stage is sharded over the same groups of processes
+before = len(dist.distributed_c10d._world.pg_map)
+sharding.shard(Net(), DEVICE, 2)
+assert len(dist.distributed_c10d._world.pg_map) == before
+
 # each group holds all rows, in the order of its ranks
 for name, tensor in shared.state_dict().items():
     whole = alone.state_dict()[name]

@@ -19,8 +19,10 @@ from corefit import Reward
 from corefit.errors import TrainingError
 from corefit.rollout.samplers import FlowSde
 from corefit.system import memory, ranks
+from corefit.system.layout import Layout
 from corefit.train import loop as train
-from corefit.train.sizes import Sizes
+from corefit.train.retry import Retry
+from corefit.train.sizes import Sizes, conditions
 from corefit.types import Weighted
 from corefit.types.objective import Sum
 from corefit.types.stage import Optimizer, Stage
@@ -127,8 +129,8 @@ def test_chunks_are_lowered_before_rows(job, monkeypatch, capsys):
 def _of_all_points(real: Callable[..., Sizes]) -> Callable[..., Sizes]:
     """Sizes that a GPU of much memory would begin with."""
 
-    def of(_: object, stage: Stage, world: int) -> Sizes:
-        sizes = real(stage, world)
+    def of(_: object, stage: Stage, world: int, on: Mapping[str, str]) -> Sizes:
+        sizes = real(stage, world, on)
         sizes.choose(1 << 20)
         return sizes
 
@@ -142,6 +144,15 @@ def test_what_the_pipeline_sets_stays(job, monkeypatch):
     assert (sizes.rows, sizes.objective, sizes.can_lower) == (3, stage.objective, False)
     Limit(monkeypatch, 2)
     with pytest.raises(TrainingError, match=r"step 1, term 0: out of memory; 2.50 GiB.*s.micro_batch = 1 \(now 3\)"):
+        trained(job(micro_batch=3))
+
+
+def test_the_exchange_of_gradients_is_explained_too(job, monkeypatch):
+    def exchange(retry: Retry) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Retry, "exchange", exchange)
+    with pytest.raises(TrainingError, match=r"stage s, step 1, the exchange of gradients: out of memory; 2.50 GiB"):
         trained(job(micro_batch=3))
 
 
@@ -179,10 +190,55 @@ def test_a_resumed_run_begins_with_what_was_found(checkpoint, dataset, tmp_path,
     trained(job_of(checkpoint, dataset, tmp_path / "parts", steps=2))
     assert "from here on micro_batch = 2" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "parts/checkpoints/step-000002/manifest.json").read_text())
-    assert manifest["info"]["sizes"] == {"rows": 2, "chunks": {}, "proven": {"(4, 8, 8)": 2}}
+    found = manifest["info"]["sizes"]
+    assert found == {"rows": 2, "chunks": {}, "proven": {"(4, 8, 8)": 2}, "on": found["on"]}
     resumed = trained(job_of(checkpoint, dataset, tmp_path / "parts", steps=3))
     assert "out of memory" not in capsys.readouterr().out
     assert worst(resumed, whole) == 0
+
+
+def _go_on(job: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> Sizes:
+    """The sizes with which a stage goes on under other keys, after a step in which a row at a time fitted."""
+    loop = train.Loop.build(job(Soar(points=2), **before), ranks.join("fp32"))
+    loop.state.sizes.choose(1)
+    loop.state.sizes.fitted((4, 8, 8))
+    loop.state.step = 1
+    loop.save()
+    later = attrs.evolve(job(Soar(points=2), **after), folder=loop.job.folder)
+    resumed = train.Loop.resume(later, ranks.join("fp32"))
+    assert resumed.state.step == 1
+    return resumed.state.sizes
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rows"),
+    [({}, {}, 1), ({"micro_batch": 2}, {}, 8), ({}, {"micro_batch": 4}, 4), ({}, {"copies": "cpu"}, 8)],
+    ids=["nothing changed", "micro_batch was removed", "micro_batch was added", "copies were moved"],
+)
+def test_sizes_are_found_anew_where_a_key_has_changed(job, before, after, rows):
+    sizes = _go_on(job, before, after)
+    stays = before == after
+    assert (sizes.rows, sizes.chosen, sizes.proven) == (rows, stays, {"(4, 8, 8)": 1} if stays else {})
+
+
+def test_sizes_are_found_anew_on_other_devices(job, monkeypatch):
+    """Also with another layout of the processes, and where a checkpoint of an earlier version does not say."""
+    loop = train.Loop.build(job(), ranks.join("fp32"))
+    here, backbone = loop.state.sizes, loop.job.backbone
+    here.choose(2)
+    kept = json.loads(json.dumps(here.state()))
+
+    def goes_on(state: Mapping[str, Any], on: ranks.Ranks) -> bool:
+        again = Sizes.of(here.stage, 1, conditions(here.stage, backbone, on))
+        again.restore(state)
+        assert again.rows == (here.rows if again.chosen else 8)
+        return again.chosen
+
+    assert goes_on(kept, loop.ranks)
+    assert not goes_on(kept, attrs.evolve(loop.ranks, layout=Layout(replicate=2)))
+    assert not goes_on({name: value for name, value in kept.items() if name != "on"}, loop.ranks)
+    monkeypatch.setattr(memory, "described", lambda device: "NVIDIA H100, 79.6 GiB")
+    assert not goes_on(kept, loop.ranks)
 
 
 def test_on_a_gpu_rewards_in_threads_score_while_the_next_rows_are_sampled(job, monkeypatch):
@@ -203,6 +259,7 @@ import torch
 from attrs import frozen
 from training import job_of, prepared, trained
 
+from corefit.train.gradients import Gradients
 from corefit_sft import Sft
 
 
@@ -225,16 +282,24 @@ class Narrow(Sft):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB")
 
 
+def complete(gradients):
+    real(gradients)
+    if where == "exchange" and os.environ["RANK"] == "1" and not asked:
+        asked.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB")
+
+
+real, asked, Gradients.complete = Gradients.complete, [], complete
 checkpoint, folder = map(Path, sys.argv[2:])
 dataset = prepared(checkpoint, folder / "cache")
-for where in ("terms", "experience"):
+for where in ("terms", "experience", "exchange"):
     made = job_of(checkpoint, dataset, folder / where, Narrow(where=where), steps=3, batch=4)
     torch.save(trained(made), folder / f"{where}-{os.environ['RANK']}.pt")
 """
 
 
 def test_all_ranks_try_again_where_one_ran_out(job, checkpoint, tmp_path):
-    """In a term, and before a gather of the experience; else the others would wait for it in an exchange.
+    """In a term, before a gather of the experience, or before gradients are exchanged; else the others would wait.
 
     The first two steps are exchanged once all ranks agree, and the third one in DDP's backward.
     """
@@ -246,8 +311,8 @@ def test_all_ranks_try_again_where_one_ran_out(job, checkpoint, tmp_path):
     done = ended(*forks.ranks(command, command, cwd=tmp_path))
     assert done.status == 0, done.err
     said = "stage s, step 1: out of memory; from here on micro_batch = 1 (before: 2)\n"
-    assert done.out.count(said) == 2
-    for where in ("terms", "experience"):
+    assert done.out.count(said) == 3
+    for where in ("terms", "experience", "exchange"):
         first, second = (torch.load(tmp_path / f"{where}-{rank}.pt") for rank in (0, 1))
         assert worst(first, second) == 0
         assert worst(first, alone) < 1e-5
@@ -270,3 +335,14 @@ def test_a_gpu_begins_with_what_it_has_room_for(job, monkeypatch, objective, bat
     assert 16 <= rows < 64, (rows, live.peak)
     assert room / 2 < live.peak < room
     assert worst(plain, dict(loop.state.trainable)) < 1e-6
+
+
+@pytest.mark.parametrize(("room", "rows"), [(1 << 30, 8), (1 << 10, 1)], ids=["room for all", "for one row"])
+def test_sharded_ranks_try_two_rows_only_where_they_fit(job, monkeypatch, room, rows):
+    """A rank that ran out of memory in a forward would leave the others waiting; all of them go on with one row."""
+    loop = train.Loop.build(job(), ranks.join("fp32"))
+    monkeypatch.setattr(memory, "room", lambda device: room)
+    monkeypatch.setattr(ranks.Ranks, "forwards_together", property(lambda self: True))
+    device = Limit(monkeypatch, rows)
+    loop.take_step(next(loop.batches()))
+    assert (device.exceeded, loop.state.sizes.rows) == (0, rows)

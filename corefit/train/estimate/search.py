@@ -115,7 +115,9 @@ class Search:
     def _remedies(self, chosen: Mapping[str, Remedy]) -> Iterator[Remedy]:
         """Yield the keys of all stages that are not set yet, each once, in the order of what they cost."""
         pipeline = self.make([each.setting for each in chosen.values()])
-        each = [list(remedies.pipeline_ladder(pipeline, stage, self.world)) for stage in pipeline.stage]
+        each = [
+            list(remedies.pipeline_ladder(pipeline, stage, self.world, gpu=self.device.gpu)) for stage in pipeline.stage
+        ]
         found = {remedy.setting: remedy for stage in each for remedy in stage}
         yield from sorted(found.values(), key=lambda remedy: remedies.place(remedy.key))
 

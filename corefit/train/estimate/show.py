@@ -60,7 +60,7 @@ def show(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world: i
         if e.peak > device.memory:
             phase = max(e.phases, key=lambda each: each.total, default=None)
             where = f" while {phase.name}" if phase else ""
-            helps = [str(each) for each in remedies.pipeline_ladder(pipeline, stage, world)]
+            helps = [str(each) for each in remedies.pipeline_ladder(pipeline, stage, world, gpu=device.gpu)]
             would = f"what would help: {', or '.join(helps)}" if helps else "all keys that save memory are set"
             console.print(
                 f"\n{e.stage}: with what its forwards take it may not fit{where}; {would}. "

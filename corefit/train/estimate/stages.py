@@ -210,7 +210,8 @@ class _Case:
             every = sum(self.backbone.encoder_bytes().values())
             most = self.backbone.encoding_bytes(self.device.memory)
             beside = every - bytes_of(network) if network is not None and most >= every else 0.0  # or they take turns
-            yield Phase(phases.ENCODING_TEXTS, {"text encoders": most})
+            # what the encoders compute is not estimated; on the CPU they take nothing of a device
+            yield Phase(phases.ENCODING_TEXTS, {"text encoders": most}, known=not most)
         if self.pipeline.needs_media and network is not None and not encoded:
             found = self.forwards.encoding(1, self.size, network)
             rows = self.pipeline.data.encode_batch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +19,8 @@ READ = frozenset({".json", ".txt", ".model", WEIGHTS})
 """Suffixes of the files that models and tokenizers are read from; pickles are never read."""
 USUAL = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")
 """The names of weight files, and of their shards, without a variant."""
+SHARDS = re.compile(r"-of-(\d+)\.")
+"""Finds in a shard's name how many there are."""
 
 
 def used(files: Iterable[str], library: str, variant: str | None, *, weights: bool = True) -> list[str]:
@@ -72,15 +75,29 @@ def fetched(
     """
     from huggingface_hub import HfApi, snapshot_download
 
+    wanted = ["model_index.json"]
     try:
         there = HfApi().list_repo_files(name, revision=revision)
-        wanted = ["model_index.json"]
         for part, library in parts:
             own = [file.removeprefix(f"{part}/") for file in there if file.startswith(f"{part}/")]
             wanted += [f"{part}/{file}" for file in used(own, library, variant, weights=part != without)]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as e:  # each version of the hub's client has the exceptions of another HTTP library
-        try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except (OSError, ValueError):
-            raise ModelError(f"{name}: the hub did not give its weights: {e}") from e
+        with suppress(OSError, ValueError):
+            before = Path(snapshot_download(name, revision=revision, local_files_only=True))
+            weighty = [(part, library) for part, library in parts if part != without]
+            if all((before / file).is_file() for file in wanted) and _has_weights(before, weighty, variant):
+                return before
+        raise ModelError(f"{name}: the hub did not give its weights: {e}") from e
+
+
+def _has_weights(folder: Path, parts: Iterable[tuple[str, str]], variant: str | None) -> bool:
+    """Return whether a folder has the weights of all parts that are models, every shard of them."""
+    for part, library in parts:
+        if not (folder / part / "config.json").is_file():
+            continue
+        names = used((file.name for file in (folder / part).iterdir()), library, variant)
+        stored = [name for name in names if name.endswith(WEIGHTS)]
+        if len(stored) < max((int(found[1]) for name in stored if (found := SHARDS.search(name))), default=1):
+            return False
+    return True

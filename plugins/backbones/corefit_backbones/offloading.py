@@ -7,20 +7,16 @@ backward all blocks are there. And it fetches the next block of the forward wher
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
+from corefit.types.pinned import aligned, piece, pinned
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-ALIGNED = 256
-"""Weights begin at multiples of so many bytes, as allocations on a GPU do."""
-PORTABLE = 1
-"""cudaHostRegisterPortable: memory that copies to every device may read."""
 
 
 def is_kept(name: str) -> bool:
@@ -40,7 +36,7 @@ def apply(networks: Sequence[nn.Module], device: torch.device) -> None:
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     swaps = _Swaps(device, stream)
     for each in networks:
-        blocks = [_Block.of(module) for module in blocks_of(each)]
+        blocks = [_Block.of(module, locked=stream is not None) for module in blocks_of(each)]
         for block in blocks:
             block.empty()
         each.to(device)
@@ -57,7 +53,7 @@ def resident_bytes(networks: Sequence[nn.Module]) -> int:
     """
     weights = [[t for _, _, t in _frozen(block)] for each in networks for block in blocks_of(each)]
     everything = sum(t.nbytes for each in networks for t in (*each.parameters(), *each.buffers()))
-    largest = max((sum(map(_room, block)) for block in weights), default=0)
+    largest = max((sum(aligned(t.nbytes) for t in block) for block in weights), default=0)
     return everything - sum(t.nbytes for block in weights for t in block) + 2 * largest
 
 
@@ -90,15 +86,14 @@ class _Slot:
 
     def piece(self, memory: Tensor) -> Tensor:
         """Return the part of `memory`, bytes [N], that is this weight's, in its dtype and shape."""
-        weight = self.waiting
-        return memory[self.start : self.start + weight.nbytes].view(weight.dtype).view(weight.shape)
+        return piece(memory, self.start, self.waiting)
 
     def fill(self, memory: Tensor) -> None:
         """Put this weight as it is in `memory` in the place of the one that waits."""
         import torch
 
-        piece, is_parameter = self.piece(memory), isinstance(self.waiting, torch.nn.Parameter)
-        self.owner[self.name] = torch.nn.Parameter(piece, requires_grad=False) if is_parameter else piece
+        here, is_parameter = self.piece(memory), isinstance(self.waiting, torch.nn.Parameter)
+        self.owner[self.name] = torch.nn.Parameter(here, requires_grad=False) if is_parameter else here
 
 
 @define(eq=False)
@@ -110,15 +105,15 @@ class _Block:
     slots: Sequence[_Slot]
 
     @staticmethod
-    def of(module: nn.Module) -> _Block:
-        """Move the frozen weights of a block into one piece of memory."""
+    def of(module: nn.Module, *, locked: bool) -> _Block:
+        """Move the frozen weights of a block into one piece of main memory, locked or not."""
         import torch
 
         slots, size = list[_Slot](), 0
         for owner, name, tensor in _frozen(module):
             slots.append(_Slot(owner, name, tensor, size))
-            size += _room(tensor)
-        block = _Block(module, torch.empty(size, dtype=torch.uint8), slots)
+            size += aligned(tensor.nbytes)
+        block = _Block(module, pinned(size) if locked else torch.empty(size, dtype=torch.uint8), slots)
         for slot in slots:
             slot.waiting.data = slot.piece(block.memory).copy_(slot.waiting.detach())
         return block
@@ -137,11 +132,6 @@ class _Block:
         """Put the weights that wait back in their places."""
         for slot in self.slots:
             slot.owner[slot.name] = slot.waiting
-
-
-def _room(tensor: Tensor) -> int:
-    """Return the bytes that a weight takes among others of its block."""
-    return -(-tensor.nbytes // ALIGNED) * ALIGNED
 
 
 def _frozen(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
@@ -169,8 +159,6 @@ class _Swaps:
         import torch
 
         block, before, after = blocks[number], blocks[max(0, number - 1)], blocks[(number + 1) % len(blocks)]
-        if self.stream is not None:
-            _pin(block.memory)
 
         def enter(*_: Any) -> None:
             block.enter(self._taken(block))
@@ -228,15 +216,3 @@ def _in_backward() -> bool:
     import torch
 
     return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
-
-
-def _pin(memory: Tensor) -> None:
-    """Lock memory so that copies from it do not hold up the host. Tensor.pin_memory would round its size up to 2^n."""
-    import torch
-
-    if not memory.nbytes:
-        return
-    cudart: Any = torch.cuda.cudart()
-    if int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE)):
-        raise MemoryError(f"{memory.nbytes} bytes of main memory could not be locked for copies to the GPU")
-    weakref.finalize(memory.untyped_storage(), cudart.cudaHostUnregister, memory.data_ptr()).atexit = False
