@@ -20,6 +20,7 @@ from attrs import frozen
 from PIL import Image
 
 pytest_plugins = ["stores"]
+quick.without_waiting_for_the_disk()
 SIZE = 16
 COLOURS: Mapping[str, tuple[int, int, int]] = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 WORDS = ("a", "picture", "of", "sky", "sea", *COLOURS)

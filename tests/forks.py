@@ -157,6 +157,7 @@ def ranks(*commands: Sequence[str], cwd: Path | Sequence[Path], **environment: s
 
 def main() -> None:
     quick.ready()
+    quick.without_waiting_for_the_disk()
     observers.curves = quick.blank
     assert threading.active_count() == 1, "a fork has one thread, whatever the others hold"
     if told := serve():

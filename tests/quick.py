@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ def named(target: str) -> tuple[Any, str]:
     module, _, path = target.partition(":")
     *parents, name = path.split(".")
     return functools.reduce(getattr, parents, importlib.import_module(module)), name
+
+
+def without_waiting_for_the_disk() -> None:
+    """Leave it to the system when files reach the disk: all processes of a test see them at once, killed ones too.
+
+    Waiting is a tenth of the time of tests with runs. `tests/system/test_files.py` checks that files are waited for.
+    """
+    os.fsync = lambda file: None
 
 
 def ready() -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import pairwise, repeat
 from operator import or_
 from pathlib import Path
@@ -122,10 +122,11 @@ class Reader:
     """Types whose table chooses one of corefit's own classes with `use`, such as full or lora training."""
     _whole: type = field(init=False, default=object)
     """The class of the whole file, whose fields may have keys in each other's tables."""
-    _converter: cattrs.Converter = field(init=False)
 
-    def __attrs_post_init__(self) -> None:
-        self._converter = c = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
+    @cached_property
+    def _converter(self) -> cattrs.Converter:
+        """What `read` needs, and `tables`, which is called for every comparison of stages, does not."""
+        c = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
         for kind in (bool, int, float, str):
             c.register_structure_hook(kind, _strict)
         c.register_structure_hook(Path, lambda value, _: self.folder / checked_path(value))
@@ -138,6 +139,7 @@ class Reader:
         c.register_structure_hook_func(lambda t: _base(t) is Weighted, self._weighted)
         c.register_structure_hook_func(_is_one_or_list, self._one_or_list)
         c.register_structure_hook_factory(_has_renamed_keys, self._with_renamed_keys)
+        return c
 
     def read(self, table: Table, cls: type[T]) -> T:
         """Make a `cls` of `table`; ConfigError lists every problem found."""

@@ -6,6 +6,7 @@ points itself, because pluggy's loader stops at one that is broken and skips nam
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -239,10 +240,12 @@ def _installed() -> Iterable[Found]:
             f"there are: {', '.join(p.name for p in points)}"
         )
     seen: dict[str, str] = {}
+    # each look parses all that a distribution says of itself, its README included: once for all of its plugins
+    owners = functools.cache(lambda distribution: f"{distribution.name} {distribution.version}")
     for point in points:
         if point.name in disabled:
             continue
-        owner = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+        owner = owners(point.dist) if point.dist else point.value
         if point.name in seen:
             raise PluginError(
                 f"two plugins are called {point.name!r}, of {seen[point.name]} and of {owner}; uninstall one of them"

@@ -6,6 +6,7 @@ It is written whole, at every event that matters, and names no absolute path. A 
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import re
@@ -143,7 +144,12 @@ def _read(file: Path) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the versions of Python, corefit and the packages that results depend on."""
     found = {"corefit": corefit.__version__, "python": platform.python_version()}
-    return found | {name: metadata.version(name) for name in VERSIONS}
+    return found | {name: _version(name) for name in VERSIONS}
+
+
+@functools.cache  # to find it, all of a package's metadata is parsed
+def _version(package: str) -> str:
+    return metadata.version(package)
 
 
 def _base_name(pipeline: Pipeline) -> str:

@@ -117,7 +117,6 @@ def toy(project, monkeypatch, capsys) -> Toy:
 
     monkeypatch.setattr(train, "train", made.train)
     monkeypatch.setattr(gc, "collect", lambda *args: 0)  # a third of a second each time that memory is freed
-    monkeypatch.setattr(os, "fsync", lambda *args: None)
     monkeypatch.setattr(run.Run, "_refuse_too_large", lambda *args: None)
     monkeypatch.setattr(Evaluator, "media", lambda judge, net, rows, _=0: torch.full((len(rows), 3, 16, 16), 0.5))
     monkeypatch.setattr(Evaluator, "_drift_of", lambda judge, net, batch, _: ([0.0], [[row / 7] for row in batch.rows]))

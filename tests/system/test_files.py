@@ -101,6 +101,34 @@ def test_other_errors_pass(tmp_path, error):
         refuse(tmp_path, error)
 
 
+@pytest.fixture
+def waited(monkeypatch) -> list[str]:
+    """In order, the names of what reached the disk, and of what was renamed, after "to"."""
+    done: list[str] = []
+
+    def fsync(number: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+
+    def counted(rename):
+        return lambda source, target, **keys: (rename(source, target, **keys), done.append(f"to {Path(target).name}"))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    return done
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, waited):
+    files.write_whole(tmp_path / "a.json", b"a")
+    assert waited == [".a.json.part", "to a.json"]
+    waited.clear()
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial/b").write_bytes(b"b")
+    files.publish(tmp_path / "partial", tmp_path / "final")
+    assert waited == ["b", "partial", "to final", tmp_path.name]
+
+
 def refuse(folder: Path, error: Exception) -> None:
     with files.explain_write_errors(folder):
         raise error

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from attrs import frozen
 
 from corefit.errors import ConfigError, ModelError
 from corefit_backbones import hub
-from corefit_backbones.hashes import digest
+from corefit_backbones.hashes import SMALL, digest
 from corefit_backbones.single_file import SingleFile
 
 HASHED_AT_ONCE = 4
@@ -170,8 +171,9 @@ def check_size(size: Sequence[int], unit: int, largest: int) -> tuple[int, int]:
 def fingerprint(folder: Path, names: Sequence[str]) -> str:
     """sha256 of the names and contents of files of a folder."""
     files = sorted(folder / name for name in names)
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashlib lets other threads run
-        lines = zip(files, pool.map(digest, files), strict=True)
+    large = sum(file.stat().st_size > SMALL for file in files) > 1  # threads take longer to start than small files
+    with ThreadPoolExecutor(HASHED_AT_ONCE) if large else nullcontext() as pool:  # hashlib lets other threads run
+        lines = zip(files, pool.map(digest, files) if pool else map(digest, files), strict=True)
         text = "".join(f"{file.relative_to(folder).as_posix()} {found}\n" for file, found in lines)
     return hashlib.sha256(text.encode()).hexdigest()
 
