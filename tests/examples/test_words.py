@@ -106,7 +106,7 @@ def test_clean_words_are_read_right_in_each_font_and_others_are_not():
 def test_a_missing_font_is_named_with_its_key(monkeypatch):
     monkeypatch.setitem(words.FONTS, "sans", "NoSuchFont")
     words.sized.cache_clear()
-    with pytest.raises(DataError, match="'sans' is missing: .* NoSuchFont.ttf; .* 'fonts'"):
+    with pytest.raises(DataError, match=r"'sans' is missing: .* NoSuchFont\.ttf; .* 'fonts'"):
         words.draw("lamp", "sans")
 
 

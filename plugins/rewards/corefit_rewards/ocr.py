@@ -32,8 +32,8 @@ class Ocr(FrameReward):
     """Reads the text in a picture with RapidOCR, and scores it against the text that the prompt has in quotes.
 
     The score is 1 - d / n, with n the number of letters of the quoted text and d the edit distance to what was read,
-    but at most n; it is 1 where the text is contained in what was read. With strict = true it is 1 or 0. Spaces and case
-    do not count. A prompt without quoted text is refused.
+    but at most n; it is 1 where the text is contained in what was read. With `strict` it is 1 or 0. Spaces and case do
+    not count. A prompt without quoted text is refused.
     """
 
     concurrent: ClassVar[bool] = True
