@@ -32,8 +32,8 @@ class Ocr(FrameReward):
     """Reads the text in a picture with RapidOCR, and scores it against the text that the prompt has in quotes.
 
     The score is 1 - d / n, with n the number of letters of the quoted text and d the edit distance to what was read,
-    but at most n; it is 1 where the text is contained in what was read. Spaces and case do not count. A prompt without
-    quoted text is refused.
+    but at most n; it is 1 where the text is contained in what was read. With `strict` it is 1 or 0. Spaces and case do
+    not count. A prompt without quoted text is refused.
     """
 
     concurrent: ClassVar[bool] = True
@@ -43,6 +43,11 @@ class Ocr(FrameReward):
     """The key of the metadata that holds the text to be read. Where a sample has it, its prompt needs no quotes."""
     confidence: float = field(default=0.5, validator=[validators.ge(0), validators.le(1)])
     """Lines that are recognized with less confidence count as not read."""
+    detect: bool = True
+    """Find the lines of text first. With false the whole picture is read as one line, which takes 15 ms of a core: for
+    wide pictures that show one line and little else."""
+    strict: bool = False
+    """Score 1 where exactly the text was read, and 0 otherwise."""
     threads: int = field(default=4, validator=[validators.ge(1), validators.le(1000)], metadata=ROUNDING)
     """How many pictures are read at once, each on one CPU core. It changes no score."""
 
@@ -56,7 +61,8 @@ class Ocr(FrameReward):
 
         def similarities(rows: Sequence[int]) -> list[float]:
             read = self._readers.read(pixels(pictures[rows]))
-            return [similarity(text, wanted[row]) for row, text in zip(rows, read, strict=True)]
+            score = same if self.strict else similarity
+            return [score(text, wanted[row]) for row, text in zip(rows, read, strict=True)]
 
         return scored(pictures, similarities)
 
@@ -81,7 +87,7 @@ class Ocr(FrameReward):
     @cached_property
     def _readers(self) -> _Readers:
         self.check()
-        return _Readers(self.threads, self.confidence)
+        return _Readers(self.threads, self.confidence, self.detect)
 
 
 def quoted(prompt: str) -> str | None:
@@ -103,6 +109,11 @@ def similarity(read: str, target: str) -> float:
     read, target = normalized(read), normalized(target)
     distance = 0 if target in read else min(edit_distance(read, target), len(target))
     return 1 - distance / len(target)
+
+
+def same(read: str, target: str) -> float:
+    """Return 1 where `read` is `target` but for spaces and case, and 0 where it is not."""
+    return float(normalized(read) == normalized(target))
 
 
 def edit_distance(one: str, other: str) -> int:
@@ -141,10 +152,11 @@ def _extent(corners: Any, axis: int) -> tuple[float, float]:
 class _Readers:
     """Threads that read pictures, each with engines of its own, for RapidOCR keeps state while it reads."""
 
-    def __init__(self, threads: int, confidence: float) -> None:
+    def __init__(self, threads: int, confidence: float, detect: bool) -> None:
         self._pool = ThreadPoolExecutor(threads, "ocr")
         self._own = threading.local()
         self._confidence = confidence
+        self._detect = detect
 
     def read(self, pictures: Any) -> list[str]:
         """Return the text in each picture of an array [B, H, W, 3] of bytes; "" where there is none."""
@@ -153,7 +165,10 @@ class _Readers:
     def _read(self, picture: Any) -> str:
         if not hasattr(self._own, "engine"):
             self._own.engine = _engine(self._confidence)
-        lines, _ = self._own.engine(picture[:, :, ::-1], use_cls=False)  # OpenCV's order of channels is BGR
+        picture = picture[:, :, ::-1]  # OpenCV's order of channels is BGR
+        lines, _ = self._own.engine(picture, use_det=self._detect, use_cls=False)
+        if not self._detect:  # then RapidOCR gives no corners, and lines of any confidence
+            return "".join(text for text, confidence in lines or () if confidence >= self._confidence)
         return "".join(text for _, text in in_reading_order([(box, text) for box, text, _ in lines or ()]))
 
 

@@ -90,9 +90,38 @@ def test_two_batches_at_once(ocr):
 
 def test_a_failure_of_the_reader_is_raised(monkeypatch):
     """Never a score of 0."""
-    monkeypatch.setattr("corefit_rewards.ocr._engine", lambda confidence: lambda picture, use_cls: 1 / 0)
+    monkeypatch.setattr("corefit_rewards.ocr._engine", lambda confidence: lambda picture, **keys: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Ocr().score(torch.ones(1, 3, 32, 32), asked(["Exit"]), NOTHING)
+
+
+def strip(text: str):
+    """A picture [3, 32, 96] that is one line of text."""
+    return sign(text, "DejaVuSans", 0, 128)[:, 48:80, 16:112]
+
+
+@pytest.fixture(scope="module")
+def strips():
+    """Pictures of "Taxi", of "Exit" and of nothing."""
+    return torch.stack([strip("Taxi"), strip("Exit"), torch.ones(3, 32, 96)])
+
+
+@pytest.mark.parametrize(
+    ("keys", "scores"),
+    [
+        ({}, [1, 0.75, 0]),
+        ({"strict": True}, [0, 0, 0]),
+        ({"confidence": 1}, [0, 0, 0]),  # unsure lines count as not read
+    ],
+)
+def test_a_picture_that_is_one_line_is_read_without_looking_for_lines(keys, scores, strips):
+    one_line = Ocr(detect=False, threads=1, **keys)
+    assert one_line.score(strips, asked(["Tax", "Exif", "Exit"]), NOTHING * 3).tolist() == scores
+
+
+def test_strict_allows_nothing_but_spaces_and_case_to_differ(strips):
+    strict = Ocr(detect=False, threads=1, strict=True)
+    assert strict.score(strips[:2], asked(["TA XI", "exit"]), NOTHING * 2).tolist() == [1, 1]
 
 
 def test_clips(ocr):
