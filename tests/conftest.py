@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 
 pytest_plugins = ["stores"]
 quick.without_waiting_for_the_disk()
+LONGEST = ("test_objectives.py", "test_plan.py", "test_kills.py", "test_ranks.py")
 SIZE = 16
 COLOURS: Mapping[str, tuple[int, int, int]] = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 WORDS = ("a", "picture", "of", "sky", "sea", *COLOURS)
@@ -87,6 +89,16 @@ def corefit_rewards() -> Offers[Reward]:
 '''
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests of many seconds come first, so that no process of xdist is left with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """Tests and what they import stay to the end: no garbage is looked for in them."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 3 folder, 16 pixels a side; not to be changed by tests."""
@@ -94,6 +106,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     quick.ready()
     return tiny_sd3(tmp_path_factory.mktemp("sd3") / "base", words=WORDS)
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Runs of the test are `quick.uncollected`, as those of `Project.main` always are."""
+    with quick.uncollected():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +124,7 @@ def dataset(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def job(checkpoint: Path, dataset: Any, tmp_path: Path) -> Callable[..., Any]:
+def job(checkpoint: Path, dataset: Any, tmp_path: Path, uncollected: None) -> Callable[..., Any]:
     """Makes a stage's training, each in a folder of its own: job(objective, mode, **keys of the stage)."""
     from training import job_of
 
@@ -231,7 +250,7 @@ def project(
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["corefit", *args])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with quick.uncollected(), pytest.raises(SystemExit) as ended:
             main()
         said = capsys.readouterr()
         return Ended(int(ended.value.code or 0), said.out, said.err)

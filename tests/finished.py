@@ -31,7 +31,7 @@ def make(file: Path) -> None:
         assert old in text, old
         text = text.replace(old, new, 1)
     file.write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
+    with quick.uncollected(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(observers, "curves", quick.blank)
         run(read(file))
 

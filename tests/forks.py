@@ -27,6 +27,7 @@ from typing import Any
 
 import quick
 from attrs import define, field
+from huggingface_hub import constants
 
 from corefit.run import observers
 
@@ -160,8 +161,9 @@ def main() -> None:
     quick.without_waiting_for_the_disk()
     observers.curves = quick.blank
     assert threading.active_count() == 1, "a fork has one thread, whatever the others hold"
-    if told := serve():
-        become(**told)
+    with quick.uncollected():
+        if told := serve():
+            become(**told)
 
 
 def serve() -> Mapping[str, Any] | None:
@@ -199,9 +201,12 @@ def become(arguments: Sequence[str], cwd: str, environment: Mapping[str, str], o
     streams = ((os.devnull, os.O_RDONLY), (out, written), (err, written))
     for number, (path, mode) in enumerate(streams):
         os.dup2(os.open(path, mode, 0o600), number)
+    added = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    sys.path[1:1] = added
+    constants.HF_HUB_OFFLINE = environment.get("HF_HUB_OFFLINE") == "1"  # which is read as the library is imported
     try:
         if arguments[0] == "-m":
             sys.path[0], sys.argv = cwd, [*arguments[1:]]

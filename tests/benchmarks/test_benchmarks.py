@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+import quick
 import torch
 from click.testing import CliRunner
 
@@ -20,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     path = tmp_path_factory.mktemp("soar_step") / "result.json"
-    with pytest.MonkeyPatch.context() as patch:
+    quick.ready()  # or each of its forks would look through all that pytest has imported
+    with quick.uncollected(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "settle", lambda: None)  # it would start pytest anew
         patch.setattr(gc, "freeze", lambda: None)
         done = CliRunner().invoke(main, ["soar_step", "--quick", "--json", str(path)])

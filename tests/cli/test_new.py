@@ -10,10 +10,12 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+import forks
 import pytest
 from attrs import frozen
-from conftest import Project
+from conftest import Ended, Project
 from packaging.requirements import Requirement
+from processes import ended
 
 import corefit
 from corefit.cli import commands as cli
@@ -55,11 +57,9 @@ class Written:
     def environment(self) -> dict[str, str]:
         return {"PYTHONPATH": os.pathsep.join([str(self.site), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
-    def pytest(self, *args: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *args]
-        environment = {**os.environ, **self.environment}
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300)
-        return done.returncode, done.stdout
+    def started(self, module: str, *args: str, folder: Path) -> Ended:
+        """`python -m module ...` where they are installed."""
+        return ended(forks.start("-m", module, *args, cwd=folder, **self.environment))
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 
 def test_their_own_tests_and_the_kit_pass(written: Written):
-    status, said = written.pytest(
-        *(str(written.of(kind) / "tests") for kind in KINDS_OF), *(f"--corefit={module(kind)}" for kind in KINDS_OF)
-    )
-    assert status == 0, said
+    own = [str(written.of(kind) / "tests") for kind in KINDS_OF]
+    kit = [f"--corefit={module(kind)}" for kind in KINDS_OF]
+    done = written.started("pytest", "-p", "no:cacheprovider", "-rA", *own, *kit, folder=written.folder)
+    said = done.out
+    assert done.status == 0, said + done.err
     for kind in KINDS_OF:
         assert re.search(rf"PASSED \S*test_my_own_{kind}.py::test_it_is_an?_", said), said
     for kind in (*FORMS, "objective", "sampler", "noise", "reward", "observer"):
@@ -93,7 +94,7 @@ def test_their_own_tests_and_the_kit_pass(written: Written):
 
 
 def test_corefit_lists_them_with_their_distributions(written: Written, project: Project):
-    listed = project.command("plugins", **written.environment)
+    listed = written.started("corefit", "plugins", folder=project.folder)
     assert listed.status == 0, listed.err
     for kind, name in NAMES.items():
         assert f"\n  my_own_{kind}  (corefit-{name} 0.1.0)" in listed.out
@@ -113,8 +114,8 @@ def test_they_run_in_a_pipeline(written: Written, project: Project):
         ('reward = [{ use = "bright" }]', 'reward = [{ use = "my_own_reward" }]'),
         ("[eval]", '[[observer]]\nuse = "my_own_observer"\n\n[eval]'),
     )
-    ended = project.command("run", "pipeline.toml", **written.environment)
-    assert ended.status == 0, ended.err
+    done = written.started("corefit", "run", "pipeline.toml", folder=project.folder)
+    assert done.status == 0, done.err
     runs = project.folder / "runs/tiny"
     assert '"large"' in (runs / "01-soar/metrics.jsonl").read_text()
     assert '"reward"' in (runs / "02-grpo/metrics.jsonl").read_text()

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import forks
 import pytest
+import quick
 import tomli_w
 from conftest import Project
 from PIL import Image
+from processes import ended
 from reading import DOCS, PAGES, Block, blocks, name, prose
 
 from corefit.cli import cli
@@ -134,11 +137,16 @@ def test_the_tutorial_runs(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _typed(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`corefit` in this process, for its imports take seconds; everything else in a shell."""
+    """`corefit` in this process and `pytest` in a fork, for imports take seconds; everything else in a shell."""
     words = shlex.split(line, comments=True)
     if words[0] == "corefit":
         monkeypatch.chdir(folder)
-        cli(words[1:], standalone_mode=False)
+        with quick.uncollected():
+            cli(words[1:], standalone_mode=False)
+        return
+    if words[0] == "pytest":
+        done = ended(forks.start("-m", *words, cwd=folder))
+        assert done.status == 0, done.out + done.err
         return
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     done = subprocess.run(

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import Project
+from processes import ended
 
 SOURCE = Path(__file__).parents[2] / "examples" / "plugin"
 
@@ -30,9 +32,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def environment(installed: Path | None) -> dict[str, str]:
-    paths = [str(installed), *filter(None, [os.environ.get("PYTHONPATH")])] if installed else []
-    return {**os.environ, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
+def environment(installed: Path) -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def test_it_runs_after_sft_from_its_wheel(installed: Path, project: Project) -> None:
@@ -56,12 +57,12 @@ objective = { use = "reflexflow", reach = 0.3 }
 """
         + text[text.index("[eval]") :]
     )
-    ended = project.command("run", "pipeline.toml", **environment(installed))
-    assert ended.status == 0, ended.err
+    done = ended(forks.start("-m", "corefit", "run", "pipeline.toml", cwd=project.folder, **environment(installed)))
+    assert done.status == 0, done.err
     lines = (project.folder / "runs/tiny/02-reflexflow/metrics.jsonl").read_text().splitlines()
     assert {"loss", "drift", "adr"} <= json.loads(lines[-1]).keys()
 
-    gone = project.command("check", "pipeline.toml", **environment(None))
+    gone = project.main("check", "pipeline.toml")
     assert gone.status == 2
     assert "'reflexflow'" in gone.err
 
@@ -69,13 +70,13 @@ objective = { use = "reflexflow", reach = 0.3 }
 def test_corefit_names_its_owner(installed: Path, project: Project) -> None:
     listed = project.command("plugins", **environment(installed))
     assert "reflexflow  (corefit-reflexflow" in listed.out
-    assert "reflexflow" not in project.command("plugins", **environment(None)).out
+    assert "reflexflow" not in project.main("plugins").out
 
 
 def test_its_own_tests_pass(installed: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", SOURCE, SOURCE / "tests"]
-    done = subprocess.run(command, env=environment(installed), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout
+    command = ["pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--rootdir", str(SOURCE), str(SOURCE / "tests")]
+    done = ended(forks.start("-m", *command, cwd=installed, **environment(installed)))
+    assert done.status == 0, done.out
 
 
 def test_it_is_small() -> None:

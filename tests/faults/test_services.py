@@ -19,6 +19,7 @@ from test_kills import Forks, copied
 
 from corefit.types import wire
 from corefit.types.wire import Health, Sample
+from corefit_rewards import http
 
 REMOTE = '{{ use = "remote", url = "{url}", batch = 2, retries = {retries} }}'
 STEPS: Mapping[str, object] = {
@@ -138,8 +139,9 @@ def brightness(asked: Asked) -> Any:
     return {"version": "v1", "results": found}
 
 
-def test_a_service_that_talks_nonsense_stops_the_run_and_nothing_is_lost(project):
+def test_a_service_that_talks_nonsense_stops_the_run_and_nothing_is_lost(project, monkeypatch):
     """One run meets a fault after every few good answers; each time it stops with a sentence and goes on when told."""
+    monkeypatch.setattr(http, "FIRST_PAUSE", 0.01)
     faults = list(FAULTS.items())
     good = 0
 

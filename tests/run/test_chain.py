@@ -23,6 +23,7 @@ from corefit.run.evaluation.evaluator import Evaluator
 from corefit.run.run import run
 from corefit.system import ranks
 
+pytestmark = pytest.mark.usefixtures("uncollected")
 PLUGIN = '''
 from attrs import frozen
 from corefit import Reward, Supervised, Term, hookimpl

@@ -5,7 +5,6 @@ Training writes its checkpoints and a model, but loads and learns nothing; all e
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import quick
 import torch
 from attrs import define, evolve, field
 from conftest import Project
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 from corefit import Condition
 from corefit.errors import ConfigError, DataError, Stopped
 from corefit.pipeline import Pipeline, read
-from corefit.run import observers, plan, report, run
+from corefit.run import observers, plan, record, report, run
 from corefit.run.evaluation.evaluator import Evaluator
 from corefit.system import files
 from corefit.train import checkpoint as state
@@ -63,7 +63,8 @@ class Toy:
     def again(self, pipeline: Pipeline, again: str = "") -> None:
         """A run of a pipeline that has been read."""
         self.trained = []
-        run.run(pipeline, again=again)
+        with quick.uncollected():
+            run.run(pipeline, again=again)
 
     def run(self, *settings: str, again: str = "") -> None:
         """The whole run, or until `stop`."""
@@ -116,8 +117,8 @@ def toy(project, monkeypatch, capsys) -> Toy:
         (folder / "transformer" / "weights").write_bytes(b"trained")
 
     monkeypatch.setattr(train, "train", made.train)
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)  # a third of a second each time that memory is freed
     monkeypatch.setattr(run.Run, "_refuse_too_large", lambda *args: None)
+    monkeypatch.setattr(record, "_commit", lambda folder: None)
     monkeypatch.setattr(Evaluator, "media", lambda judge, net, rows, _=0: torch.full((len(rows), 3, 16, 16), 0.5))
     monkeypatch.setattr(Evaluator, "_drift_of", lambda judge, net, batch, _: ([0.0], [[row / 7] for row in batch.rows]))
     monkeypatch.setattr(Diffusers, "save_tensors", save)

@@ -92,6 +92,7 @@ steps = 4
 batch = 4
 samples = 2
 """
+pytestmark = pytest.mark.usefixtures("uncollected")
 LORA = 'train = { use = "lora", rank = 4, alpha = 10 }'
 """With alpha other than rank: what reads a LoRA must scale it."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from conftest import WORDS, Project
+from conftest import WORDS, Project, fill
 
 from corefit.pipeline.pipeline import Pipeline, read_unchecked
 from corefit.testing import tiny_sd3
@@ -20,32 +21,48 @@ MIB = 1 << 20
 KEYS = ("data.size=[32,32]", "stage.soar.objective.chunk=2", "stage.soar.micro_batch=4")
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose network has blocks enough that recomputing them is worth it; not to be changed by tests."""
+    return tiny_sd3(tmp_path_factory.mktemp("deep") / "base", words=WORDS, layers=6)
+
+
 @pytest.fixture
-def large(project: Project) -> Project:
-    """A project whose network has blocks enough that recomputing them is worth it."""
+def large(project: Project, deep: Path) -> Project:
+    """A project with that network."""
     (project.folder / "base").unlink()
-    tiny_sd3(project.folder / "base", words=WORDS, layers=6)
+    (project.folder / "base").symlink_to(deep)
     return project
 
 
-def fit(project: Project, memory: float, world: int = 1, keys: Sequence[str] = KEYS) -> Fit:
+@pytest.fixture(scope="module")
+def anywhere(tmp_path_factory: pytest.TempPathFactory, deep: Path, pictures: Path) -> Fit:
+    """What is found for that project on a device that has room for all."""
+    return fit(fill(tmp_path_factory.mktemp("large"), deep, pictures), 1e12)
+
+
+@pytest.fixture(scope="module")
+def whole(anywhere: Fit) -> float:
+    """The memory that it takes, in bytes."""
+    return max(e.peak for e in anywhere.found)
+
+
+def fit(file: Path, memory: float, world: int = 1, keys: Sequence[str] = KEYS) -> Fit:
     def make(more: Sequence[str]) -> Pipeline:
-        return read_unchecked(Pipeline, project.file, [*keys, *more])
+        return read_unchecked(Pipeline, file, [*keys, *more])
 
     return Search(make, Device.of(memory), world, room=1.0).fit()
 
 
-def test_what_fits_as_it_is_needs_no_keys(large: Project) -> None:
-    found = fit(large, 1e12)
-    assert found.fits
-    assert not found.chosen
-    assert found.before == found.found
+def test_what_fits_as_it_is_needs_no_keys(anywhere: Fit) -> None:
+    assert anywhere.fits
+    assert not anywhere.chosen
+    assert anywhere.before == anywhere.found
 
 
 @pytest.mark.slow
-def test_keys_are_as_many_as_are_needed_and_each_is(large: Project) -> None:
-    whole = max(e.peak for e in fit(large, 1e12).found)
-    found = fit(large, 0.2 * whole)
+def test_keys_are_as_many_as_are_needed_and_each_is(large: Project, whole: float) -> None:
+    found = fit(large.file, 0.2 * whole)
     assert found.fits
     assert max(e.peak for e in found.found) <= 0.2 * whole < max(e.peak for e in found.before)
     for key in found.chosen:
@@ -54,28 +71,26 @@ def test_keys_are_as_many_as_are_needed_and_each_is(large: Project) -> None:
         assert excess(estimates(pipeline, Device.of(0.2 * whole)), 0.2 * whole) > 0, f"{key} is not needed"
 
 
-def test_what_costs_nothing_comes_first(large: Project) -> None:
+def test_what_costs_nothing_comes_first(large: Project, whole: float) -> None:
     """A slightly smaller device asks for fewer rows at once, not for another way to train."""
-    whole = max(e.peak for e in fit(large, 1e12).found)
-    found = fit(large, 0.9 * whole)
+    found = fit(large.file, 0.9 * whole)
     assert {remedies.last_name(key) for key in found.chosen} <= {"micro_batch", "chunk"}
 
 
 @pytest.mark.slow
 def test_more_devices_share_before_another_training_is_proposed(large: Project) -> None:
     keys = [*KEYS, "backbone.train={use='full'}"]
-    alone = fit(large, 1e12, keys=keys).found
+    alone = fit(large.file, 1e12, keys=keys).found
     room = 0.5 * max(e.certain for e in alone)
-    found = fit(large, room, world=8, keys=keys)
+    found = fit(large.file, room, world=8, keys=keys)
     assert found.fits
     assert "shard" in found.chosen
     assert "backbone.train" not in found.chosen
 
 
-def test_the_command_prints_keys_that_fit(large: Project) -> None:
-    whole = max(e.peak for e in fit(large, 1e12).found) / MIB
+def test_the_command_prints_keys_that_fit(large: Project, whole: float) -> None:
     set_keys = [part for key in KEYS for part in ("--set", key)]
-    ended = large.main("check", "pipeline.toml", *set_keys, "--fit", f"{whole:.1f}MiB")
+    ended = large.main("check", "pipeline.toml", *set_keys, "--fit", f"{whole / MIB:.1f}MiB")
     assert ended.status == 0, ended.err
     assert "stay free with these keys:" in ended.out
     lines = dict(re.findall(r"^(micro_batch|objective.chunk|gradient_checkpointing) = (\w+)", ended.out, re.MULTILINE))

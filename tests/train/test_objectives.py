@@ -5,9 +5,10 @@ A new objective needs an entry in OBJECTIVES, and nothing else here.
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import forks
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from attrs import frozen
-from conftest import Project
+from conftest import Project, fill, write_lines
 from processes import metrics, two, weights
 from safetensors.torch import load_file
 
@@ -149,23 +150,29 @@ def corefit_rewards():
 def corefit_objectives():
     return {"drawn": Drawn}
 '''
+Alone = Callable[[str], Path]
 MODES = {"full": "backbone.train={use='full'}", "lora": "backbone.train={use='lora', rank=2}"}
 
 
 @pytest.fixture
 def stages(project: Project) -> Project:
     """A project whose pipeline has a stage for each objective."""
-    rows = [json.loads(line) for line in (project.folder / "train.jsonl").read_text().splitlines()]
+    write(project.folder)
+    return project
+
+
+def write(folder: Path) -> None:
+    """Write that pipeline, its plugin and its data."""
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     media = [row["media"] for row in rows]
     pairs = [{**row, "rejected": media[index - 1]} for index, row in enumerate(rows)]
-    project.lines("pairs.jsonl", *pairs)
-    (project.folder / "own.py").write_text(OWN)
+    write_lines(folder / "pairs.jsonl", *pairs)
+    (folder / "own.py").write_text(OWN)
     written = [HEAD]
     for name, entry in OBJECTIVES.items():
         written.append(STAGE.format(name=name, objective=entry.objective))
         written += [KEYS[key] + "\n" for key in entry.keys.split()]
-    project.write("".join(written))
-    return project
+    (folder / "pipeline.toml").write_text("".join(written))
 
 
 def arguments(name: str, *settings: str) -> Sequence[str]:
@@ -176,6 +183,22 @@ def ran(project: Project, name: str, *settings: str) -> Path:
     done = project.main(*arguments(name, *settings))
     assert done.status == 0, done.err
     return project.folder / "runs" / name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pictures: Path) -> Alone:
+    """A finished run of one process in that mode, in a project of its own; not to be changed by tests."""
+
+    @functools.cache
+    def made(mode: str) -> Path:
+        folder = tmp_path_factory.mktemp("alone")
+        fill(folder, checkpoint, pictures)
+        write(folder)
+        started = forks.start("-m", "corefit", *arguments("alone", MODES[mode]), cwd=folder)
+        assert started.wait() == 0, started.communicate()[1]
+        return folder / "runs" / "alone"
+
+    return made
 
 
 def folders(run: Path) -> Mapping[str, Path]:
@@ -209,28 +232,29 @@ def differ(one: Path, other: Path, strict: bool = False) -> dict[str, tuple[floa
         pytest.param("lora", "true", id="fsdp lora", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_as_one_does(stages: Project, mode: str, shard: str) -> None:
-    one = ran(stages, "one", MODES[mode])
+def test_two_processes_train_as_one_does(stages: Project, alone: Alone, mode: str, shard: str) -> None:
     done = two(stages, *arguments("two", MODES[mode], f"shard={shard}"))
     assert done.status == 0, done.err
-    assert differ(one, stages.folder / "runs" / "two") == {}
+    assert differ(alone(mode), stages.folder / "runs" / "two") == {}
 
 
-def test_micro_batches_and_autocast(stages: Project) -> None:
+def test_micro_batches_and_autocast(stages: Project, alone: Alone) -> None:
     """Micro-batches change nothing but rounding; under autocast to bfloat16 every objective trains."""
-    one = ran(stages, "one", MODES["lora"])
-    assert differ(one, ran(stages, "parts", MODES["lora"], *(f"stage.{n}.micro_batch=2" for n in OBJECTIVES))) == {}
+    assert (
+        differ(alone("lora"), ran(stages, "parts", MODES["lora"], *(f"stage.{n}.micro_batch=2" for n in OBJECTIVES)))
+        == {}
+    )
     once = (f"stage.{n}.steps=1" for n in OBJECTIVES)
     half = ran(stages, "half", MODES["lora"], "precision='bf16'", *once)
     assert all(np.isfinite(metrics(folder)).all() for folder in folders(half).values())
 
 
-def test_killed_in_each_stage_it_ends_in_the_same_bytes(stages: Project) -> None:
+def test_killed_in_each_stage_it_ends_in_the_same_bytes(stages: Project, alone: Alone) -> None:
     """Each stage is killed after its last step, before the checkpoint of it, and goes on from that of the step before.
 
     The next start takes that step again and the two of the next stage.
     """
-    whole = ran(stages, "whole", MODES["full"])
+    whole = alone("full")
     for number in range(len(OBJECTIVES)):
         point = {"where": "after a step", "target": "corefit.train.loop:Loop.report_step", "call": 3 if number else 2}
         start = forks.start(str(ARMED), json.dumps(point), *arguments("killed", MODES["full"]), cwd=stages.folder)
