@@ -39,7 +39,7 @@ def drift_curves(curves: Sequence[Mapping[str, Any]], png: Path) -> None:
     """Draw the drift of each stage against the noise level, and its change since what the stage starts from."""
     import matplotlib
 
-    figure, colors = _figure(2, 5.4, max(3.6, 0.17 * len(curves) + 0.6)), matplotlib.colormaps["tab20"].colors
+    figure, colors = _figure(2, 5.4, max(3.6, 0.17 * len(curves) + 0.6)), matplotlib.colormaps["tab20"](range(20))
     palette = [*colors[::2], *colors[1::2]]
     for number, (key, prefix) in enumerate((("drift", ""), ("change", "change_"))):
         axes = figure.add_subplot(1, 2, number + 1)

@@ -140,24 +140,25 @@ def print_table(stages: Sequence[Scores], rows: Sequence[AnyRow], console: Conso
     """
     from rich.text import Text
 
-    for metric in names(rows, "metric"):
+    seeded = any("seeds" in row for row in rows)
+    for number, metric in enumerate(names(rows, "metric")):
         of_metric = [row for row in rows if row["metric"] == metric]
         console.print(Text(plain(f"\n{f'{benchmark}: ' if benchmark else ''}{title(of_metric)}\n"), "bold"))
-        for table in _fitting(stages, of_metric, console):
+        for table in _fitting(stages, of_metric, console, costs=not seeded or not number):  # many metrics: once
             console.print(table)
             console.print()
         if note := one_seed(of_metric):
             console.print(Text(plain(f"{note}\n")))
 
 
-def _fitting(stages: Sequence[Scores], rows: Sequence[AnyRow], console: Console) -> list[Table]:
+def _fitting(stages: Sequence[Scores], rows: Sequence[AnyRow], console: Console, *, costs: bool) -> list[Table]:
     """Return one table if the console is wide enough; else "all" with gains and costs, then the categories, split."""
     every, *others = names(rows, "category")
-    whole = _table(stages, rows, [every, *others], gains=True, costs=True)
+    whole = _table(stages, rows, [every, *others], gains=True, costs=costs)
     if _width(console, whole) <= console.width:
         return [whole]
-    first = [_table(stages, rows, [every], gains=True, costs=True)]
-    if _width(console, first[0]) > console.width:
+    first = [_table(stages, rows, [every], gains=True, costs=costs)]
+    if costs and _width(console, first[0]) > console.width:
         first = [_table(stages, rows, [every], gains=True), _table(stages, rows, [], costs=True)]
     if _width(console, first[0]) > console.width:
         first[:1] = [_table(stages, rows, [every]), _table(stages, rows, [], gains=True)]

@@ -123,6 +123,7 @@ def test_a_user_compares_three_seeds(runs, typed, drawn):
     assert "drift, last level, 5 training examples, 95 % intervals over seeds and prompts" in said
     assert "gains over sft, paired by seed and prompt, 95 % intervals" in said
     assert re.search(r"soar +3 +\d+\.\d %.* base .* 200 +1600 +1m 41s +16\.0 +1024 MiB", said), "seeds and mean costs"
+    assert said.count("1024 MiB") == 3, "costs are told once, for each stage that was trained"
     assert sorted(file.name for file in folder.iterdir()) == sorted([*TABLES, "comparison.png", "drift.png"])
     assert {name.stat().st_size > 5000 for name in folder.glob("*.png")} == {True}
     assert not list(runs.rglob("data*")), "nothing is written into a run"
@@ -150,6 +151,18 @@ def test_the_base_is_not_trained_and_has_no_seeds(runs):
     row, base = compared(*all_of(runs))["base", "ocr", "all"], values(runs, "00-base")
     assert not {"seeds", "each", "start", "gain", "over"} & row.keys()
     assert (row["low"], row["high"]) == pytest.approx(intervals.of_mean(base[0], np.arange(48) % 12, "binary"))
+
+
+def test_a_base_that_was_scored_in_another_rounding_stays_with_its_run(runs):
+    """Another machine may give the base other values; a gain is over that of the same machine."""
+    file = runs / "under-1" / "00-base" / "scores.json"
+    change(file, values__pick=[value + 3 for value in files.read_json(file)["values"]["pick"]])
+    row = compared(*all_of(runs))["soar", "pick", "all"]
+    gains = values(runs, "02-soar", "pick") - values(runs, "00-base", "pick")
+    assert row["gain"] == pytest.approx(gains.mean(), rel=1e-4)
+    assert (row["gain_low"], row["gain_high"]) == pytest.approx(
+        crossed.of_gain(gains, np.arange(48) % 12, "unbounded"), rel=1e-3
+    )
 
 
 def test_drift_is_a_mean_over_levels_a_last_level_and_a_curve(runs):
@@ -402,6 +415,7 @@ def test_damaged_scores_are_refused(runs, typed):
 def test_what_is_kept_gives_the_same_bytes_without_the_runs(runs, typed):
     compared(*all_of(runs), over="sft")
     before = content(Path("out"))
+    assert before[DATA][4:8] == bytes(4), "no time is in it"
     shutil.rmtree(runs)
     for name in TABLES[:-1]:
         Path("out", name).unlink()
