@@ -391,8 +391,9 @@ class Loop:
         where = f"stage {job.stage.name}, step {self.state.step + 1}, {what}"
         gpu = ranks.device.type != "cpu"
         helps = functools.partial(remedies.step_helps, sharded=ranks.sharded, gather=gather, gpu=gpu)
+        kept = remedies.ALONE + remedies.KEPT if sizes.can_lower and ranks.forwards_together else remedies.KEPT
         return memory.explain_exhaustion(
-            where, lambda: helps(sizes.sized, job.mode, job.backbone, ranks.data_world), remedies.KEPT
+            where, lambda: helps(sizes.sized, job.mode, job.backbone, ranks.data_world), kept
         )
 
     def report_start(self) -> None:

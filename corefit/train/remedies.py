@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from corefit.train.estimate.phases import Estimate
 
 KEPT = "Checkpoints are whole, and the same command goes on from the newest"
+ALONE = (
+    "With shard or context_parallel a process that ran out cannot take the step again by itself, since the others wait "
+    "for it: set micro_batch, as above. "
+)
 FILLED = 0.8
 """Share of a device that sharded weights may take; the rest is for activations."""
 FEWER = {None: "fp8", "bf16": "fp8", "fp8": "nf4", "int8": "nf4"}

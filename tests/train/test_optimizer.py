@@ -187,6 +187,64 @@ def test_shards_end_in_the_same_bits(keys: Optimizer, tmp_path: Path) -> None:
             steps_of(keys, network()).slots({"optimizer/absmax1@0of2/0.weight": ((1,), torch.float32)})
 
 
+WHOLE = """
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from corefit.system.ranks import join
+from corefit.train import checkpoint
+from corefit.train.optimizer import Steps
+from corefit_optimizers import Adafactor, AdamW8bit
+
+ranks = join("fp32")
+every = {"AdamW8bit": AdamW8bit(lr=1e-2, smallest=256), "Adafactor": Adafactor(lr=1e-2)}
+
+def started(keys):
+    torch.manual_seed(ranks.rank)  # DDP takes the weights of rank 0
+    net = nn.Sequential(nn.Linear(64, 73), nn.Linear(73, 3))
+    return ranks.accelerator.prepare_model(net), Steps.of(keys, dict(net.named_parameters()))
+
+def train(net, steps, numbers):
+    for number in numbers:
+        torch.manual_seed(10 * number + ranks.rank)
+        net(torch.randn(8, 64)).square().mean().backward()
+        steps.take(torch.tensor(number == 1))
+
+def tensors(net, steps):
+    return {**{f"weights/{name}": p for name, p in net.module.named_parameters()}, **steps.tensors()}
+
+for name, keys in every.items():
+    whole, before, after = started(keys), started(keys), started(keys)
+    train(*whole, range(4))
+    train(*before, range(2))
+    if ranks.main:
+        checkpoint.save(Path(name), 2, tensors(*before), {}, 2)
+    ranks.barrier()
+    found, damaged = checkpoint.latest(Path(name), ranks)
+    net, steps = after
+    slots = steps.slots(found.stored())
+    found.read({**{f"weights/{name}": p for name, p in net.module.named_parameters()}, **slots})
+    steps.restore(slots)
+    train(net, steps, range(2, 4))
+    one, other = tensors(*whole), tensors(*after)
+    same = one.keys() == other.keys() and all(torch.equal(one[each], other[each]) for each in one)
+    sums = ranks.all_gather_object([p.detach().double().sum().item() for p in net.module.parameters()])
+    moved = not torch.equal(*(next(each.parameters()) for each in (before[0], net)))
+    print(name, "the same" if same and moved and sums[0] == sums[1] else [same, moved, sums])
+"""
+
+
+def test_whole_weights_end_in_the_same_bits_on_two_processes(tmp_path: Path) -> None:
+    """With DDP: weights are equal on both, and what goes on from a checkpoint ends as what went on by itself."""
+    (tmp_path / "whole.py").write_text(WHOLE)
+    done = ended(*forks.ranks(("whole.py",), ("whole.py",), cwd=tmp_path))
+    assert done.status == 0, done.err
+    for name in ("AdamW8bit", "Adafactor"):
+        assert done.out.count(f"{name} the same") == 2, done.out
+
+
 def test_in_bf16_each_gradient_is_rounded_and_their_sum_is_not() -> None:
     """What a term adds to a weight's gradient is in bfloat16, so there is nothing for a key to save."""
     layer, added = nn.Linear(64, 64), list[Tensor]()

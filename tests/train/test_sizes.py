@@ -147,6 +147,17 @@ def test_what_the_pipeline_sets_stays(job, monkeypatch):
         trained(job(micro_batch=3))
 
 
+def test_sharded_ranks_do_not_try_again_and_the_message_names_the_key(job, monkeypatch):
+    Limit(monkeypatch, 3)
+    made = job()
+    loop = train.Loop.build(made, ranks.join("fp32"))
+    loop.retry.ranks = attrs.evolve(loop.ranks, world=2)
+    monkeypatch.setattr(Retry, "begin", lambda self, shape: None)
+    monkeypatch.setattr(ranks.Ranks, "forwards_together", property(lambda self: True))
+    with pytest.raises(TrainingError, match=r"s.micro_batch = 4 \(now 8\).*the others wait for it: set micro_batch"):
+        loop.take_step(next(loop.batches()))
+
+
 def test_the_exchange_of_gradients_is_explained_too(job, monkeypatch):
     def exchange(retry: Retry) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")

@@ -207,11 +207,12 @@ class _Case:
         """Yield the phases before the first stage: prompts are encoded, and media where a stage trains on them."""
         network, beside, encoded = self.vae, 0.0, self.pipeline.data.encoded is not None
         if isinstance(self.backbone, SizedText) and (self.pipeline.eval or not encoded):
-            every = sum(self.backbone.encoder_bytes().values())
+            sizes = self.backbone.encoder_bytes()
+            every, here = sum(sizes.values()), any(count for name, count in sizes.items() if name != "vae")
             most = self.backbone.encoding_bytes(self.device.memory)
             beside = every - bytes_of(network) if network is not None and most >= every else 0.0  # or they take turns
-            # what the encoders compute is not estimated; on the CPU they take nothing of a device
-            yield Phase(phases.ENCODING_TEXTS, {"text encoders": most}, known=not most)
+            # what text encoders compute is not estimated; on the CPU they take nothing of a device
+            yield Phase(phases.ENCODING_TEXTS, {"text encoders": most}, known=not here)
         if self.pipeline.needs_media and network is not None and not encoded:
             found = self.forwards.encoding(1, self.size, network)
             rows = self.pipeline.data.encode_batch

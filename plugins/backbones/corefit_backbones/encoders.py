@@ -51,7 +51,11 @@ def blank(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
 
 
 def quantize(encoder: Any) -> None:
-    """Hold the weights of all linear layers in int8, with a scale for each row, as `frozen = "int8"` does."""
+    """Hold the weights of all linear layers in int8, with a scale for each row, as `frozen = "int8"` does.
+
+    Their dtype says so: T5 rounds the input of some layers to the dtype of the weight, unless that is torch.int8.
+    """
+    import torch
     from torch import nn
 
     from corefit_backbones import lowbit
@@ -62,6 +66,7 @@ def quantize(encoder: Any) -> None:
         if not linear.weight.is_meta:
             for part, tensor in lowbit.pack(linear.weight.detach(), "int8").items():
                 getattr(made, part).data = tensor
+        made.weight = nn.Parameter(made.weight.data.view(torch.int8), requires_grad=False)
         setattr(encoder.get_submodule(owner), own, made)
 
 

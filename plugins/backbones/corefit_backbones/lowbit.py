@@ -43,7 +43,7 @@ Packed = Mapping[str, Tensor]
 class LowBitLinear(nn.Linear):
     """A linear layer that never trains. Its weight is unpacked for each product, in the forward and in the backward.
 
-    weight  the packed weight [out_features, ...], in bfloat16 for any format: see `shapes`
+    weight  the packed weight [out_features, ...], in bfloat16 for any format: see `shapes`; text encoders' are in int8
     scale   float32 [out_features, ...], None for fp8 and bf16
     """
 
