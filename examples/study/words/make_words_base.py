@@ -260,10 +260,10 @@ def main() -> None:
     write_prompts()
     pipeline = blank(arguments.out)
     train_vae(pipeline.vae)
+    train_flow(pipeline, arguments.steps, arguments.out, arguments.keep)
     for line in legible(pipeline.vae):
         print("read right:", *line, flush=True)
-    train_flow(pipeline, arguments.steps, arguments.out, arguments.keep)
-    print("validation words read right:", measure(arguments.out, "validation", 300))
+    print("validation words:", measure(arguments.out, "validation", 177))
 
 
 if __name__ == "__main__":
