@@ -103,6 +103,7 @@ class Loop:
             loop = Loop.build(job, ranks)
             loop.state.resume(job.stage.keep)
         loop.sharding.announce(job.stage.name, ranks)
+        reporting.announce_alarm(job.stage, ranks)
         return loop
 
     @staticmethod

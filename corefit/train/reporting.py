@@ -28,3 +28,12 @@ def take_metrics(stage: Stage, state: State, ranks: Ranks) -> Metrics:
 def alarm(state: State, metrics: Metrics, ranks: Ranks) -> str:
     """Return what the alarm says of a logged step, "" if it does not sound; the ranks agree on the metrics."""
     return state.watch.see(state.step, ranks.broadcast_object(metrics)) if state.watch else ""
+
+
+def announce_alarm(stage: Stage, ranks: Ranks) -> None:
+    """Say where a stage has held-out rewards and logs too few steps for an alarm."""
+    if stage.watch and stage.logged_steps < stage.watch.window:
+        ranks.accelerator.print(
+            f"stage {stage.name}: no alarm can sound: it looks at {stage.watch.window} logged steps, and the stage "
+            f"logs {stage.logged_steps}; lower log_every or alarm.window"
+        )
