@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager
+
+from corefit.system import memory
 from corefit.system.ranks import Ranks
-from corefit.train.job import Metrics
+from corefit.train import remedies
+from corefit.train.job import Job, Metrics
 from corefit.train.state import State
 from corefit.types.stage import Stage
 
@@ -37,3 +42,19 @@ def announce_alarm(stage: Stage, ranks: Ranks) -> None:
             f"stage {stage.name}: no alarm can sound: it looks at {stage.watch.window} logged steps, and the stage "
             f"logs {stage.logged_steps}; lower log_every or alarm.window"
         )
+
+
+def explain_exhaustion(job: Job, state: State, gather: str, what: str) -> AbstractContextManager[None]:
+    """Say in which stage and step memory ran out, while `what` was computed.
+
+    gather  how long sharded weights stay gathered: "step" or "term"
+    """
+    ranks, sizes = state.ranks, state.sizes
+    gpu = ranks.device.type != "cpu"
+    helps = functools.partial(remedies.step_helps, sharded=ranks.sharded, gather=gather, gpu=gpu)
+    kept = remedies.ALONE + remedies.KEPT if sizes.can_lower and ranks.forwards_together else remedies.KEPT
+    return memory.explain_exhaustion(
+        f"stage {job.stage.name}, step {state.step + 1}, {what}",
+        lambda: helps(sizes.sized, job.mode, job.backbone, ranks.data_world),
+        kept,
+    )
