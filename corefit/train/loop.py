@@ -103,6 +103,7 @@ class Loop:
             loop = Loop.build(job, ranks)
             loop.state.resume(job.stage.keep)
         loop.sharding.announce(job.stage.name, ranks)
+        reporting.announce_alarm(job.stage, ranks)
         return loop
 
     @staticmethod
@@ -177,7 +178,6 @@ class Loop:
         self._set_learning_rate()
         number = self.job.stage.objective.num_updates
         moves = iter(range(self.state.step * number + 1, (self.state.step + 1) * number + 1))
-        done = False
         try:
             with self.sharding.step():
                 for scale, no_items in self._gradients(batch):
@@ -185,11 +185,12 @@ class Loop:
                         self.gradients.merge()
                         self._apply_gradient(scale, no_items)
                     self.state.move_copies("update", next(moves))
-            done = True
         except NonFinite:  # raised by the experience or by terms: no weight has changed because of it
             if self._skipped_too_many():
                 raise
             self.gradients.drop()
+        else:  # a step that ended early says nothing of its memory
+            self.state.sizes.fitted(batch.shape)
         if self._draws is not None:
             self.ranks.refuse_same_noise(self._draws, self.job.stage.name)
         for move in moves:  # the copies' schedule does not depend on what was skipped
@@ -198,8 +199,6 @@ class Loop:
         self.state.move_copies("batch", self.state.step)
         if self.ranks.device.type == "cpu":  # where looking costs no wait
             self.state.guard.refuse(self.job.stage.name, self.ranks)
-        if done:  # a step that ended early says nothing of its memory
-            self.state.sizes.fitted(batch.shape)
         self.state.add_time(self.job.stage.rows, time.perf_counter() - started)
         self._is_first_step = False
 
@@ -387,14 +386,7 @@ class Loop:
 
     def _explain_exhaustion(self, what: str) -> AbstractContextManager[None]:
         """Say in which stage and step memory ran out, while `what` was computed."""
-        job, ranks, sizes, gather = self.job, self.ranks, self.state.sizes, self.sharding.gather
-        where = f"stage {job.stage.name}, step {self.state.step + 1}, {what}"
-        gpu = ranks.device.type != "cpu"
-        helps = functools.partial(remedies.step_helps, sharded=ranks.sharded, gather=gather, gpu=gpu)
-        kept = remedies.ALONE + remedies.KEPT if sizes.can_lower and ranks.forwards_together else remedies.KEPT
-        return memory.explain_exhaustion(
-            where, lambda: helps(sizes.sized, job.mode, job.backbone, ranks.data_world), kept
-        )
+        return reporting.explain_exhaustion(self.job, self.state, self.sharding.gather, what)
 
     def report_start(self) -> None:
         """Report to the listener that training starts, from the weights that the network now has."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager
+
+from corefit.system import memory
 from corefit.system.ranks import Ranks
-from corefit.train.job import Metrics
+from corefit.train import remedies
+from corefit.train.job import Job, Metrics
 from corefit.train.state import State
 from corefit.types.stage import Stage
 
@@ -28,3 +33,28 @@ def take_metrics(stage: Stage, state: State, ranks: Ranks) -> Metrics:
 def alarm(state: State, metrics: Metrics, ranks: Ranks) -> str:
     """Return what the alarm says of a logged step, "" if it does not sound; the ranks agree on the metrics."""
     return state.watch.see(state.step, ranks.broadcast_object(metrics)) if state.watch else ""
+
+
+def announce_alarm(stage: Stage, ranks: Ranks) -> None:
+    """Say where a stage has held-out rewards and logs too few steps for an alarm."""
+    if stage.watch and stage.logged_steps < stage.watch.window:
+        ranks.accelerator.print(
+            f"stage {stage.name}: no alarm can sound: it looks at {stage.watch.window} logged steps, and the stage "
+            f"logs {stage.logged_steps}; lower log_every or alarm.window"
+        )
+
+
+def explain_exhaustion(job: Job, state: State, gather: str, what: str) -> AbstractContextManager[None]:
+    """Say in which stage and step memory ran out, while `what` was computed.
+
+    gather  how long sharded weights stay gathered: "step" or "term"
+    """
+    ranks, sizes = state.ranks, state.sizes
+    gpu = ranks.device.type != "cpu"
+    helps = functools.partial(remedies.step_helps, sharded=ranks.sharded, gather=gather, gpu=gpu)
+    kept = remedies.ALONE + remedies.KEPT if sizes.can_lower and ranks.forwards_together else remedies.KEPT
+    return memory.explain_exhaustion(
+        f"stage {job.stage.name}, step {state.step + 1}, {what}",
+        lambda: helps(sizes.sized, job.mode, job.backbone, ranks.data_world),
+        kept,
+    )

@@ -261,6 +261,15 @@ def test_what_does_not_fit_because_of_a_reward_names_it(project: Project, scored
         refuse(pipeline, estimates(pipeline, room, graphs=False), room)
 
 
+def test_a_gradient_of_rewards_that_is_far_too_large_is_refused(project: Project, scored: list[str]) -> None:
+    """That of a clip may be hundreds of GiB; one that is too large by little is a warning, as other activations are."""
+    pipeline, card = read(project.file, scored), Device("a GPU", 80 * 2.0**30, gpu=True)
+    every = estimates(pipeline, card, graphs=False)
+    refuse(pipeline, [every[0], evolve(every[1], activations=100 << 30)], card)
+    with pytest.raises(ConfigError, match=r"stage.grpo: the graph of a reward's gradient takes about 500.0 GiB"):
+        refuse(pipeline, [every[0], evolve(every[1], activations=500 << 30)], card)
+
+
 def test_more_velocities_in_a_graph_take_more(project: Project) -> None:
     differentiable(project)
     settings = ([GRADIENT.replace("TRUNCATION", n), "data.size=[32,32]"] for n in "13")

@@ -71,6 +71,15 @@ def run(job, name, kind, held=()):
     return left, lines, set().union(*(each.value.names for each in (*rewards, *held)))
 
 
+@pytest.mark.parametrize(("every", "said"), [(10, 1), (1, 0)])
+def test_a_stage_too_short_for_an_alarm_says_so_once(job, capsys, every, said):
+    objective, keys = OBJECTIVES["flow_grpo"]
+    keys = {**keys, "reward": (Weighted("red", Channel(0)),), "held_out": (Weighted("blue", Channel(2)),)}
+    train.Loop.resume(job(objective, steps=40, log_every=every, **keys), ranks.join("fp32"))
+    told = "stage s: no alarm can sound: it looks at 30 logged steps, and the stage logs 4; lower log_every or"
+    assert capsys.readouterr().out.count(told) == said
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_threads_change_no_bit_and_held_out_rewards_no_weight(job, name):
     plain, lines, threads = run(job, name, Channel)

@@ -23,8 +23,16 @@ LISTED = 5
 """The most lines of a column's head; more stages than that are counted."""
 
 
+MISSED = 2.0
+"""Activations of so many times the memory of a device do not fit, however wrong their estimate is."""
+
+
 def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world: int = 1) -> None:
-    """Raise ConfigError, with what would help, where a stage cannot fit. Activations, a mere estimate, do not count."""
+    """Raise ConfigError, with what would help, where a stage cannot fit.
+
+    Activations, a mere estimate, do not count, but for those of a reward's gradient, which goes through the decoder:
+    for clips they may be several times what a device has.
+    """
     for e, stage in zip(found, pipeline.stage, strict=False):
         needed = max(e.certain, e.saved)
         if needed > device.memory:
@@ -43,6 +51,14 @@ def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world:
             raise ConfigError(
                 f"stage.{stage.name}: {named} are {size(int(needed))} for each process, and {device.name} has "
                 f"{size(int(device.memory))}; what would help: {helps}"
+            )
+        if "reward_gradient" in stage.objective.uses and (e.activations or 0) > MISSED * device.memory:
+            helps = ", or ".join(map(str, remedies.pipeline_ladder(pipeline, stage, world, gpu=device.gpu)))
+            needed = size(int(e.activations or 0))
+            raise ConfigError(
+                f"stage.{stage.name}: the graph of a reward's gradient takes about {needed}, and {device.name} has "
+                f"{size(int(device.memory))}; what would help: a smaller [data] size, fewer frames"
+                f"{f', or {helps}' if helps else ''}"
             )
 
 
