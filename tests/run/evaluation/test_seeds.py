@@ -416,6 +416,9 @@ def test_what_is_kept_gives_the_same_bytes_without_the_runs(runs, typed):
     compared(*all_of(runs), over="sft")
     before = content(Path("out"))
     assert before[DATA][4:8] == bytes(4), "no time is in it"
+    digits = re.findall(r"[\[,:](-?\d+\.\d+)", gzip.decompress(before[DATA]).decode())
+    assert len(digits) > 500
+    assert max(len(number.strip("-0").replace(".", "").lstrip("0")) for number in digits) == 6
     shutil.rmtree(runs)
     for name in TABLES[:-1]:
         Path("out", name).unlink()
