@@ -140,7 +140,9 @@ def test_means_and_gains_are_over_seeds_and_prompts(runs):
         assert row[key] == pytest.approx((soar - other).mean())
         found = crossed.of_gain(soar - other, clusters, "binary")
         assert (row[f"{key}_low"], row[f"{key}_high"], row[f"{key}_seeds"]) == (*map(pytest.approx, found), 3)
-    assert rows["grpo", "ocr", "all"]["gain"] == pytest.approx((values(runs, "03-grpo") - soar).mean())
+    grpo = values(runs, "03-grpo")
+    assert rows["grpo", "ocr", "all"]["gain"] == pytest.approx((grpo - soar).mean())
+    assert rows["grpo", "ocr", "all"]["base_gain"] == pytest.approx((grpo - base).mean())
     assert rows["grpo", "ocr", "dogs"]["n"] == 16
     assert row["unit"] == rows["soar", "ocr, 6 steps", "all"]["unit"] == "share"
     assert (rows["soar", "ocr, 6 steps", "all"]["n"], rows["soar", "vendi", "all"]["n"]) == (24, 4)
