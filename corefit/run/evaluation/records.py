@@ -83,7 +83,7 @@ def read(folder: Path) -> Source:
         if content["format"] != FORMAT:
             raise DataError(f"{file} has format {content['format']}, and this version of corefit reads {FORMAT}")
         if found != files.json_digest(content):
-            raise ValueError("its content does not have the digest that is in it")
+            raise files.Damaged("its content does not have the digest that is in it")
         return _source(file, content)
     except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from corefit.run.report.seeds import SeedsRow
 from corefit.run.report.table import Numbers, direction, names
@@ -39,8 +39,8 @@ def drift_curves(curves: Sequence[Mapping[str, Any]], png: Path) -> None:
     """Draw the drift of each stage against the noise level, and its change since what the stage starts from."""
     import matplotlib
 
-    figure, colors = _figure(2, 5.4, max(3.6, 0.17 * len(curves) + 0.6)), matplotlib.colormaps["tab20"](range(20))
-    palette = [*colors[::2], *colors[1::2]]
+    figure, colors = _figure(2, 5.4, max(3.6, 0.17 * len(curves) + 0.6)), cast(Any, matplotlib.colormaps["tab20"])
+    palette = [colors(number) for number in (*range(0, 20, 2), *range(1, 20, 2))]  # each color also has a pale one
     for number, (key, prefix) in enumerate((("drift", ""), ("change", "change_"))):
         axes = figure.add_subplot(1, 2, number + 1)
         for place, curve in enumerate(curves):

@@ -140,7 +140,9 @@ def test_means_and_gains_are_over_seeds_and_prompts(runs):
         assert row[key] == pytest.approx((soar - other).mean())
         found = crossed.of_gain(soar - other, clusters, "binary")
         assert (row[f"{key}_low"], row[f"{key}_high"], row[f"{key}_seeds"]) == (*map(pytest.approx, found), 3)
-    assert rows["grpo", "ocr", "all"]["gain"] == pytest.approx((values(runs, "03-grpo") - soar).mean())
+    grpo = values(runs, "03-grpo")
+    assert rows["grpo", "ocr", "all"]["gain"] == pytest.approx((grpo - soar).mean())
+    assert rows["grpo", "ocr", "all"]["base_gain"] == pytest.approx((grpo - base).mean())
     assert rows["grpo", "ocr", "dogs"]["n"] == 16
     assert row["unit"] == rows["soar", "ocr, 6 steps", "all"]["unit"] == "share"
     assert (rows["soar", "ocr, 6 steps", "all"]["n"], rows["soar", "vendi", "all"]["n"]) == (24, 4)
@@ -416,6 +418,9 @@ def test_what_is_kept_gives_the_same_bytes_without_the_runs(runs, typed):
     compared(*all_of(runs), over="sft")
     before = content(Path("out"))
     assert before[DATA][4:8] == bytes(4), "no time is in it"
+    digits = re.findall(r"[\[,:](-?\d+\.\d+)", gzip.decompress(before[DATA]).decode())
+    assert len(digits) > 500
+    assert max(len(number.strip("-0").replace(".", "").lstrip("0")) for number in digits) == 6
     shutil.rmtree(runs)
     for name in TABLES[:-1]:
         Path("out", name).unlink()
