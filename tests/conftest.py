@@ -22,7 +22,6 @@ from PIL import Image
 
 pytest_plugins = ["stores"]
 quick.without_waiting_for_the_disk()
-LONGEST = ("test_objectives.py", "test_plan.py", "test_kills.py", "test_ranks.py")
 SIZE = 16
 COLOURS: Mapping[str, tuple[int, int, int]] = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 WORDS = ("a", "picture", "of", "sky", "sea", *COLOURS)
@@ -87,11 +86,6 @@ class Bright(Reward):
 def corefit_rewards() -> Offers[Reward]:
     return {"bright": Bright}
 '''
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with tests of many seconds come first, so that no process of xdist is left with one at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish() -> None:
