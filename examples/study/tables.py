@@ -2,7 +2,7 @@
 
     python tables.py
 
-Every row has a name, such as U3, by which the verdict cites it.
+Every row has a name, such as U.soar or u.guidance-1, by which the verdict cites it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ STARTS = {"under": ("U", "digits_judge"), "saturated": ("S", "digits_judge"), "c
 OVER = "sft_compute"
 MEASURED = ("soar", "matched", "sft")
 """Arms whose other measures are shown, where they were run."""
+SETTINGS = ("steps", "guidance 1")
+"""How the names of metrics end that have other settings than [eval]."""
 Row = Mapping[str, Any]
 
 
@@ -57,10 +59,10 @@ def arms(results: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         if not rows:
             continue
         yield f"\n**`{start}`**, `{primary}`, {rows[0]['n']} prompts\n"
-        yield f"| | arm | seeds | {primary} | gain over the base | gain over `{OVER}` |"
-        yield "|---|---|---|---|---|---|"
-        for number, row in enumerate(rows):
-            cells = [f"{letter}{number}", f"`{row['stage']}`", str(row.get("seeds", "")), value(row)]
+        yield f"| arm | seeds | {primary} | gain over the base | gain over `{OVER}` |"
+        yield "|---|---|---|---|---|"
+        for row in rows:
+            cells = [f"`{letter}.{row['stage']}`", str(row.get("seeds", "")), value(row)]
             yield f"| {' | '.join([*cells, gain(row, 'base_gain'), gain(row, 'over_gain')])} |"
 
 
@@ -74,17 +76,24 @@ def measures(results: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         if not keys:
             continue
         yield f"\n**`{start}`**, gain over `{OVER}`\n"
-        yield f"| | measure | {' | '.join(f'`{arm}`' for arm in there)} |"
-        yield f"|---|---|{'---|' * len(there)}"
-        for number, key in enumerate(keys, 1):
+        yield f"| measure | {' | '.join(f'`{arm}`' for arm in there)} |"
+        yield f"|---|{'---|' * len(there)}"
+        for key in keys:
             cells = [gain(by_key[arm, *key], "over_gain") if (arm, *key) in by_key else "" for arm in there]
-            name = key[0] if key[1] == "all" else f"{key[0]}: {key[1]}"
-            yield f"| {letter.lower()}{number} | {name} | {' | '.join(cells)} |"
+            yield f"| `{letter.lower()}.{named(*key, primary)}` | {' | '.join(cells)} |"
+
+
+def named(metric: str, category: str, primary: str) -> str:
+    """Return the name of a measure: of the primary one only the category, or the steps and the guidance."""
+    name = metric.removeprefix(f"{primary}, ") if category == "all" else category
+    return name.replace(", ", "-").replace(" ", "-")
 
 
 def shown(metric: str, category: str, primary: str) -> bool:
-    """Whether a measure has a row: categories have one of the primary measure alone."""
-    return (metric, category) != (primary, "all") and (category == "all" or metric == primary)
+    """Whether a measure has a row: categories, other steps and other guidance have one of the primary measure alone."""
+    if metric in ("distance", "drift, last level") or (metric, category) == (primary, "all"):
+        return False
+    return metric.startswith(primary) or (category == "all" and not metric.endswith(SETTINGS))
 
 
 def value(row: Row) -> str:
@@ -97,7 +106,7 @@ def gain(row: Row, key: str) -> str:
 
 def written(row: Row, key: str, low: str, high: str, sign: str = "") -> str:
     """Return a number and its interval: percent of a share, or three decimals; in bold where a gain excludes 0."""
-    factor, places = (100, 1) if row["unit"] == "share" else (1, 3)
+    factor, places = (100, 1) if row.get("unit") == "share" else (1, 3)
     number, *ends = (f"{factor * row[name]:{sign}.{places}f}" for name in (key, low, high) if name in row)
     text = f"{number} [{', '.join(ends)}]" if ends else number
     certain = bool(sign) and len(ends) == 2 and float(ends[0]) * float(ends[1]) > 0

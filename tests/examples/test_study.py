@@ -77,16 +77,32 @@ def test_no_prompt_was_used_before(tmp_path, monkeypatch):
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (HERE / f"{name}.jsonl").read_bytes()
 
 
+def verdict() -> str:
+    return (HERE / "README.md").read_text().partition("## Verdict")[2].partition("\n## ")[0]
+
+
 def test_the_page_has_what_its_data_say():
     tables, page = load("tables"), (HERE / "README.md").read_text()
     assert tables.filled(page) == page, "run python tables.py"
-    cited = set(re.findall(r"\b[USCL]\d+\b|\b[uscl]\d+\b", page.partition("## Verdict")[2].partition("\n## ")[0]))
-    named = set(re.findall(r"^\| ([USCLuscl]\d+) \|", page, re.M))
+    named = set(re.findall(r"^\| `([A-Za-z]\..+?)` \|", page, re.M))
+    cited = set(re.findall(r"`([A-Za-z]\..+?)`", verdict()))
+    assert cited
     assert cited <= named, "the verdict cites rows that are there"
 
 
 def test_every_sentence_of_the_verdict_points_at_a_row():
-    verdict = (HERE / "README.md").read_text().partition("## Verdict")[2].partition("\n## ")[0]
-    sentences = [each for each in re.split(r"(?<=[.:])\s+(?=[A-Z*\[])", verdict.strip()) if each]
+    paragraphs = [" ".join(each.split()) for each in verdict().strip().split("\n\n")]
+    sentences = [each for text in paragraphs for each in re.split(r"(?<=[.)])\s+(?=[A-Z])", text) if each]
     assert sentences
-    assert [each for each in sentences if not re.search(r"\b[USCLuscl]\d+\b", each)] == []
+    assert [each for each in sentences if not re.search(r"`[A-Za-z]\.", each)] == []
+
+
+def test_numbers_of_the_verdict_are_those_of_the_tables():
+    """Every "number [low, high]" of the verdict is in a row that its sentence cites."""
+    page = (HERE / "README.md").read_text()
+    rows = {found[1]: found[0] for found in re.finditer(r"^\| `([A-Za-z]\..+?)` \|.*$", page, re.M)}
+    text = " ".join(verdict().split())
+    for sentence in re.split(r"(?<=[.)])\s+(?=[A-Z])", text):
+        cited = " ".join(rows[name] for name in re.findall(r"`([A-Za-z]\..+?)`", sentence))
+        for number in re.findall(r"[+-]\d+\.\d+ \[[^]]+\]", sentence):
+            assert number in cited, sentence

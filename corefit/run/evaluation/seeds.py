@@ -141,7 +141,9 @@ def _metric(name: str, found: Source) -> seeds.Metric:
     count = len(first.categories)
     rows = next((block.rows for block in first.blocks if name in block.values), range(count))
     prompts = [first.prompts[row] if first.prompts else str(row) for row in rows]
-    return seeds.Metric(name, values, prompts, [first.categories[row] for row in rows], found.units.get(name))
+    return seeds.Metric(
+        name, values, prompts, [first.categories[row] for row in rows], report.unit_of(name, found.units)
+    )
 
 
 def _drifts(every: Sequence[Replicate], display: Display) -> seeds.Drifts | None:

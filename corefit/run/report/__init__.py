@@ -12,6 +12,7 @@ from corefit.run.report.results import (
     blocks_of,
     read_results,
     results,
+    unit_of,
     write_results,
 )
 from corefit.run.report.sheets import animation, comparison, grid, visible_frames
@@ -36,6 +37,7 @@ __all__ = [
     "read_metrics",
     "read_results",
     "results",
+    "unit_of",
     "visible_frames",
     "write_results",
 ]

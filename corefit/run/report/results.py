@@ -38,11 +38,11 @@ def blocks_of(scored: Mapping[str, Any]) -> tuple[Block, ...]:
     return tuple(Block(block["rows"], block["values"]) for block in found)
 
 
-def unit_of(metric: str, units: Mapping[str, str]) -> str:
-    """Return the unit of a metric: that of its reward, which "ocr, 6 steps" has at the front of its name."""
+def unit_of(metric: str, units: Mapping[str, str]) -> str | None:
+    """Return the unit of a metric: that of its reward, which "ocr, 6 steps" has at the front of its name; or None."""
     if metric in units:
         return units[metric]
-    return next((unit for name, unit in units.items() if metric.startswith(f"{name}, ")), "")
+    return next((unit for name, unit in units.items() if metric.startswith(f"{name}, ")), None)
 
 
 @frozen
@@ -165,7 +165,7 @@ def _tables(stages: Sequence[Scores]) -> Iterator[_Table]:
         prompts = [first.prompts[int(row)] if first.prompts else str(row) for row in rows]
         for metric in columns[0]:
             values = _values(stages, metric, [each[metric] for each in columns])
-            unit = unit_of(metric, first.units)
+            unit = unit_of(metric, first.units) or ""
             names = [first.categories[int(row)] for row in rows] if first.categories else []
             clusters, groups = intervals.labels(prompts), groups_of(names, len(rows))
             yield _Table(metric, unit, kind_of(unit, np.stack([*values.values()])), values, clusters, groups)
