@@ -93,7 +93,9 @@ def shown(metric: str, category: str, primary: str) -> bool:
     """Whether a measure has a row: categories, other steps and other guidance have one of the primary measure alone."""
     if metric in ("distance", "drift, last level") or (metric, category) == (primary, "all"):
         return False
-    return metric.startswith(primary) or (category == "all" and not metric.endswith(SETTINGS))
+    if category != "all":
+        return metric == primary
+    return metric.startswith(primary) or not metric.endswith(SETTINGS)
 
 
 def value(row: Row) -> str:
