@@ -48,7 +48,7 @@ def by_torchrun(project: Project, *args: str) -> Ended:
 
 def ended(*started: Forked) -> Ended:
     """The first status that is not 0 of processes that run together, and what they said, one after the other."""
-    out, err = zip(*(process.communicate(timeout=200) for process in started), strict=True)
+    out, err = zip(*(process.communicate(timeout=300) for process in started), strict=True)
     return Ended(next(filter(None, (process.wait() for process in started)), 0), "".join(out), "".join(err))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from corefit_backbones import hashes
+from corefit_backbones import folder, hashes
 
 CONTENT = b"weights" * 100
 
@@ -100,3 +101,16 @@ def test_only_so_many_are_kept(computed: list[Path], tmp_path: Path, monkeypatch
     assert len([*(tmp_path / "home").rglob("*.json")]) == 3
     hashes.digest(tmp_path / "4.safetensors")
     assert len(computed) == 5
+
+
+def test_threads_hash_large_files_of_a_folder_as_one_hashes_small_ones(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    alone = folder.fingerprint(tmp_path, ["b", "a"])
+    hashing: list[threading.Thread] = []
+    plain = folder.digest
+    monkeypatch.setattr(folder, "digest", lambda file: (hashing.append(threading.current_thread()), plain(file))[1])
+    monkeypatch.setattr(folder, "SMALL", 0)
+    assert folder.fingerprint(tmp_path, ["a", "b"]) == alone
+    assert len(hashing) == 2
+    assert threading.main_thread() not in hashing
