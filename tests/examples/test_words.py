@@ -110,6 +110,23 @@ def test_a_missing_font_is_named_with_its_key(monkeypatch):
         words.draw("lamp", "sans")
 
 
-def test_the_pipeline_is_accepted(project: Project):
-    checked = project.main("check", str(HERE / "words.toml"))
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory):
+    """The base before training, and its folder."""
+    folder = tmp_path_factory.mktemp("words") / "blank"
+    return load("make_words_base").blank(folder), folder
+
+
+def test_the_pipeline_is_accepted(project: Project, blank):
+    checked = project.main("check", str(HERE / "words.toml"), "--set", f"backbone.path={blank[1]}")
     assert checked.status == 0, checked.err
+    assert "sft_compute (1290 steps of 64, from base), soar (300 steps of 64, from base)" in checked.out
+
+
+def test_no_prompt_is_cut_and_words_are_split_into_letters(blank):
+    for tokenizer in (blank[0].tokenizer, blank[0].tokenizer_2, blank[0].tokenizer_3):
+        for row in rows("heldout"):
+            letters = len(row["prompt"]) - len('the word ""')
+            ends = 2 if tokenizer is not blank[0].tokenizer_3 else 1
+            length = len(tokenizer(row["prompt"]).input_ids)
+            assert length == 2 + 2 + letters + ends <= sys.modules["make_words_base"].TEXT_LENGTH
