@@ -110,6 +110,22 @@ def test_a_missing_font_is_named_with_its_key(monkeypatch):
         words.draw("lamp", "sans")
 
 
-def test_the_pipeline_is_accepted(project: Project):
-    checked = project.main("check", str(HERE / "words.toml"))
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory):
+    """The base before training, and its folder."""
+    folder = tmp_path_factory.mktemp("words") / "blank"
+    return load("make_words_base").blank(folder), folder
+
+
+def test_the_pipeline_is_accepted(project: Project, blank):
+    checked = project.main("check", str(HERE / "words.toml"), "--set", f"backbone.path={blank[1]}")
     assert checked.status == 0, checked.err
+    assert "sft_compute (1290 steps of 64, from base), soar (300 steps of 64, from base)" in checked.out
+
+
+def test_no_prompt_is_cut_and_t5_sees_letters(blank):
+    longest = sys.modules["make_words_base"].TEXT_LENGTH
+    for row in rows("heldout"):
+        letters = len(row["prompt"]) - len('the word ""')
+        assert len(blank[0].tokenizer_3(row["prompt"]).input_ids) == 2 + 2 + letters + 1 <= longest
+        assert len(blank[0].tokenizer(row["prompt"]).input_ids) <= longest

@@ -1,10 +1,11 @@
 """Make `base/`, the small Stable Diffusion 3 checkpoint that the words study starts from.
 
-    python make_words_base.py [--out base] [--keep FOLDER] [--steps N]
+    python make_words_base.py [--out base] [--keep FOLDER] [--steps N] [--start FOLDER]
 
 From random weights, with a fixed seed, on one thread: first the VAE, then transformer and text encoders together
 with flow matching, on made-up words alone. The learning rate is constant and what is written is a running mean of
-the weights, so the checkpoint of any step is what a run of that many steps would write.
+the weights, so the checkpoint of any step is what a run of that many steps would write. --start FOLDER goes on from
+such a checkpoint, with a new optimizer; give it another --seed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from words import FONTS, HEIGHT, PARTS, WIDTH, Part, Words, draw, english, prompt, prompts, write_prompts
+from words import FONTS, HEIGHT, PARTS, WIDTH, Part, Words, draw, english, prompt, write_prompts
 
 from corefit.flow import expand_like, interpolate, shifted
 from corefit.plugins import Host
@@ -61,6 +62,11 @@ def blank(folder: Path) -> StableDiffusion3Pipeline:
         t5_width=96,
         shift=SHIFT,
     )
+    return loaded(folder)
+
+
+def loaded(folder: Path) -> StableDiffusion3Pipeline:
+    """The checkpoint of a folder, in float32."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
     for part in (pipeline.transformer, pipeline.vae):
         part.register_to_config(_name_or_path="")  # or the files would name this machine's folders
@@ -79,9 +85,9 @@ def as_media(drawn: Sequence[Any]) -> Tensor:
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def rows(count: int, batch: int, steps: int) -> Iterator[Tensor]:
+def rows(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
     """`steps` batches of row numbers, shuffled anew in every pass."""
-    rng = torch.Generator().manual_seed(SEED)
+    rng = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         if len(order) < batch:
@@ -97,7 +103,7 @@ def train_vae(vae: Any) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, VAE_STEPS)
     rng = torch.Generator().manual_seed(SEED)
     started = time.monotonic()
-    for step, batch in enumerate(rows(len(media), VAE_BATCH, VAE_STEPS), 1):
+    for step, batch in enumerate(rows(len(media), VAE_BATCH, VAE_STEPS, SEED), 1):
         x = media[batch]
         posterior = vae.encode(x).latent_dist
         decoded = vae.decode(posterior.sample(rng)).sample
@@ -183,14 +189,14 @@ class Learner:
             mean.lerp_(p, 1 - decay)
 
 
-def train_flow(pipeline: StableDiffusion3Pipeline, steps: int, out: Path, keep: Path | None) -> None:
-    """Flow matching on the latents of made-up words; writes the base to `out`."""
+def train_flow(pipeline: StableDiffusion3Pipeline, steps: int, seed: int, out: Path, keep: Path | None) -> None:
+    """Flow matching on the latents of made-up words, with the noise of `seed`; writes the base to `out`."""
     learner = Learner.of(pipeline)
     media, texts = pictures(PICTURES)
     x0, ids, empty = latents(pipeline.vae, media), tokens(pipeline, texts), tokens(pipeline, [""])
-    rng = torch.Generator().manual_seed(SEED + 1)
+    rng = torch.Generator().manual_seed(seed)
     started, losses = time.monotonic(), list[float]()
-    for step, batch in enumerate(rows(len(x0), BATCH, steps), 1):
+    for step, batch in enumerate(rows(len(x0), BATCH, steps, seed), 1):
         dropped = torch.rand(len(batch), generator=rng) < DROPPED
         losses.append(learner.step(x0[batch], torch.where(expand_like(dropped, ids), empty, ids[batch]), step, rng))
         if step % 100 == 0:
@@ -217,11 +223,11 @@ def read(media: Tensor, asked: Sequence[str]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def measure(folder: Path, part: Part, count: int) -> dict[str, float]:
-    """What OCR reads in pictures of the first `count` prompts of a part."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+def measure(folder: Path, part: Part) -> dict[str, float]:
+    """What OCR reads in one picture of each word of a part."""
+    pipeline = loaded(folder)
     pipeline.set_progress_bar_config(disable=True)
-    asked = [row["prompt"] for row in prompts(part)][:count]
+    asked = [prompt(word) for word in english(part)]
     rng = torch.Generator().manual_seed(SEED)
     made = [
         pipeline(
@@ -255,15 +261,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "base")
     parser.add_argument("--keep", type=Path, help=f"also keep what every {KEPT_EVERY}th step would write here")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--start", type=Path, help="go on from the checkpoint in this folder")
+    parser.add_argument("--seed", type=int, default=SEED + 1, help="of the noise; take another one with --start")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     write_prompts()
-    pipeline = blank(arguments.out)
-    train_vae(pipeline.vae)
-    train_flow(pipeline, arguments.steps, arguments.out, arguments.keep)
+    if arguments.start:
+        pipeline = loaded(arguments.start)
+    else:
+        pipeline = blank(arguments.out)
+        train_vae(pipeline.vae)
+    train_flow(pipeline, arguments.steps, arguments.seed, arguments.out, arguments.keep)
     for line in legible(pipeline.vae):
         print("read right:", *line, flush=True)
-    print("validation words:", measure(arguments.out, "validation", 177))
+    print("validation words:", measure(arguments.out, "validation"))
 
 
 if __name__ == "__main__":
