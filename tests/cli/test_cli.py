@@ -109,14 +109,17 @@ def test_from_an_unknown_stage_writes_nothing(project):
     assert project.tree() == before
 
 
-def test_from_and_dry_run_reach_the_run(project, monkeypatch):
+def test_from_only_and_dry_run_reach_the_run(project, monkeypatch):
     asked = []
     for name in ("run", "dry_run"):
-        monkeypatch.setattr(f"corefit.run.run.{name}", lambda pipeline, again, name=name: asked.append((name, again)))
+        monkeypatch.setattr(
+            f"corefit.run.run.{name}", lambda pipeline, again, only, name=name: asked.append((name, again, only))
+        )
     project.main("run", "pipeline.toml")
     project.main("run", "pipeline.toml", "--from", "grpo")
     project.main("run", "pipeline.toml", "--from", "soar", "--dry-run")
-    assert asked == [("run", ""), ("run", "grpo"), ("dry_run", "soar")]
+    project.main("run", "pipeline.toml", "--only", "soar", "--only", "grpo")
+    assert asked == [("run", "", ()), ("run", "grpo", ()), ("dry_run", "soar", ()), ("run", "", ("soar", "grpo"))]
 
 
 def test_help_in_under_half_a_second(project):
