@@ -16,12 +16,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 STARTS = ("under", "saturated", "curated", "curated_lora")
 OVER = "sft_compute"
-"""The arm that the table shows gains over."""
+"""The arm that the tables show gains over, where it is run."""
 
 
 def corefit(*words: str) -> None:
     print("corefit", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "corefit", *words], cwd=HERE, check=True)
+    if status := subprocess.run([sys.executable, "-m", "corefit", *words], cwd=HERE, check=False).returncode:
+        sys.exit(status)
 
 
 def main() -> None:
@@ -37,9 +38,10 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for start in starts:
             corefit("run", f"{start}.toml", "--set", f"seed={seed}", "--set", f"name={start}-{seed}", *only)
+    over = ["--over", OVER] if not only or OVER in only else []
     for start in starts:
         runs = [f"runs/{start}-{seed}" for seed in range(arguments.seeds)]
-        corefit("compare", "--seeds", *runs, "--over", OVER, "--out", f"compare/{start}")
+        corefit("compare", "--seeds", *runs, *over, "--out", f"compare/{start}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,26 @@ def test_no_prompt_was_used_before(tmp_path, monkeypatch):
     prompts.main()
     for name in rows:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (HERE / f"{name}.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("only", "over"), [("sft", False), ("sft_compute", True), ("", True)])
+def test_the_script_compares_with_what_was_run(only, over, monkeypatch):
+    study, called = load("study"), []
+
+    def run(words: list[str], **keys: Any) -> SimpleNamespace:
+        called.append(words[3:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    chosen = ["--only", only] if only else []
+    monkeypatch.setattr(sys, "argv", ["study.py", "--start", "under", *chosen, "--seeds", "2"])
+    study.main()
+    assert [words[0] for words in called] == ["run", "run", "compare"]
+    assert called[1] == ["run", "under.toml", "--set", "seed=1", "--set", "name=under-1", *chosen]
+    assert ("--over" in called[2]) is over
+    monkeypatch.setattr(study.subprocess, "run", lambda words, **keys: SimpleNamespace(returncode=2))
+    with pytest.raises(SystemExit, match="2"):
+        study.main()
 
 
 def verdict() -> str:
