@@ -104,7 +104,8 @@ class Evaluator:
         rows = range(self.count if self.eval.reward else first)
         size = min(self.eval.batch, -(-len(rows) // world))  # the same batches after a kill give the same bytes
         whole = [rows[start : start + size] for start in range(0, len(rows), size)]
-        left = [batch for each in whole if (batch := [row for row in each if row not in found])]
+        # whole, even if few of its rows are missing: in a smaller batch they would be rounded otherwise
+        left = [each for each in whole if any(row not in found for row in each)]
         mine, scored, kept = left[self.ranks.data_rank :: world], dict[int, RowScores](), dict[int, Any]()
         for number, batch in enumerate(mine, 1):
             new, media = self._scores(backbone, batch)

@@ -141,9 +141,31 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_was(monkeypatch, tmp_pat
     assert sorted(partial.read()) == [0, 1, 2, 3], "whole batches are kept"
     asked.clear()
     assert of.score(None, partial=partial)[0] == whole
-    assert asked == [1, 2, 1], "only the sample and what was left is generated"
+    assert asked == [2, 2, 1], "the batch that has the sample, whole, and what was left"
     assert of.score(None, partial=PartialScores(partial.folder, "other"))[0] == whole
-    assert asked == [1, 2, 1, 2, 2, 2, 1], "scores of anything else are not used"
+    assert asked == [2, 2, 1, 2, 2, 2, 1], "scores of anything else are not used"
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("last", [3, 5])
+def test_a_kill_changes_no_bit_where_the_size_of_a_batch_does(monkeypatch, tmp_path, samples, last):
+    """Networks round otherwise in batches of another size, so that what is generated again is a batch as it was."""
+
+    class Rounded(Reward):
+        def score(self, media: Tensor, prompts: Sequence[str], meta: Sequence[Meta]) -> Tensor:
+            if any(m["n"] == killed for m in meta):
+                raise KeyboardInterrupt
+            return media[:, 0, 0, 0] + len(media) * 1e-6
+
+    reward, killed = (Weighted("rounded", Rounded()),), -1
+    of, _ = evaluator(monkeypatch, tmp_path, (3, 4, 4), reward=reward, batch=2, samples=samples)
+    of = attrs.evolve(of, ranks=single())
+    whole, _ = of.score(None)
+    partial, killed = PartialScores(tmp_path / "scores.partial", "abc"), last
+    with pytest.raises(KeyboardInterrupt):
+        of.score(None, partial=partial)
+    killed = -1
+    assert of.score(None, partial=partial)[0] == whole
 
 
 def test_a_damaged_file_of_partial_scores_is_scored_again(tmp_path):
