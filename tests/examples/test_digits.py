@@ -120,7 +120,13 @@ def test_the_readmes_say_how_many_prompts_there_are_and_which_are_seen(held_out)
         text = " ".join(page.read_text().split())
         assert f"draws of {count} distinct prompts" in text
         assert f"The singles are not held out: training shows all {len(distinct['single'])}." in text
-        assert text.index("evaluated once") < text.index("equal compute") < text.index("digits_judge, 2050")
+        table = text.index("digits_judge, 2050")
+        assert text.index("on the prompts on which the settings were chosen") < table < text.index(" sft 80.0 %", table)
+    assert text.index("study/README.md") < text.index("The other objectives"), (
+        "what SOAR buys is said where it is shown"
+    )
+    own = " ".join((HERE / "README.md").read_text().split())
+    assert own.index("evaluated once") < own.index("1300 steps: equal compute") < own.index("digits_judge, 2050")
 
 
 def test_heldout_file_is_what_the_function_writes(held_out, tmp_path):
