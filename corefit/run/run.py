@@ -59,7 +59,9 @@ def run(pipeline: Pipeline, display: Display | None = None, *, again: str = "", 
             with events.ending(), notes, blame.no_exit(), files.explain_write_errors(folder):
                 rerun = Rerun.load(pipeline, again)
                 Run(pipeline, ranks, homes, display, signals, events, rerun, plan.chosen(pipeline, only)).execute()
-            if ranks.main:  # last of all: after a kill before it, the same command goes on and does not begin again
+            # last of all: after a kill before it, the same command goes on and does not begin again; what --only left
+            # out of an interrupted --from is still to be run
+            if ranks.main and not rerun.pending:
                 rerun.finish()
     return pipeline.run_folder
 

@@ -629,6 +629,15 @@ def test_only_leaves_what_has_changed_as_it_is(branches):
     assert rows_of(branches) == ["base", "grpo"]
 
 
+def test_only_forgets_nothing_of_an_interrupted_from(branches):
+    branches.interrupted("soar", 1, again="soar")
+    branches.only("grpo")
+    assert branches.trained == []
+    branches.run()
+    assert branches.trained == [("soar", 1), ("late", 0)]
+    assert not list(branches.folder.glob("*from.json*"))
+
+
 def test_only_names_stages(branches):
     shutil.rmtree(branches.folder)
     with pytest.raises(ConfigError, match=r"--only lat: there is no stage 'lat' \(did you mean 'late'\?\)"):
