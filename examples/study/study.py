@@ -1,7 +1,7 @@
 """Run arms of the study over seeds, and compare them: `python study.py --help` says how.
 
     python study.py --start under --only soar --only sft_compute --seeds 2     # two arms, minutes
-    python study.py                                                            # all of it, a night and more
+    python study.py                                                            # all of it, a night
 
 It calls `corefit run` and `corefit compare` and does nothing else. The same command continues what was stopped.
 """
@@ -9,19 +9,33 @@ It calls `corefit run` and `corefit compare` and does nothing else. The same com
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 HERE = Path(__file__).parent
-STARTS = ("under", "saturated", "curated", "curated_lora")
+RUNS = HERE / "runs"
+LONG = ("saturated", "curated", "curated_lora")
+"""Starting points whose base long_sft.toml makes."""
+STARTS = ("under", *LONG, "words")
 OVER = "sft_compute"
 """The arm that the tables show gains over, where it is run."""
 
 
-def corefit(*words: str) -> None:
-    print("corefit", *words, flush=True)
-    if status := subprocess.run([sys.executable, "-m", "corefit", *words], cwd=HERE, check=False).returncode:
+def corefit(*words: str, log: Path | None = None) -> None:
+    """Run one command of corefit, with one thread: sums of more threads end in other bits. Ends where it fails."""
+    print("corefit", *words, *([f"> {log}"] if log else []), flush=True)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with log.open("a") if log else nullcontext() as output:
+        errors = subprocess.STDOUT if log else None
+        command = [sys.executable, "-m", "corefit", *words]
+        status = subprocess.run(
+            command, cwd=HERE, env=environment, stdout=output, stderr=errors, check=False
+        ).returncode
+    if status:
         sys.exit(status)
 
 
@@ -30,18 +44,31 @@ def main() -> None:
     parser.add_argument("--start", action="append", choices=STARTS, help="a starting point; by default all")
     parser.add_argument("--only", action="append", default=[], metavar="ARM", help="an arm; by default all")
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds [5]")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at once, each on one core [1]")
     arguments = parser.parse_args()
     starts = arguments.start or STARTS
-    if set(starts) - {"under"}:
-        corefit("run", "long_sft.toml")  # the base of the others; finished after the first time
     only = [word for arm in arguments.only for word in ("--only", arm)]
-    for seed in range(arguments.seeds):
-        for start in starts:
-            corefit("run", f"{start}.toml", "--set", f"seed={seed}", "--set", f"name={start}-{seed}", *only)
+    runs = [(start, seed) for seed in range(arguments.seeds) for start in starts]
+
+    def run(start: str, seed: int) -> None:
+        name = f"{start}-{seed}"
+        log = RUNS / f"{name}.log" if arguments.jobs > 1 else None
+        corefit("run", f"{start}.toml", "--set", f"seed={seed}", "--set", f"name={name}", *only, log=log)
+
+    if set(starts) & set(LONG):
+        corefit("run", "long_sft.toml")  # finished after the first time
+    RUNS.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        try:
+            for done in [pool.submit(run, *each) for each in runs]:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     over = ["--over", OVER] if not only or OVER in only else []
     for start in starts:
-        runs = [f"runs/{start}-{seed}" for seed in range(arguments.seeds)]
-        corefit("compare", "--seeds", *runs, *over, "--out", f"compare/{start}")
+        folders = [f"runs/{start}-{seed}" for seed in range(arguments.seeds)]
+        corefit("compare", "--seeds", *folders, *over, "--out", f"compare/{start}")
 
 
 if __name__ == "__main__":

@@ -13,15 +13,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-STARTS = {"under": ("U", "digits_judge"), "saturated": ("S", "digits_judge"), "curated": ("C", "curated")}
+STARTS = {
+    "under": ("U", "digits_judge"),
+    "saturated": ("S", "digits_judge"),
+    "curated": ("C", "curated"),
+    "curated_lora": ("L", "curated"),
+    "words": ("W", "right"),
+}
 """Starting point -> the letter of its rows, and its primary measure."""
 OVER = "sft_compute"
-MEASURED = ("soar", "matched", "sft")
+MEASURED = ("soar", "matched", "sft", "reflexflow", "perturbed")
 """Arms whose other measures are shown, where they were run."""
+METHODS = ("grpo", "nft", "dpo", "nft_time", "dpo_time")
+"""What SFT and SOAR are followed by."""
 SETTINGS = ("steps", "guidance 1")
 """How the names of metrics end that have other settings than [eval]."""
 Row = Mapping[str, Any]
@@ -34,53 +43,95 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """Return the page with its tables made anew."""
-    results = {start: computed(start) for start in STARTS}
-    for name, lines in (("arms", arms(results)), ("measures", measures(results))):
-        table = "\n".join(lines)
+    for name, table in (("arms", arms), ("keys", keys), ("reinforced", reinforced), ("measures", measures)):
+        lines = "\n".join(line for start in STARTS for line in table(start))
         block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)
-        text = block.sub(lambda found, table=table: found[1] + table + found[2], text)
+        text = block.sub(lambda found, lines=lines: found[1] + lines + found[2], text)
     return text
 
 
-def computed(start: str) -> Sequence[Row]:
-    """Return results.json of a starting point."""
+@cache
+def computed(start: str, over: str = OVER) -> Sequence[Row]:
+    """Return results.json of a starting point, with gains over an arm; nothing where it has not been run."""
     if not (HERE / "results" / start / "data.json.gz").is_file():
         return []
     with tempfile.TemporaryDirectory() as out:
-        words = ["compare", "--seeds", f"results/{start}", "--over", OVER, "--out", out]
+        words = ["compare", "--seeds", f"results/{start}", "--over", over, "--out", out]
         subprocess.run([sys.executable, "-m", "corefit", *words], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
         return json.loads((Path(out) / "results.json").read_text(encoding="utf-8"))
 
 
-def arms(results: Mapping[str, Sequence[Row]]) -> Iterator[str]:
-    """Yield a table for each starting point: its arms by the primary measure."""
-    for start, (letter, primary) in STARTS.items():
-        rows = [row for row in results[start] if (row["metric"], row["category"]) == (primary, "all")]
-        if not rows:
-            continue
-        yield f"\n**`{start}`**, `{primary}`, {rows[0]['n']} prompts\n"
-        yield f"| arm | seeds | {primary} | gain over the base | gain over `{OVER}` |"
-        yield "|---|---|---|---|---|"
-        for row in rows:
-            cells = [f"`{letter}.{row['stage']}`", str(row.get("seeds", "")), value(row)]
+def primary(start: str, over: str = OVER) -> Mapping[str, Row]:
+    """Return the row of each arm by the primary measure."""
+    measure = (STARTS[start][1], "all")
+    return {row["stage"]: row for row in computed(start, over) if (row["metric"], row["category"]) == measure}
+
+
+def is_key(stage: str) -> bool:
+    """Whether an arm is SOAR with a key changed."""
+    return stage.startswith("soar_") and "_then_" not in stage and stage not in ("soar_defaults", "soar_published")
+
+
+def arms(start: str) -> Iterator[str]:
+    """Yield the table of the arms by the primary measure, without those of the other tables."""
+    rows = [row for stage, row in primary(start).items() if not is_key(stage) and "_then_" not in stage]
+    letter, measure = STARTS[start]
+    if not rows:
+        return
+    yield f"\n**`{start}`**, `{measure}`, {rows[0]['n']} prompts\n"
+    yield f"| arm | seeds | {measure} | gain over the base | gain over `{OVER}` |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        cells = [f"`{letter}.{row['stage']}`", str(row.get("seeds", "")), value(row)]
+        yield f"| {' | '.join([*cells, gain(row, 'base_gain'), gain(row, 'over_gain')])} |"
+
+
+def keys(start: str) -> Iterator[str]:
+    """Yield the table of SOAR with one key changed, with gains over SOAR."""
+    letter, measure = STARTS[start]
+    if not any(is_key(stage) for stage in primary(start)):
+        return
+    yield f"\n**`{start}`**\n"
+    yield f"| arm | seeds | {measure} | gain over the base | gain over `soar` |"
+    yield "|---|---|---|---|---|"
+    for stage, row in primary(start, "soar").items():
+        if is_key(stage):
+            cells = [f"`{letter}.{stage}`", str(row["seeds"]), value(row)]
             yield f"| {' | '.join([*cells, gain(row, 'base_gain'), gain(row, 'over_gain')])} |"
 
 
-def measures(results: Mapping[str, Sequence[Row]]) -> Iterator[str]:
-    """Yield a table for each starting point: what some arms gain over SFT of equal compute by all other measures."""
-    for start, (letter, primary) in STARTS.items():
-        rows = [row for row in results[start] if row["stage"] in MEASURED]
-        there = [arm for arm in MEASURED if any(row["stage"] == arm for row in rows)]
-        by_key = {(row["stage"], row["metric"], row["category"]): row for row in rows}
-        keys = [key for key in dict.fromkeys((row["metric"], row["category"]) for row in rows) if shown(*key, primary)]
-        if not keys:
-            continue
-        yield f"\n**`{start}`**, gain over `{OVER}`\n"
-        yield f"| measure | {' | '.join(f'`{arm}`' for arm in there)} |"
-        yield f"|---|{'---|' * len(there)}"
-        for key in keys:
-            cells = [gain(by_key[arm, *key], "over_gain") if (arm, *key) in by_key else "" for arm in there]
-            yield f"| `{letter.lower()}.{named(*key, primary)}` | {' | '.join(cells)} |"
+def reinforced(start: str) -> Iterator[str]:
+    """Yield the table of reinforcement after SFT and after SOAR, with what it gains and with their difference."""
+    letter, measure = STARTS[start]
+    there = [method for method in METHODS if {f"sft_then_{method}", f"soar_then_{method}"} <= {*primary(start)}]
+    if not there:
+        return
+    yield f"\n**`{start}`**\n"
+    yield f"| arm | seeds | {measure} | gain by reinforcement | gain over the same after `{OVER}` |"
+    yield "|---|---|---|---|---|"
+    for method in there:
+        for stage, parent in ((f"sft_then_{method}", OVER), (f"soar_then_{method}", "soar")):
+            row = primary(start, parent)[stage]
+            after = gain(primary(start, f"sft_then_{method}")[stage], "over_gain") if parent == "soar" else ""
+            cells = [f"`{letter}.{stage}`", str(row["seeds"]), value(row), gain(row, "over_gain"), after]
+            yield f"| {' | '.join(cells)} |"
+
+
+def measures(start: str) -> Iterator[str]:
+    """Yield the table of what some arms gain over SFT of equal compute by all other measures."""
+    letter, measure = STARTS[start]
+    rows = [row for row in computed(start) if row["stage"] in MEASURED]
+    there = [arm for arm in MEASURED if any(row["stage"] == arm for row in rows)]
+    by_key = {(row["stage"], row["metric"], row["category"]): row for row in rows}
+    found = [key for key in dict.fromkeys((row["metric"], row["category"]) for row in rows) if shown(*key, measure)]
+    if not found:
+        return
+    yield f"\n**`{start}`**, gain over `{OVER}`\n"
+    yield f"| measure | {' | '.join(f'`{arm}`' for arm in there)} |"
+    yield f"|---|{'---|' * len(there)}"
+    for key in found:
+        cells = [gain(by_key[arm, *key], "over_gain") if (arm, *key) in by_key else "" for arm in there]
+        yield f"| `{letter.lower()}.{named(*key, measure)}` | {' | '.join(cells)} |"
 
 
 def named(metric: str, category: str, primary: str) -> str:

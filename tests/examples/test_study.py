@@ -6,12 +6,17 @@ import importlib.util
 import json
 import re
 import sys
+import time
 import tomllib
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from corefit import cli
+from corefit.run.evaluation import seeds
 
 HERE = Path(__file__).parents[2] / "examples" / "study"
 STARTS = ("under", "saturated", "curated", "curated_lora")
@@ -79,7 +84,7 @@ def test_no_prompt_was_used_before(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("only", "over"), [("sft", False), ("sft_compute", True), ("", True)])
-def test_the_script_compares_with_what_was_run(only, over, monkeypatch):
+def test_the_script_compares_with_what_was_run(only, over, tmp_path, monkeypatch):
     study, called = load("study"), []
 
     def run(words: list[str], **keys: Any) -> SimpleNamespace:
@@ -89,6 +94,7 @@ def test_the_script_compares_with_what_was_run(only, over, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run", run)
     chosen = ["--only", only] if only else []
     monkeypatch.setattr(sys, "argv", ["study.py", "--start", "under", *chosen, "--seeds", "2"])
+    monkeypatch.setattr(study, "RUNS", tmp_path)
     study.main()
     assert [words[0] for words in called] == ["run", "run", "compare"]
     assert called[1] == ["run", "under.toml", "--set", "seed=1", "--set", "name=under-1", *chosen]
@@ -98,12 +104,58 @@ def test_the_script_compares_with_what_was_run(only, over, monkeypatch):
         study.main()
 
 
+def test_jobs_run_side_by_side_and_stop_where_one_fails(tmp_path, monkeypatch):
+    study, together, called = load("study"), Barrier(2, timeout=60), []
+    failing = False
+
+    def run(words: list[str], *, stdout: Any, env: dict[str, str], **keys: Any) -> SimpleNamespace:
+        called.append(words[3:])
+        assert env["OMP_NUM_THREADS"] == "1"
+        if words[3] == "compare":
+            return SimpleNamespace(returncode=0)
+        stdout.write("one of two\n")
+        if "seed=0" not in words:
+            time.sleep(0.05)
+        elif failing:
+            return SimpleNamespace(returncode=2)
+        else:
+            together.wait()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr(study, "RUNS", tmp_path)
+    words = ["study.py", "--start", "under", "--start", "words", "--jobs", "2", "--seeds"]
+    monkeypatch.setattr(sys, "argv", [*words, "1"])
+    study.main()
+    assert sorted(each[0] for each in called) == ["compare", "compare", "run", "run"]
+    assert [(tmp_path / f"{name}.log").read_text() for name in ("under-0", "words-0")] == ["one of two\n"] * 2
+    monkeypatch.setattr(sys, "argv", [*words, "9"])
+    called.clear()
+    failing = True
+    with pytest.raises(SystemExit, match="2"):
+        study.main()
+    assert len(called) < 12
+    assert all(each[0] == "run" for each in called)
+
+
 def verdict() -> str:
     return (HERE / "README.md").read_text().partition("## Verdict")[2].partition("\n## ")[0]
 
 
-def test_the_page_has_what_its_data_say():
+def test_the_page_has_what_its_data_say(monkeypatch, capsys):
     tables, page = load("tables"), (HERE / "README.md").read_text()
+
+    def run(words: list[str], *, cwd: Path, **keys: Any) -> None:
+        """Run corefit in this process, without figures."""
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", words[2:])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            cli.main()
+
+    monkeypatch.setattr(tables.subprocess, "run", run)
+    for figure in ("forest", "drift_curves"):
+        monkeypatch.setattr(seeds, figure, lambda *anything: None)
     assert tables.filled(page) == page, "run python tables.py"
     named = set(re.findall(r"^\| `([A-Za-z]\..+?)` \|", page, re.M))
     cited = set(re.findall(r"`([A-Za-z]\..+?)`", verdict()))

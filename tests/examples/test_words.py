@@ -118,9 +118,9 @@ def blank(tmp_path_factory):
 
 
 def test_the_pipeline_is_accepted(project: Project, blank):
-    checked = project.main("check", str(HERE / "words.toml"), "--set", f"backbone.path={blank[1]}")
+    checked = project.main("check", str(HERE.parent / "words.toml"), "--set", f"backbone.path={blank[1]}")
     assert checked.status == 0, checked.err
-    assert "sft_compute (1290 steps of 64, from base), soar (300 steps of 64, from base)" in checked.out
+    assert "sft_compute (426 steps of 64, from base), soar (100 steps of 64, from base)" in checked.out
 
 
 def test_no_prompt_is_cut_and_t5_sees_letters(blank):
