@@ -29,6 +29,7 @@ STARTS = {
 OVER = "sft_compute"
 MEASURED = ("soar", "matched", "sft", "reflexflow", "perturbed")
 """Arms whose other measures are shown, where they were run."""
+CONTROL = "matched"
 METHODS = ("grpo", "nft", "dpo", "nft_time", "dpo_time")
 """What SFT and SOAR are followed by."""
 SETTINGS = ("steps", "guidance 1")
@@ -87,16 +88,17 @@ def arms(start: str) -> Iterator[str]:
 
 
 def keys(start: str) -> Iterator[str]:
-    """Yield the table of SOAR with one key changed, with gains over SOAR."""
+    """Yield the table of SOAR with one key changed, with gains over SOAR; `matched` is SOAR without displacement."""
     letter, measure = STARTS[start]
-    if not any(is_key(stage) for stage in primary(start)):
+    if "soar" not in primary(start) or not any(is_key(stage) or stage == CONTROL for stage in primary(start)):
         return
     yield f"\n**`{start}`**\n"
     yield f"| arm | seeds | {measure} | gain over the base | gain over `soar` |"
     yield "|---|---|---|---|---|"
     for stage, row in primary(start, "soar").items():
-        if is_key(stage):
-            cells = [f"`{letter}.{stage}`", str(row["seeds"]), value(row)]
+        if is_key(stage) or stage == CONTROL:
+            name = f"{stage}_over_soar" if stage == CONTROL else stage
+            cells = [f"`{letter}.{name}`", str(row["seeds"]), value(row)]
             yield f"| {' | '.join([*cells, gain(row, 'base_gain'), gain(row, 'over_gain')])} |"
 
 
