@@ -40,22 +40,30 @@ class Forwards:
         """
 
         def measure(count: int) -> int | None:
-            decoded = (count, *shape) if scored else None
             graph = (count * each, *shape)
-            if decoded:
-                return fake.peak(self.backbone, graph, decoded, scored, half=self.half, gpu=self.gpu)
-            routes = self.backbone.routes()
-            return depth.told(routes, lambda: fake.peak(self.backbone, graph, half=self.half, gpu=self.gpu))
+            run = lambda: fake.peaks(self.backbone, graph, half=self.half, gpu=self.gpu)  # noqa: E731
+            found = depth.told(self.backbone.routes(), run)
+            decoded = self._gradient(count, shape, scored) if scored else 0
+            if found is None or decoded is None:
+                return None
+            return max(*found.values(), found[fake.KEPT] + decoded)  # the decoder's backward comes first
 
         return self._told(("training", each, scored is not None), measure, rows, shape, len(self.backbone.routes()))
+
+    def _gradient(self, rows: int, shape: Sequence[int], beside: Frozen) -> int | None:
+        """Return what decoding latents and scoring them takes with a graph and its backward."""
+        return self._told(
+            ("gradient",), lambda count: fake.gradient_peak(self.backbone, (count, *shape), beside), rows, shape
+        )
 
     def sampling(self, rows: int, shape: Sequence[int]) -> int | None:
         """Return what a velocity without a graph takes."""
 
         def measure(count: int) -> int | None:
             first = self.backbone.routes()[:1]
-            run = lambda: fake.sampling_peak(self.backbone, (count, *shape), half=self.half, gpu=self.gpu)  # noqa: E731
-            return depth.told(first, run)
+            run = lambda: fake.sampling_peaks(self.backbone, (count, *shape), half=self.half, gpu=self.gpu)  # noqa: E731
+            found = depth.told(first, run)
+            return None if found is None else max(found.values())
 
         return self._told(("sampling",), measure, rows, shape)
 

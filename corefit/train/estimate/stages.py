@@ -29,7 +29,7 @@ MACHINE = 8
 PIXEL = 12
 """Bytes of a pixel: three colors in float32."""
 LOSS = 6
-"""Latents that a loss holds for each row of a graph beside what the network keeps: input, target, error, square."""
+"""Latents that a loss holds for each of its rows beside what the network keeps: input, target, error, square."""
 
 
 def estimates(
@@ -168,7 +168,7 @@ class _Case:
         found = self.forwards.training(self.rows, each, self.shape, scored)
         if found is None:
             return None
-        loss = LOSS * self.rows * each * self._row()
+        loss = LOSS * self.rows * held.loss_rows(self.stage.objective) * self._row()
         return math.ceil(found / self.pipeline.context_parallel + loss)
 
     # what is done
@@ -179,15 +179,14 @@ class _Case:
         if self.stage is self.pipeline.stage[0]:
             yield from self._encoding()
         yield Phase(phases.READING, {"weights": e.weights, "rewards": e.rewards})
-        fetched = {"fetched blocks": held.fetched(self.backbone, self.device.gpu)}
         trained = {"gradients": e.gradients, "exchanged gradients": e.exchanged}
         within = {**between, "gathered": e.unsharded, "rows": e.kept, "decoder": e.decoder}
         if held.samples(self.stage.objective):
             rows = self.rows * held.guided_rows(self.stage.objective, self.backbone)
-            yield self._with(phases.SAMPLING, {**within, **fetched}, self.forwards.sampling(rows, self.shape))
+            yield self._with(phases.SAMPLING, within, self.forwards.sampling(rows, self.shape))
         if self.beside.decoder is not None:
             yield self._elastic(phases.DECODING, within, self.rows, self.forwards.decoding(1, self.shape, self.beside))
-        yield self._with(phases.TRAINING, {**within, **fetched, **trained}, e.activations)
+        yield self._with(phases.TRAINING, {**within, **trained}, e.activations)
         yield Phase(phases.SAVING, {**between, "decoder": e.decoder, "largest weight": e.gathered})
         if self.pipeline.eval:
             yield from self._evaluating(e)
@@ -234,8 +233,7 @@ class _Case:
             parts["samples"] = settings.shown * PIXEL * math.prod(size)
         twice = 1 if settings.guidance == 1 or self.backbone.distilled else 2
         shape = self.backbone.latent_shape(size)
-        fetched = {"fetched blocks": held.fetched(self.backbone, self.device.gpu)}
-        yield self._with(phases.EVAL_SAMPLING, {**parts, **fetched}, self.forwards.sampling(rows * twice, shape))
+        yield self._with(phases.EVAL_SAMPLING, parts, self.forwards.sampling(rows * twice, shape))
         if network is not None:
             found = self.forwards.decoding(1, shape, evolve(self.beside, decoder=network))
             yield self._elastic(phases.EVAL_DECODING, parts, rows, found)
