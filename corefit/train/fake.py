@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from corefit.system import memory
@@ -77,11 +77,12 @@ def decoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...], scores: S
     return faked(run)
 
 
-def gradient_peak(backbone: Any, shape: tuple[int, ...], beside: Frozen) -> int | None:
+def gradient_peak(backbone: Any, shape: tuple[int, ...], beside: Frozen, limit: float) -> int | None:
     """Return the most bytes that decoding and scoring with a graph and its backward hold; None as in `peaks`.
 
     shape   that of latents [B, ...]
     beside  the frozen networks of the stage, with the rewards whose graphs are counted besides the decoder's
+    limit   bytes beyond which nothing is counted: what is returned is a little more than these, then
     """
     import torch
 
@@ -92,7 +93,8 @@ def gradient_peak(backbone: Any, shape: tuple[int, ...], beside: Frozen) -> int 
         for network in (beside.decoder, *(network for _, network in beside.graphs)):
             materialize(network)
         x0 = torch.empty(shape, requires_grad=True)
-        with memory.track_live_bytes() as held:
+        with suppress(memory.TooMany), memory.track_live_bytes() as held:
+            held.limit = limit
             media = decode_with_graph(backbone, x0)
             scores = [reward.score_blank(network, media).sum() for reward, network in beside.graphs]
             sum(scores, start=media.new_zeros(()) if scores else media.mean()).backward()

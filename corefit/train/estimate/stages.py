@@ -16,7 +16,7 @@ from corefit.train import sharding, weights
 from corefit.train.estimate import held, phases
 from corefit.train.estimate.device import Device
 from corefit.train.estimate.forwards import Forwards, Memo
-from corefit.train.estimate.phases import ACTIVATIONS, Estimate, Phase
+from corefit.train.estimate.phases import ACTIVATIONS, MISSED, Estimate, Phase
 from corefit.train.frozen import Frozen, bytes_of
 from corefit.types import Sized, SizedText
 from corefit.types.objective import weighted_objectives
@@ -86,7 +86,14 @@ class _Case:
             world=world,
             backbone=backbone,
             beside=beside,
-            forwards=Forwards(backbone, _key(pipeline, stage, half, device.gpu), half, device.gpu, memo),
+            forwards=Forwards(
+                backbone=backbone,
+                key=_key(pipeline, stage, half, device.gpu),
+                half=half,
+                gpu=device.gpu,
+                most=MISSED * device.memory * pipeline.context_parallel,
+                memo=memo,
+            ),
             rows=min(stage.micro_batch or 1, share),
             share=share,
             shape=backbone.latent_shape(size),
@@ -125,8 +132,13 @@ class _Case:
             kept=self._kept(),
             activations=self._training() if graphs else None,
         )
-        found = evolve(found, unsharded=self._unsharded(found, copies))
+        beyond = self._scores_with_a_graph and (found.activations or 0) > MISSED * self.device.memory
+        found = evolve(found, beyond=beyond, unsharded=self._unsharded(found, copies))
         return evolve(found, phases=tuple(self._phases(found)), host=self._host(found, copies)) if graphs else found
+
+    @property
+    def _scores_with_a_graph(self) -> bool:
+        return "reward_gradient" in self.stage.objective.uses
 
     # what is held
 
@@ -164,7 +176,7 @@ class _Case:
         if not self.backbone.condition_shapes():
             return None
         each = held.graph_rows(self.stage.objective, self.backbone)
-        scored = self.beside if "reward_gradient" in self.stage.objective.uses else None
+        scored = self.beside if self._scores_with_a_graph else None
         found = self.forwards.training(self.rows, each, self.shape, scored)
         if found is None:
             return None
@@ -186,7 +198,8 @@ class _Case:
             yield self._with(phases.SAMPLING, within, self.forwards.sampling(rows, self.shape))
         if self.beside.decoder is not None:
             yield self._elastic(phases.DECODING, within, self.rows, self.forwards.decoding(1, self.shape, self.beside))
-        yield self._with(phases.TRAINING, {**within, **trained}, e.activations)
+        training = self._with(phases.TRAINING, {**within, **trained}, e.activations)
+        yield evolve(training, known=training.known and not e.beyond)
         yield Phase(phases.SAVING, {**between, "decoder": e.decoder, "largest weight": e.gathered})
         if self.pipeline.eval:
             yield from self._evaluating(e)
