@@ -63,8 +63,8 @@ class Estimate:
     decoder                        bytes of the decoder of latents, for a stage that decodes
     rewards                        bytes of the networks of rewards, as far as they say (corefit.types.SizedReward)
     activations                    bytes that a step holds at most besides these; None where that is not known
-    beyond                         whether there are more than these: those of a reward's gradient, which for a clip take
-                                   long to count, are counted only up to MISSED times the memory of the device
+    beyond                         whether there are more than these: a reward's gradient, which takes long to count for
+                                   a clip, is counted only up to MISSED times the memory of the device
     kept                           bytes of the batch's rows, and of what an objective keeps of their rollouts
     unsharded                      bytes of weights that are gathered from their shards within a step
     phases                         what is held in each phase of the stage; none where only these numbers were asked for
