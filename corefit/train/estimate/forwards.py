@@ -48,14 +48,14 @@ class Forwards:
             graph = (count * each, *shape)
             run = lambda: fake.peaks(self.backbone, graph, half=self.half, gpu=self.gpu)  # noqa: E731
             found = depth.told(self.backbone.routes(), run)
-            decoded = self._gradient(count, shape, scored) if scored else 0
+            decoded = self.gradient(count, shape, scored) if scored else 0
             if found is None or decoded is None:
                 return None
             return max(*found.values(), found[fake.KEPT] + decoded)  # the decoder's backward comes first
 
         return self._told(("training", each, scored is not None), measure, rows, shape, len(self.backbone.routes()))
 
-    def _gradient(self, rows: int, shape: Sequence[int], beside: Frozen) -> int | None:
+    def gradient(self, rows: int, shape: Sequence[int], beside: Frozen) -> int | None:
         """Return what decoding latents and scoring them takes with a graph and its backward."""
 
         def measure(count: int) -> int | None:
