@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import nn
 
+T = TypeVar("T")
 
-def faked(run: Callable[[], int]) -> int | None:
+
+def faked(run: Callable[[], T]) -> T | None:
     """Return what `run` returns on fake tensors; None where that needs their values.
 
     They are of the CPU: its kernels keep what a GPU's keep, while attention on the meta device would keep its matrix.

@@ -8,7 +8,7 @@ import gc
 import re
 import sys
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,12 +105,22 @@ def peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class TooMany(Exception):
+    """There are more live bytes than are worth being counted."""
+
+
 @define(eq=False)
 class LiveBytes:
     """Bytes of the live tensors that were allocated inside `track_live_bytes`, now and at most."""
 
     now: int = 0
     peak: int = 0
+    peaks: dict[Hashable, int] = field(factory=dict[Hashable, int])
+    """The most bytes in each `place`."""
+    place: Hashable = None
+    """Set by the caller: what is computed now, such as a kind of block."""
+    limit: float = float("inf")
+    """Counting ends with TooMany once there are more bytes than these."""
     kept: int = 0
     """Not set here: the caller may store `now` of a moment in it, such as the end of the forward."""
     _alive: set[int] = field(factory=set[int])
@@ -123,6 +133,9 @@ class LiveBytes:
             self._alive.add(place)
             self.now += size
             self.peak = max(self.peak, self.now)
+            if self.now > self.limit:
+                raise TooMany
+            self.peaks[self.place] = max(self.peaks.get(self.place, 0), self.now)
             weakref.finalize(storage, self._freed, place, size)
 
     def _freed(self, place: int, size: int) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from corefit.system import memory
 from corefit.system.fakes import faked, materialize
-from corefit.types import Condition, Sized, SizedScore
+from corefit.train import blocks
+from corefit.types import Condition, Offloading, Sized, SizedScore
 from corefit.types.rewards import decode_with_graph
 
 if TYPE_CHECKING:
@@ -17,47 +18,38 @@ if TYPE_CHECKING:
     from corefit.train.frozen import Frozen
 
 
+KEPT = "kept"
+"""The place of what stays from a forward to its backward."""
 Scores = Sequence[tuple[SizedScore, Any]]
 """Rewards that say what a score takes, each with its blank network."""
 
 
-def peak(
-    backbone: Sized,
-    shape: tuple[int, ...],
-    decoded: tuple[int, ...] | None = None,
-    beside: Frozen | None = None,
-    *,
-    half: bool,
-    gpu: bool,
-) -> int | None:
-    """Return the most bytes that velocity and its backward hold for latents of `shape` [B, ...].
+def peaks(backbone: Sized, shape: tuple[int, ...], *, half: bool, gpu: bool) -> Mapping[Hashable, int] | None:
+    """Return the most bytes that velocity and its backward hold for latents of `shape` [B, ...], by kind of block.
 
-    Weights and gradients are not counted, nor what scoring without a graph holds. None is returned where the
-    computation depends on values, which fake tensors do not have.
+    A block's are those from its beginning to the next one's; KEPT are those between forward and backward. Weights and
+    gradients are not counted, but for those blocks whose weights wait in main memory and are on the device, where that
+    is the CPU. None is returned where the computation depends on values, which fake tensors do not have.
 
     backbone  has a blank network, which gets fake tensors for weights. Where it routes rows to several networks, one
               row goes through each of them and all others through the first: what backward needs of a network's
               weights may take more than the activations of a row
-    decoded   the shape of latents that are decoded with a graph, for a reward's gradient; None if there are none. The
-              decoder's backward comes first, while all that velocity keeps is there. It is counted if the backbone is
-              a SizedDecoder
-    beside    the frozen networks of the stage, with the rewards whose graphs are counted besides the decoder's
     half      whether it runs under autocast to bfloat16, on a GPU or the CPU
     gpu       whether it is to be as on a GPU
     """
     rows, *one = shape
     first, *others = backbone.routes()[:rows]
 
-    def run() -> int:
+    def run() -> Mapping[Hashable, int]:
         kept = sum(_step(backbone, network, (1, *one), half, gpu).kept for network in others)
         held = _step(backbone, first, (rows - len(others), *one), half, gpu)
-        return kept + max(held.peak, held.kept + (_decoding(backbone, decoded, beside) if decoded else 0))
+        return {place: kept + count for place, count in (*held.peaks.items(), (KEPT, held.kept))}
 
     return faked(run)
 
 
-def sampling_peak(backbone: Sized, shape: tuple[int, ...], *, half: bool, gpu: bool) -> int | None:
-    """Return the most bytes that velocity holds without a graph for latents of `shape` [B, ...]; None as in `peak`.
+def sampling_peaks(backbone: Sized, shape: tuple[int, ...], *, half: bool, gpu: bool) -> Mapping[Hashable, int] | None:
+    """Return the most bytes that velocity holds without a graph, as in `peaks`.
 
     All rows go through the first network where there are several.
     """
@@ -65,7 +57,7 @@ def sampling_peak(backbone: Sized, shape: tuple[int, ...], *, half: bool, gpu: b
 
 
 def decoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...], scores: Scores = ()) -> int | None:
-    """Return the most bytes that decoding latents of `shape` [B, ...] holds, and then scoring; None as in `peak`.
+    """Return the most bytes that decoding latents of `shape` [B, ...] holds, and then scoring; None as in `peaks`.
 
     decoder  the blank network that `load_blank_decoder` gave
     scores   rewards that say what a score takes, each with its network
@@ -85,8 +77,34 @@ def decoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...], scores: S
     return faked(run)
 
 
+def gradient_peak(backbone: Any, shape: tuple[int, ...], beside: Frozen, limit: float) -> int | None:
+    """Return the most bytes that decoding and scoring with a graph and its backward hold; None as in `peaks`.
+
+    shape   that of latents [B, ...]
+    beside  the frozen networks of the stage, with the rewards whose graphs are counted besides the decoder's
+    limit   bytes beyond which nothing is counted: what is returned is a little more than these, then
+    """
+    import torch
+
+    if beside.decoder is None:
+        return 0
+
+    def run() -> int:
+        for network in (beside.decoder, *(network for _, network in beside.graphs)):
+            materialize(network)
+        x0 = torch.empty(shape, requires_grad=True)
+        with suppress(memory.TooMany), memory.track_live_bytes() as held:
+            held.limit = limit
+            media = decode_with_graph(backbone, x0)
+            scores = [reward.score_blank(network, media).sum() for reward, network in beside.graphs]
+            sum(scores, start=media.new_zeros(()) if scores else media.mean()).backward()
+        return held.peak
+
+    return faked(run)
+
+
 def encoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...]) -> int | None:
-    """Return the most bytes that encoding media of `shape` [B, 3, ...] holds; None as in `peak`."""
+    """Return the most bytes that encoding media of `shape` [B, 3, ...] holds; None as in `peaks`."""
     import torch
 
     def run() -> int:
@@ -100,23 +118,49 @@ def encoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...]) -> int | 
 
 
 def _step(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: bool) -> memory.LiveBytes:
-    with _called(backbone, network, shape, half, gpu) as velocity, memory.track_live_bytes() as held:
+    with (
+        _called(backbone, network, shape, half, gpu) as velocity,
+        memory.track_live_bytes() as held,
+        _by_block(backbone, network, held, gpu),
+    ):
         v = velocity()
         held.kept = held.now
         v.square().mean().backward()
     return held
 
 
-def _forward(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: bool) -> int:
+def _forward(backbone: Any, network: Any, shape: tuple[int, ...], half: bool, gpu: bool) -> Mapping[Hashable, int]:
     import torch
 
     with (
         torch.no_grad(),
         _called(backbone, network, shape, half, gpu) as velocity,
         memory.track_live_bytes() as held,
+        _by_block(backbone, network, held, gpu),
     ):
         velocity()
-    return held.peak
+    return held.peaks
+
+
+@contextmanager
+def _by_block(backbone: Any, network: Any, held: memory.LiveBytes, gpu: bool) -> Generator[None]:
+    """Count what each kind of block holds, and on a CPU the weights that are fetched for it.
+
+    On a GPU these have memory of their own, which is counted as weights.
+    """
+    import torch
+
+    fetches = not gpu and isinstance(backbone, Offloading) and backbone.offloads
+    here: list[Tensor] = []
+
+    def note(place: Hashable, fetched: float) -> None:
+        held.place = place
+        if fetches:
+            here.clear()
+            here.append(torch.empty(int(fetched), dtype=torch.uint8))
+
+    with blocks.noted(network, note):
+        yield
 
 
 @contextmanager
@@ -143,29 +187,6 @@ def _called(
         yield velocity
     finally:
         backbone.transformer = whole
-
-
-def _decoding(backbone: Any, shape: tuple[int, ...], beside: Frozen | None) -> int:
-    """Return the most bytes that decoding and scoring [B, ...] and the backward hold.
-
-    B rows hold what two tell by one and two.
-    """
-    import torch
-
-    if beside is None or beside.decoder is None:
-        return 0
-    for network in (beside.decoder, *(network for _, network in beside.graphs)):
-        materialize(network)
-    rows, *one = shape
-    peaks: list[int] = []
-    for number in (1, 2)[:rows]:
-        x0 = torch.empty(number, *one, requires_grad=True)
-        with memory.track_live_bytes() as held:
-            media = decode_with_graph(backbone, x0)
-            scores = [reward.score_blank(network, media).sum() for reward, network in beside.graphs]
-            sum(scores, start=media.new_zeros(()) if scores else media.mean()).backward()
-        peaks.append(held.peak)
-    return peaks[0] + (rows - 1) * (peaks[-1] - peaks[0])
 
 
 def _norm_like_a_gpu(norm: nn.Module) -> None:

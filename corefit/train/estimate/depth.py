@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
+from corefit.train.blocks import Run, runs
 
 if TYPE_CHECKING:
     from torch import nn
 
 LEAST = 2
 """Blocks that stay of a run of equal ones: a first one, and one that has a block before it."""
+Places = Mapping[Hashable, int]
+"""The most bytes while a kind of block computes. Each is linear in the number of blocks, which their maximum is not."""
 
 
-@frozen
-class Run:
-    """Equal blocks that follow each other in a ModuleList.
-
-    name   the list's name in its network
-    first  the place of the first of them, and `count` their number
-    """
-
-    name: str
-    first: int
-    count: int
-
-
-def told(networks: Sequence[nn.Module], measure: Callable[[], int | None]) -> int | None:
+def told(networks: Sequence[nn.Module], measure: Callable[[], Places | None]) -> Places | None:
     """Return what `measure` returns for networks of equal blocks, told by networks with fewer.
 
     Of each run of equal blocks LEAST stay, and one more tells what each of the others takes. The networks are as before
@@ -41,32 +29,15 @@ def told(networks: Sequence[nn.Module], measure: Callable[[], int | None]) -> in
         return measure()
     with _shortened(networks, dict.fromkeys(long, LEAST)):
         few = measure()
-    total = few
+    total = dict(few or {})
     for run in long:
         with _shortened(networks, {**dict.fromkeys(long, LEAST), run: LEAST + 1}):
             more = measure()
-        if few is None or more is None or total is None:
+        if few is None or more is None:
             return None
-        total += (run.count - LEAST) * (more - few)
+        for place, count in few.items():
+            total[place] += (run.count - LEAST) * (more[place] - count)
     return total
-
-
-def runs(network: nn.Module) -> list[Run]:
-    """Return the runs of equal blocks in a network's own ModuleLists."""
-    from torch import nn
-
-    found: list[Run] = []
-    for name, each in network.named_children():
-        first = 0
-        for _, equal in groupby(map(_shape, each) if isinstance(each, nn.ModuleList) else ()):
-            count = len(list(equal))
-            found.append(Run(name, first, count))
-            first += count
-    return found
-
-
-def _shape(block: nn.Module) -> list[Any]:
-    return [type(block), *((name, t.shape, t.dtype, t.requires_grad) for name, t in block.named_parameters())]
 
 
 @contextmanager

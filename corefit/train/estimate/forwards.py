@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -11,11 +12,13 @@ from corefit.train import fake
 from corefit.train.estimate import depth
 from corefit.train.frozen import Frozen
 
+GRADIENT_FRAMES, FRAMES = 5, 3
+"""From so many frames of latents on, each takes as much as the one before it: with a graph, and without."""
 Memo = dict[Hashable, "int | None"]
 """What is known already: a network, what it computes, and a shape -> bytes."""
 
 
-@define(eq=False)
+@define(eq=False, kw_only=True)
 class Forwards:
     """Forwards and backwards of a blank backbone, in bytes beside weights and gradients; None where not known.
 
@@ -24,12 +27,14 @@ class Forwards:
     key   what determines the backbone's networks
     half  whether they run under autocast to bfloat16
     gpu   whether it is to be as on a GPU
+    most  bytes of a reward's gradient through the decoder beyond which nothing is counted
     """
 
     backbone: Any
     key: Hashable
     half: bool
     gpu: bool
+    most: float
     memo: Memo = field(factory=dict[Hashable, "int | None"])
 
     def training(self, rows: int, each: int, shape: Sequence[int], scored: Frozen | None) -> int | None:
@@ -40,33 +45,45 @@ class Forwards:
         """
 
         def measure(count: int) -> int | None:
-            decoded = (count, *shape) if scored else None
             graph = (count * each, *shape)
-            if decoded:
-                return fake.peak(self.backbone, graph, decoded, scored, half=self.half, gpu=self.gpu)
-            routes = self.backbone.routes()
-            return depth.told(routes, lambda: fake.peak(self.backbone, graph, half=self.half, gpu=self.gpu))
+            run = lambda: fake.peaks(self.backbone, graph, half=self.half, gpu=self.gpu)  # noqa: E731
+            found = depth.told(self.backbone.routes(), run)
+            decoded = self.gradient(count, shape, scored) if scored else 0
+            if found is None or decoded is None:
+                return None
+            return max(*found.values(), found[fake.KEPT] + decoded)  # the decoder's backward comes first
 
         return self._told(("training", each, scored is not None), measure, rows, shape, len(self.backbone.routes()))
+
+    def gradient(self, rows: int, shape: Sequence[int], beside: Frozen) -> int | None:
+        """Return what decoding latents and scoring them takes with a graph and its backward."""
+
+        def measure(count: int) -> int | None:
+            run = lambda size: fake.gradient_peak(self.backbone, (count, *size), beside, self.most)  # noqa: E731
+            return _by_frames(run, shape, GRADIENT_FRAMES, self.most)
+
+        return self._told(("gradient",), measure, rows, shape)
 
     def sampling(self, rows: int, shape: Sequence[int]) -> int | None:
         """Return what a velocity without a graph takes."""
 
         def measure(count: int) -> int | None:
             first = self.backbone.routes()[:1]
-            run = lambda: fake.sampling_peak(self.backbone, (count, *shape), half=self.half, gpu=self.gpu)  # noqa: E731
-            return depth.told(first, run)
+            run = lambda: fake.sampling_peaks(self.backbone, (count, *shape), half=self.half, gpu=self.gpu)  # noqa: E731
+            found = depth.told(first, run)
+            return None if found is None else max(found.values())
 
         return self._told(("sampling",), measure, rows, shape)
 
     def decoding(self, rows: int, shape: Sequence[int], beside: Frozen) -> int | None:
         """Return what decoding latents without a graph takes, and scoring them."""
-        return self._told(
-            ("decoding", len(beside.scores)),
-            lambda count: fake.decoding_peak(self.backbone, beside.decoder, (count, *shape), beside.scores),
-            rows,
-            shape,
-        )
+
+        def measure(count: int) -> int | None:
+            decoder, scores = beside.decoder, beside.scores
+            run = lambda size: fake.decoding_peak(self.backbone, decoder, (count, *size), scores)  # noqa: E731
+            return _by_frames(run, shape, FRAMES)
+
+        return self._told(("decoding", len(beside.scores)), measure, rows, shape)
 
     def encoding(self, rows: int, size: Sequence[int], network: Any) -> int | None:
         """Return what encoding media of `size` in pixels takes."""
@@ -97,3 +114,20 @@ class Forwards:
             return known(rows)
         few, more = known(least), known(least + 1)
         return None if few is None or more is None else more + (rows - least - 1) * (more - few)
+
+
+def _by_frames(
+    measure: Callable[[Sequence[int]], int | None], shape: Sequence[int], least: int, most: float = math.inf
+) -> int | None:
+    """Return `measure(shape)` for latents [C, H, W] or [C, T, H, W], told by `least` frames and one more.
+
+    What is more than `most` is not measured further.
+    """
+    channels, *frames, height, width = shape
+    if not frames or frames[0] <= least + 1:
+        return measure(shape)
+    few = measure((channels, least, height, width))
+    if few is None or few > most:
+        return few
+    more = measure((channels, least + 1, height, width))
+    return None if more is None else more + (frames[0] - least - 1) * (more - few)

@@ -24,14 +24,6 @@ def weights(backbone: Any, gpu: bool) -> float:
     return whole_weights(backbone)
 
 
-def fetched(backbone: Any, gpu: bool) -> float:
-    """Return the bytes, beside `weights`, of the blocks that a forward or backward fetches: two at once."""
-    network = backbone.transformer
-    if gpu or not (isinstance(backbone, Offloading) and backbone.offloads):
-        return 0.0  # a GPU's are among those that are resident
-    return 2.0 * max(map(_frozen, blocks(network)), default=0.0)
-
-
 def whole_weights(backbone: Any) -> float:
     """Return the bytes of all of a blank backbone's weights, buffers included."""
     network = backbone.transformer
@@ -89,10 +81,15 @@ def copies_conditions(objective: Any) -> int:
 
 def graph_rows(objective: Any, backbone: Any) -> int:
     """Return how many rows a term's graph has for each row of a micro-batch; a distilled network is guided by one."""
-    each = [one.value for one in weighted_objectives(objective)]
     if backbone.distilled:
-        each = [evolve(one, guidance=1.0) if _is_guided(one) else one for one in each]
-    return max(one.rows_per_graph for one in each)
+        return loss_rows(objective)
+    return max(one.value.rows_per_graph for one in weighted_objectives(objective))
+
+
+def loss_rows(objective: Any) -> int:
+    """Return how many rows a term's loss has for each row of a micro-batch: guidance has none of its own."""
+    each = [one.value for one in weighted_objectives(objective)]
+    return max((evolve(one, guidance=1.0) if _is_guided(one) else one).rows_per_graph for one in each)
 
 
 def _is_guided(objective: Any) -> bool:
@@ -131,7 +128,3 @@ def blocks(network: Any) -> list[Any]:
 
 def _gathered(parameter: Any) -> float:
     return parameter.numel() * (parameter.element_size() + (MOMENT if parameter.requires_grad else 0))
-
-
-def _frozen(block: Any) -> float:
-    return sum(p.numel() * p.element_size() for p in block.parameters() if not p.requires_grad)

@@ -9,6 +9,8 @@ from attrs import field, frozen
 
 ACTIVATIONS = "activations"
 """The part of a phase that a forward takes, and a backward; it is an estimate, all others are counted."""
+MISSED = 2.0
+"""Activations of so many times the memory of a device do not fit, however wrong their estimate is."""
 ENCODING_TEXTS, ENCODING_MEDIA = "encoding texts", "encoding media"
 READING, SAMPLING, DECODING = "reading weights", "sampling", "decoding and scoring"
 TRAINING, SAVING = "training", "saving"
@@ -61,6 +63,8 @@ class Estimate:
     decoder                        bytes of the decoder of latents, for a stage that decodes
     rewards                        bytes of the networks of rewards, as far as they say (corefit.types.SizedReward)
     activations                    bytes that a step holds at most besides these; None where that is not known
+    beyond                         whether there are more than these: a reward's gradient, which takes long to count for
+                                   a clip, is counted only up to MISSED times the memory of the device
     kept                           bytes of the batch's rows, and of what an objective keeps of their rollouts
     unsharded                      bytes of weights that are gathered from their shards within a step
     phases                         what is held in each phase of the stage; none where only these numbers were asked for
@@ -77,6 +81,7 @@ class Estimate:
     copies: float
     gathered: float
     activations: int | None
+    beyond: bool = False
     decoder: float = 0.0
     rewards: float = 0.0
     kept: float = 0.0

@@ -12,7 +12,7 @@ from corefit.system.memory import size
 from corefit.train import remedies
 from corefit.train.estimate import search
 from corefit.train.estimate.device import Device
-from corefit.train.estimate.phases import ORDER, Estimate
+from corefit.train.estimate.phases import MISSED, ORDER, Estimate
 from corefit.train.estimate.search import Fit
 
 if TYPE_CHECKING:
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 LISTED = 5
 """The most lines of a column's head; more stages than that are counted."""
-
-
-MISSED = 2.0
-"""Activations of so many times the memory of a device do not fit, however wrong their estimate is."""
 
 
 def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world: int = 1) -> None:
@@ -54,9 +50,9 @@ def refuse(pipeline: Pipeline, found: Sequence[Estimate], device: Device, world:
             )
         if "reward_gradient" in stage.objective.uses and (e.activations or 0) > MISSED * device.memory:
             helps = ", or ".join(map(str, remedies.pipeline_ladder(pipeline, stage, world, gpu=device.gpu)))
-            needed = size(int(e.activations or 0))
+            needed = f"{'more than' if e.beyond else 'about'} {size(int(e.activations or 0))}"
             raise ConfigError(
-                f"stage.{stage.name}: the graph of a reward's gradient takes about {needed}, and {device.name} has "
+                f"stage.{stage.name}: the graph of a reward's gradient takes {needed}, and {device.name} has "
                 f"{size(int(device.memory))}; what would help: a smaller [data] size, fewer frames"
                 f"{f', or {helps}' if helps else ''}"
             )
@@ -120,7 +116,8 @@ def _too_large(fit: Fit, room: str) -> Iterator[str]:
         for phase in e.phases:
             if phase.total > fit.room:
                 parts = ", ".join(f"{name} {size(int(part))}" for name, part in phase.parts.items() if part)
-                yield f"stage.{e.stage}: {phase.name} takes {size(int(phase.total))} ({parts})"
+                more = "" if phase.known else "more than "
+                yield f"stage.{e.stage}: {phase.name} takes {more}{size(int(phase.total))} ({parts})"
     yield "what would help: a smaller [data] size, fewer frames, a smaller model, or more devices with shard = true"
 
 
@@ -185,11 +182,18 @@ def _rows(found: Sequence[Estimate], device: Device) -> dict[str, list[str]]:
         "rows of a step": [size(int(e.kept)) for e in found],
         "decoder": [size(int(e.decoder)) for e in found],
         "rewards": [size(int(e.rewards)) for e in found],
-        "activations, about": ["not known" if e.activations is None else size(int(e.activations)) for e in found],
+        "activations, about": [_activations(e) for e in found],
         **_while(found),
         f"of {device.name}": [size(int(device.memory)) for _ in found],
         "main memory a machine": [size(int(e.host)) for e in found],
     }
+
+
+def _activations(e: Estimate) -> str:
+    """Write what a step's activations take."""
+    if e.activations is None:
+        return "not known"
+    return f"{'more than ' if e.beyond else ''}{size(int(e.activations))}"
 
 
 def _while(found: Sequence[Estimate]) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from corefit.train import sharding, weights
 from corefit.train.estimate import held, phases
 from corefit.train.estimate.device import Device
 from corefit.train.estimate.forwards import Forwards, Memo
-from corefit.train.estimate.phases import ACTIVATIONS, Estimate, Phase
+from corefit.train.estimate.phases import ACTIVATIONS, MISSED, Estimate, Phase
 from corefit.train.frozen import Frozen, bytes_of
 from corefit.types import Sized, SizedText
 from corefit.types.objective import weighted_objectives
@@ -29,7 +29,7 @@ MACHINE = 8
 PIXEL = 12
 """Bytes of a pixel: three colors in float32."""
 LOSS = 6
-"""Latents that a loss holds for each row of a graph beside what the network keeps: input, target, error, square."""
+"""Latents that a loss holds for each of its rows beside what the network keeps: input, target, error, square."""
 
 
 def estimates(
@@ -86,7 +86,14 @@ class _Case:
             world=world,
             backbone=backbone,
             beside=beside,
-            forwards=Forwards(backbone, _key(pipeline, stage, half, device.gpu), half, device.gpu, memo),
+            forwards=Forwards(
+                backbone=backbone,
+                key=_key(pipeline, stage, half, device.gpu),
+                half=half,
+                gpu=device.gpu,
+                most=MISSED * device.memory * pipeline.context_parallel,
+                memo=memo,
+            ),
             rows=min(stage.micro_batch or 1, share),
             share=share,
             shape=backbone.latent_shape(size),
@@ -125,8 +132,13 @@ class _Case:
             kept=self._kept(),
             activations=self._training() if graphs else None,
         )
-        found = evolve(found, unsharded=self._unsharded(found, copies))
+        beyond = self._scores_with_a_graph and (found.activations or 0) > MISSED * self.device.memory
+        found = evolve(found, beyond=beyond, unsharded=self._unsharded(found, copies))
         return evolve(found, phases=tuple(self._phases(found)), host=self._host(found, copies)) if graphs else found
+
+    @property
+    def _scores_with_a_graph(self) -> bool:
+        return "reward_gradient" in self.stage.objective.uses
 
     # what is held
 
@@ -164,11 +176,11 @@ class _Case:
         if not self.backbone.condition_shapes():
             return None
         each = held.graph_rows(self.stage.objective, self.backbone)
-        scored = self.beside if "reward_gradient" in self.stage.objective.uses else None
+        scored = self.beside if self._scores_with_a_graph else None
         found = self.forwards.training(self.rows, each, self.shape, scored)
         if found is None:
             return None
-        loss = LOSS * self.rows * each * self._row()
+        loss = LOSS * self.rows * held.loss_rows(self.stage.objective) * self._row()
         return math.ceil(found / self.pipeline.context_parallel + loss)
 
     # what is done
@@ -179,15 +191,15 @@ class _Case:
         if self.stage is self.pipeline.stage[0]:
             yield from self._encoding()
         yield Phase(phases.READING, {"weights": e.weights, "rewards": e.rewards})
-        fetched = {"fetched blocks": held.fetched(self.backbone, self.device.gpu)}
         trained = {"gradients": e.gradients, "exchanged gradients": e.exchanged}
         within = {**between, "gathered": e.unsharded, "rows": e.kept, "decoder": e.decoder}
         if held.samples(self.stage.objective):
             rows = self.rows * held.guided_rows(self.stage.objective, self.backbone)
-            yield self._with(phases.SAMPLING, {**within, **fetched}, self.forwards.sampling(rows, self.shape))
+            yield self._with(phases.SAMPLING, within, self.forwards.sampling(rows, self.shape))
         if self.beside.decoder is not None:
             yield self._elastic(phases.DECODING, within, self.rows, self.forwards.decoding(1, self.shape, self.beside))
-        yield self._with(phases.TRAINING, {**within, **fetched, **trained}, e.activations)
+        training = self._with(phases.TRAINING, {**within, **trained}, e.activations)
+        yield evolve(training, known=training.known and not e.beyond)
         yield Phase(phases.SAVING, {**between, "decoder": e.decoder, "largest weight": e.gathered})
         if self.pipeline.eval:
             yield from self._evaluating(e)
@@ -234,8 +246,7 @@ class _Case:
             parts["samples"] = settings.shown * PIXEL * math.prod(size)
         twice = 1 if settings.guidance == 1 or self.backbone.distilled else 2
         shape = self.backbone.latent_shape(size)
-        fetched = {"fetched blocks": held.fetched(self.backbone, self.device.gpu)}
-        yield self._with(phases.EVAL_SAMPLING, {**parts, **fetched}, self.forwards.sampling(rows * twice, shape))
+        yield self._with(phases.EVAL_SAMPLING, parts, self.forwards.sampling(rows * twice, shape))
         if network is not None:
             found = self.forwards.decoding(1, shape, evolve(self.beside, decoder=network))
             yield self._elastic(phases.EVAL_DECODING, parts, rows, found)
