@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from corefit.system import memory
@@ -77,6 +79,19 @@ def decoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...], scores: S
     return faked(run)
 
 
+@contextmanager
+def _left_halfway() -> Generator[None]:
+    """End quietly with TooMany: torch's checkpointing complains on stderr where a forward of a backward is not ended."""
+    try:
+        yield
+    except memory.TooMany as error:
+        said, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        try:
+            traceback.clear_frames(error.__traceback__)
+        finally:
+            sys.unraisablehook = said
+
+
 def gradient_peak(backbone: Any, shape: tuple[int, ...], beside: Frozen, limit: float) -> int | None:
     """Return the most bytes that decoding and scoring with a graph and its backward hold; None as in `peaks`.
 
@@ -93,7 +108,7 @@ def gradient_peak(backbone: Any, shape: tuple[int, ...], beside: Frozen, limit: 
         for network in (beside.decoder, *(network for _, network in beside.graphs)):
             materialize(network)
         x0 = torch.empty(shape, requires_grad=True)
-        with suppress(memory.TooMany), memory.track_live_bytes() as held:
+        with _left_halfway(), memory.track_live_bytes() as held:
             held.limit = limit
             media = decode_with_graph(backbone, x0)
             scores = [reward.score_blank(network, media).sum() for reward, network in beside.graphs]
