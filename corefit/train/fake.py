@@ -81,7 +81,7 @@ def decoding_peak(backbone: Any, decoder: Any, shape: tuple[int, ...], scores: S
 
 @contextmanager
 def _left_halfway() -> Generator[None]:
-    """End quietly with TooMany: torch's checkpointing complains on stderr where a forward of a backward is not ended."""
+    """End quietly with TooMany: torch prints a complaint where a checkpoint is not left in order."""
     try:
         yield
     except memory.TooMany as error:
