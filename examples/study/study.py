@@ -1,7 +1,7 @@
 """Run arms of the study over seeds, and compare them: `python study.py --help` says how.
 
     python study.py --start under --only soar --only sft_compute --seeds 2     # two arms, minutes
-    python study.py                                                            # all of it, a night
+    python study.py --jobs 4                                                   # all of it, four runs at once: a night
 
 It calls `corefit run` and `corefit compare` and does nothing else. The same command continues what was stopped.
 """
