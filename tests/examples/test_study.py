@@ -147,15 +147,20 @@ def test_the_page_has_what_its_data_say(monkeypatch, capsys):
     tables, page = load("tables"), (HERE / "README.md").read_text()
 
     def run(words: list[str], *, cwd: Path, **keys: Any) -> None:
-        """Run corefit in this process, without figures."""
+        """Run corefit in this process; it draws and prints nothing, for that would take most of the time."""
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", words[2:])
         with pytest.raises(SystemExit, match=r"^0$"):
             cli.main()
 
     monkeypatch.setattr(tables.subprocess, "run", run)
-    for figure in ("forest", "drift_curves"):
-        monkeypatch.setattr(seeds, figure, lambda *anything: None)
+    for place, name in (
+        (seeds, "forest"),
+        (seeds, "drift_curves"),
+        (seeds.report, "print_table"),
+        (seeds.seeds_table, "print_pairs"),
+    ):
+        monkeypatch.setattr(place, name, lambda *anything: None)
     assert tables.filled(page) == page, "run python tables.py"
     named = set(re.findall(r"^\| `([A-Za-z]\..+?)` \|", page, re.M))
     cited = set(re.findall(r"`([A-Za-z]\..+?)`", verdict()))
