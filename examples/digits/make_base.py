@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from attrs import frozen
 from diffusers import StableDiffusion3Pipeline
-from digits import CATEGORIES, WORDS, DigitScenes, Evaluator, Scene, draw, held_out_prompts, write_held_out
+from digits import CATEGORIES, SIZE, WORDS, DigitScenes, Evaluator, Scene, draw, held_out_prompts, write_held_out
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,7 +39,7 @@ VAE_STEPS, STEPS = 2000, 1100
 KEPT_EVERY = 100
 DROPPED = 0.1
 """Share of prompts replaced by the empty one, for guidance."""
-LEARNING_RATE = 1e-3
+LEARNING_RATE, DECAY = 1e-3, 0.998
 SAMPLER_STEPS, GUIDANCE = 16, 3.5
 
 
@@ -58,6 +58,11 @@ def blank(folder: Path) -> StableDiffusion3Pipeline:
         t5_width=96,
         shift=SHIFT,
     )
+    return loaded(folder)
+
+
+def loaded(folder: Path) -> StableDiffusion3Pipeline:
+    """The checkpoint of a folder, in float32."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
     for part in (pipeline.transformer, pipeline.vae):
         part.register_to_config(_name_or_path="")  # or the shipped files would name this machine's folders
@@ -67,13 +72,17 @@ def blank(folder: Path) -> StableDiffusion3Pipeline:
 def pictures(count: int) -> tuple[Tensor, list[str]]:
     """Training scenes [count, 3, 16, 16] in [-1, 1], and their prompts."""
     examples = list(DigitScenes(count, SEED).examples())
-    media = torch.from_numpy(np.stack([e.media for e in examples])).permute(0, 3, 1, 2)
-    return media.float() / 127.5 - 1, [e.prompt for e in examples]
+    return as_media([e.media for e in examples]), [e.prompt for e in examples]
 
 
-def rows(count: int, batch: int, steps: int) -> Iterator[Tensor]:
+def as_media(drawn: Sequence[Any]) -> Tensor:
+    """Media [n, 3, H, W] in [-1, 1] of n arrays [H, W, 3] of bytes."""
+    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def rows(count: int, batch: int, steps: int, seed: int = SEED) -> Iterator[Tensor]:
     """`steps` batches of row numbers, shuffled anew in every pass."""
-    rng = torch.Generator().manual_seed(SEED)
+    rng = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         if len(order) < batch:
@@ -82,13 +91,13 @@ def rows(count: int, batch: int, steps: int) -> Iterator[Tensor]:
         order = order[batch:]
 
 
-def train_vae(vae: Any, media: Tensor) -> None:
-    """Fit the VAE in place to media [n, 3, 16, 16] in [-1, 1], and measure its latents' shift and scale."""
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, VAE_STEPS)
+def train_vae(vae: Any, media: Tensor, steps: int = VAE_STEPS, batch: int = 64, lr: float = 2e-3) -> None:
+    """Fit the VAE in place to media [n, 3, H, W] in [-1, 1], and measure its latents' shift and scale."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     rng = torch.Generator().manual_seed(SEED)
-    for step, batch in enumerate(rows(len(media), 64, VAE_STEPS)):
-        x = media[batch]
+    for step, chosen in enumerate(rows(len(media), batch, steps)):
+        x = media[chosen]
         posterior = vae.encode(x).latent_dist
         decoded = vae.decode(posterior.sample(rng)).sample
         loss = F.mse_loss(decoded, x) + 0.2 * F.l1_loss(decoded, x) + 1e-4 * posterior.kl().mean() / x[0].numel()
@@ -105,7 +114,7 @@ def train_vae(vae: Any, media: Tensor) -> None:
 
 @torch.no_grad()
 def latents(vae: Any, media: Tensor, raw: bool = False) -> Tensor:
-    """Mean latents [n, 4, 8, 8] of media [n, 3, 16, 16], normalised unless raw."""
+    """Mean latents [n, 4, H / f, W / f] of media [n, 3, H, W], normalized unless raw; f is the VAE's factor."""
     z = torch.cat([vae.encode(part).latent_dist.mode() for part in media.split(256)])
     return z if raw else (z - vae.config.shift_factor) * vae.config.scaling_factor
 
@@ -120,16 +129,16 @@ def half(module: torch.nn.Module) -> None:
 TRAINED = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def tokens(pipeline: StableDiffusion3Pipeline, prompts: Sequence[str]) -> Tensor:
-    """Ids [n, 3, TEXT_LENGTH] of prompts for the three text encoders, padded as the pipeline pads them."""
+def tokens(pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], length: int = TEXT_LENGTH) -> Tensor:
+    """Ids [n, 3, length] of prompts for the three text encoders, padded as the pipeline pads them."""
     tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
-    settings = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True}
+    settings = {"padding": "max_length", "max_length": length, "truncation": True}
     ids = [tokenizer(list(prompts), **settings).input_ids for tokenizer in tokenizers]
     return torch.tensor(ids).swapaxes(0, 1)
 
 
 def embed(model: torch.nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The pipeline's `encode_prompt` with gradients: embeddings [n, 20, 96], pooled [n, 64] of ids [n, 3, 10]."""
+    """The pipeline's `encode_prompt` with gradients: embeddings [n, 2 L, width], pooled [n, width] of ids [n, 3, L]."""
     clips = [
         model[name](ids[:, i], output_hidden_states=True) for i, name in enumerate(("text_encoder", "text_encoder_2"))
     ]
@@ -141,20 +150,21 @@ def embed(model: torch.nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @frozen(eq=False)
 class Learner:
-    """Transformer and text encoders under training, and the running mean of their weights."""
+    """Transformer and text encoders under training, and the running mean of their weights, which decays by `decay`."""
 
     model: torch.nn.ModuleDict
     mean: torch.nn.ModuleDict
     optimizer: torch.optim.Optimizer
+    decay: float
 
     @staticmethod
-    def of(pipeline: StableDiffusion3Pipeline) -> Learner:
+    def of(pipeline: StableDiffusion3Pipeline, decay: float) -> Learner:
         model = torch.nn.ModuleDict({name: getattr(pipeline, name) for name in TRAINED})
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.99))
-        return Learner(model, deepcopy(model).requires_grad_(False), optimizer)
+        return Learner(model, deepcopy(model).requires_grad_(False), optimizer, decay)
 
     def step(self, x0: Tensor, ids: Tensor, step: int, rng: torch.Generator) -> float:
-        """Optimiser step number `step` on x0 [B, 4, 8, 8] and ids [B, 3, TEXT_LENGTH]; returns the loss."""
+        """Optimizer step number `step` on latents x0 [B, 4, h, w] and ids [B, 3, L]; returns the loss."""
         noise = torch.randn(x0.shape, generator=rng)
         sigma = shifted(torch.sigmoid(torch.randn(len(x0), generator=rng)), SHIFT)
         # torch's fused attention has a backward pass that is slow on CPUs where the sequence is short
@@ -167,7 +177,7 @@ class Learner:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self._average(min(0.998, step / (step + 9)))
+        self._average(min(self.decay, step / (step + 9)))
         return loss.item()
 
     @torch.no_grad()
@@ -176,22 +186,34 @@ class Learner:
             mean.lerp_(p, 1 - decay)
 
 
-def train_flow(pipeline: StableDiffusion3Pipeline, out: Path, keep: Path | None) -> None:
-    """Flow matching on the scenes' latents; writes the base to `out`."""
-    learner = Learner.of(pipeline)
-    media, prompts = pictures(SCENES)
-    x0, ids, empty = latents(pipeline.vae, media), tokens(pipeline, prompts), tokens(pipeline, [""])
-    rng = torch.Generator().manual_seed(SEED + 1)
+def train_flow(
+    pipeline: StableDiffusion3Pipeline,
+    x0: Tensor,
+    ids: Tensor,
+    empty: Tensor,
+    batches: Iterator[Tensor],
+    *,
+    decay: float,
+    seed: int,
+    kept: tuple[Path, int] | None,
+) -> torch.nn.ModuleDict:
+    """Flow matching on latents x0 [n, 4, h, w] and ids [n, 3, L]; returns the mean of the weights.
+
+    empty  ids [1, 3, L] of the empty prompt
+    kept   a folder for checkpoints, and the steps between them
+    """
+    learner = Learner.of(pipeline, decay)
+    rng = torch.Generator().manual_seed(seed)
     started, losses = time.monotonic(), list[float]()
-    for step, batch in enumerate(rows(len(x0), BATCH, STEPS), 1):
+    for step, batch in enumerate(batches, 1):
         dropped = torch.rand(len(batch), generator=rng) < DROPPED
         losses.append(learner.step(x0[batch], torch.where(expand_like(dropped, ids), empty, ids[batch]), step, rng))
         if step % 100 == 0:
             seconds = time.monotonic() - started
             print(f"step {step} loss {np.mean(losses[-100:]):.4f} {seconds:.0f} s", flush=True)
-        if keep and step % KEPT_EVERY == 0:
-            save(pipeline, learner.mean, keep / f"step-{step:05d}")
-    save(pipeline, learner.mean, out)
+        if kept and step % kept[1] == 0:
+            save(pipeline, learner.mean, kept[0] / f"step-{step:05d}")
+    return learner.mean
 
 
 def save(pipeline: StableDiffusion3Pipeline, trained: torch.nn.ModuleDict, folder: Path) -> None:
@@ -202,45 +224,50 @@ def save(pipeline: StableDiffusion3Pipeline, trained: torch.nn.ModuleDict, folde
 
 
 @torch.inference_mode()
+def sampled(folder: Path, prompts: Sequence[str], length: int, height: int, width: int) -> Tensor:
+    """Pictures [n, 3, H, W] in [0, 1] of a checkpoint, one for each prompt."""
+    pipeline = loaded(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    rng = torch.Generator().manual_seed(SEED)
+    made = [
+        pipeline(
+            list(prompts[i : i + 64]),
+            height=height,
+            width=width,
+            num_inference_steps=SAMPLER_STEPS,
+            guidance_scale=GUIDANCE,
+            max_sequence_length=length,
+            generator=rng,
+            output_type="pt",
+        ).images
+        for i in range(0, len(prompts), 64)
+    ]
+    return torch.cat(made)
+
+
 def measure(folder: Path, count: int) -> dict[str, float]:
     """Share of wholly right pictures of the first `count` held-out prompts, by category."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
     wanted = list(held_out_prompts(count))
-    rng = torch.Generator().manual_seed(SEED)
-    right = [
-        Evaluator().score(
-            pipeline(
-                [row["prompt"] for row in wanted[i : i + 64]],
-                num_inference_steps=SAMPLER_STEPS,
-                guidance_scale=GUIDANCE,
-                max_sequence_length=TEXT_LENGTH,
-                generator=rng,
-                output_type="pt",
-            ).images,
-            [],
-            wanted[i : i + 64],
-        )
-        for i in range(0, count, 64)
-    ]
-    scores = torch.cat(right).numpy()
+    made = sampled(folder, [row["prompt"] for row in wanted], TEXT_LENGTH, SIZE, SIZE)
+    scores = Evaluator().score(made, [], wanted).numpy()
     shares = {c: scores[i :: len(CATEGORIES)].mean() for i, c in enumerate(CATEGORIES)}
     return {name: round(float(v), 3) for name, v in {"all": scores.mean(), **shares}.items()}
 
 
 @torch.no_grad()
+def coded(vae: Any, media: Tensor) -> Mapping[str, Tensor]:
+    """Media [n, 3, H, W] in [-1, 1] as they are and as the VAE decodes them, in [0, 1]."""
+    decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in media.split(64)])
+    return {name: (x / 2 + 0.5).clamp(0, 1) for name, x in {"as drawn": media, "through the VAE": decoded}.items()}
+
+
 def legible(vae: Any) -> dict[str, float]:
     """Share of scenes, written with digits that neither VAE nor judge has seen, that the judge finds right."""
     rng = np.random.Generator(np.random.Philox(SEED))
     wanted = [Scene.of(row) for row in held_out_prompts(1000)]
-    media = torch.from_numpy(np.stack([draw(scene, rng, "judge-test") for scene in wanted]))
-    media = media.permute(0, 3, 1, 2).float() / 127.5 - 1
-    decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in media.split(250)])
+    media = as_media([draw(scene, rng, "judge-test") for scene in wanted])
     meta = [scene.meta for scene in wanted]
-    scores = {
-        name: Evaluator().score((x / 2 + 0.5).clamp(0, 1), [], meta)
-        for name, x in {"as drawn": media, "through the VAE": decoded}.items()
-    }
+    scores = {name: Evaluator().score(x, [], meta) for name, x in coded(vae, media).items()}
     return {name: round(s.mean().item(), 4) for name, s in scores.items()}
 
 
@@ -254,7 +281,19 @@ def main() -> None:
     pipeline = blank(arguments.out)
     train_vae(pipeline.vae, pictures(8192)[0])
     print("wholly right scenes", legible(pipeline.vae), flush=True)
-    train_flow(pipeline, arguments.out, arguments.keep)
+    media, prompts = pictures(SCENES)
+    kept = (arguments.keep, KEPT_EVERY) if arguments.keep else None
+    trained = train_flow(
+        pipeline,
+        latents(pipeline.vae, media),
+        tokens(pipeline, prompts),
+        tokens(pipeline, [""]),
+        rows(SCENES, BATCH, STEPS),
+        decay=DECAY,
+        seed=SEED + 1,
+        kept=kept,
+    )
+    save(pipeline, trained, arguments.out)
     print("held-out prompts wholly right", measure(arguments.out, 1025))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import re
@@ -17,6 +16,7 @@ import click
 import forks
 import pytest
 import quick
+import scripts
 import tomli_w
 from conftest import Project
 from PIL import Image
@@ -37,16 +37,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file = tmp_path / f"docs_{page.stem}.py"
     file.write_text("\n".join(block.text for block in blocks(page, "python")))
     monkeypatch.chdir(tmp_path)
-    _imported(file, monkeypatch)
-
-
-def _imported(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, file.stem, module)
-    spec.loader.exec_module(module)
+    scripts.load(file)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +120,7 @@ def test_the_tutorial_runs(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> N
         else:
             (folder / f"cell_{number}.py").write_text(block.text)
             monkeypatch.chdir(folder)
-            _imported(folder / f"cell_{number}.py", monkeypatch)
+            scripts.load(folder / f"cell_{number}.py")
     runs = folder / "runs" / "huber"
     assert '"error":' in (runs / "01-huber" / "metrics.jsonl").read_text()
     assert (runs / "01-huber" / "model" / "model_index.json").exists()

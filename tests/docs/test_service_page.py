@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import scripts
 import torch
 from reading import DOCS, blocks
 
@@ -29,13 +29,9 @@ def test_the_examples_of_the_format_are_of_the_format():
 
 
 def test_the_service_of_the_page_is_one(tmp_path: Path):
-    file = tmp_path / "service.py"
+    file = tmp_path / "service_of_the_page.py"
     file.write_text("\n".join(block.text for block in blocks(PAGE, "python")))
-    spec = importlib.util.spec_from_file_location("service_of_the_page", file)
-    assert spec is not None
-    assert spec.loader is not None
-    page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(page)
+    page = scripts.load(file)
     page.Handler.log_message = lambda *_: None
     server = ThreadingHTTPServer(("127.0.0.1", 0), page.Handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,16 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scripts
 import torch
 
 HERE = Path(__file__).parents[2] / "examples" / "digits"
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(HERE / f"{name}.py")
 
 
 digits = load("digits")

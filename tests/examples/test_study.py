@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import scripts
 
 from corefit import cli
 from corefit.run.evaluation import seeds
@@ -23,12 +23,7 @@ STARTS = ("under", "saturated", "curated", "curated_lora")
 
 
 def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(HERE / f"{name}.py")
 
 
 def pipeline(start: str) -> dict[str, Any]:

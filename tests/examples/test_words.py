@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from itertools import islice
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scripts
 import torch
 from conftest import Project
 
@@ -20,10 +20,7 @@ HERE = Path(__file__).parents[2] / "examples" / "study" / "words"
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(HERE / f"{name}.py")
 
 
 words = load("words")
