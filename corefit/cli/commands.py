@@ -297,8 +297,8 @@ def schema(files: tuple[Path, ...]) -> None:
 def new(kind: str, name: str, folder: Path | None, rollout: bool, pairs: bool, **wanted: Any) -> None:
     """Write a new plugin or pipeline, or copy an example.
 
-    KIND is objective, backbone, sampler, noise, reward, source or observer, for a plugin called NAME: a distribution
-    that works as it is, with tests and CI.
+    KIND is objective, backbone, sampler, noise, reward, source, observer or optimizer, for a plugin called NAME: a
+    distribution that works as it is, with tests and CI.
 
     KIND is pipeline, for a commented pipeline file and the schema by which editors complete it; or example, for a copy
     of an example, where NAME is digits or plugin. Options from

@@ -26,7 +26,8 @@ STARTS = {
     "words": ("W", "right"),
 }
 """Starting point -> the letter of its rows, and its primary measure."""
-OVER = "sft_compute"
+OVER, STEPWISE = "sft_compute", "sft"
+"""SFT with as much compute as SOAR, and with as many steps."""
 MEASURED = ("soar", "matched", "sft", "reflexflow", "perturbed")
 """Arms whose other measures are shown, where they were run."""
 CONTROL = "matched"
@@ -44,7 +45,7 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """Return the page with its tables made anew."""
-    for name, table in (("arms", arms), ("keys", keys), ("reinforced", reinforced), ("measures", measures)):
+    for name, table in TABLES.items():
         lines = "\n".join(line for start in STARTS for line in table(start))
         block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)
         text = block.sub(lambda found, lines=lines: found[1] + lines + found[2], text)
@@ -85,6 +86,20 @@ def arms(start: str) -> Iterator[str]:
     for row in rows:
         cells = [f"`{letter}.{row['stage']}`", str(row.get("seeds", "")), value(row)]
         yield f"| {' | '.join([*cells, gain(row, 'base_gain'), gain(row, 'over_gain')])} |"
+
+
+def equal_steps(start: str) -> Iterator[str]:
+    """Yield the table of SOAR and its control over SFT at equal steps."""
+    letter, measure = STARTS[start]
+    if STEPWISE not in primary(start):
+        return
+    yield f"\n**`{start}`**\n"
+    yield f"| arm | seeds | {measure} | gain over `{STEPWISE}` |"
+    yield "|---|---|---|---|"
+    for stage in ("soar", CONTROL):
+        row = primary(start, STEPWISE)[stage]
+        cells = [f"`{letter}.{stage}_over_{STEPWISE}`", str(row["seeds"]), value(row), gain(row, "over_gain")]
+        yield f"| {' | '.join(cells)} |"
 
 
 def keys(start: str) -> Iterator[str]:
@@ -167,6 +182,9 @@ def written(row: Row, key: str, low: str, high: str, sign: str = "") -> str:
     certain = bool(sign) and len(ends) == 2 and float(ends[0]) * float(ends[1]) > 0
     return f"**{text}**" if certain else text
 
+
+TABLES = {"arms": arms, "steps": equal_steps, "keys": keys, "reinforced": reinforced, "measures": measures}
+"""What stands between `<!-- NAME -->` and `<!-- end -->`."""
 
 if __name__ == "__main__":
     main()

@@ -153,7 +153,7 @@ def test_help_names_every_command(project):
             "new",
             [
                 "KIND NAME",
-                "objective, backbone, sampler, noise, reward, source or observer",
+                "objective, backbone, sampler, noise, reward, source, observer or optimizer",
                 "--folder PATH",
                 "corefit-NAME",
             ],

@@ -215,11 +215,19 @@ def _refuse_other_settings(first: Replicate, other: Replicate) -> None:
 
 
 def differences(sources: Sequence[Source]) -> list[str]:
-    """Return what may be known but is no reason to refuse: other versions and other code, a sentence for each run."""
+    """Return what may be known but is no reason to refuse: other versions, code and bases, a sentence for each run."""
     firsts: dict[str, Replicate] = {}
+    bases: dict[int, Replicate] = {}
     said: dict[tuple[Path, str], str] = {}
     for each in (each for source in sources for each in source.replicates):
         first = firsts.setdefault(each.name, each)
+        base = bases.setdefault(each.seed, each) if not each.start else each
+        if unlike := _unlike(base, each):
+            text = (
+                f"{each.evaluated.place} has other values of {', '.join(unlike)} than {base.evaluated.place}, as "
+                "another machine or other versions may give them; the latter are taken"
+            )
+            said.setdefault((each.evaluated.run, "base"), text)
         for line in comparable.differences(first.evaluated, [each.evaluated]):
             said.setdefault((each.evaluated.run, "evaluated"), line)
         if both := sorted(name for name in first.code.keys() & each.code.keys() if first.code[name] != each.code[name]):
@@ -234,7 +242,8 @@ def differences(sources: Sequence[Source]) -> list[str]:
 def merged(sources: Sequence[Source]) -> list[Replicate]:
     """Return the replicates by stage, in the order of the pipelines, and by seed.
 
-    A stage and seed that several sources have is one; where their values differ, ConfigError names both.
+    A stage and seed that several sources have is one; where their values differ, ConfigError names both. The base has
+    the same weights in all sources, so that only rounding can differ: its values are those of the first source.
     """
     found: dict[tuple[str, int], Replicate] = {}
     order: list[str] = []
@@ -249,12 +258,16 @@ def merged(sources: Sequence[Source]) -> list[Replicate]:
     return sorted(found.values(), key=lambda each: (order.index(each.name), each.seed))
 
 
-def _joined(one: Replicate, two: Replicate) -> Replicate:
-    """Return one stage of one seed from two sources, with the metrics of both."""
+def _unlike(one: Replicate, two: Replicate) -> list[str]:
+    """Return what both have and has other values."""
     columns, others = one.evaluated.columns, two.evaluated.columns
     unlike = [name for name in columns if name in others and [*columns[name]] != [*others[name]]]
-    unlike += ["drift"] if one.evaluated.drift and two.evaluated.drift not in ({}, one.evaluated.drift) else []
-    if unlike:
+    return unlike + (["drift"] if one.evaluated.drift and two.evaluated.drift not in ({}, one.evaluated.drift) else [])
+
+
+def _joined(one: Replicate, two: Replicate) -> Replicate:
+    """Return one stage of one seed from two sources, with the metrics of both."""
+    if one.start and (unlike := _unlike(one, two)):
         raise ConfigError(
             f"{one.evaluated.place} and {two.evaluated.place} both have stage {one.name} of seed {one.seed}, with "
             f"different values of {unlike[0]}; leave one of them out, or run it with another seed"

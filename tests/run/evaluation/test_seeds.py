@@ -167,6 +167,24 @@ def test_a_base_that_was_scored_in_another_rounding_stays_with_its_run(runs):
     )
 
 
+def test_a_base_that_two_machines_scored_is_that_of_the_first(runs, typed):
+    """Kept results and a run of another machine, which has trained another arm with the same seed."""
+    for name in ("02-soar", "03-grpo"):
+        shutil.rmtree(runs / "under-1" / name)
+    first = compared(*all_of(runs), out=Path("kept"))
+    shutil.rmtree(runs)
+    write_seed(runs / "under-1", 1)
+    shutil.rmtree(runs / "under-1" / "01-sft")
+    file = runs / "under-1" / "00-base" / "scores.json"
+    change(file, values__pick=[value + 1e-3 for value in files.read_json(file)["values"]["pick"]])
+    status, said = typed("--seeds", "kept", runs / "under-1", "--out", "out")
+    assert status == 0, said
+    assert said.count("under-1/00-base has other values of pick than kept/data.json.gz, as another machine or") == 1
+    rows = rows_of(Path("out"))
+    assert rows["base", "pick", "all"] == first["base", "pick", "all"]
+    assert (first["soar", "pick", "all"]["seeds"], rows["soar", "pick", "all"]["seeds"]) == (2, 3)
+
+
 def test_drift_is_a_mean_over_levels_a_last_level_and_a_curve(runs):
     rows = compared(*all_of(runs))
     measured = [
