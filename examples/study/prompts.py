@@ -3,9 +3,9 @@
     python prompts.py
 
 The pairs and positions are combinations that no training scene shows; so few combinations of the other categories are
-held out that those are taken which training may show. No arrangement of things is in both files. No pair and no position
-has the words of a prompt in ../digits/heldout.jsonl, on which the settings of the digits example were chosen; some have
-its things in the other order, and the singles are the same.
+held out that those are taken which training may show. No arrangement of things is in both files. No pair and no
+position has the words of a prompt in ../digits/heldout.jsonl, on which the settings of the digits example were chosen;
+some have its things in the other order, and the singles are the same.
 """
 
 from __future__ import annotations

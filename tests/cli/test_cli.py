@@ -153,7 +153,7 @@ def test_help_names_every_command(project):
             "new",
             [
                 "KIND NAME",
-                "objective, backbone, sampler, noise, reward, source, observer or optimizer",
+                "objective, backbone, sampler, noise, reward, source, observer or",
                 "--folder PATH",
                 "corefit-NAME",
             ],
