@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ def build(folder: Path, quick: bool) -> Comparison:
     """Make both over the same encoders; each run encodes all pictures and their captions."""
     import torch
 
-    from corefit.data import cache
+    from corefit.data import cache, coding
     from corefit.data.settings import Data
     from corefit.data.sources import Jsonl
 
     side = 32 if quick else SIDE
     backbone = subject.backbone(folder, True, **(QUICK if quick else FULL))
-    backbone.release = lambda: None  # both sides read the models once: that is a matter of the start
+    # what is done once for a cache is a matter of the start: models are read, and how many rows fit is estimated
+    backbone.release = lambda: None
+    coding.row_bytes = _once(coding.row_bytes)
     lines = _write(folder, side + side // 4)
     described = Data(Jsonl(lines), size=(side, side), encode_batch=BATCH)
     numbers = itertools.count()
@@ -71,6 +74,19 @@ def build(folder: Path, quick: bool) -> Comparison:
         size={"pixels": side, "encode_batch": BATCH},
         amount=COUNT,
     )
+
+
+def _once(estimate: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Return an estimate that is made once for each shape; all are of one backbone."""
+    made: dict[Any, int | None] = {}
+
+    def known(backbone: Any, what: str, shape: Sequence[int]) -> int | None:
+        key = (what, *shape)
+        if key not in made:
+            made[key] = estimate(backbone, what, shape)
+        return made[key]
+
+    return known
 
 
 def _write(folder: Path, side: int) -> Path:

@@ -157,8 +157,8 @@ def test_the_trainer_lets_blocks_wait_and_moves_them_nowhere(tmp_path: Path, mon
 def test_compiled_blocks_wait_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = torch.compile
 
-    def compile_eagerly(self: torch.nn.Module) -> None:  # so that no C++ compiler is needed
-        self._compiled_call_impl = compiler(self._call_impl, backend="eager")
+    def compile_eagerly(self: torch.nn.Module, **settings: bool) -> None:  # so that no C++ compiler is needed
+        self._compiled_call_impl = compiler(self._call_impl, backend="eager", **settings)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     torch._dynamo.utils.counters.clear()

@@ -223,9 +223,10 @@ def differences(sources: Sequence[Source]) -> list[str]:
         first = firsts.setdefault(each.name, each)
         base = bases.setdefault(each.seed, each) if not each.start else each
         if unlike := _unlike(base, each):
+            more = f" and {counted(len(unlike) - 1, 'other metric')}" if unlike[1:] else ""
             text = (
-                f"{each.evaluated.place} has other values of {', '.join(unlike)} than {base.evaluated.place}, as "
-                "another machine or other versions may give them; the latter are taken"
+                f"{each.evaluated.place} has other values of {unlike[0]}{more} than {base.evaluated.place}, as another "
+                "machine or other versions may give them; the latter are taken"
             )
             said.setdefault((each.evaluated.run, "base"), text)
         for line in comparable.differences(first.evaluated, [each.evaluated]):

@@ -177,9 +177,11 @@ def test_a_base_that_two_machines_scored_is_that_of_the_first(runs, typed):
     shutil.rmtree(runs / "under-1" / "01-sft")
     file = runs / "under-1" / "00-base" / "scores.json"
     change(file, values__pick=[value + 1e-3 for value in files.read_json(file)["values"]["pick"]])
+    change(file, diversity__values__vendi=[2.5, 2.5, 2.5, 2.5])
     status, said = typed("--seeds", "kept", runs / "under-1", "--out", "out")
     assert status == 0, said
-    assert said.count("under-1/00-base has other values of pick than kept/data.json.gz, as another machine or") == 1
+    line = "under-1/00-base has other values of pick and 1 other metric than kept/data.json.gz, as another machine or"
+    assert said.count(line) == 1
     rows = rows_of(Path("out"))
     assert rows["base", "pick", "all"] == first["base", "pick", "all"]
     assert (first["soar", "pick", "all"]["seeds"], rows["soar", "pick", "all"]["seeds"]) == (2, 3)
