@@ -129,7 +129,7 @@ def test_the_page_names_the_base_of_each_run(runs):
     change(runs / "a" / "00-base", model="other")
     html = (compare([runs / "b", runs / "a"], None, Display.on(visible=False)) / "report.html").read_text()
     assert re.search(r"; a: grpo is [\d.]+ points over a: base\.", html)
-    assert "over base, " in html
+    assert '<small class="over">over base</small>' in html
     (runs / "a" / "00-base" / "scores.json").write_bytes((runs / "b" / "00-base" / "scores.json").read_bytes())
     html = (compare([runs / "b", runs / "a"], None, Display.on(visible=False)) / "report.html").read_text()
     assert re.search(r"; a: grpo is [\d.]+ points over base\.", html)

@@ -52,11 +52,11 @@ def _gains(row: Row, numbers: Numbers, starts: Mapping[str, str]) -> Iterator[di
     whole = gain_of(row, numbers, "base_gain")
     if whole and starts.get(starts.get(row["stage"], "")):
         base = base_of(row["stage"], starts).rpartition(": ")[2]  # without the run, which the line names
-        yield _shown(whole, f"over {base}, ")
+        yield _shown(whole, f"over {base}")
 
 
 def _shown(gain: Gain, over: str) -> dict[str, str]:
-    return {"text": f"{gain.text}{gain.unit}", "interval": f"{over}{gain.interval}", "direction": gain.direction}
+    return {"over": over, "text": f"{gain.text}{gain.unit}", "interval": gain.interval, "direction": gain.direction}
 
 
 def _bars(rows: Sequence[Row], numbers: Numbers, colors: Mapping[str, int]) -> dict[str, Any]:
