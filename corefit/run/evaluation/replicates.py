@@ -221,8 +221,7 @@ def differences(sources: Sequence[Source]) -> list[str]:
     said: dict[tuple[Path, str], str] = {}
     for each in (each for source in sources for each in source.replicates):
         first = firsts.setdefault(each.name, each)
-        base = bases.setdefault(each.seed, each) if not each.start else each
-        if unlike := _unlike(base, each):
+        if not each.start and (unlike := _unlike(base := bases.setdefault(each.seed, each), each)):
             more = f" and {counted(len(unlike) - 1, 'other metric')}" if unlike[1:] else ""
             text = (
                 f"{each.evaluated.place} has other values of {unlike[0]}{more} than {base.evaluated.place}, as another "
@@ -260,7 +259,7 @@ def merged(sources: Sequence[Source]) -> list[Replicate]:
 
 
 def _unlike(one: Replicate, two: Replicate) -> list[str]:
-    """Return what both have and has other values."""
+    """Return the metrics, and "drift", that both have with different values."""
     columns, others = one.evaluated.columns, two.evaluated.columns
     unlike = [name for name in columns if name in others and [*columns[name]] != [*others[name]]]
     return unlike + (["drift"] if one.evaluated.drift and two.evaluated.drift not in ({}, one.evaluated.drift) else [])
