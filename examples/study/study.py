@@ -18,9 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"
-LONG = ("saturated", "curated", "curated_lora")
-"""Starting points whose base long_sft.toml makes."""
-STARTS = ("under", *LONG, "words")
+STARTS = ("under", "saturated", "curated", "curated_lora", "words")
 OVER = "sft_compute"
 """The arm that the tables show gains over, where it is run."""
 
@@ -55,8 +53,6 @@ def main() -> None:
         log = RUNS / f"{name}.log" if arguments.jobs > 1 else None
         corefit("run", f"{start}.toml", "--set", f"seed={seed}", "--set", f"name={name}", *only, log=log)
 
-    if set(starts) & set(LONG):
-        corefit("run", "long_sft.toml")  # finished after the first time
     RUNS.mkdir(exist_ok=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         try:

@@ -22,10 +22,11 @@ STARTS = {
     "under": ("U", "digits_judge"),
     "saturated": ("S", "digits_judge"),
     "curated": ("C", "curated"),
+    "curated_first": ("F", "curated"),
     "curated_lora": ("L", "curated"),
     "words": ("W", "right"),
 }
-"""Starting point -> the letter of its rows, and its primary measure."""
+"""Folder of results/ -> the letter of its rows, and its primary measure."""
 OVER, STEPWISE = "sft_compute", "sft"
 """SFT with as much compute as SOAR, and with as many steps."""
 MEASURED = ("soar", "matched", "sft", "reflexflow", "perturbed")

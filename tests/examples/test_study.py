@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import scripts
+from diffusers import DiffusionPipeline
 
 from corefit import cli
+from corefit.pipeline import read
 from corefit.run.evaluation import seeds
 
 HERE = Path(__file__).parents[2] / "examples" / "study"
@@ -44,15 +46,33 @@ def test_the_arms_differ_in_nothing_but_the_learning_rate(start):
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_learning_rates_were_chosen_for_three_families(start):
+def test_pipelines_are_accepted_and_their_bases_are_here(start):
+    file = read(HERE / f"{start}.toml")
+    base = Path(file.backbone.path)
+    assert [stage.name for stage in file.stage] == [stage["name"] for stage in pipeline(start)["stage"]]
+    assert DiffusionPipeline.from_pretrained(base).transformer.num_parameters() > 2e6
+
+
+def test_the_saturated_base_is_that_of_the_digits_but_for_the_transformer():
+    ours, theirs = HERE / "base", HERE.parent / "digits" / "base"
+    names = sorted(each.relative_to(ours) for each in ours.rglob("*") if each.is_file())
+    assert names == sorted(each.relative_to(theirs) for each in theirs.rglob("*") if each.is_file())
+    unlike = [str(name) for name in names if (ours / name).read_bytes() != (theirs / name).read_bytes()]
+    assert unlike == ["transformer/diffusion_pytorch_model.safetensors"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_arms_of_a_family_have_its_learning_rate(start):
+    """From the curated set, ReflexFlow and SOAR's defaults have rates that were chosen for them."""
+    own = ("reflexflow", "soar_defaults") if start == "curated" else ()
     rates: dict[str, set[float]] = {}
     for stage in pipeline(start)["stage"]:
         name = stage["name"]
         if "_then_" in name:
             continue
         family = "soar" if "soar" in name or name == "matched" else "short" if name in ("sft", "sft_items") else "sft"
-        rates.setdefault(family, set()).add(stage["optimizer"]["lr"])
-    assert {family: len(found) for family, found in rates.items()} == {"soar": 1, "short": 1, "sft": 1}
+        rates.setdefault(name if name in own else family, set()).add(stage["optimizer"]["lr"])
+    assert {family: len(found) for family, found in rates.items()} == dict.fromkeys(("soar", "short", "sft", *own), 1)
 
 
 def test_no_prompt_was_used_before(tmp_path, monkeypatch):
@@ -179,3 +199,18 @@ def test_numbers_of_the_verdict_are_those_of_the_tables():
         cited = " ".join(rows[name] for name in re.findall(r"`([A-Za-z]\..+?)`", sentence))
         for number in re.findall(r"[+-]\d+\.\d+ \[[^]]+\]", sentence):
             assert number in cited, sentence
+
+
+def test_the_front_page_says_what_the_study_says():
+    """Its differences are those of the study's page, and its shares are in the same rows."""
+    page, front = (HERE / "README.md").read_text(), (HERE.parents[1] / "README.md").read_text()
+    section = front.partition("**[What does SOAR buy?]")[2].partition("The other objectives have")[0]
+    found = re.findall(r"\| ([\d.]+) % \| ([\d.]+) % \| ([+-].+) \|$", section, re.M)
+    assert len(found) > 4
+    for soar, sft, difference in found:
+        [row] = [
+            line for line in page.splitlines() if difference in line and line.startswith("| `") and ".soar`" in line
+        ]
+        assert f"| {soar} [" in row
+        letter = row[3]
+        assert re.search(rf"^\| `{letter}\.sft_compute` \| \d \| {re.escape(sft)} \[", page, re.M)

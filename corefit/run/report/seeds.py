@@ -133,13 +133,22 @@ def _row(compared: Compared, stage: str, table: _Table, category: str, rows: NDA
         row |= {"start": start, "seeds": len(now), "each": each}
     if compared.over:
         row["over"] = compared.over
+    gains: dict[str, dict[str, Any]] = {}
     for key, other in _others(compared, stage):
-        both = {seed: columns[seed] - before for seed, before in table.values.get(other, {}).items() if seed in columns}
-        if both:
-            gains = _stacked(both, rows)
-            row |= {key: float(gains.mean()), f"{key}_seeds": len(gains)}
-            row |= _ends(f"{key}_", crossed.of_gain(gains, clusters, table.kind))
+        if other not in gains:  # many stages start from the base
+            gains[other] = _gain(table, columns, other, rows)
+        row |= {key + name: value for name, value in gains[other].items()}
     return cast(SeedsRow, {key: _digits(value) for key, value in row.items()})
+
+
+def _gain(table: _Table, columns: Mapping[int, Floats], other: str, rows: NDArray[np.intp]) -> dict[str, Any]:
+    """Return what `columns` gain over another stage, by how the keys end; nothing where they have no seed in common."""
+    both = {seed: columns[seed] - before for seed, before in table.values.get(other, {}).items() if seed in columns}
+    if not both:
+        return {}
+    gains = _stacked(both, rows)
+    ends = _ends("_", crossed.of_gain(gains, table.clusters[rows], table.kind))
+    return {"": float(gains.mean()), "_seeds": len(gains)} | ends
 
 
 def _digits(value: Any) -> Any:
