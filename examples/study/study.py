@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,23 +38,30 @@ def corefit(*words: str, log: Path | None = None) -> None:
         sys.exit(status)
 
 
+def arms(start: str) -> set[str]:
+    """Return the names of the stages of a starting point."""
+    return {stage["name"] for stage in tomllib.loads((HERE / f"{start}.toml").read_text(encoding="utf-8"))["stage"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run arms of the study over seeds, and compare them.")
     parser.add_argument("--start", action="append", choices=STARTS, help="a starting point; by default all")
-    parser.add_argument("--only", action="append", default=[], metavar="ARM", help="an arm; by default all")
+    parser.add_argument("--only", action="append", default=[], metavar="ARM", help="an arm; by default all there are")
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds [5]")
     parser.add_argument("--jobs", type=int, default=1, help="how many runs at once, each on one core [1]")
     arguments = parser.parse_args()
-    starts = arguments.start or STARTS
+    starts = [start for start in arguments.start or STARTS if {*arguments.only} <= arms(start)]
+    if not starts:
+        parser.error(f"no starting point has {', '.join(arguments.only)}; its arms are the stages of START.toml")
     only = [word for arm in arguments.only for word in ("--only", arm)]
     runs = [(start, seed) for seed in range(arguments.seeds) for start in starts]
 
     def run(start: str, seed: int) -> None:
         name = f"{start}-{seed}"
-        log = RUNS / f"{name}.log" if arguments.jobs > 1 else None
+        log = RUNS / "logs" / f"{name}.log" if arguments.jobs > 1 else None
         corefit("run", f"{start}.toml", "--set", f"seed={seed}", "--set", f"name={name}", *only, log=log)
 
-    RUNS.mkdir(exist_ok=True)
+    (RUNS / "logs").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         try:
             for done in [pool.submit(run, *each) for each in runs]:

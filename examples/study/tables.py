@@ -21,17 +21,24 @@ HERE = Path(__file__).parent
 STARTS = {
     "under": ("U", "digits_judge"),
     "saturated": ("S", "digits_judge"),
+    "saturated_first": ("G", "digits_judge"),
     "curated": ("C", "curated"),
     "curated_first": ("F", "curated"),
     "curated_lora": ("L", "curated"),
     "words": ("W", "right"),
 }
 """Folder of results/ -> the letter of its rows, and its primary measure."""
-OVER, STEPWISE = "sft_compute", "sft"
-"""SFT with as much compute as SOAR, and with as many steps."""
-MEASURED = ("soar", "matched", "sft", "reflexflow", "perturbed")
+REPEATED = ("saturated_first", "curated_first")
+"""Starting points that ran again from another base; their other measures are in results/ alone."""
+OVER = "sft_compute"
+"""SFT with as much compute as SOAR."""
+STEPWISE = ("sft", "sft_rate")
+"""SFT with as many steps as SOAR: with a rate of its own, and with SOAR's."""
+MEASURED = ("soar", "matched", "sft", "soar_defaults", "soar_published", "reflexflow", "perturbed")
 """Arms whose other measures are shown, where they were run."""
 CONTROL = "matched"
+BESIDE = (CONTROL, "sft_items", "sft_compute_rate", "soar_defaults", "soar_published")
+"""Arms that are compared with SOAR, too, beside those with one key changed."""
 METHODS = ("grpo", "nft", "dpo", "nft_time", "dpo_time")
 """What SFT and SOAR are followed by."""
 SETTINGS = ("steps", "guidance 1")
@@ -90,32 +97,36 @@ def arms(start: str) -> Iterator[str]:
 
 
 def equal_steps(start: str) -> Iterator[str]:
-    """Yield the table of SOAR and its control over SFT at equal steps."""
+    """Yield the table of what SOAR and its control gain over SFT at equal steps, also by category."""
     letter, measure = STARTS[start]
-    if STEPWISE not in primary(start):
+    there = [over for over in STEPWISE if over in primary(start)]
+    if not there:
         return
+    categories = list(dict.fromkeys(row["category"] for row in computed(start) if row["metric"] == measure))
     yield f"\n**`{start}`**\n"
-    yield f"| arm | seeds | {measure} | gain over `{STEPWISE}` |"
-    yield "|---|---|---|---|"
-    for stage in ("soar", CONTROL):
-        row = primary(start, STEPWISE)[stage]
-        cells = [f"`{letter}.{stage}_over_{STEPWISE}`", str(row["seeds"]), value(row), gain(row, "over_gain")]
-        yield f"| {' | '.join(cells)} |"
+    yield f"| gain | seeds | {measure} | {' | '.join(f'`{name}`' for name in categories[1:])} |"
+    yield f"|---|---|{'---|' * len(categories)}"
+    for over in there:
+        rows = {(row["stage"], row["category"]): row for row in computed(start, over) if row["metric"] == measure}
+        for stage in ("soar", CONTROL):
+            cells = [f"`{letter}.{stage}_over_{over}`", str(rows[stage, "all"]["seeds"])]
+            yield f"| {' | '.join([*cells, *(gain(rows[stage, name], 'over_gain') for name in categories)])} |"
 
 
 def keys(start: str) -> Iterator[str]:
-    """Yield the table of SOAR with one key changed, with gains over SOAR; `matched` is SOAR without displacement."""
+    """Yield the table of gains over SOAR, of drift, too: one key changed, its control, others of as much compute."""
     letter, measure = STARTS[start]
-    if "soar" not in primary(start) or not any(is_key(stage) or stage == CONTROL for stage in primary(start)):
+    if "soar" not in primary(start) or not any(is_key(stage) or stage in BESIDE for stage in primary(start)):
         return
     yield f"\n**`{start}`**\n"
-    yield f"| arm | seeds | {measure} | gain over the base | gain over `soar` |"
-    yield "|---|---|---|---|---|"
+    yield f"| arm | seeds | {measure} | gain over the base | gain over `soar` | drift over `soar` |"
+    yield "|---|---|---|---|---|---|"
+    drift = {row["stage"]: row for row in computed(start, "soar") if row["metric"] == "drift"}
     for stage, row in primary(start, "soar").items():
-        if is_key(stage) or stage == CONTROL:
-            name = f"{stage}_over_soar" if stage == CONTROL else stage
-            cells = [f"`{letter}.{name}`", str(row["seeds"]), value(row)]
-            yield f"| {' | '.join([*cells, gain(row, 'base_gain'), gain(row, 'over_gain')])} |"
+        if is_key(stage) or stage in BESIDE:
+            name = f"{stage}_over_soar" if stage in BESIDE else stage
+            cells = [f"`{letter}.{name}`", str(row["seeds"]), value(row), gain(row, "base_gain")]
+            yield f"| {' | '.join([*cells, gain(row, 'over_gain'), gain(drift[stage], 'over_gain')])} |"
 
 
 def reinforced(start: str) -> Iterator[str]:
@@ -136,20 +147,21 @@ def reinforced(start: str) -> Iterator[str]:
 
 
 def measures(start: str) -> Iterator[str]:
-    """Yield the table of what some arms gain over SFT of equal compute by all other measures."""
+    """Yield the table of all other measures: SFT of equal compute, and what some arms gain over it."""
     letter, measure = STARTS[start]
-    rows = [row for row in computed(start) if row["stage"] in MEASURED]
+    rows = [row for row in computed(start) if row["stage"] in (OVER, *MEASURED)]
     there = [arm for arm in MEASURED if any(row["stage"] == arm for row in rows)]
     by_key = {(row["stage"], row["metric"], row["category"]): row for row in rows}
     found = [key for key in dict.fromkeys((row["metric"], row["category"]) for row in rows) if shown(*key, measure)]
-    if not found:
+    if start in REPEATED or not found:
         return
     yield f"\n**`{start}`**, gain over `{OVER}`\n"
-    yield f"| measure | {' | '.join(f'`{arm}`' for arm in there)} |"
-    yield f"|---|{'---|' * len(there)}"
+    yield f"| measure | `{OVER}` | {' | '.join(f'`{arm}`' for arm in there)} |"
+    yield f"|---|---|{'---|' * len(there)}"
     for key in found:
         cells = [gain(by_key[arm, *key], "over_gain") if (arm, *key) in by_key else "" for arm in there]
-        yield f"| `{letter.lower()}.{named(*key, measure)}` | {' | '.join(cells)} |"
+        own = value(by_key[OVER, *key])
+        yield f"| `{letter.lower()}.{named(*key, measure)}` | {own} | {' | '.join(cells)} |"
 
 
 def named(metric: str, category: str, primary: str) -> str:
@@ -160,7 +172,7 @@ def named(metric: str, category: str, primary: str) -> str:
 
 def shown(metric: str, category: str, primary: str) -> bool:
     """Whether a measure has a row: categories, other steps and other guidance have one of the primary measure alone."""
-    if metric in ("distance", "drift, last level") or (metric, category) == (primary, "all"):
+    if metric == "distance" or (metric, category) == (primary, "all"):
         return False
     if category != "all":
         return metric == primary
@@ -180,7 +192,7 @@ def written(row: Row, key: str, low: str, high: str, sign: str = "") -> str:
     factor, places = (100, 1) if row.get("unit") == "share" else (1, 3)
     number, *ends = (f"{factor * row[name]:{sign}.{places}f}" for name in (key, low, high) if name in row)
     text = f"{number} [{', '.join(ends)}]" if ends else number
-    certain = bool(sign) and len(ends) == 2 and float(ends[0]) * float(ends[1]) > 0
+    certain = bool(sign) and len(ends) == 2 and row[low] * row[high] > 0
     return f"**{text}**" if certain else text
 
 

@@ -22,6 +22,7 @@ from corefit.run.evaluation import seeds
 
 HERE = Path(__file__).parents[2] / "examples" / "study"
 STARTS = ("under", "saturated", "curated", "curated_lora")
+OWN_RATES = {"under": ("sft_items",), "curated": ("sft_items", "reflexflow", "soar_defaults")}
 
 
 def load(name: str) -> Any:
@@ -63,14 +64,17 @@ def test_the_saturated_base_is_that_of_the_digits_but_for_the_transformer():
 
 @pytest.mark.parametrize("start", STARTS)
 def test_arms_of_a_family_have_its_learning_rate(start):
-    """From the curated set, ReflexFlow and SOAR's defaults have rates that were chosen for them."""
-    own = ("reflexflow", "soar_defaults") if start == "curated" else ()
+    """Some arms have a rate that was chosen for them; the page lists them."""
+    own = OWN_RATES.get(start, ())
     rates: dict[str, set[float]] = {}
     for stage in pipeline(start)["stage"]:
         name = stage["name"]
         if "_then_" in name:
             continue
-        family = "soar" if "soar" in name or name == "matched" else "short" if name in ("sft", "sft_items") else "sft"
+        if "soar" in name or name == "matched" or name.endswith("_rate"):
+            family = "soar"
+        else:
+            family = "short" if name in ("sft", "sft_items") else "sft"
         rates.setdefault(name if name in own else family, set()).add(stage["optimizer"]["lr"])
     assert {family: len(found) for family, found in rates.items()} == dict.fromkeys(("soar", "short", "sft", *own), 1)
 
@@ -119,6 +123,26 @@ def test_the_script_compares_with_what_was_run(only, over, tmp_path, monkeypatch
         study.main()
 
 
+def test_the_script_runs_an_arm_from_the_starting_points_that_have_it(tmp_path, monkeypatch, capsys):
+    study, called = load("study"), []
+
+    def run(words: list[str], **keys: Any) -> SimpleNamespace:
+        called.append(words[3:5])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr(study, "RUNS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study.py", "--only", "soar_n1", "--seeds", "1"])
+    study.main()
+    assert [words[1] for words in called if words[0] == "run"] == [f"{start}.toml" for start in STARTS]
+    called.clear()
+    monkeypatch.setattr(sys, "argv", ["study.py", "--only", "sft_then_grpo", "--only", "no_such_arm"])
+    with pytest.raises(SystemExit, match="2"):
+        study.main()
+    assert "no starting point has sft_then_grpo, no_such_arm" in capsys.readouterr().err
+    assert called == []
+
+
 def test_jobs_run_side_by_side_and_stop_where_one_fails(tmp_path, monkeypatch):
     study, together, called = load("study"), Barrier(2, timeout=60), []
     failing = False
@@ -144,7 +168,8 @@ def test_jobs_run_side_by_side_and_stop_where_one_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*words, "1"])
     study.main()
     assert sorted(each[0] for each in called) == ["compare", "compare", "run", "run"]
-    assert [(tmp_path / f"{name}.log").read_text() for name in ("under-0", "words-0")] == ["one of two\n"] * 2
+    logs = [tmp_path / "logs" / f"{name}.log" for name in ("under-0", "words-0")]
+    assert [log.read_text() for log in logs] == ["one of two\n"] * 2
     monkeypatch.setattr(sys, "argv", [*words, "9"])
     called.clear()
     failing = True
@@ -152,6 +177,16 @@ def test_jobs_run_side_by_side_and_stop_where_one_fails(tmp_path, monkeypatch):
         study.main()
     assert len(called) < 12
     assert all(each[0] == "run" for each in called)
+
+
+def test_a_gain_is_bold_where_its_interval_excludes_0_before_it_is_rounded():
+    tables = load("tables")
+
+    def cell(low: float, high: float) -> str:
+        return tables.gain({"unit": "share", "gain": -0.013, "gain_low": low, "gain_high": high}, "gain")
+
+    assert cell(-0.026, -0.0001) == "**-1.3 [-2.6, -0.0]**"
+    assert cell(-0.026, 0.0001) == "-1.3 [-2.6, +0.0]"
 
 
 def verdict() -> str:
